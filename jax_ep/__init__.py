@@ -1,0 +1,20 @@
+"""Expert-parallel communication for JAX: dispatch and combine as custom calls."""
+
+from jax_ep.capacity import recv_capacity as recv_capacity
+from jax_ep.combine import combine as combine
+from jax_ep.dispatch import dispatch as dispatch
+from jax_ep.errors import ConfigError as ConfigError
+from jax_ep.errors import DTypeError as DTypeError
+from jax_ep.errors import GroupError as GroupError
+from jax_ep.errors import JaxEpError as JaxEpError
+from jax_ep.errors import PeerTimeoutError as PeerTimeoutError
+from jax_ep.errors import RoutingError as RoutingError
+from jax_ep.errors import ShapeError as ShapeError
+from jax_ep.get_dispatch_layout import DispatchLayout as DispatchLayout
+from jax_ep.get_dispatch_layout import get_dispatch_layout as get_dispatch_layout
+from jax_ep.group import Group as Group
+from jax_ep.group import GroupInfo as GroupInfo
+from jax_ep.handle import Dispatched as Dispatched
+from jax_ep.handle import DispatchHandle as DispatchHandle
+
+__version__ = "0.1.0"

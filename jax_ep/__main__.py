@@ -1,0 +1,50 @@
+"""`python -m jax_ep info`: what jax_ep finds on this machine."""
+
+import argparse
+import sys
+
+import jax
+import jaxlib
+import numpy as np
+
+import jax_ep
+from jax_ep import _native
+from jax_ep.errors import GroupError
+
+
+def info() -> None:
+    """Prints versions, native modules, devices, and a group over all devices."""
+    print(
+        f"jax_ep {jax_ep.__version__}, jax {jax.__version__}, jaxlib {jaxlib.__version__}, ", end=""
+    )
+    print(f"python {sys.version.split()[0]}, numpy {np.__version__}")
+    for backend in ("cpu", "cuda"):
+        try:
+            build = _native.load(backend).build_info()
+            ops = ", ".join(_native.targets(backend))
+            ffi_api = ".".join(map(str, build["ffi_api"]))
+            print(f"{backend} module: {ops}; {build['compiler']}, FFI API {ffi_api}")
+        except GroupError as e:
+            print(f"{backend} module: {e}")
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("ep",))
+    with jax_ep.Group.open(mesh, "ep") as group:
+        found = group.info()
+    print(f"group over all devices: {found.identity}, {found.num_ranks} ranks, ", end="")
+    print(f"back end {found.backend!r}, self-test passed")
+    for backend, reason in found.backends.items():
+        print(f"  {backend}: {reason}")
+    for rank, device in enumerate(found.devices):
+        print(f"  rank {rank}: {device}")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m jax_ep", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="versions, native modules, devices, back ends and why")
+    parser.parse_args()
+    info()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Which back ends there are, which are usable where, and how the operations reach them."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import jax
+
+from jax_ep import _native, _xla, config
+from jax_ep._primitives.combine import combine
+from jax_ep._primitives.dispatch import dispatch
+from jax_ep._primitives.pull_rows import pull_rows
+from jax_ep._spec import DispatchSpec, GroupSpec, Routed, RowIndex
+from jax_ep.config import Layout
+from jax_ep.errors import ConfigError, GroupError
+
+_USABLE = "usable"
+
+
+class Backend(Protocol):
+    """The three communicating operations. Inside shard_map, on arrays that vary over the group."""
+
+    def dispatch(
+        self,
+        spec: DispatchSpec,
+        topk_idx: jax.Array,
+        topk_weights: jax.Array | None,
+        rows: Sequence[jax.Array],
+    ) -> Routed:
+        """Routes tokens and moves their rows."""
+        ...
+
+    def pull_rows(self, group: GroupSpec, index: jax.Array, rows: jax.Array) -> jax.Array:
+        """Reads rows of the peers' arrays."""
+        ...
+
+    def combine(
+        self,
+        group: GroupSpec,
+        layout: Layout,
+        index: RowIndex,
+        weights: jax.Array | None,
+        rows: jax.Array,
+        biases: Sequence[jax.Array],
+    ) -> jax.Array:
+        """Brings rows back to their tokens and adds them."""
+        ...
+
+
+class _CustomCalls:
+    dispatch = staticmethod(dispatch)
+    pull_rows = staticmethod(pull_rows)
+    combine = staticmethod(combine)
+
+
+class _StockCollectives:
+    dispatch = staticmethod(_xla.dispatch)
+    pull_rows = staticmethod(_xla.pull_rows)
+    combine = staticmethod(_xla.combine)
+
+
+def get(backend: str) -> Backend:
+    """The operations of a back end."""
+    return _StockCollectives() if backend == "xla" else _CustomCalls()
+
+
+def is_usable(reason: str) -> bool:
+    """Whether what `resolve` says of a back end lets it load."""
+    return reason.startswith(_USABLE)
+
+
+def resolve(mesh: jax.sharding.Mesh, requested: str) -> tuple[str, dict[str, str]]:
+    """The back end of a group over `mesh`, and of each one why it is or is not usable."""
+    if requested not in ("auto", *config.BACKENDS):
+        names = ", ".join(repr(b) for b in ("auto", *config.BACKENDS))
+        raise ConfigError(f"Group.open: backend must be one of {names}, got {requested!r}")
+    reasons = {"cpu": _why_cpu(mesh), "cuda": _why_cuda(mesh), "xla": _USABLE}
+    complete = [b for b in config.BACKENDS if reasons[b] == _USABLE]
+    if requested == "auto":
+        return complete[0], reasons
+    if requested not in complete:
+        raise GroupError(
+            f"Group.open: backend {requested!r} is not usable here: {reasons[requested]}"
+        )
+    return requested, reasons
+
+
+def _platforms(mesh: jax.sharding.Mesh) -> set[str]:
+    return {d.platform for d in mesh.devices.flat}
+
+
+def _why_cpu(mesh: jax.sharding.Mesh) -> str:
+    if _platforms(mesh) != {"cpu"}:
+        return "the mesh's devices are not CPU devices"
+    if any(d.process_index != jax.process_index() for d in mesh.devices.flat):
+        return "the mesh spans several processes, the host twins exchange inside one"
+    try:
+        _native.load("cpu")
+    except GroupError as e:
+        return str(e)
+    return _USABLE
+
+
+def _why_cuda(mesh: jax.sharding.Mesh) -> str:
+    if _platforms(mesh) != {"gpu"}:
+        return "the mesh's devices are not GPUs"
+    try:
+        targets = ", ".join(_native.targets("cuda"))
+    except GroupError as e:
+        return str(e)
+    return f"{_USABLE} for {targets} only: this version holds no other kernels"

@@ -1,0 +1,122 @@
+"""Checks that several operations share. Each message: operation, argument, expected, got."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_ep import config
+from jax_ep.errors import ConfigError, DTypeError, GroupError, ShapeError
+from jax_ep.group import Group
+
+FLOAT_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+
+
+def require_group(group: Any, *, op: str) -> Group:
+    """The group, ready to be traced with."""
+    if not isinstance(group, Group):
+        raise GroupError(f"{op}: group must be a jax_ep.Group, got {type(group).__name__}")
+    group.require_traceable(op)
+    return group
+
+
+def require_array(x: Any, *, op: str, argument: str) -> jax.Array:
+    """`x` as an array with a shape and a dtype."""
+    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+        raise DTypeError(f"{op}: {argument} must be an array, got {type(x).__name__}")
+    return jnp.asarray(x)
+
+
+def require_shape(x: jax.Array, shape: Sequence[int], *, op: str, argument: str) -> None:
+    """The exact shape."""
+    if x.shape != tuple(shape):
+        raise ShapeError(f"{op}: {argument} must have shape {tuple(shape)}, got {x.shape}")
+
+
+def require_dtype(x: jax.Array, dtypes: Sequence[Any], *, op: str, argument: str) -> None:
+    """One of the dtypes."""
+    if x.dtype not in [jnp.dtype(d) for d in dtypes]:
+        names = ", ".join(jnp.dtype(d).name for d in dtypes)
+        raise DTypeError(f"{op}: {argument} must be {names}, got {x.dtype.name}")
+
+
+def require_rows(x: Any, *, op: str, argument: str) -> jax.Array:
+    """[rows, hidden] of a float type, a row being a multiple of 16 bytes."""
+    x = require_array(x, op=op, argument=argument)
+    if x.ndim != 2 or 0 in x.shape:
+        raise ShapeError(
+            f"{op}: {argument} must be [rows, hidden], both positive, got shape {x.shape}"
+        )
+    require_dtype(x, FLOAT_DTYPES, op=op, argument=argument)
+    row_bytes = x.shape[1] * x.dtype.itemsize
+    if row_bytes % config.ROW_BYTES_MULTIPLE:
+        raise ShapeError(
+            f"{op}: a row of {argument} must be a multiple of {config.ROW_BYTES_MULTIPLE} bytes, "
+            f"got hidden={x.shape[1]} of {x.dtype.name}: {row_bytes} bytes"
+        )
+    return x
+
+
+def require_topk_idx(topk_idx: Any, *, num_experts: int, op: str) -> jax.Array:
+    """[num_tokens, num_topk] int32. Wider ids that do not fit stay invalid."""
+    topk_idx = require_array(topk_idx, op=op, argument="topk_idx")
+    if topk_idx.ndim != 2 or 0 in topk_idx.shape:
+        raise ShapeError(
+            f"{op}: topk_idx must be [num_tokens, num_topk], both positive, "
+            f"got shape {topk_idx.shape}"
+        )
+    require_dtype(topk_idx, (jnp.int32, jnp.int64), op=op, argument="topk_idx")
+    if topk_idx.dtype == jnp.int64:
+        topk_idx = jnp.clip(topk_idx, -2, num_experts)
+    return topk_idx.astype(jnp.int32)
+
+
+def require_int(value: Any, *, minimum: int, op: str, argument: str) -> int:
+    """A static integer."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or isinstance(value, jax.Array):
+        raise ConfigError(f"{op}: {argument} must be a static integer, got {value!r}")
+    number = int(value)
+    if number < minimum:
+        raise ConfigError(f"{op}: {argument} must be at least {minimum}, got {number}")
+    return number
+
+
+def require_num_experts(num_experts: Any, group: Group, *, op: str) -> int:
+    """A positive multiple of the group's ranks."""
+    number = require_int(num_experts, minimum=1, op=op, argument="num_experts")
+    if number % group.num_ranks:
+        raise ConfigError(
+            f"{op}: num_experts must be a multiple of num_ranks={group.num_ranks}, got {number}"
+        )
+    return number
+
+
+def require_backend(backend: str | None, group: Group, *, op: str) -> str:
+    """The back end of this call: the group's, or another one that works for the group."""
+    if backend is None or backend == group.backend:
+        return group.backend
+    reasons = group.info().backends
+    if backend not in reasons:
+        names = ", ".join(repr(b) for b in config.BACKENDS)
+        raise ConfigError(f"{op}: backend must be one of {names} or None, got {backend!r}")
+    if reasons[backend] != "usable":
+        raise GroupError(f"{op}: backend {backend!r} is not usable here: {reasons[backend]}")
+    return backend
+
+
+def report_bad_routing(topk_idx: jax.Array, *, num_experts: int, group: Group, op: str) -> None:
+    """Debug mode: has the group record ids that are no experts, and experts named twice."""
+    if not group.debug:
+        return
+    is_expert = (topk_idx >= 0) & (topk_idx < num_experts)
+    num_invalid = jnp.sum((topk_idx != -1) & ~is_expert)
+    repeated = topk_idx[:, :, None] == topk_idx[:, None, :]
+    earlier = jnp.tri(topk_idx.shape[1], k=-1, dtype=jnp.bool_)
+    num_repeated = jnp.sum(repeated & earlier & is_expert[:, :, None])
+    rank = jax.lax.axis_index(group.axes)
+
+    def report(*found: Any) -> None:
+        group.report_bad_routing(op, *found)
+
+    jax.debug.callback(report, rank, num_invalid, num_repeated)

@@ -1,0 +1,74 @@
+"""Every name of JAX that is private, or differs between the supported versions (0.10.2 to 0.12).
+
+Nothing else in the package imports jax._src, jax.extend or jax.interpreters.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+__all__ = [
+    "Primitive",
+    "ad",
+    "batching",
+    "lowering_mesh",
+    "manual_axes",
+    "mlir",
+    "result_aval",
+    "vary_alike",
+    "varying_axes",
+]
+
+
+def manual_axes() -> dict[str, int]:
+    """Names and sizes of the mesh axes that are manual here: those of the enclosing shard_map."""
+    mesh = jax.sharding.get_abstract_mesh()
+    manual = set(getattr(mesh, "manual_axes", ()))
+    return {name: size for name, size in mesh.shape.items() if name in manual}
+
+
+def automatic_axes() -> dict[str, int]:
+    """The other axes of that mesh, of size greater than one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    manual = set(getattr(mesh, "manual_axes", ()))
+    return {name: size for name, size in mesh.shape.items() if name not in manual and size > 1}
+
+
+def varying_axes(aval: Any) -> frozenset[str]:
+    """The axes over which a value is typed as varying; empty under check_vma=False."""
+    manual = getattr(aval, "manual_axis_type", None)
+    return frozenset() if manual is None else frozenset(manual.varying)
+
+
+def vary_alike(arrays: Sequence[jax.Array], axes: Sequence[str]) -> tuple[jax.Array, ...]:
+    """Types all arrays as varying over `axes` and over every axis that one of them varies over.
+
+    An ffi_call checks nothing by itself, and a custom_vjp refuses the cotangent of an operand that
+    is typed invariant, so operands are cast before either.
+    """
+    target = frozenset(axes).union(*(varying_axes(jax.typeof(a)) for a in arrays))
+
+    def cast(array: jax.Array) -> jax.Array:
+        missing = tuple(sorted(target - varying_axes(jax.typeof(array))))
+        return jax.lax.pcast(array, missing, to="varying") if missing else array
+
+    return tuple(cast(a) for a in arrays)
+
+
+def result_aval(shape: Sequence[int], dtype: Any, operands: Sequence[Any]) -> Any:
+    """A result of a primitive that varies over every axis that one of `operands` varies over."""
+    first = operands[0]
+    varying = frozenset().union(*(varying_axes(a) for a in operands))
+    aval = first.update(shape=tuple(shape), dtype=jax.numpy.dtype(dtype), weak_type=False)
+    if varying == varying_axes(first):
+        return aval
+    return aval.update(manual_axis_type=first.manual_axis_type.update(varying=varying))
+
+
+def lowering_mesh(ctx: Any) -> "jax.sharding.Mesh | None":
+    """The mesh that a primitive is being lowered for, where JAX knows its devices by then."""
+    mesh = getattr(ctx.module_context.axis_context, "mesh", None)
+    return mesh if isinstance(mesh, jax.sharding.Mesh) else None

@@ -1,0 +1,45 @@
+"""The native modules: loading them, and registering their handlers with JAX.
+
+Registration waits for the first group: registering an FFI type before a backend exists breaks the
+CPU backend of JAX 0.10.
+"""
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import jax
+
+from jax_ep import _registry
+from jax_ep.errors import GroupError
+
+_MODULES = {"cpu": "jax_ep._jax_ep_cpu", "cuda": "jax_ep._jax_ep_cuda"}
+_JAX_PLATFORM = {"cpu": "cpu", "cuda": "CUDA"}
+
+
+def load(backend: str) -> ModuleType:
+    """The native module of a back end; GroupError says why it cannot be had."""
+    try:
+        return importlib.import_module(_MODULES[backend])
+    except ImportError as e:
+        raise GroupError(f"back end {backend!r}: its native module cannot be loaded: {e}") from e
+
+
+def register(backend: str) -> ModuleType:
+    """Loads a module and registers its types and targets, once per process."""
+    module = load(backend)
+    if backend in _registry.registered_backends:
+        return module
+    platform = _JAX_PLATFORM[backend]
+    types: dict[str, Any] = module.types() if hasattr(module, "types") else {}
+    for name, capsules in types.items():
+        jax.ffi.register_ffi_type(name, capsules, platform=platform)
+    for name, stages in module.registrations().items():
+        jax.ffi.register_ffi_target(name, stages, platform=platform)
+    _registry.registered_backends.add(backend)
+    return module
+
+
+def targets(backend: str) -> list[str]:
+    """Names of the operations that a back end's module holds."""
+    return [name.removeprefix("jax_ep.") for name in load(backend).registrations()]

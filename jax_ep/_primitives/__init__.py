@@ -1,0 +1,1 @@
+"""What JAX must know of each custom call: result shapes, lowering, and which transforms it refuses."""

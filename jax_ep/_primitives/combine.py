@@ -1,0 +1,43 @@
+"""The primitive of combine; xla_ffi/ops/combine/combine_ffi.h is its other side."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_ep._primitives._base import make_primitive
+from jax_ep._primitives.check_mesh import check_mesh
+from jax_ep._spec import GroupSpec, RowIndex
+from jax_ep.config import Layout
+
+
+def _results(
+    position: Any, send_rank: Any, send_row: Any, weights: Any, rows: Any, *biases: Any, **_: Any
+) -> list[tuple[tuple[int, ...], Any]]:
+    return [((send_row.shape[0], *rows.shape[1:]), rows.dtype)]
+
+
+_bind = make_primitive("combine", _results, platforms=("cpu",), attributes=("group", "layout"))
+
+
+def combine(
+    group: GroupSpec,
+    layout: Layout,
+    index: RowIndex,
+    weights: jax.Array | None,
+    rows: jax.Array,
+    biases: Sequence[jax.Array],
+) -> jax.Array:
+    """The custom call: [num_tokens, hidden] from rows [recv_capacity, hidden]."""
+    position = check_mesh(group.position(), group, op="combine")
+    return _bind(
+        position,
+        jnp.zeros((0,), jnp.int32) if index.send_rank is None else index.send_rank,
+        index.send_row,
+        jnp.zeros((0,), jnp.float32) if weights is None else weights,
+        rows,
+        *biases,
+        group=group.identity,
+        layout=layout.value,
+    )[0]

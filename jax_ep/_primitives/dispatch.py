@@ -1,0 +1,91 @@
+"""The primitive of dispatch; xla_ffi/ops/dispatch/dispatch_ffi.h is its other side."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_ep._primitives._base import make_primitive
+from jax_ep._primitives.check_mesh import check_mesh
+from jax_ep._spec import DispatchSpec, Routed
+from jax_ep.config import Layout
+
+
+def _results(
+    position: Any,
+    topk_idx: Any,
+    topk_weights: Any,
+    *rows: Any,
+    layout: int,
+    num_experts: int,
+    num_ranks: int,
+    recv_capacity: int,
+    **_: Any,
+) -> list[tuple[tuple[int, ...], Any]]:
+    num_tokens, num_topk = topk_idx.shape
+    is_rank_layout = layout == Layout.RANK.value
+    choices = (recv_capacity, num_topk)
+    weights = choices if is_rank_layout else (recv_capacity,)
+    integers = (
+        (num_experts // num_ranks,),  # group_sizes
+        (1,),  # num_recv
+        (1,),  # num_dropped
+        (1,),  # num_invalid
+        (recv_capacity,),  # recv_src
+        (0,) if is_rank_layout else (recv_capacity,),  # recv_k
+        (num_tokens, num_ranks if is_rank_layout else num_topk),  # send_row
+        choices if is_rank_layout else (0,),  # recv_topk_idx
+    )
+    return [
+        *((shape, jnp.int32) for shape in integers),
+        (weights if topk_weights.size else (0,), jnp.float32),
+        *(((recv_capacity, *r.shape[1:]), r.dtype) for r in rows),
+    ]
+
+
+_bind = make_primitive(
+    "dispatch",
+    _results,
+    platforms=("cpu",),
+    attributes=("expert_alignment", "fill", "group", "layout", "num_experts"),
+)
+
+
+def dispatch(
+    spec: DispatchSpec,
+    topk_idx: jax.Array,
+    topk_weights: jax.Array | None,
+    rows: Sequence[jax.Array],
+) -> Routed:
+    """The custom call; see Routed for what comes back."""
+    position = check_mesh(spec.group.position(), spec.group, op="dispatch")
+    weights = jnp.zeros((0,), jnp.float32) if topk_weights is None else topk_weights
+    results = _bind(
+        position,
+        topk_idx,
+        weights,
+        *rows,
+        expert_alignment=spec.expert_alignment,
+        fill=spec.fill.value,
+        group=spec.group.identity,
+        layout=spec.layout.value,
+        num_experts=spec.num_experts,
+        num_ranks=spec.group.num_ranks,
+        recv_capacity=spec.recv_capacity,
+    )
+    *integers, recv_weights = results[:9]
+    group_sizes, num_recv, num_dropped, num_invalid, recv_src, recv_k, send_row, recv_ids = integers
+    is_rank_layout = spec.layout is Layout.RANK
+    return Routed(
+        group_sizes=group_sizes,
+        num_recv=num_recv,
+        num_dropped=num_dropped,
+        num_invalid=num_invalid,
+        recv_src=recv_src,
+        recv_k=None if is_rank_layout else recv_k,
+        send_row=send_row,
+        recv_topk_idx=recv_ids if is_rank_layout else None,
+        recv_weights=None if topk_weights is None else recv_weights,
+        rows=tuple(results[9:]),
+    )

@@ -1,0 +1,22 @@
+"""The only mutable state of a process: which groups are open, which modules are registered."""
+
+from typing import TYPE_CHECKING
+
+from jax_ep.errors import GroupError
+
+if TYPE_CHECKING:
+    from jax_ep.group import Group
+
+open_groups: "dict[str, Group]" = {}
+registered_backends: set[str] = set()
+
+
+def find_group(identity: str, *, op: str) -> "Group":
+    """The open group of an identity, as a handle carries it."""
+    try:
+        return open_groups[identity]
+    except KeyError:
+        known = ", ".join(sorted(open_groups)) or "none"
+        raise GroupError(
+            f"{op}: the handle's group {identity} is not open; open groups: {known}"
+        ) from None

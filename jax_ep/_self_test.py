@@ -1,0 +1,43 @@
+"""The self-test of a group that opens: data moves between every pair of ranks and is compared."""
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from jax_ep import _backends
+from jax_ep.errors import GroupError
+
+if TYPE_CHECKING:
+    from jax_ep.group import Group
+
+
+def run(group: "Group") -> None:
+    """Every rank pulls one number from every rank; GroupError names the first wrong pair."""
+    num_ranks = group.num_ranks
+    backend = _backends.get(group.backend)
+
+    def pull_one_each() -> jax.Array:
+        rank = jax.lax.axis_index(group.axes)
+        peers = jnp.arange(num_ranks, dtype=jnp.int32)
+        mine = (rank * num_ranks + peers)[:, None]
+        index = peers * num_ranks + rank
+        return backend.pull_rows(group.spec, index, mine)
+
+    spec = PartitionSpec(tuple(group.mesh.axis_names))
+    test = jax.shard_map(
+        pull_one_each, mesh=group.mesh, in_specs=(), out_specs=spec, check_vma=False
+    )
+    result = jax.jit(test)()
+    for shard in result.addressable_shards:
+        rank = group.spec.rank_of(shard.device.id)
+        got = np.asarray(shard.data)[:, 0]
+        expected = np.arange(num_ranks) * num_ranks + rank
+        if not np.array_equal(got, expected):
+            peer = int(np.argmax(got != expected))
+            raise GroupError(
+                f"Group.open: self-test of back end {group.backend!r} failed: rank {rank} expected "
+                f"{expected[peer]} from rank {peer}, got {got[peer]}"
+            )

@@ -1,0 +1,109 @@
+"""The static facts of an operation, and what the back ends hand to one another.
+
+All of it is hashable or arrays: nothing here refers to an open group.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jax_ep.config import Fill, Layout
+
+
+@dataclass(frozen=True)
+class GroupSpec:
+    """A group, as compiled code knows it.
+
+    Attributes:
+      identity: name and fingerprint; how a loaded executable finds the group.
+      axes: the axes that the ranks run along.
+      mesh_axes: name and size of every axis of the mesh.
+      device_ids: device ids in the row-major order of the mesh.
+    """
+
+    identity: str
+    axes: tuple[str, ...]
+    mesh_axes: tuple[tuple[str, int], ...]
+    device_ids: tuple[int, ...]
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of one slice."""
+        sizes = dict(self.mesh_axes)
+        return math.prod(sizes[a] for a in self.axes)
+
+    def seats(self) -> list[tuple[int, int, int]]:
+        """(device id, slice, rank) of each position of the mesh."""
+        sizes = dict(self.mesh_axes)
+        others = tuple(name for name in sizes if name not in self.axes)
+        seats = []
+        for position, device_id in enumerate(self.device_ids):
+            index = {}
+            for name in reversed(sizes):
+                position, index[name] = divmod(position, sizes[name])  # noqa: PLW2901
+            seats.append(
+                (device_id, _row_major(index, sizes, others), _row_major(index, sizes, self.axes))
+            )
+        return seats
+
+    def rank_of(self, device_id: int) -> int:
+        """The rank of a device."""
+        return self.seats()[self.device_ids.index(device_id)][2]
+
+    def position(self) -> jax.Array:
+        """[1] int32: where this device stands in the mesh, row-major. Inside shard_map."""
+        place = jnp.zeros((1,), jnp.int32)
+        for name, size in self.mesh_axes:
+            place = place * size + jax.lax.axis_index(name).astype(jnp.int32)
+        return place
+
+
+def _row_major(index: dict[str, int], sizes: dict[str, int], axes: tuple[str, ...]) -> int:
+    place = 0
+    for name in axes:
+        place = place * sizes[name] + index[name]
+    return place
+
+
+@dataclass(frozen=True)
+class DispatchSpec:
+    """The static facts of one dispatch; equal on all ranks."""
+
+    group: GroupSpec
+    backend: str
+    layout: Layout
+    num_experts: int
+    recv_capacity: int
+    expert_alignment: int
+    fill: Fill
+
+    @property
+    def num_local_experts(self) -> int:
+        """Experts of one rank."""
+        return self.num_experts // self.group.num_ranks
+
+
+class Routed(NamedTuple):
+    """What a back end's dispatch gives, on one rank. `C` = recv_capacity, `L` = local experts."""
+
+    group_sizes: jax.Array  # [L]
+    num_recv: jax.Array  # [1]
+    num_dropped: jax.Array  # [1]
+    num_invalid: jax.Array  # [1]
+    recv_src: jax.Array  # [C] source rank * num_tokens + token, -1 = none
+    recv_k: jax.Array | None  # expert layout: [C]
+    send_row: jax.Array  # [num_tokens, num_ranks or num_topk] row at the destination, -1 = none
+    recv_topk_idx: jax.Array | None  # rank layout: [C, num_topk]
+    recv_weights: jax.Array | None  # rank layout: [C, num_topk], expert layout: [C]
+    rows: tuple[jax.Array, ...]  # [C, ...]
+
+
+class RowIndex(NamedTuple):
+    """Where the rows of a dispatch are, from both ends."""
+
+    send_rank: jax.Array | None  # expert layout: [num_tokens, num_topk] destination, -1 = none
+    send_row: jax.Array
+    recv_src: jax.Array

@@ -1,0 +1,207 @@
+"""The `xla` back end: the same results from stock collectives, wherever JAX runs.
+
+Every rank gathers the routing of all ranks and computes the whole plan; rows travel by all_gather,
+partial sums by all_to_all. Sums are written out one by one, so their order is ours.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jax_ep._primitives.check_mesh import check_mesh
+from jax_ep._spec import DispatchSpec, GroupSpec, Routed, RowIndex
+from jax_ep.config import Layout
+
+
+def dispatch(
+    spec: DispatchSpec,
+    topk_idx: jax.Array,
+    topk_weights: jax.Array | None,
+    rows: Sequence[jax.Array],
+) -> Routed:
+    """The routing and the rows of this rank; the contract of `Routed`."""
+    topk_idx = check_mesh(topk_idx, spec.group, op="dispatch")
+    is_expert = (topk_idx >= 0) & (topk_idx < spec.num_experts)
+    num_invalid = jnp.sum((topk_idx != -1) & ~is_expert, dtype=jnp.int32)[None]
+    ids = _gather_tokens(spec.group, jnp.where(is_expert, topk_idx, -1))
+    route = _route_ranks if spec.layout is Layout.RANK else _route_experts
+    routed = route(spec, ids, topk_idx.shape[0], topk_weights)
+    return routed._replace(
+        num_invalid=num_invalid,
+        rows=tuple(_take(_gather_tokens(spec.group, r), routed.recv_src) for r in rows),
+    )
+
+
+def _route_ranks(
+    spec: DispatchSpec, ids: jax.Array, num_tokens: int, topk_weights: jax.Array | None
+) -> Routed:
+    group, num_local, capacity = spec.group, spec.num_local_experts, spec.recv_capacity
+    rank = jax.lax.axis_index(group.axes)
+    ranks = jnp.arange(group.num_ranks)
+    wanted = jnp.any(_rank_of(ids, num_local)[:, :, None] == ranks, axis=1)  # [tokens, ranks]
+    row = jnp.cumsum(wanted, axis=0, dtype=jnp.int32) - 1
+    row = jnp.where(wanted & (row < capacity), row, -1)
+    recv_src = _invert(row[:, rank], capacity)
+    recv_ids = _take(ids, recv_src, fill=-1)
+    is_here = (recv_ids >= 0) & (recv_ids // num_local == rank)
+    local = jnp.where(is_here, recv_ids % num_local, -1)
+    weights = None
+    if topk_weights is not None:
+        all_weights = _take(_gather_tokens(group, topk_weights), recv_src)
+        weights = jnp.where(is_here, all_weights, 0.0)
+    num_wanted = jnp.sum(wanted[:, rank], dtype=jnp.int32)
+    num_recv = jnp.minimum(num_wanted, capacity)
+    return Routed(
+        group_sizes=_count(local, num_local),
+        num_recv=num_recv[None],
+        num_dropped=(num_wanted - num_recv)[None],
+        num_invalid=num_recv[None],  # replaced by the caller
+        recv_src=recv_src,
+        recv_k=None,
+        send_row=_own(row, rank, num_tokens),
+        recv_topk_idx=local,
+        recv_weights=weights,
+        rows=(),
+    )
+
+
+def _route_experts(
+    spec: DispatchSpec, ids: jax.Array, num_tokens: int, topk_weights: jax.Array | None
+) -> Routed:
+    group, num_local, capacity = spec.group, spec.num_local_experts, spec.recv_capacity
+    num_all, num_topk = ids.shape
+    rank = jax.lax.axis_index(group.axes)
+    experts = jnp.arange(spec.num_experts)
+    chosen = jnp.sum(ids[:, :, None] == experts, axis=1, dtype=jnp.int32)  # [tokens, experts]
+    upto = jnp.cumsum(chosen, axis=0, dtype=jnp.int32)
+
+    # Aligned sizes only grow along the tokens, so "fits" is a prefix of whole tokens.
+    aligned = -(-upto // spec.expert_alignment) * spec.expert_alignment
+    per_rank = jnp.sum(aligned.reshape(num_all, group.num_ranks, num_local), axis=-1)
+    fits = jnp.repeat(per_rank <= capacity, num_local, axis=1)  # [tokens, experts]
+    kept = jnp.max(jnp.where(fits, upto, 0), axis=0)
+    sizes = (-(-kept // spec.expert_alignment) * spec.expert_alignment).reshape(-1, num_local)
+    first = (jnp.cumsum(sizes, axis=1) - sizes).reshape(-1)
+
+    safe = jnp.maximum(ids, 0)
+    same = (ids[:, :, None] == ids[:, None, :]) & jnp.tri(num_topk, k=-1, dtype=jnp.bool_)
+    before = jnp.take_along_axis(upto - chosen, safe, axis=1) + jnp.sum(same, axis=-1)
+    is_kept = (ids >= 0) & jnp.take_along_axis(fits, safe, axis=1)
+    row = jnp.where(is_kept, first[safe] + before, -1)
+
+    is_here = _rank_of(ids, num_local) == rank
+    choice = _invert(jnp.where(is_here, row, -1).reshape(-1), capacity)  # token * K + k
+    weights = None
+    if topk_weights is not None:
+        weights = _take(_gather_tokens(group, topk_weights).reshape(-1), choice)
+    group_sizes = sizes[rank]
+    num_wanted = jnp.sum(is_here, dtype=jnp.int32)
+    num_kept = jnp.sum(is_here & is_kept, dtype=jnp.int32)
+    return Routed(
+        group_sizes=group_sizes,
+        num_recv=jnp.sum(group_sizes, dtype=jnp.int32)[None],
+        num_dropped=(num_wanted - num_kept)[None],
+        num_invalid=num_kept[None],  # replaced by the caller
+        recv_src=jnp.where(choice >= 0, choice // num_topk, -1),
+        recv_k=jnp.where(choice >= 0, choice % num_topk, -1),
+        send_row=_own(row, rank, num_tokens),
+        recv_topk_idx=None,
+        recv_weights=weights,
+        rows=(),
+    )
+
+
+def pull_rows(group: GroupSpec, index: jax.Array, rows: jax.Array) -> jax.Array:
+    """Rows of the peers' arrays, [N, ...]; the contract of the custom call."""
+    index = check_mesh(index, group, op="pull_rows")
+    return _take(_gather_tokens(group, rows), index)
+
+
+def combine(
+    group: GroupSpec,
+    layout: Layout,
+    index: RowIndex,
+    weights: jax.Array | None,
+    rows: jax.Array,
+    biases: Sequence[jax.Array],
+) -> jax.Array:
+    """[num_tokens, hidden]; the contract of the custom call."""
+    num_tokens, num_slots = index.send_row.shape
+    num_all = group.num_ranks * num_tokens
+    recv_src = check_mesh(index.recv_src, group, op="combine")
+    if layout is Layout.RANK:
+        partial = _take(rows, _invert(recv_src, num_all))
+    else:
+        partial = _sum_in_row_order(recv_src, num_all, num_slots, weights, rows)
+    # [destination rank, token, hidden]: what each rank has for the tokens of this one
+    parts = jax.lax.all_to_all(
+        partial.reshape(group.num_ranks, num_tokens, -1), group.axes, split_axis=0, concat_axis=0
+    )
+    total = jnp.zeros(parts.shape[1:], jnp.float32)
+    for part in [*parts, *biases]:
+        total = total + part.astype(jnp.float32)
+    return _round(total, rows.dtype)
+
+
+def _sum_in_row_order(
+    recv_src: jax.Array,
+    num_all: int,
+    max_rows: int,
+    weights: jax.Array | None,
+    rows: jax.Array,
+) -> jax.Array:
+    """[num_all, hidden]: per token the sum of its rows here, in row order, rounded."""
+    # The how-manieth row of its token a row is: its place in a stable sort, less the token's first.
+    capacity = recv_src.shape[0]
+    key = jnp.where(recv_src < 0, num_all, recv_src)
+    order = jnp.argsort(key, stable=True)
+    place = jnp.zeros((capacity,), jnp.int32).at[order].set(jnp.arange(capacity, dtype=jnp.int32))
+    turn = place - jnp.searchsorted(key[order], key).astype(jnp.int32)
+    total = jnp.zeros((num_all, rows.shape[1]), jnp.float32)
+    for j in range(max_rows):
+        row = _invert(jnp.where(turn == j, recv_src, -1), num_all)
+        term = _take(rows, row).astype(jnp.float32)
+        if weights is not None:
+            # The barrier keeps XLA from contracting the product into the sum.
+            term = jax.lax.optimization_barrier(term * _take(weights, row)[:, None])
+        total = total + term
+    return _round(total, rows.dtype)
+
+
+def _round(total: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    # Without the explicit precision XLA may keep the f32 value where the result is widened again.
+    info = jnp.finfo(dtype)
+    exact = jax.lax.reduce_precision(total, exponent_bits=info.nexp, mantissa_bits=info.nmant)
+    return exact.astype(dtype)
+
+
+def _gather_tokens(group: GroupSpec, x: jax.Array) -> jax.Array:
+    """[num_ranks * T, ...] from every rank's [T, ...]."""
+    return jax.lax.all_gather(x, group.axes, tiled=True)
+
+
+def _rank_of(ids: jax.Array, num_local_experts: int) -> jax.Array:
+    return jnp.where(ids >= 0, ids // num_local_experts, -1)
+
+
+def _own(rows: jax.Array, rank: jax.Array, num_tokens: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(rows, rank * num_tokens, num_tokens)
+
+
+def _take(x: jax.Array, index: jax.Array, *, fill: int = 0) -> jax.Array:
+    """x[index], `fill` where the index is -1."""
+    valid = (index >= 0).reshape(index.shape + (1,) * (x.ndim - 1))
+    return jnp.where(valid, x[jnp.maximum(index, 0)], jnp.asarray(fill, x.dtype))
+
+
+def _invert(row: jax.Array, size: int) -> jax.Array:
+    """[size] int32: inverse[row[i]] = i, -1 where no i points. Rows of -1 point nowhere."""
+    target = jnp.where(row < 0, size, row)
+    numbers = jnp.arange(row.shape[0], dtype=jnp.int32)
+    return jnp.full((size,), -1, jnp.int32).at[target].set(numbers, mode="drop")
+
+
+def _count(ids: jax.Array, size: int) -> jax.Array:
+    target = jnp.where(ids < 0, size, ids).reshape(-1)
+    return jnp.zeros((size,), jnp.int32).at[target].add(1, mode="drop")

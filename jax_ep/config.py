@@ -1,0 +1,51 @@
+"""Settings: their values, their defaults, and the environment variables.
+
+Environment variables, read when a group opens:
+  JAX_EP_DEBUG: "1" turns debug mode on (`Group.open(debug=...)` overrides it).
+"""
+
+import enum
+import os
+from typing import TypeVar
+
+from jax_ep.errors import ConfigError
+
+DEFAULT_TIMEOUT_S = 60.0
+BACKENDS = ("cpu", "cuda", "xla")
+ROW_BYTES_MULTIPLE = 16
+MAX_INDEX = 2**31 - 1
+
+
+class Layout(enum.Enum):
+    """How received rows are arranged. The integers are those of xla_ffi/core/types.h."""
+
+    RANK = 0
+    EXPERT = 1
+
+
+class Fill(enum.Enum):
+    """Which rows without a token are zeroed. The integers are those of xla_ffi/core/types.h."""
+
+    ZEROS = 0
+    PADDING = 1
+    NONE = 2
+
+
+_Choice = TypeVar("_Choice", bound=enum.Enum)
+
+
+def choice(kind: type[_Choice], value: str, *, op: str, argument: str) -> _Choice:
+    """The member of `kind` that a public argument names."""
+    for member in kind:
+        if member.name.lower() == value:
+            return member
+    names = ", ".join(repr(member.name.lower()) for member in kind)
+    raise ConfigError(f"{op}: {argument} must be one of {names}, got {value!r}")
+
+
+def debug_from_environment() -> bool:
+    """Whether JAX_EP_DEBUG asks for debug mode."""
+    value = os.environ.get("JAX_EP_DEBUG", "0")
+    if value not in ("", "0", "1"):
+        raise ConfigError(f"JAX_EP_DEBUG must be '0' or '1', got {value!r}")
+    return value == "1"

@@ -1,0 +1,298 @@
+"""Group: the ranks that exchange rows, and everything they own."""
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+
+from jax_ep import _backends, _jax_compat, _native, _registry, _self_test, config
+from jax_ep._spec import GroupSpec
+from jax_ep.errors import ConfigError, GroupError, PeerTimeoutError, RoutingError
+
+
+@dataclass(frozen=True)
+class GroupInfo:
+    """What `Group.info()` tells.
+
+    Attributes:
+      identity: what compiled code carries; equal in every process.
+      axes: the mesh axes that the ranks run along.
+      num_ranks: ranks of one slice.
+      num_slices: independent copies of the group along the mesh's other axes.
+      ranks_per_node: ranks that share memory at full speed.
+      backend: the back end in use.
+      backends: every back end, and why it is or is not usable here.
+      devices: one line per device, in mesh order.
+      timeout: seconds that a rank waits for its peers.
+      debug: whether routings are checked on the device.
+    """
+
+    identity: str
+    axes: tuple[str, ...]
+    num_ranks: int
+    num_slices: int
+    ranks_per_node: int
+    backend: str
+    backends: dict[str, str]
+    devices: tuple[str, ...]
+    timeout: float
+    debug: bool
+
+
+@dataclass(eq=False, repr=False)
+class Group:
+    """The ranks along one or more mesh axes that exchange rows with each other.
+
+    Open one with `Group.open`, use it as a context manager, pass it to the operations as `group=`.
+    One group covers all slices of the mesh along the other axes. Compiled functions keep what they
+    need alive: they may run after `close()`, but nothing new can be traced with a closed group.
+    """
+
+    mesh: jax.sharding.Mesh
+    axes: tuple[str, ...]
+    name: str
+    num_ranks: int
+    ranks_per_node: int
+    backend: str
+    timeout: float
+    debug: bool
+    spec: GroupSpec
+    _backends: dict[str, str]
+    _native: Any = None
+    _is_open: bool = True
+    _bad_routings: list[str] = field(default_factory=list)
+
+    @classmethod
+    def open(
+        cls,
+        mesh: jax.sharding.Mesh,
+        axis: str | tuple[str, ...],
+        *,
+        name: str | None = None,
+        backend: str = "auto",
+        timeout: float = config.DEFAULT_TIMEOUT_S,
+        ranks_per_node: int | None = None,
+        debug: bool | None = None,
+    ) -> Self:
+        """Opens a group over the devices of a mesh.
+
+        Args:
+          mesh: the mesh that the program's `jax.shard_map` uses, devices included.
+          axis: the axis, or axes, that the ranks run along; rank = row-major index over them.
+          name: tells apart groups over the same mesh and axes; default: the axes, joined by "_".
+          backend: "auto", "cpu" (host twins), "cuda" (kernels) or "xla" (stock collectives). What
+            "auto" chose, and why, is in `info()`.
+          timeout: seconds that a rank waits for its peers before the group fails; the first call
+            of a program is in it, so leave room for devices that compile at different speeds.
+          ranks_per_node: ranks of one node, consecutive; default: all.
+          debug: counts bad ids of every routing and raises them in `check()`; default: the
+            environment variable JAX_EP_DEBUG.
+
+        Returns:
+          The open group, after a self-test that moved data between every pair of ranks.
+
+        Collective: every process of the mesh opens it.
+        Raises: GroupError, ConfigError.
+        Source: DeepEP's Buffer (DeepSeek, 2025), with the mesh in the place of a process group.
+        """
+        axes = (axis,) if isinstance(axis, str) else tuple(axis)
+        _check_mesh(mesh, axes)
+        sizes = dict(mesh.shape)
+        num_ranks = math.prod(sizes[a] for a in axes)
+        ranks_per_node = num_ranks if ranks_per_node is None else ranks_per_node
+        if ranks_per_node < 1 or num_ranks % ranks_per_node:
+            raise ConfigError(
+                f"Group.open: ranks_per_node must divide num_ranks={num_ranks}, "
+                f"got {ranks_per_node}"
+            )
+        if timeout <= 0:
+            raise ConfigError(f"Group.open: timeout must be positive seconds, got {timeout}")
+        name = name if name is not None else "_".join(axes)
+        spec = _make_spec(mesh, axes, name)
+        if spec.identity in _registry.open_groups:
+            raise GroupError(
+                f"Group.open: a group named {name!r} over the same axes and devices is open; "
+                "pass another name="
+            )
+        chosen, reasons = _backends.resolve(mesh, backend)
+        group = cls(
+            mesh=mesh,
+            axes=axes,
+            name=name,
+            num_ranks=num_ranks,
+            ranks_per_node=ranks_per_node,
+            backend=chosen,
+            timeout=timeout,
+            debug=config.debug_from_environment() if debug is None else debug,
+            spec=spec,
+            _backends=reasons,
+        )
+        group._start()
+        return group
+
+    @property
+    def identity(self) -> str:
+        """Name and fingerprint: what compiled code and handles carry, equal in every process."""
+        return self.spec.identity
+
+    def _start(self) -> None:
+        if _backends.is_usable(self._backends["cuda"]):
+            _native.register("cuda")
+        if _backends.is_usable(self._backends["cpu"]):
+            self._native = _native.register("cpu").open_group(
+                identity=self.identity,
+                seats=self.spec.seats(),
+                num_slices=self.mesh.size // self.num_ranks,
+                num_ranks=self.num_ranks,
+                timeout_ms=math.ceil(self.timeout * 1000),
+            )
+        _registry.open_groups[self.identity] = self
+        try:
+            _self_test.run(self)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Ends the group. Compiled functions that use it may still run; idempotent."""
+        if not self._is_open:
+            return
+        self._is_open = False
+        del _registry.open_groups[self.identity]
+        if self._native is not None:
+            _native.load("cpu").close_group(self.identity)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            if error is None:
+                self.check()
+        finally:
+            self.close()
+
+    def __repr__(self) -> str:
+        state = "" if self._is_open else ", closed"
+        return f"Group({self.identity}, {self.num_ranks} ranks, backend={self.backend!r}{state})"
+
+    def info(self) -> GroupInfo:
+        """Who is in the group and what it runs on."""
+        return GroupInfo(
+            identity=self.identity,
+            axes=self.axes,
+            num_ranks=self.num_ranks,
+            num_slices=self.mesh.size // self.num_ranks,
+            ranks_per_node=self.ranks_per_node,
+            backend=self.backend,
+            backends=dict(self._backends),
+            devices=tuple(str(d) for d in self.mesh.devices.flat),
+            timeout=self.timeout,
+            debug=self.debug,
+        )
+
+    def check(self) -> None:
+        """Raises what went wrong on a device: a peer that did not come, a bad routing.
+
+        A device never raises by itself: an error on one device would leave the others waiting in
+        XLA's collectives until the process is aborted. It ends its call with NaN instead, and the
+        record is raised here, when the `with` block ends, and at the next trace.
+
+        Raises: PeerTimeoutError, GroupError, RoutingError (debug mode).
+        """
+        jax.effects_barrier()
+        self._raise_record()
+
+    def _raise_record(self) -> None:
+        record = self._native.error() if self._native is not None else None
+        if record is not None:
+            kind = record.pop("kind")
+            if kind == "peer_timeout":
+                raise PeerTimeoutError(**record)
+            if kind == "mesh_mismatch":
+                raise GroupError(
+                    f"{record['op']}: the program ran over another mesh or device order than the "
+                    f"group: the device of mesh position {record['seen']} is at "
+                    f"{record['expected']} in the group's mesh (-1: not in it)"
+                )
+            raise GroupError(
+                f"{record['op']}: rank {record['rank']} arrived twice at one call: {record}"
+            )
+        if self._bad_routings:
+            message = "\n".join(self._bad_routings)
+            self._bad_routings.clear()
+            raise RoutingError(message)
+
+    def can_run(self, op: str, backend: str) -> bool:
+        """Whether a back end of this group holds `op`, even if it holds no others."""
+        if not _backends.is_usable(self._backends[backend]):
+            return False
+        return backend == "xla" or op in _native.targets(backend)
+
+    def require_traceable(self, op: str) -> None:
+        """Raises unless `op` may be traced here with this group."""
+        if not self._is_open:
+            raise GroupError(f"{op}: group {self.identity} is closed")
+        self._raise_record()
+        manual = _jax_compat.manual_axes()
+        missing = [a for a in self.axes if a not in manual]
+        if missing:
+            found = ", ".join(manual) or "none"
+            raise GroupError(
+                f"{op}: group {self.identity} runs along axis {', '.join(self.axes)}: call it "
+                f"inside jax.shard_map over the group's mesh; manual axes here: {found}"
+            )
+        automatic = _jax_compat.automatic_axes()
+        if automatic:
+            raise GroupError(
+                f"{op}: every axis of the mesh must be manual in jax.shard_map; automatic here: "
+                f"{', '.join(automatic)}"
+            )
+        expected = {name: size for name, size in self.spec.mesh_axes if size > 1}
+        got = {name: size for name, size in manual.items() if size > 1}
+        if expected != got:
+            raise GroupError(
+                f"{op}: group {self.identity} was opened over the mesh {expected}, "
+                f"but runs inside jax.shard_map over {got}"
+            )
+
+    def report_bad_routing(self, op: str, rank: Any, num_invalid: Any, num_repeated: Any) -> None:
+        """Keeps what debug mode found in one routing until `check()`."""
+        if int(num_invalid) or int(num_repeated):
+            self._bad_routings.append(
+                f"{op}: topk_idx of rank {int(rank)} holds {int(num_invalid)} ids outside "
+                f"[-1, num_experts) and repeats an expert in a token {int(num_repeated)} times"
+            )
+
+
+def _check_mesh(mesh: jax.sharding.Mesh, axes: tuple[str, ...]) -> None:
+    if not isinstance(mesh, jax.sharding.Mesh):
+        raise GroupError(
+            f"Group.open: mesh must be a jax.sharding.Mesh with devices, got {type(mesh).__name__}"
+        )
+    unknown = [a for a in axes if a not in mesh.shape]
+    if unknown or not axes or len(set(axes)) != len(axes):
+        raise GroupError(
+            f"Group.open: axis must name distinct axes of the mesh {tuple(mesh.axis_names)}, "
+            f"got {axes}"
+        )
+
+
+def _make_spec(mesh: jax.sharding.Mesh, axes: tuple[str, ...], name: str) -> GroupSpec:
+    mesh_axes = tuple(mesh.shape.items())
+    device_ids = tuple(d.id for d in mesh.devices.flat)
+    fingerprint = hashlib.sha256(repr((name, axes, mesh_axes, device_ids)).encode()).hexdigest()
+    return GroupSpec(
+        identity=f"{name}-{fingerprint[:16]}",
+        axes=axes,
+        mesh_axes=mesh_axes,
+        device_ids=device_ids,
+    )

@@ -1,0 +1,38 @@
+// combine: brings the rows of a dispatch back to their tokens and adds them.
+//
+// Numerics, the same in every twin: products and sums in f32 from +0, subnormals kept, never
+// contracted. Rank layout: the sum over ranks, in rank order, of the row. Expert layout: per rank
+// p = the sum, in row order (which is expert order), of weight * row, rounded to the rows' type,
+// then the sum of p over ranks in rank order. Then the biases in order, then one rounding.
+#pragma once
+
+#include <array>
+#include <cstdint>
+
+#include "core/types.h"
+
+namespace jax_ep {
+
+inline constexpr int kMaxBiases = 2;
+
+/// The operands and results of one rank. `C` = recv_capacity.
+struct CombineArgs {
+  RecvLayout layout;
+  DType dtype;
+  int num_ranks;
+  int num_slots;  // columns of send_row: num_ranks in the rank layout, num_topk in the other
+  int64_t num_tokens;
+  int64_t recv_capacity;
+  int64_t hidden;
+
+  const int32_t* send_rank;  // expert layout: [num_tokens, num_slots]; rank layout: null
+  const int32_t* send_row;   // [num_tokens, num_slots] row at that rank, or kNoIndex
+  const float* weights;      // [C], expert layout only, or null
+  const void* rows;          // [C, hidden]
+  int num_biases;
+  std::array<const void*, kMaxBiases> biases;  // [num_tokens, hidden]
+
+  void* out;  // [num_tokens, hidden]
+};
+
+}  // namespace jax_ep

@@ -1,0 +1,12 @@
+// The CUDA twins, as XLA calls them. Each is defined beside its op.
+#pragma once
+
+#include "xla/ffi/api/c_api.h"
+
+namespace jax_ep {
+
+extern "C" {
+XLA_FFI_Error* JaxEpGetDispatchLayoutCuda(XLA_FFI_CallFrame* call_frame);
+}
+
+}  // namespace jax_ep

@@ -1,0 +1,46 @@
+// dispatch: sends each token to the ranks of its experts, and records how to come back.
+//
+// The result on rank d, rank layout: one row per (token, d), ordered by (source rank, token).
+// Expert layout: one row per (token, local expert), grouped by expert, each group padded to the
+// alignment and ordered by (source rank, token, k).
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+
+#include "core/plan.h"
+
+namespace jax_ep {
+
+/// Rows that travel unread: the tokens, and whatever goes along with them.
+struct RowStream {
+  const std::byte* in;  // [num_tokens, row_bytes]
+  std::byte* out;       // [recv_capacity, row_bytes]
+  size_t row_bytes;
+};
+
+inline constexpr int kMaxRowStreams = 4;
+
+/// The operands and results of one rank. `L` = num_local_experts, `C` = recv_capacity.
+struct DispatchArgs {
+  DispatchShape shape;
+  Fill fill;
+
+  const int32_t* topk_idx;    // [num_tokens, num_topk]
+  const float* topk_weights;  // [num_tokens, num_topk] or null
+  int num_streams;
+  std::array<RowStream, kMaxRowStreams> streams;
+
+  int32_t* group_sizes;    // [L]
+  int32_t* num_recv;       // [1]
+  int32_t* num_dropped;    // [1]
+  int32_t* num_invalid;    // [1]
+  int32_t* recv_src;       // [C] source rank * num_tokens + token, or kNoIndex
+  int32_t* recv_k;         // expert layout: [C]; rank layout: null
+  int32_t* send_row;       // [num_tokens, num_send_slots] row at the destination, or kNoIndex
+  int32_t* recv_topk_idx;  // rank layout: [C, num_topk] local experts; expert layout: null
+  float* recv_weights;     // rank layout: [C, num_topk]; expert layout: [C]; null without weights
+};
+
+}  // namespace jax_ep

@@ -1,0 +1,167 @@
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <mutex>
+#include <optional>
+
+#include "ops/cpu_handlers.h"
+#include "ops/dispatch/dispatch_ffi.h"
+#include "ops/host_op.h"
+
+namespace jax_ep {
+namespace {
+
+// Every rank pulls its rows out of its peers' arrays, straight into their final place.
+//
+// Phases     list what each source sends, admit what fits, move.
+// Traffic    per received row: its bytes read from the peer, its bytes written.
+// Floor      rows * row_bytes / memcpy rate of all cores.
+class DispatchCall : public CallOf<DispatchArgs> {
+ public:
+  static void Poison(const DispatchArgs& args);
+
+  int num_phases() const override { return 3; }
+
+  void Run(int phase, int rank) override {
+    switch (phase) {
+      case 0: {
+        std::call_once(planned_, [&] { plan_.emplace(args[rank].shape); });
+        plan_->List(rank, args[rank].topk_idx);
+        return;
+      }
+      case 1:
+        return plan_->Admit(rank);
+      case 2:
+        WriteSendRows(rank);
+        WriteRows(rank);
+        WriteFill(rank);
+        return;
+    }
+  }
+
+ private:
+  void WriteSendRows(int src);
+  void WriteRows(int dst);
+  void WriteRow(int dst, int src, int32_t token, int32_t k, int32_t row);
+  void WriteFill(int dst);
+
+  std::once_flag planned_;
+  std::optional<DispatchPlan> plan_;
+};
+
+void DispatchCall::WriteSendRows(int src) {
+  const DispatchArgs& a = args[src];
+  const int num_slots = a.shape.num_send_slots();
+  std::fill_n(a.send_row, a.shape.num_tokens * num_slots, kNoIndex);
+  for (int dst = 0; dst < a.shape.experts.num_ranks; ++dst) {
+    plan_->ForEachRow(src, dst, [&](int32_t token, int32_t k, int32_t row) {
+      const int slot = a.shape.layout == RecvLayout::kRank ? dst : k;
+      a.send_row[int64_t{token} * num_slots + slot] = row;
+    });
+  }
+  a.num_invalid[0] = plan_->num_invalid(src);
+}
+
+void ResetIndices(const DispatchArgs& a) {
+  const int64_t capacity = a.shape.recv_capacity;
+  const int64_t num_choices = capacity * a.shape.num_topk;
+  std::fill_n(a.recv_src, capacity, kNoIndex);
+  if (a.recv_k) std::fill_n(a.recv_k, capacity, kNoIndex);
+  if (a.recv_topk_idx) std::fill_n(a.recv_topk_idx, num_choices, kNoIndex);
+  if (a.recv_weights) {
+    std::fill_n(a.recv_weights, a.shape.layout == RecvLayout::kRank ? num_choices : capacity, 0.0f);
+  }
+}
+
+void DispatchCall::WriteRows(int dst) {
+  const DispatchArgs& a = args[dst];
+  ResetIndices(a);
+  for (int src = 0; src < a.shape.experts.num_ranks; ++src) {
+    plan_->ForEachRow(src, dst, [&](int32_t token, int32_t k, int32_t row) {
+      WriteRow(dst, src, token, k, row);
+    });
+  }
+  std::copy_n(plan_->group_sizes(dst).begin(), plan_->group_sizes(dst).size(), a.group_sizes);
+  a.num_recv[0] = plan_->num_recv(dst);
+  a.num_dropped[0] = plan_->num_dropped(dst);
+}
+
+void DispatchCall::WriteRow(int dst, int src, int32_t token, int32_t k, int32_t row) {
+  const DispatchArgs& to = args[dst];
+  const DispatchArgs& from = args[src];
+  const ExpertMap& experts = to.shape.experts;
+  const int num_topk = to.shape.num_topk;
+  to.recv_src[row] = static_cast<int32_t>(src * to.shape.num_tokens + token);
+  for (int i = 0; i < to.num_streams; ++i) {
+    const size_t bytes = to.streams[i].row_bytes;
+    std::memcpy(to.streams[i].out + row * bytes, from.streams[i].in + token * bytes, bytes);
+  }
+  const int64_t first_choice = int64_t{token} * num_topk;
+  if (to.shape.layout == RecvLayout::kExpert) {
+    to.recv_k[row] = k;
+    if (to.recv_weights) to.recv_weights[row] = from.topk_weights[first_choice + k];
+    return;
+  }
+  for (int j = 0; j < num_topk; ++j) {
+    const int32_t id = from.topk_idx[first_choice + j];
+    if (!experts.IsExpert(id) || experts.RankOf(id) != dst) continue;
+    const int64_t choice = int64_t{row} * num_topk + j;
+    to.recv_topk_idx[choice] = experts.LocalOf(id);
+    if (to.recv_weights) to.recv_weights[choice] = from.topk_weights[first_choice + j];
+  }
+}
+
+// Rows without a token: alignment padding in front of num_recv, tail behind it.
+void DispatchCall::WriteFill(int dst) {
+  const DispatchArgs& a = args[dst];
+  const auto zero_rows = [&](int64_t begin, int64_t end) {
+    for (int i = 0; i < a.num_streams; ++i) {
+      const RowStream& stream = a.streams[i];
+      std::memset(stream.out + begin * stream.row_bytes, 0, (end - begin) * stream.row_bytes);
+    }
+  };
+  if (a.fill == Fill::kNone) return;
+  for (int64_t row = 0; row < a.num_recv[0]; ++row) {
+    if (a.recv_src[row] == kNoIndex) zero_rows(row, row + 1);
+  }
+  if (a.fill == Fill::kZeros) zero_rows(a.num_recv[0], a.shape.recv_capacity);
+}
+
+// 0xff in every byte is a NaN in each floating-point type that rows are made of.
+void DispatchCall::Poison(const DispatchArgs& a) {
+  ResetIndices(a);
+  std::fill_n(a.send_row, a.shape.num_tokens * a.shape.num_send_slots(), kNoIndex);
+  std::fill_n(a.group_sizes, a.shape.experts.num_local_experts(), 0);
+  a.num_recv[0] = a.num_dropped[0] = a.num_invalid[0] = 0;
+  if (a.recv_weights) {
+    const int64_t per_row = a.shape.layout == RecvLayout::kRank ? a.shape.num_topk : 1;
+    std::fill_n(a.recv_weights, a.shape.recv_capacity * per_row,
+                std::numeric_limits<float>::quiet_NaN());
+  }
+  for (int i = 0; i < a.num_streams; ++i) {
+    std::memset(a.streams[i].out, 0xff, a.shape.recv_capacity * a.streams[i].row_bytes);
+  }
+}
+
+ffi::Future Dispatch(OpSite* site, ffi::RunId run_id, int32_t device_id, I32Buffer position,
+                     I32Buffer topk_idx, F32Buffer topk_weights, ffi::RemainingArgs rows,
+                     I32Result group_sizes, I32Result num_recv, I32Result num_dropped,
+                     I32Result num_invalid, I32Result recv_src, I32Result recv_k,
+                     I32Result send_row, I32Result recv_topk_idx, F32Result recv_weights,
+                     ffi::RemainingRets recv_rows, int64_t expert_alignment, int64_t fill,
+                     std::string_view, int64_t layout, int64_t num_experts) {
+  DispatchArgs args;
+  ffi::Error error =
+      DecodeDispatch({topk_idx, topk_weights, rows, group_sizes, num_recv, num_dropped, num_invalid,
+                      recv_src, recv_k, send_row, recv_topk_idx, recv_weights, recv_rows,
+                      expert_alignment, fill, layout, num_experts},
+                     site->group->num_ranks(), args);
+  if (error.failure()) return Failed(error);
+  return JoinGroup<DispatchCall>("dispatch", {site, run_id.run_id, device_id}, position, args);
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxEpDispatchCpu, Dispatch, BindDispatch(HostBinding()));
+
+}  // namespace jax_ep

@@ -1,0 +1,51 @@
+// Reading buffers at the FFI border. Python has checked every static fact and says it better;
+// what is repeated here protects memory.
+#pragma once
+
+#include <sstream>
+#include <string>
+
+#include "core/types.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_ep {
+
+namespace ffi = xla::ffi;
+
+using I32Buffer = ffi::Buffer<ffi::S32>;
+using F32Buffer = ffi::Buffer<ffi::F32>;
+using I32Result = ffi::Result<I32Buffer>;
+using F32Result = ffi::Result<F32Buffer>;
+
+template <typename... Parts>
+ffi::Error InvalidArgument(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  return ffi::Error(ffi::ErrorCode::kInvalidArgument, message.str());
+}
+
+#define JAX_EP_REQUIRE(condition, ...)                     \
+  do {                                                     \
+    if (!(condition)) return InvalidArgument(__VA_ARGS__); \
+  } while (false)
+
+/// The data, or null for an empty buffer, which stands for an absent operand or result.
+template <typename Buffer>
+auto DataOrNull(Buffer buffer) -> decltype(buffer.typed_data()) {
+  return buffer.element_count() == 0 ? nullptr : buffer.typed_data();
+}
+
+/// Bytes of one row: everything behind the leading dimension.
+inline size_t RowBytes(ffi::AnyBuffer buffer) {
+  size_t bytes = ffi::ByteWidth(buffer.element_type());
+  for (size_t i = 1; i < buffer.dimensions().size(); ++i) bytes *= buffer.dimensions()[i];
+  return bytes;
+}
+
+/// The size of an axis, -1 when the buffer has fewer.
+template <typename Buffer>
+int64_t Dim(Buffer buffer, size_t axis) {
+  return axis < buffer.dimensions().size() ? buffer.dimensions()[axis] : -1;
+}
+
+}  // namespace jax_ep

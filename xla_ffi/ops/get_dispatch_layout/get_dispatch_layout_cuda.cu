@@ -1,0 +1,92 @@
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+
+#include "ops/cuda_handlers.h"
+#include "ops/get_dispatch_layout/get_dispatch_layout_ffi.h"
+
+namespace jax_ep {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kMaxBlocks = 64;
+constexpr size_t kMaxSharedBytes = 48 * 1024;
+
+// Counts the choices of this rank's tokens per rank, node and expert; marks token in rank.
+//
+// Geometry   one thread per token, a grid-stride loop; each block counts in shared memory and adds
+//            its counters to the result once. Integer sums do not depend on the order.
+// Protocol   none, the op is local.
+// Traffic    per token: 4 * num_topk bytes read, num_ranks bytes written.
+// Floor      num_tokens * (4 * num_topk + num_ranks) / HBM.
+__global__ void __launch_bounds__(kThreads)
+    GetDispatchLayoutKernel(GetDispatchLayoutArgs args, bool in_shared) {
+  extern __shared__ int32_t shared_counters[];
+  const int num_ranks = args.experts.num_ranks;
+  const int num_counters = num_ranks + args.num_nodes + args.experts.num_experts;
+  int32_t* per_rank = in_shared ? shared_counters : args.num_tokens_per_rank;
+  int32_t* per_node = in_shared ? per_rank + num_ranks : args.num_tokens_per_node;
+  int32_t* per_expert = in_shared ? per_node + args.num_nodes : args.num_tokens_per_expert;
+  if (in_shared) {
+    for (int i = threadIdx.x; i < num_counters; i += blockDim.x) shared_counters[i] = 0;
+    __syncthreads();
+  }
+
+  const int64_t stride = int64_t{gridDim.x} * blockDim.x;
+  for (int64_t token = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; token < args.num_tokens;
+       token += stride) {
+    for (int r = 0; r < num_ranks; ++r) args.is_token_in_rank[token * num_ranks + r] = false;
+    CountToken(
+        args, token, [](int32_t* counter) { atomicAdd(counter, 1); }, per_rank, per_node,
+        per_expert);
+  }
+  if (!in_shared) return;
+
+  __syncthreads();
+  for (int i = threadIdx.x; i < num_counters; i += blockDim.x) {
+    const int32_t count = shared_counters[i];
+    if (count == 0) continue;
+    int32_t* result = i < num_ranks ? args.num_tokens_per_rank + i
+                      : i < num_ranks + args.num_nodes
+                          ? args.num_tokens_per_node + (i - num_ranks)
+                          : args.num_tokens_per_expert + (i - num_ranks - args.num_nodes);
+    atomicAdd(result, count);
+  }
+}
+
+ffi::Error CudaError(const char* what, cudaError_t status) {
+  if (status == cudaSuccess) return ffi::Error::Success();
+  return ffi::Error(ffi::ErrorCode::kInternal, std::string("get_dispatch_layout: ") + what + ": " +
+                                                   cudaGetErrorString(status));
+}
+
+ffi::Error GetDispatchLayout(cudaStream_t stream, I32Buffer topk_idx, I32Result per_rank,
+                             I32Result per_node, I32Result per_expert, BoolResult in_rank) {
+  GetDispatchLayoutArgs args;
+  ffi::Error error =
+      DecodeGetDispatchLayout(topk_idx, per_rank, per_node, per_expert, in_rank, args);
+  if (error.failure()) return error;
+  for (I32Result counters : {per_rank, per_node, per_expert}) {
+    error = CudaError("clear",
+                      cudaMemsetAsync(counters->untyped_data(), 0, counters->size_bytes(), stream));
+    if (error.failure()) return error;
+  }
+  if (args.num_tokens == 0) return ffi::Error::Success();
+  const size_t counter_bytes =
+      sizeof(int32_t) * (args.experts.num_ranks + args.num_nodes + args.experts.num_experts);
+  const bool in_shared = counter_bytes <= kMaxSharedBytes;
+  const int64_t num_blocks =
+      std::min<int64_t>(kMaxBlocks, (args.num_tokens + kThreads - 1) / kThreads);
+  GetDispatchLayoutKernel<<<static_cast<unsigned>(num_blocks), kThreads,
+                            in_shared ? counter_bytes : 0, stream>>>(args, in_shared);
+  return CudaError("launch", cudaGetLastError());
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    JaxEpGetDispatchLayoutCuda, GetDispatchLayout,
+    BindGetDispatchLayout(ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>()),
+    {ffi::Traits::kCmdBufferCompatible});
+
+}  // namespace jax_ep

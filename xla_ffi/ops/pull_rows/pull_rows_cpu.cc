@@ -1,0 +1,52 @@
+#include <cstring>
+
+#include "ops/cpu_handlers.h"
+#include "ops/host_op.h"
+#include "ops/pull_rows/pull_rows_ffi.h"
+
+namespace jax_ep {
+namespace {
+
+// Every rank copies the rows it names out of its peers' arrays.
+//
+// Phases     one.
+// Traffic    per row: its bytes read from the peer, its bytes written.
+// Floor      rows * row_bytes / memcpy rate of all cores.
+class PullRowsCall : public CallOf<PullRowsArgs> {
+ public:
+  static void Poison(const PullRowsArgs& a) {
+    // 0xff in every byte is a NaN in each floating-point type that rows are made of.
+    std::memset(a.out, 0xff, a.num_pulled * a.row_bytes);
+  }
+
+  int num_phases() const override { return 1; }
+
+  void Run(int, int rank) override {
+    const PullRowsArgs& a = args[rank];
+    for (int64_t i = 0; i < a.num_pulled; ++i) {
+      std::byte* out = a.out + i * a.row_bytes;
+      const int64_t index = a.index[i];
+      if (index < 0 || index >= a.num_ranks * a.num_rows) {
+        std::memset(out, 0, a.row_bytes);
+        continue;
+      }
+      const std::byte* peer_rows = args[index / a.num_rows].rows;
+      std::memcpy(out, peer_rows + index % a.num_rows * a.row_bytes, a.row_bytes);
+    }
+  }
+};
+
+ffi::Future PullRows(OpSite* site, ffi::RunId run_id, int32_t device_id, I32Buffer position,
+                     I32Buffer index, ffi::AnyBuffer rows, ffi::Result<ffi::AnyBuffer> out,
+                     std::string_view) {
+  PullRowsArgs args;
+  ffi::Error error = DecodePullRows(index, rows, *out, site->group->num_ranks(), args);
+  if (error.failure()) return Failed(error);
+  return JoinGroup<PullRowsCall>("pull_rows", {site, run_id.run_id, device_id}, position, args);
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxEpPullRowsCpu, PullRows, BindPullRows(HostBinding()));
+
+}  // namespace jax_ep

@@ -1,0 +1,202 @@
+#include "runtime/exchange.h"
+
+#include <algorithm>
+#include <condition_variable>
+#include <map>
+#include <mutex>
+#include <thread>
+#include <tuple>
+#include <utility>
+
+#include "core/types.h"
+#include "runtime/thread_pool.h"
+
+namespace jax_ep {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+// How late the watchdog may notice an expired call.
+std::chrono::milliseconds WatchPeriod(std::chrono::milliseconds timeout) {
+  using std::chrono::milliseconds;
+  return std::clamp(timeout / 4, milliseconds(10), milliseconds(500));
+}
+
+int NumWorkers(int num_members) {
+  const int num_cores = static_cast<int>(std::thread::hardware_concurrency());
+  return std::clamp(num_members, 1, std::max(num_cores, 2));
+}
+
+}  // namespace
+
+struct Exchange::State : std::enable_shared_from_this<Exchange::State> {
+  struct Participation {
+    std::function<void()> poison;
+    Done done;
+  };
+  struct Call {
+    std::shared_ptr<PhasedCall> body;
+    const char* op;
+    Clock::time_point deadline;
+    int num_arrived = 0;
+    int first_rank = kNoIndex;
+    std::vector<Participation> participants;  // by rank; done is empty until the rank arrives
+    int phase = 0;
+    std::atomic<int> num_running = 0;
+  };
+  using Key = std::tuple<uint64_t, int64_t, int>;  // site, run, slice
+
+  State(int num_slices, int num_ranks_, std::chrono::milliseconds timeout_)
+      : num_ranks(num_ranks_),
+        timeout(timeout_),
+        workers(NumWorkers(num_slices * num_ranks_)),
+        completions(ThreadPool::kUnbounded) {}
+
+  const int num_ranks;
+  const std::chrono::milliseconds timeout;
+  std::mutex mutex;
+  std::condition_variable closed;
+  std::map<Key, std::shared_ptr<Call>> open;
+  std::optional<ErrorRecord> error;
+  int skip_rank = kNoIndex;
+  bool is_closed = false;
+  ThreadPool workers;
+  ThreadPool completions;
+
+  void Poison(Participation participation) {
+    completions.Submit([p = std::move(participation)] {
+      p.poison();
+      p.done();
+    });
+  }
+
+  void StartPhase(const std::shared_ptr<Call>& call) {
+    call->num_running.store(num_ranks, std::memory_order_relaxed);
+    for (int rank = 0; rank < num_ranks; ++rank) {
+      workers.Submit([self = shared_from_this(), call, rank] {
+        call->body->Run(call->phase, rank);
+        if (call->num_running.fetch_sub(1, std::memory_order_acq_rel) == 1) self->EndPhase(call);
+      });
+    }
+  }
+
+  void EndPhase(const std::shared_ptr<Call>& call) {
+    if (++call->phase < call->body->num_phases()) {
+      StartPhase(call);
+      return;
+    }
+    for (Participation& participant : call->participants) {
+      completions.Submit(std::move(participant.done));
+    }
+  }
+
+  void Fail(const ErrorRecord& record) {
+    std::map<Key, std::shared_ptr<Call>> abandoned;
+    {
+      std::lock_guard<std::mutex> lock(mutex);
+      if (!error) error = record;
+      abandoned.swap(open);
+    }
+    for (auto& [key, call] : abandoned) {
+      for (Participation& participant : call->participants) {
+        if (participant.done) Poison(std::move(participant));
+      }
+    }
+  }
+
+  std::optional<ErrorRecord> FindExpired() {
+    for (const auto& [key, call] : open) {
+      if (Clock::now() < call->deadline) continue;
+      int missing = 0;
+      while (call->participants[missing].done) ++missing;
+      return ErrorRecord{.kind = ErrorRecord::Kind::kPeerTimeout,
+                         .op = call->op,
+                         .rank = call->first_rank,
+                         .peer = missing,
+                         .expected = num_ranks,
+                         .seen = call->num_arrived};
+    }
+    return std::nullopt;
+  }
+
+  static void Watch(const std::shared_ptr<State>& state) {
+    std::unique_lock<std::mutex> lock(state->mutex);
+    while (!state->is_closed) {
+      state->closed.wait_for(lock, WatchPeriod(state->timeout));
+      if (const auto record = state->FindExpired()) {
+        lock.unlock();
+        state->Fail(*record);
+        lock.lock();
+      }
+    }
+  }
+};
+
+Exchange::Exchange(int num_slices, int num_ranks, std::chrono::milliseconds timeout)
+    : num_ranks_(num_ranks), state_(std::make_shared<State>(num_slices, num_ranks, timeout)) {
+  std::thread(State::Watch, state_).detach();
+}
+
+Exchange::~Exchange() {
+  {
+    std::lock_guard<std::mutex> lock(state_->mutex);
+    state_->is_closed = true;
+  }
+  state_->closed.notify_all();
+}
+
+void Exchange::JoinErased(const Arrival& arrival, Participant participant) {
+  const int rank = arrival.member.rank;
+  const State::Key key{arrival.site, arrival.run_id, arrival.member.slice};
+  std::shared_ptr<State::Call> complete;
+  bool is_repeated = false;
+  {
+    std::lock_guard<std::mutex> lock(state_->mutex);
+    if (!state_->error && state_->skip_rank != rank) {
+      std::shared_ptr<State::Call>& call = state_->open[key];
+      if (!call) {
+        call = std::make_shared<State::Call>();
+        call->body = participant.make();
+        call->op = arrival.op;
+        call->deadline = Clock::now() + state_->timeout;
+        call->first_rank = rank;
+        call->participants.resize(num_ranks_);
+      }
+      is_repeated = static_cast<bool>(call->participants[rank].done);
+      if (!is_repeated) {
+        participant.deposit(*call->body);
+        call->participants[rank] = {std::move(participant.poison), std::move(participant.done)};
+        if (++call->num_arrived < num_ranks_) return;
+        complete = call;
+        state_->open.erase(key);
+      }
+    }
+  }
+  if (complete) {
+    state_->StartPhase(complete);
+    return;
+  }
+  if (is_repeated) {
+    Fail({.kind = ErrorRecord::Kind::kArrivedTwice,
+          .op = arrival.op,
+          .rank = rank,
+          .peer = kNoIndex,
+          .expected = 1,
+          .seen = 2});
+  }
+  state_->Poison({std::move(participant.poison), std::move(participant.done)});
+}
+
+void Exchange::Fail(const ErrorRecord& record) { state_->Fail(record); }
+
+std::optional<ErrorRecord> Exchange::error() const {
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  return state_->error;
+}
+
+void Exchange::SkipRank(int rank) {
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  state_->skip_rank = rank;
+}
+
+}  // namespace jax_ep

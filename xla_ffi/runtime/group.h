@@ -1,0 +1,51 @@
+// The native half of jax_ep.Group: who is who, and the exchange between them.
+//
+// Executables hold a shared_ptr to it, so a closed group lives until the last of them is gone.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "runtime/exchange.h"
+
+namespace jax_ep {
+
+/// One device of the group's mesh.
+struct Seat {
+  int64_t device_id;  // what XLA reports as the device ordinal
+  Member member;
+};
+
+class Group {
+ public:
+  /// `seats` in the row-major order of the mesh, over all of its axes.
+  Group(std::string identity, std::vector<Seat> seats, int num_slices, int num_ranks,
+        std::chrono::milliseconds timeout);
+
+  const std::string& identity() const { return identity_; }
+  int num_ranks() const { return num_ranks_; }
+  Exchange& exchange() { return exchange_; }
+  const Exchange& exchange() const { return exchange_; }
+
+  /// The member at `position` of the mesh. A device that is not the one the group has there means
+  /// that the program runs over another mesh or another device order: the group fails, and the
+  /// device's own place (or the first seat, for a stranger) is returned.
+  Member Locate(const char* op, int64_t device_id, int64_t position);
+
+  /// Names one call site of one executable; never reused.
+  uint64_t NewSite() { return next_site_.fetch_add(1); }
+
+ private:
+  std::string identity_;
+  int num_ranks_;
+  std::vector<Seat> seats_;
+  std::unordered_map<int64_t, int64_t> position_of_device_;
+  std::atomic<uint64_t> next_site_ = 0;
+  Exchange exchange_;
+};
+
+}  // namespace jax_ep

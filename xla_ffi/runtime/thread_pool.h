@@ -1,0 +1,29 @@
+// Threads for host work. A pool grows up to its limit when no thread is idle, and shrinks again.
+#pragma once
+
+#include <functional>
+#include <memory>
+
+namespace jax_ep {
+
+class ThreadPool {
+ public:
+  /// With kUnbounded a task never waits for another one, whatever that one blocks on.
+  static constexpr int kUnbounded = 1 << 30;
+
+  explicit ThreadPool(int max_threads);
+  /// Does not wait: running tasks finish on their own, so a task may destroy its own pool.
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  /// Any thread. Tasks start in the order of submission, with the default floating-point
+  /// environment (subnormals kept) whoever submits them.
+  void Submit(std::function<void()> task);
+
+ private:
+  struct State;
+  std::shared_ptr<State> state_;
+};
+
+}  // namespace jax_ep
