@@ -2,9 +2,9 @@
 
 import argparse
 import sys
+from importlib.metadata import version
 
 import jax
-import jaxlib
 import numpy as np
 
 import jax_ep
@@ -15,7 +15,7 @@ from jax_ep.errors import GroupError
 def info() -> None:
     """Prints versions, native modules, devices, and a group over all devices."""
     print(
-        f"jax_ep {jax_ep.__version__}, jax {jax.__version__}, jaxlib {jaxlib.__version__}, ", end=""
+        f"jax_ep {jax_ep.__version__}, jax {jax.__version__}, jaxlib {version('jaxlib')}, ", end=""
     )
     print(f"python {sys.version.split()[0]}, numpy {np.__version__}")
     for backend in ("cpu", "cuda"):

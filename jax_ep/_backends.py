@@ -1,7 +1,7 @@
 """Which back ends there are, which are usable where, and how the operations reach them."""
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 
@@ -9,58 +9,31 @@ from jax_ep import _native, _xla, config
 from jax_ep._primitives.combine import combine
 from jax_ep._primitives.dispatch import dispatch
 from jax_ep._primitives.pull_rows import pull_rows
-from jax_ep._spec import DispatchSpec, GroupSpec, Routed, RowIndex
-from jax_ep.config import Layout
+from jax_ep._spec import CombineSpec, DispatchSpec, GroupSpec, Routed, RowIndex
 from jax_ep.errors import ConfigError, GroupError
 
 _USABLE = "usable"
 
 
-class Backend(Protocol):
-    """The three communicating operations. Inside shard_map, on arrays that vary over the group."""
+class Backend(NamedTuple):
+    """The communicating operations. Inside shard_map, on arrays that vary over the group."""
 
-    def dispatch(
-        self,
-        spec: DispatchSpec,
-        topk_idx: jax.Array,
-        topk_weights: jax.Array | None,
-        rows: Sequence[jax.Array],
-    ) -> Routed:
-        """Routes tokens and moves their rows."""
-        ...
-
-    def pull_rows(self, group: GroupSpec, index: jax.Array, rows: jax.Array) -> jax.Array:
-        """Reads rows of the peers' arrays."""
-        ...
-
-    def combine(
-        self,
-        group: GroupSpec,
-        layout: Layout,
-        index: RowIndex,
-        weights: jax.Array | None,
-        rows: jax.Array,
-        biases: Sequence[jax.Array],
-    ) -> jax.Array:
-        """Brings rows back to their tokens and adds them."""
-        ...
+    dispatch: Callable[
+        [DispatchSpec, jax.Array, jax.Array | None, Sequence[jax.Array]], Routed
+    ]  # spec, topk_idx, topk_weights, rows
+    pull_rows: Callable[[GroupSpec, jax.Array, jax.Array], jax.Array]  # group, index, rows
+    combine: Callable[
+        [CombineSpec, RowIndex, jax.Array, jax.Array | None, Sequence[jax.Array]], jax.Array
+    ]  # spec, index, rows, weights, biases
 
 
-class _CustomCalls:
-    dispatch = staticmethod(dispatch)
-    pull_rows = staticmethod(pull_rows)
-    combine = staticmethod(combine)
-
-
-class _StockCollectives:
-    dispatch = staticmethod(_xla.dispatch)
-    pull_rows = staticmethod(_xla.pull_rows)
-    combine = staticmethod(_xla.combine)
+_CUSTOM_CALLS = Backend(dispatch, pull_rows, combine)
+_STOCK_COLLECTIVES = Backend(_xla.dispatch, _xla.pull_rows, _xla.combine)
 
 
 def get(backend: str) -> Backend:
     """The operations of a back end."""
-    return _StockCollectives() if backend == "xla" else _CustomCalls()
+    return _STOCK_COLLECTIVES if backend == "xla" else _CUSTOM_CALLS
 
 
 def is_usable(reason: str) -> bool:

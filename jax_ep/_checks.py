@@ -25,7 +25,8 @@ def require_array(x: Any, *, op: str, argument: str) -> jax.Array:
     """`x` as an array with a shape and a dtype."""
     if not hasattr(x, "shape") or not hasattr(x, "dtype"):
         raise DTypeError(f"{op}: {argument} must be an array, got {type(x).__name__}")
-    return jnp.asarray(x)
+    array: jax.Array = jnp.asarray(x)
+    return array
 
 
 def require_shape(x: jax.Array, shape: Sequence[int], *, op: str, argument: str) -> None:
@@ -41,9 +42,9 @@ def require_dtype(x: jax.Array, dtypes: Sequence[Any], *, op: str, argument: str
         raise DTypeError(f"{op}: {argument} must be {names}, got {x.dtype.name}")
 
 
-def require_rows(x: Any, *, op: str, argument: str) -> jax.Array:
+def require_rows(value: Any, *, op: str, argument: str) -> jax.Array:
     """[rows, hidden] of a float type, a row being a multiple of 16 bytes."""
-    x = require_array(x, op=op, argument=argument)
+    x = require_array(value, op=op, argument=argument)
     if x.ndim != 2 or 0 in x.shape:
         raise ShapeError(
             f"{op}: {argument} must be [rows, hidden], both positive, got shape {x.shape}"
@@ -58,9 +59,9 @@ def require_rows(x: Any, *, op: str, argument: str) -> jax.Array:
     return x
 
 
-def require_topk_idx(topk_idx: Any, *, num_experts: int, op: str) -> jax.Array:
+def require_topk_idx(value: Any, *, num_experts: int, op: str) -> jax.Array:
     """[num_tokens, num_topk] int32. Wider ids that do not fit stay invalid."""
-    topk_idx = require_array(topk_idx, op=op, argument="topk_idx")
+    topk_idx = require_array(value, op=op, argument="topk_idx")
     if topk_idx.ndim != 2 or 0 in topk_idx.shape:
         raise ShapeError(
             f"{op}: topk_idx must be [num_tokens, num_topk], both positive, "

@@ -86,6 +86,16 @@ class DispatchSpec:
         return self.num_experts // self.group.num_ranks
 
 
+@dataclass(frozen=True)
+class CombineSpec:
+    """The static facts of one combine; equal on all ranks."""
+
+    group: GroupSpec
+    backend: str
+    layout: Layout
+    recv_capacity: int
+
+
 class Routed(NamedTuple):
     """What a back end's dispatch gives, on one rank. `C` = recv_capacity, `L` = local experts."""
 

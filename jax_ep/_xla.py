@@ -5,12 +5,13 @@ partial sums by all_to_all. Sums are written out one by one, so their order is o
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jax_ep._primitives.check_mesh import check_mesh
-from jax_ep._spec import DispatchSpec, GroupSpec, Routed, RowIndex
+from jax_ep._spec import CombineSpec, DispatchSpec, GroupSpec, Routed, RowIndex
 from jax_ep.config import Layout
 
 
@@ -119,24 +120,26 @@ def pull_rows(group: GroupSpec, index: jax.Array, rows: jax.Array) -> jax.Array:
 
 
 def combine(
-    group: GroupSpec,
-    layout: Layout,
+    spec: CombineSpec,
     index: RowIndex,
-    weights: jax.Array | None,
     rows: jax.Array,
+    weights: jax.Array | None,
     biases: Sequence[jax.Array],
 ) -> jax.Array:
     """[num_tokens, hidden]; the contract of the custom call."""
     num_tokens, num_slots = index.send_row.shape
-    num_all = group.num_ranks * num_tokens
-    recv_src = check_mesh(index.recv_src, group, op="combine")
-    if layout is Layout.RANK:
+    num_all = spec.group.num_ranks * num_tokens
+    recv_src = check_mesh(index.recv_src, spec.group, op="combine")
+    if spec.layout is Layout.RANK:
         partial = _take(rows, _invert(recv_src, num_all))
     else:
         partial = _sum_in_row_order(recv_src, num_all, num_slots, weights, rows)
     # [destination rank, token, hidden]: what each rank has for the tokens of this one
     parts = jax.lax.all_to_all(
-        partial.reshape(group.num_ranks, num_tokens, -1), group.axes, split_axis=0, concat_axis=0
+        partial.reshape(spec.group.num_ranks, num_tokens, -1),
+        spec.group.axes,
+        split_axis=0,
+        concat_axis=0,
     )
     total = jnp.zeros(parts.shape[1:], jnp.float32)
     for part in [*parts, *biases]:
@@ -163,22 +166,32 @@ def _sum_in_row_order(
         row = _invert(jnp.where(turn == j, recv_src, -1), num_all)
         term = _take(rows, row).astype(jnp.float32)
         if weights is not None:
-            # The barrier keeps XLA from contracting the product into the sum.
-            term = jax.lax.optimization_barrier(term * _take(weights, row)[:, None])
+            term = _keep_product(term * _take(weights, row)[:, None], row)
         total = total + term
     return _round(total, rows.dtype)
 
 
-def _round(total: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    # Without the explicit precision XLA may keep the f32 value where the result is widened again.
-    info = jnp.finfo(dtype)
-    exact = jax.lax.reduce_precision(total, exponent_bits=info.nexp, mantissa_bits=info.nmant)
-    return exact.astype(dtype)
+def _keep_product(product: jax.Array, row: jax.Array) -> jax.Array:
+    """The f32 product, unchanged, but never contracted into the sum that follows.
+
+    XLA:CPU drops an optimization_barrier before it fuses and contracts. An integer addition in
+    between stops it: of a zero that the compiler cannot know to be one, since rows are >= -1.
+    """
+    zero = (row == -2).astype(jnp.int32)[:, None]
+    bits = jax.lax.bitcast_convert_type(product, jnp.int32)
+    return jax.lax.bitcast_convert_type(bits + zero, jnp.float32)
+
+
+def _round(total: jax.Array, dtype: Any) -> jax.Array:
+    # Behind the barrier XLA cannot hand the unrounded value to whoever widens the result again.
+    rounded: jax.Array = jax.lax.optimization_barrier(total.astype(dtype))
+    return rounded
 
 
 def _gather_tokens(group: GroupSpec, x: jax.Array) -> jax.Array:
     """[num_ranks * T, ...] from every rank's [T, ...]."""
-    return jax.lax.all_gather(x, group.axes, tiled=True)
+    gathered: jax.Array = jax.lax.all_gather(x, group.axes, tiled=True)
+    return gathered
 
 
 def _rank_of(ids: jax.Array, num_local_experts: int) -> jax.Array:
@@ -186,13 +199,16 @@ def _rank_of(ids: jax.Array, num_local_experts: int) -> jax.Array:
 
 
 def _own(rows: jax.Array, rank: jax.Array, num_tokens: int) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(rows, rank * num_tokens, num_tokens)
+    own: jax.Array = jax.lax.dynamic_slice_in_dim(rows, rank * num_tokens, num_tokens)
+    return own
 
 
 def _take(x: jax.Array, index: jax.Array, *, fill: int = 0) -> jax.Array:
     """x[index], `fill` where the index is -1."""
+    taken: jax.Array
     valid = (index >= 0).reshape(index.shape + (1,) * (x.ndim - 1))
-    return jnp.where(valid, x[jnp.maximum(index, 0)], jnp.asarray(fill, x.dtype))
+    taken = jnp.where(valid, x[jnp.maximum(index, 0)], jnp.asarray(fill, x.dtype))
+    return taken
 
 
 def _invert(row: jax.Array, size: int) -> jax.Array:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_ep import _backends, _checks, _jax_compat, _registry
-from jax_ep._spec import GroupSpec, RowIndex
+from jax_ep._spec import CombineSpec, RowIndex
 from jax_ep.config import Layout
 from jax_ep.errors import ConfigError, GroupError, ShapeError
 from jax_ep.handle import DispatchHandle
@@ -66,24 +66,34 @@ def combine(
             f"(layout={handle.layout!r}) has it, got shape {rows.shape}"
         )
     _require_whole(handle, layout, group.num_ranks)
-    num_tokens = handle.send_row.shape[0]
-    biases = () if bias is None else bias if isinstance(bias, (tuple, list)) else (bias,)
-    if len(biases) > _MAX_BIASES:
-        raise ConfigError(f"{_OP}: bias takes at most {_MAX_BIASES} arrays, got {len(biases)}")
-    for b in biases:
-        _checks.require_array(b, op=_OP, argument="bias")
-        _checks.require_shape(b, (num_tokens, rows.shape[1]), op=_OP, argument="bias")
-        _checks.require_dtype(b, (rows.dtype,), op=_OP, argument="bias")
+    biases = _as_biases(bias, rows, handle.send_row.shape[0])
     _require_weights(weights, handle, layout)
-    backend = _checks.require_backend(backend, group, op=_OP)
-    index = handle.index()
-    tree = (rows, weights, tuple(biases), index, handle.recv_k)
-    leaves, structure = jax.tree.flatten(tree)
-    leaves = _jax_compat.vary_alike([jnp.asarray(a) for a in leaves], group.axes)
+    spec = CombineSpec(
+        group=group.spec,
+        backend=_checks.require_backend(backend, group, op=_OP),
+        layout=layout,
+        recv_capacity=handle.recv_capacity,
+    )
+    operands = (rows, weights, biases, handle.index(), handle.recv_k)
+    leaves, structure = jax.tree.flatten(operands)
+    leaves = list(_jax_compat.vary_alike([jnp.asarray(a) for a in leaves], group.axes))
     rows, weights, biases, index, recv_k = jax.tree.unflatten(structure, leaves)
     if weights is not None and weights.ndim == 2:
-        weights = _to_rows(group.spec, backend, weights, index, recv_k, handle.recv_capacity)
-    return _combine((group.spec, backend, layout), rows, weights, biases, index)
+        weights = _to_rows(spec, weights, index, recv_k)
+    return _combine(spec, rows, weights, biases, index)
+
+
+def _as_biases(
+    bias: jax.Array | Sequence[jax.Array] | None, rows: jax.Array, num_tokens: int
+) -> tuple[jax.Array, ...]:
+    given = () if bias is None else bias if isinstance(bias, (tuple, list)) else (bias,)
+    if len(given) > _MAX_BIASES:
+        raise ConfigError(f"{_OP}: bias takes at most {_MAX_BIASES} arrays, got {len(given)}")
+    biases = tuple(_checks.require_array(b, op=_OP, argument="bias") for b in given)
+    for b in biases:
+        _checks.require_shape(b, (num_tokens, rows.shape[1]), op=_OP, argument="bias")
+        _checks.require_dtype(b, (rows.dtype,), op=_OP, argument="bias")
+    return biases
 
 
 def _require_whole(handle: DispatchHandle, layout: Layout, num_ranks: int) -> None:
@@ -118,37 +128,32 @@ def _require_weights(weights: jax.Array | None, handle: DispatchHandle, layout: 
     _checks.require_dtype(weights, (jnp.float32,), op=_OP, argument="weights")
 
 
-_Static = tuple[GroupSpec, str, Layout]
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _combine(
-    static: _Static,
+    spec: CombineSpec,
     rows: jax.Array,
     weights: jax.Array | None,
     biases: tuple[jax.Array, ...],
     index: RowIndex,
 ) -> jax.Array:
-    group, backend, layout = static
-    return _backends.get(backend).combine(group, layout, index, weights, rows, biases)
+    return _backends.get(spec.backend).combine(spec, index, rows, weights, biases)
 
 
 def _combine_fwd(
-    static: _Static,
+    spec: CombineSpec,
     rows: jax.Array,
     weights: jax.Array | None,
     biases: tuple[jax.Array, ...],
     index: RowIndex,
 ) -> tuple[jax.Array, Any]:
-    out = _combine(static, rows, weights, biases, index)
+    out = _combine(spec, rows, weights, biases, index)
     saved_rows = None if weights is None else rows
     return out, (saved_rows, weights, len(biases), index.recv_src)
 
 
-def _combine_bwd(static: _Static, residuals: Any, ct: jax.Array) -> tuple[Any, Any, Any, None]:
-    group, backend, _ = static
+def _combine_bwd(spec: CombineSpec, residuals: Any, ct: jax.Array) -> tuple[Any, Any, Any, None]:
     rows, weights, num_biases, recv_src = residuals
-    rows_bar = _backends.get(backend).pull_rows(group, recv_src, ct)
+    rows_bar = _backends.get(spec.backend).pull_rows(spec.group, recv_src, ct)
     bias_bars = (ct,) * num_biases
     if weights is None:
         return rows_bar, None, bias_bars, None
@@ -163,42 +168,31 @@ _combine.defvjp(_combine_fwd, _combine_bwd)
 
 
 def _to_rows(
-    group: GroupSpec,
-    backend: str,
-    weights: jax.Array,
-    index: RowIndex,
-    recv_k: jax.Array,
-    recv_capacity: int,
+    spec: CombineSpec, weights: jax.Array, index: RowIndex, recv_k: jax.Array
 ) -> jax.Array:
     """Weights [T, K] at the tokens, moved to the rows: [C]. Its transpose moves them back."""
     num_topk = weights.shape[1]
-    at_tokens = jnp.where(index.recv_src >= 0, index.recv_src * num_topk + recv_k, -1)
-    send_rank = index.send_rank
+    send_rank, send_row, recv_src = index.send_rank, index.send_row, index.recv_src
     assert send_rank is not None
-    at_rows = jnp.where(index.send_row >= 0, send_rank * recv_capacity + index.send_row, -1)
-    moved = _move((group, backend), weights.reshape(-1, 1), at_tokens, at_rows.reshape(-1))
+    from_tokens = jnp.where(recv_src >= 0, recv_src * num_topk + recv_k, -1)
+    from_rows = jnp.where(send_row >= 0, send_rank * spec.recv_capacity + send_row, -1)
+    moved = _move(spec, weights.reshape(-1, 1), from_tokens, from_rows.reshape(-1))
     return moved[:, 0]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _move(
-    static: tuple[GroupSpec, str], x: jax.Array, index: jax.Array, inverse: jax.Array
-) -> jax.Array:
-    group, backend = static
-    return _backends.get(backend).pull_rows(group, index, x)
+def _move(spec: CombineSpec, x: jax.Array, index: jax.Array, inverse: jax.Array) -> jax.Array:
+    return _backends.get(spec.backend).pull_rows(spec.group, index, x)
 
 
 def _move_fwd(
-    static: tuple[GroupSpec, str], x: jax.Array, index: jax.Array, inverse: jax.Array
+    spec: CombineSpec, x: jax.Array, index: jax.Array, inverse: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    return _move(static, x, index, inverse), inverse
+    return _move(spec, x, index, inverse), inverse
 
 
-def _move_bwd(
-    static: tuple[GroupSpec, str], inverse: jax.Array, ct: jax.Array
-) -> tuple[jax.Array, None, None]:
-    group, backend = static
-    return _backends.get(backend).pull_rows(group, inverse, ct), None, None
+def _move_bwd(spec: CombineSpec, inverse: jax.Array, ct: jax.Array) -> tuple[jax.Array, None, None]:
+    return _backends.get(spec.backend).pull_rows(spec.group, inverse, ct), None, None
 
 
 _move.defvjp(_move_fwd, _move_bwd)

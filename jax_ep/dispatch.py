@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_ep import _backends, _checks, _jax_compat, config
-from jax_ep._spec import DispatchSpec, Routed, RowIndex
+from jax_ep._spec import CombineSpec, DispatchSpec, Routed, RowIndex
 from jax_ep.config import Fill, Layout
 from jax_ep.errors import ConfigError
 from jax_ep.group import Group
@@ -166,7 +166,8 @@ def _dispatch_bwd(spec: DispatchSpec, residuals: Any, ct: Routed) -> tuple[Any, 
     topk_idx, send_row, recv_src = residuals
     backend = _backends.get(spec.backend)
     index = RowIndex(_send_rank(spec, topk_idx, send_row), send_row, recv_src)
-    x_bar = backend.combine(spec.group, spec.layout, index, None, ct.rows[0], ())
+    back = CombineSpec(spec.group, spec.backend, spec.layout, spec.recv_capacity)
+    x_bar = backend.combine(back, index, ct.rows[0], None, ())
     if ct.recv_weights is None:
         return x_bar, None, None
     place = _place_of_choice(spec, topk_idx, send_row)

@@ -1,1 +1,1 @@
-"""What JAX must know of each custom call: result shapes, lowering, and which transforms it refuses."""
+"""What JAX must know of each custom call: result shapes, lowering, what it refuses."""

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 
 from jax_ep._primitives._base import make_primitive
 from jax_ep._primitives.check_mesh import check_mesh
-from jax_ep._spec import GroupSpec, RowIndex
-from jax_ep.config import Layout
+from jax_ep._spec import CombineSpec, RowIndex
 
 
 def _results(
@@ -22,15 +21,14 @@ _bind = make_primitive("combine", _results, platforms=("cpu",), attributes=("gro
 
 
 def combine(
-    group: GroupSpec,
-    layout: Layout,
+    spec: CombineSpec,
     index: RowIndex,
-    weights: jax.Array | None,
     rows: jax.Array,
+    weights: jax.Array | None,
     biases: Sequence[jax.Array],
 ) -> jax.Array:
     """The custom call: [num_tokens, hidden] from rows [recv_capacity, hidden]."""
-    position = check_mesh(group.position(), group, op="combine")
+    position = check_mesh(spec.group.position(), spec.group, op="combine")
     return _bind(
         position,
         jnp.zeros((0,), jnp.int32) if index.send_rank is None else index.send_rank,
@@ -38,6 +36,6 @@ def combine(
         jnp.zeros((0,), jnp.float32) if weights is None else weights,
         rows,
         *biases,
-        group=group.identity,
-        layout=layout.value,
+        group=spec.group.identity,
+        layout=spec.layout.value,
     )[0]

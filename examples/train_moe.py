@@ -1,0 +1,374 @@
+"""Trains a small mixture-of-experts language model, data and expert parallel, in two minutes.
+
+    python examples/train_moe.py
+
+A byte-level transformer learns the Python standard library's own sources. The mesh has the axes
+"data" and "expert": the batch is sharded over both, the experts over "expert", all else is
+replicated. Each MoE layer is `jax_ep.dispatch`, `jax.lax.ragged_dot` twice, `jax_ep.combine`, all
+of it differentiated, scanned over layers and rematerialised. Without GPUs it runs on eight virtual
+CPU devices. It ends with the loss on files it has not seen, beside what counting bytes (unigram)
+and pairs of bytes (bigram) can reach on the same files; it must be below both.
+
+`--compare xla` trains the same steps through `backend="xla"` as well and prints the differences.
+"""
+
+import argparse
+import dataclasses
+import math
+import os
+import sys
+import sysconfig
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to train. Every field is a command line flag; None is chosen in `parse_flags`."""
+
+    d_model: int = 128
+    layers: int = 2
+    heads: int = 4
+    experts: int = 8
+    topk: int = 2
+    balance: float = 1.25
+    seq: int = 128
+    batch: int = 16
+    steps: int | None = None
+    learning_rate: float = 4e-3
+    seed: int = 0
+    backend: str = "auto"
+    compare: str | None = None
+    devices: int | None = None
+    expert_parallel: int | None = None
+    out: Path = Path("out")
+
+    @property
+    def d_hidden(self) -> int:
+        """Width of one expert."""
+        return 2 * self.d_model
+
+
+DEFAULT_STEPS = 400
+COMPARE_STEPS = 20
+
+
+def parse_flags() -> Config:
+    parser = argparse.ArgumentParser(
+        description="Trains a small mixture-of-experts model on Python's standard library.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+
+    def flag(name: str, text: str, kind: type = int, **more: object) -> None:
+        default = getattr(Config, name.replace("-", "_"))
+        parser.add_argument(f"--{name}", type=kind, default=default, help=text, **more)
+
+    flag("d-model", "width of the residual stream, a multiple of --heads and of 4")
+    flag("layers", "number of layers, each attention and MoE")
+    flag("heads", "attention heads")
+    flag("experts", "experts of each layer, a multiple of --expert-parallel")
+    flag("topk", "experts of each token")
+    flag("balance", "room to receive, in multiples of a perfectly balanced routing", float)
+    flag("seq", "bytes of one sequence")
+    flag("batch", "sequences of one step over all devices, a multiple of --devices")
+    flag("steps", f"optimiser steps; None: {DEFAULT_STEPS}, with --compare {COMPARE_STEPS}")
+    flag("learning-rate", "peak of the warmup-cosine schedule", float)
+    flag("seed", "of parameters, batches and samples")
+    flag("backend", "what carries the rows", str, choices=["auto", "cpu", "cuda", "xla"])
+    flag("compare", "train with this back end too and compare", str, choices=["xla"])
+    flag("devices", "devices to use, the first of jax.devices(); None: at most 8")
+    flag("expert-parallel", "size of the mesh axis 'expert'; None: 4, or what divides --devices")
+    flag("out", "folder of the loss plot", Path)
+    config = Config(**vars(parser.parse_args()))
+    if config.steps is None:
+        steps = COMPARE_STEPS if config.compare else DEFAULT_STEPS
+        config = dataclasses.replace(config, steps=steps)
+    return config
+
+
+def prepare_environment(config: Config) -> None:
+    """Sets what JAX's CPU client reads when it starts; other platforms ignore it."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_force_host_platform_device_count" not in flags:
+        count = config.devices or 8
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={count}".strip()
+    # Virtual devices that wait for each other need a thread each, however few the cores.
+    os.environ.setdefault("PJRT_NPROC", "16")
+
+
+if __name__ == "__main__":
+    # Before JAX is imported: it reads the environment once, and --help should not wait for it.
+    CONFIG = parse_flags()
+    prepare_environment(CONFIG)
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import matplotlib  # noqa: E402
+import numpy as np  # noqa: E402
+import optax  # noqa: E402
+from jax.sharding import Mesh, NamedSharding  # noqa: E402
+from jax.sharding import PartitionSpec as P  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import jax_ep  # noqa: E402
+
+AXES = ("data", "expert")
+VOCABULARY = 256
+SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}
+BYTES_PER_FILE = 16 * 1024
+HELD_OUT_WINDOWS = 512
+BALANCE_LOSS = 0.01
+
+
+# --- Text --------------------------------------------------------------------------------------
+
+
+def read_text() -> tuple[np.ndarray, np.ndarray]:
+    """The standard library's sources as bytes: (train, held out), every tenth file held out.
+
+    Only the start of each file is read, so that no long file dominates. Skipped are tests and
+    `encodings`, which is mostly tables.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    paths = sorted(p for p in root.rglob("*.py") if not SKIPPED & set(p.relative_to(root).parts))
+    texts = []
+    for path in paths:
+        with path.open("rb") as file:
+            texts.append(file.read(BYTES_PER_FILE))
+    held_out = b"".join(texts[::10])
+    train = b"".join(text for i, text in enumerate(texts) if i % 10)
+    return np.frombuffer(train, np.uint8), np.frombuffer(held_out, np.uint8)
+
+
+def windows(text: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
+    return text[starts[:, None] + np.arange(length)].astype(np.int32)
+
+
+def held_out_windows(text: np.ndarray, config: Config) -> np.ndarray:
+    """Evenly spaced windows of `seq` inputs and their next bytes, in whole batches."""
+    count = math.ceil(HELD_OUT_WINDOWS / config.batch) * config.batch
+    starts = np.linspace(0, len(text) - config.seq - 1, count).astype(np.int64)
+    return windows(text, starts, config.seq + 1)
+
+
+def entropies(held_out: np.ndarray) -> tuple[float, float]:
+    """Unigram H(next) and bigram H(next | previous), in bits, of the bytes that are predicted.
+
+    Counted on the held-out bytes themselves: a lower bound for models of that kind.
+    """
+    pairs = np.zeros((VOCABULARY, VOCABULARY))
+    np.add.at(pairs, (held_out[:, :-1], held_out[:, 1:]), 1)
+
+    def entropy(counts: np.ndarray) -> float:
+        p = counts[counts > 0] / counts.sum()
+        return float(-(p * np.log2(p)).sum())
+
+    return entropy(pairs.sum(0)), entropy(pairs) - entropy(pairs.sum(1))
+
+
+# --- Model: everything here runs inside jax.shard_map, on one device's share ---------------------
+
+
+def init_params(config: Config) -> dict:
+    d, hidden, n = config.d_model, config.d_hidden, config.layers
+    keys = iter(jax.random.split(jax.random.key(config.seed), 9))
+
+    def normal(*shape: int, scale: float) -> jax.Array:
+        return scale * jax.random.normal(next(keys), shape, jnp.float32)
+
+    out_scale = d**-0.5 / math.sqrt(2 * n)
+    return {
+        "embedding": normal(VOCABULARY, d, scale=0.5),
+        "position": normal(config.seq, d, scale=0.05),
+        "head": normal(d, VOCABULARY, scale=0.1 * d**-0.5),
+        "norm": jnp.ones(d),
+        "layers": {
+            "attention_norm": jnp.ones((n, d)),
+            "qkv": normal(n, d, 3 * d, scale=d**-0.5),
+            "project": normal(n, d, d, scale=out_scale),
+            "moe_norm": jnp.ones((n, d)),
+            "router": normal(n, d, config.experts, scale=d**-0.5),
+            "up": normal(n, config.experts, d, hidden, scale=d**-0.5),
+            "down": normal(n, config.experts, hidden, d, scale=out_scale),
+        },
+    }
+
+
+def param_specs(params: dict) -> dict:
+    """Experts are sharded over "expert"; everything else is replicated."""
+    specs = jax.tree.map(lambda _: P(), params)
+    specs["layers"] |= {"up": P(None, "expert"), "down": P(None, "expert")}
+    return specs
+
+
+def rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6) * scale
+
+
+def attention(x: jax.Array, layer: dict, config: Config) -> jax.Array:
+    batch, seq, d = x.shape
+    qkv = (x @ layer["qkv"]).reshape(batch, seq, 3, config.heads, d // config.heads)
+    q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(x.shape) @ layer["project"]
+
+
+def moe(x: jax.Array, layer: dict, config: Config, group: jax_ep.Group) -> tuple[jax.Array, dict]:
+    """Routes each token to its experts, which may be on other devices, and adds their answers.
+
+    Returns:
+      The sum over experts, [num_tokens, d_model]; and the load-balance loss and dropped rows.
+    """
+    probabilities = jax.nn.softmax(x.astype(jnp.float32) @ layer["router"])
+    weights, topk_idx = jax.lax.top_k(probabilities, config.topk)
+    weights /= weights.sum(axis=-1, keepdims=True)
+    capacity = jax_ep.recv_capacity(
+        num_tokens=x.shape[0],
+        num_topk=config.topk,
+        num_experts=config.experts,
+        num_ranks=group.num_ranks,
+        balance=config.balance,
+    )
+    sent = jax_ep.dispatch(
+        x,
+        topk_idx,
+        weights,
+        group=group,
+        num_experts=config.experts,
+        layout="expert",
+        recv_capacity=capacity,
+    )
+    hidden = jax.nn.gelu(jax.lax.ragged_dot(sent.x, layer["up"], sent.group_sizes))
+    rows = jax.lax.ragged_dot(hidden, layer["down"], sent.group_sizes)
+    y = jax_ep.combine(rows, sent.handle, weights=sent.weights)
+
+    # Over the whole mesh before the product: it is the global load that should be even.
+    chosen = jax.nn.one_hot(topk_idx, config.experts).mean(axis=(0, 1))
+    chosen, mean_probability = jax.lax.pmean((chosen, probabilities.mean(axis=0)), AXES)
+    balance_loss = config.experts * jnp.sum(chosen * mean_probability)
+    return y, {"balance": balance_loss, "dropped": jax.lax.psum(sent.num_dropped[0], AXES)}
+
+
+def forward(
+    params: dict, tokens: jax.Array, config: Config, group: jax_ep.Group
+) -> tuple[jax.Array, dict]:
+    """Logits of the next byte at every position, and what `moe` tells, per layer."""
+
+    @jax.checkpoint
+    def layer_body(x: jax.Array, layer: dict) -> tuple[jax.Array, dict]:
+        x += attention(rms_norm(x, layer["attention_norm"]), layer, config)
+        flat = rms_norm(x, layer["moe_norm"]).reshape(-1, config.d_model)
+        y, told = moe(flat, layer, config, group)
+        return x + y.reshape(x.shape), told
+
+    x = params["embedding"][tokens] + params["position"]
+    x, told = jax.lax.scan(layer_body, x, params["layers"])
+    return rms_norm(x, params["norm"]) @ params["head"], told
+
+
+def loss(
+    params: dict, batch: jax.Array, config: Config, group: jax_ep.Group
+) -> tuple[jax.Array, dict]:
+    """The mean over the mesh, hence the same on every device, and so are its gradients."""
+    logits, told = forward(params, batch[:, :-1], config, group)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:])
+    mean = jax.lax.pmean(losses.mean(), AXES)
+    rows = batch[:, 1:].size * jax.lax.axis_size(AXES) * config.topk * config.layers
+    metrics = {"bits": mean / math.log(2), "dropped": told["dropped"].sum() / rows}
+    return mean + BALANCE_LOSS * told["balance"].mean(), metrics
+
+
+# --- Training: global arrays under jax.jit ---------------------------------------------------------
+
+
+def make_mesh(config: Config) -> Mesh:
+    devices = jax.devices()
+    count = config.devices or min(8, len(devices))
+    if count > len(devices):
+        sys.exit(f"--devices {count}: there are only {len(devices)}")
+    expert = config.expert_parallel or math.gcd(4, count)
+    if count % expert or config.experts % expert or config.batch % count:
+        sys.exit(
+            f"--expert-parallel {expert} must divide --devices {count} and --experts "
+            f"{config.experts}; --devices must divide --batch {config.batch}"
+        )
+    return Mesh(np.array(devices[:count]).reshape(-1, expert), AXES)
+
+
+def global_loss(params: dict, batch: jax.Array, config: Config, group: jax_ep.Group):
+    """`loss` over the mesh. Differentiated from outside: shard_map sums replicas' gradients."""
+    return jax.shard_map(
+        lambda params, batch: loss(params, batch, config, group),
+        mesh=group.mesh,
+        in_specs=(param_specs(params), P(AXES)),
+        out_specs=P(),
+    )(params, batch)
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    warmup = min(40, config.steps // 5 + 1)
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, warmup, max(config.steps, warmup + 1), 0.05 * config.learning_rate
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.01)
+    )
+
+
+def place(params: dict, mesh: Mesh) -> dict:
+    specs = param_specs(params)
+    return jax.tree.map(lambda p, s: jax.device_put(p, NamedSharding(mesh, s)), params, specs)
+
+
+def make_step(state: tuple, config: Config, group: jax_ep.Group):
+    """Compiles-on-first-call (state, batch) -> (state, metrics). State: parameters, optimiser's."""
+    optimizer = make_optimizer(config)
+    value_and_grad = jax.value_and_grad(global_loss, has_aux=True)
+
+    def step(state: tuple, batch: jax.Array) -> tuple[tuple, dict]:
+        params, optimizer_state = state
+        (_, metrics), grads = value_and_grad(params, batch, config, group)
+        # On global arrays, so that the norm that clips is over all experts of all devices.
+        updates, optimizer_state = optimizer.update(grads, optimizer_state, params)
+        return (optax.apply_updates(params, updates), optimizer_state), metrics
+
+    # The same shardings out as in; else the second step compiles again.
+    shardings = jax.tree.map(lambda a: a.sharding, state)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def train(text: np.ndarray, config: Config, group: jax_ep.Group) -> tuple[dict, list[float]]:
+    """Trains from scratch.
+
+    Returns:
+      The parameters; and the training loss of each step, in bits per byte.
+    """
+    params = place(init_params(config), group.mesh)
+    replicated = NamedSharding(group.mesh, P())
+    state = params, jax.tree.map(
+        lambda a: a if a.ndim else jax.device_put(a, replicated),
+        make_optimizer(config).init(params),
+    )
+    random = np.random.default_rng(config.seed)
+    sharding = NamedSharding(group.mesh, P(AXES))
+
+    def next_batch() -> jax.Array:
+        starts = random.integers(0, len(text) - config.seq - 1, config.batch)
+        return jax.device_put(windows(text, starts, config.seq + 1), sharding)
+
+    started = time.perf_counter()
+    step = make_step(state, config, group).lower(state, next_batch()).compile()
+    print(f"compiled in {time.perf_counter() - started:.1f} s; {group}")
+    losses = []
+    started = time.perf_counter()
+    progress = tqdm(range(config.steps), unit="step", mininterval=1.0)
+    for i in progress:
+        state, metrics = step(state, next_batch())
+        losses.append(float(metrics["bits"]))
+        rate = (i + 1) * config.batch * config.seq / (time.perf_counter() - started)
+        progress.set_postfix_str(
+            f"{losses[-1]:.3f} bits/byte, {rate:,.0f} tokens/s, "
+            f"{float(metrics['dropped']):.1%} of rows dropped",
+            refresh=False,
+        )
+    return state[0], losses

@@ -1,0 +1,197 @@
+"""The executable specification: all ranks at once, in plain NumPy or jnp, on one device.
+
+Arrays carry a leading rank axis [R, ...]. It shares no code with the back ends, and it defines
+their numerics: f32 products and sums in the stated order, each rounded by itself. With NumPy arrays
+the results are exact to the bit, subnormals included; with jnp arrays, called outside jit so that
+nothing is fused or contracted, they can be differentiated.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int32]
+Rows = Any  # np.ndarray or jax.Array
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The routing of all ranks. `R` ranks, `T` tokens each, `K` choices, `C` rows, `L` experts."""
+
+    layout: str
+    num_tokens: int
+    recv_src: Ints  # [R, C] source rank * T + token, -1 = none
+    recv_k: Ints  # [R, C] the choice that the row is, -1 = none; rank layout: all -1
+    recv_topk_idx: Ints  # [R, C, K] local expert ids, -1 = none; expert layout: all -1
+    send_row: Ints  # [R, T, R or K] row at the destination, -1 = none
+    send_rank: Ints  # the same shape: the destination, -1 = none
+    group_sizes: Ints  # [R, L]
+    num_recv: Ints  # [R]
+    num_dropped: Ints  # [R]
+    num_invalid: Ints  # [R]
+
+
+def make_plan(
+    topk_idx: npt.ArrayLike,
+    *,
+    num_experts: int,
+    layout: str,
+    recv_capacity: int,
+    expert_alignment: int = 1,
+) -> Plan:
+    """Routes topk_idx [R, T, K], token by token, in the order of the specification."""
+    ids = np.asarray(topk_idx, np.int64)
+    num_ranks, num_tokens, num_topk = ids.shape
+    num_local = num_experts // num_ranks
+    num_slots = num_ranks if layout == "rank" else num_topk
+    plan = Plan(
+        layout=layout,
+        num_tokens=num_tokens,
+        recv_src=np.full((num_ranks, recv_capacity), -1, np.int32),
+        recv_k=np.full((num_ranks, recv_capacity), -1, np.int32),
+        recv_topk_idx=np.full((num_ranks, recv_capacity, num_topk), -1, np.int32),
+        send_row=np.full((num_ranks, num_tokens, num_slots), -1, np.int32),
+        send_rank=np.full((num_ranks, num_tokens, num_slots), -1, np.int32),
+        group_sizes=np.zeros((num_ranks, num_local), np.int32),
+        num_recv=np.zeros(num_ranks, np.int32),
+        num_dropped=np.zeros(num_ranks, np.int32),
+        num_invalid=np.sum((ids < -1) | (ids >= num_experts), axis=(1, 2)).astype(np.int32),
+    )
+    for dst in range(num_ranks):
+        wanted = [
+            (src, token, [(k, int(e) - dst * num_local) for k, e in enumerate(ids[src, token])
+                          if dst * num_local <= e < (dst + 1) * num_local])
+            for src in range(num_ranks)
+            for token in range(num_tokens)
+        ]  # fmt: skip
+        wanted = [w for w in wanted if w[2]]
+        if layout == "rank":
+            _place_by_rank(plan, dst, wanted, recv_capacity)
+        else:
+            _place_by_expert(plan, dst, wanted, recv_capacity, expert_alignment)
+    return plan
+
+
+_Wanted = list[tuple[int, int, list[tuple[int, int]]]]  # source, token, its (k, local expert) here
+
+
+def _place_by_rank(plan: Plan, dst: int, wanted: _Wanted, recv_capacity: int) -> None:
+    for row, (src, token, choices) in enumerate(wanted[:recv_capacity]):
+        plan.recv_src[dst, row] = src * plan.num_tokens + token
+        plan.send_row[src, token, dst] = row
+        plan.send_rank[src, token, dst] = dst
+        for k, expert in choices:
+            plan.recv_topk_idx[dst, row, k] = expert
+            plan.group_sizes[dst, expert] += 1
+    plan.num_recv[dst] = min(len(wanted), recv_capacity)
+    plan.num_dropped[dst] = len(wanted) - plan.num_recv[dst]
+
+
+def _place_by_expert(
+    plan: Plan, dst: int, wanted: _Wanted, recv_capacity: int, alignment: int
+) -> None:
+    num_local = plan.group_sizes.shape[1]
+    rows_of: list[list[tuple[int, int, int]]] = [[] for _ in range(num_local)]
+    for i, (src, token, choices) in enumerate(wanted):
+        sizes = [len(rows) + sum(e == expert for _, e in choices)
+                 for expert, rows in enumerate(rows_of)]  # fmt: skip
+        if sum(_align(size, alignment) for size in sizes) > recv_capacity:
+            plan.num_dropped[dst] = sum(len(late) for _, _, late in wanted[i:])
+            break
+        for k, expert in choices:
+            rows_of[expert].append((src, token, k))
+    first = 0
+    for expert, rows in enumerate(rows_of):
+        for row, (src, token, k) in enumerate(rows, start=first):
+            plan.recv_src[dst, row] = src * plan.num_tokens + token
+            plan.recv_k[dst, row] = k
+            plan.send_row[src, token, k] = row
+            plan.send_rank[src, token, k] = dst
+        plan.group_sizes[dst, expert] = _align(len(rows), alignment)
+        first += plan.group_sizes[dst, expert]
+    plan.num_recv[dst] = first
+
+
+def _align(size: int, alignment: int) -> int:
+    return -(-size // alignment) * alignment
+
+
+def dispatch(plan: Plan, x: Rows) -> Rows:
+    """[R, C, ...] from x [R, T, ...]; rows without a token are zero."""
+    flat = x.reshape(-1, *x.shape[2:])
+    return _where(plan.recv_src >= 0, flat[np.maximum(plan.recv_src, 0)])
+
+
+def dispatch_weights(plan: Plan, topk_weights: Rows) -> Rows:
+    """[R, C, K] (rank layout) or [R, C] (expert layout) from topk_weights [R, T, K]."""
+    rows = dispatch(plan, topk_weights)
+    if plan.layout == "rank":
+        return _where(plan.recv_topk_idx >= 0, rows)
+    rank, row = np.ogrid[: rows.shape[0], : rows.shape[1]]
+    return _where(plan.recv_k >= 0, rows[rank, row, np.maximum(plan.recv_k, 0)])
+
+
+def combine(
+    plan: Plan, rows: Rows, weights: Rows | None = None, biases: tuple[Rows, ...] = ()
+) -> Rows:
+    """[R, T, H] from rows [R, C, H]; weights [R, C] and biases [R, T, H]."""
+    xp = jnp if isinstance(rows, jax.Array) else np
+    num_ranks = rows.shape[0]
+    total = xp.zeros((num_ranks, plan.num_tokens, rows.shape[2]), xp.float32)
+    for dst in range(num_ranks):
+        if plan.layout == "rank":
+            row = plan.send_row[:, :, dst]
+            part = _where(row >= 0, rows[dst][np.maximum(row, 0)].astype(np.float32))
+        else:
+            part = _sum_of_rank(plan, dst, rows[dst], None if weights is None else weights[dst])
+        total = total + part
+    for bias in biases:
+        total = total + bias.astype(np.float32)
+    return total.astype(rows.dtype)
+
+
+def _sum_of_rank(plan: Plan, dst: int, rows: Rows, weights: Rows | None) -> Rows:
+    """[R, T, H] f32: each token's rows on `dst`, added in row order, rounded to their dtype."""
+    xp = jnp if isinstance(rows, jax.Array) else np
+    row = np.where(plan.send_rank == dst, plan.send_row, np.iinfo(np.int32).max)
+    row = np.sort(row, axis=-1)  # absent choices last
+    total = xp.zeros((*row.shape[:2], rows.shape[1]), xp.float32)
+    for j in range(row.shape[2]):
+        is_present = row[:, :, j] < rows.shape[0]
+        index = np.where(is_present, row[:, :, j], 0)
+        term = rows[index].astype(np.float32)
+        if weights is not None:
+            term = weights[index][..., None] * term
+        total = total + _where(is_present, term)
+    return total.astype(rows.dtype).astype(np.float32)
+
+
+def get_dispatch_layout(
+    topk_idx: npt.ArrayLike, *, num_experts: int, ranks_per_node: int
+) -> tuple[Ints, Ints, Ints, npt.NDArray[np.bool_]]:
+    """Counts per rank [R, R], node [R, N], expert [R, E], and the mask [R, T, R]."""
+    ids = np.asarray(topk_idx, np.int64)
+    num_ranks, num_tokens, _ = ids.shape
+    per_node = np.zeros((num_ranks, num_ranks // ranks_per_node), np.int32)
+    per_expert = np.zeros((num_ranks, num_experts), np.int32)
+    in_rank = np.zeros((num_ranks, num_tokens, num_ranks), np.bool_)
+    for src in range(num_ranks):
+        for token in range(num_tokens):
+            experts = [int(e) for e in ids[src, token] if 0 <= e < num_experts]
+            ranks = {e // (num_experts // num_ranks) for e in experts}
+            for e in experts:
+                per_expert[src, e] += 1
+            for rank in ranks:
+                in_rank[src, token, rank] = True
+            for node in {rank // ranks_per_node for rank in ranks}:
+                per_node[src, node] += 1
+    return in_rank.sum(axis=1).astype(np.int32), per_node, per_expert, in_rank
+
+
+def _where(mask: npt.NDArray[np.bool_], x: Rows) -> Rows:
+    xp = jnp if isinstance(x, jax.Array) else np
+    return xp.where(mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim)), x, xp.zeros_like(x))

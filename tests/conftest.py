@@ -1,0 +1,45 @@
+"""Eight virtual CPU devices for every test; set before JAX makes its backend."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+# With fewer threads, many launches in flight hang even stock collectives on few cores.
+os.environ.setdefault("PJRT_NPROC", "16")
+
+import functools
+from collections.abc import Callable, Iterator
+
+import pytest
+
+import jax_ep
+from jax_ep.testing.ranks import make_mesh
+
+BACKENDS = ("cpu", "xla")
+LAYOUTS = ("rank", "expert")
+
+
+@pytest.fixture(scope="session")
+def groups() -> Iterator[Callable[[int], jax_ep.Group]]:
+    """groups(num_ranks): a group over the first devices, open for the whole session."""
+    opened = []
+
+    @functools.cache
+    def get(num_ranks: int) -> jax_ep.Group:
+        opened.append(jax_ep.Group.open(make_mesh(num_ranks), "ep", name="session", timeout=120.0))
+        return opened[-1]
+
+    yield get
+    for group in opened:
+        group.check()
+        group.close()
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request: pytest.FixtureRequest) -> str:
+    return request.param
