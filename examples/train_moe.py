@@ -27,16 +27,16 @@ from pathlib import Path
 class Config:
     """What to train. Every field is a command line flag; None is chosen in `parse_flags`."""
 
-    d_model: int = 128
+    d_model: int = 64
     layers: int = 2
     heads: int = 4
     experts: int = 8
     topk: int = 2
     balance: float = 1.25
-    seq: int = 128
-    batch: int = 16
+    seq: int = 64
+    batch: int = 32
     steps: int | None = None
-    learning_rate: float = 4e-3
+    learning_rate: float = 1e-2
     seed: int = 0
     backend: str = "auto"
     compare: str | None = None
@@ -117,8 +117,11 @@ AXES = ("data", "expert")
 VOCABULARY = 256
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}
 BYTES_PER_FILE = 16 * 1024
-HELD_OUT_WINDOWS = 512
+HELD_OUT_WINDOWS = 1024
 BALANCE_LOSS = 0.01
+PROMPT = b"\n\ndef "
+SAMPLED_BYTES = 200
+TEMPERATURE = 0.7
 
 
 # --- Text --------------------------------------------------------------------------------------
@@ -172,7 +175,7 @@ def entropies(held_out: np.ndarray) -> tuple[float, float]:
 
 def init_params(config: Config) -> dict:
     d, hidden, n = config.d_model, config.d_hidden, config.layers
-    keys = iter(jax.random.split(jax.random.key(config.seed), 9))
+    keys = iter(jax.random.split(jax.random.key(config.seed), 8))
 
     def normal(*shape: int, scale: float) -> jax.Array:
         return scale * jax.random.normal(next(keys), shape, jnp.float32)
@@ -180,7 +183,7 @@ def init_params(config: Config) -> dict:
     out_scale = d**-0.5 / math.sqrt(2 * n)
     return {
         "embedding": normal(VOCABULARY, d, scale=0.5),
-        "position": normal(config.seq, d, scale=0.05),
+        "position": 0.5 * sinusoids(config.seq, d),
         "head": normal(d, VOCABULARY, scale=0.1 * d**-0.5),
         "norm": jnp.ones(d),
         "layers": {
@@ -193,6 +196,13 @@ def init_params(config: Config) -> dict:
             "down": normal(n, config.experts, hidden, d, scale=out_scale),
         },
     }
+
+
+def sinusoids(length: int, d_model: int) -> jax.Array:
+    """Where learned positions start: a fixed offset is a rotation, which attention finds soon."""
+    rates = 10_000.0 ** (-jnp.arange(d_model // 2) / (d_model // 2))
+    angles = jnp.arange(length)[:, None] * rates
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)
 
 
 def param_specs(params: dict) -> dict:
@@ -308,7 +318,11 @@ def global_loss(params: dict, batch: jax.Array, config: Config, group: jax_ep.Gr
 def make_optimizer(config: Config) -> optax.GradientTransformation:
     warmup = min(40, config.steps // 5 + 1)
     schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, warmup, max(config.steps, warmup + 1), 0.05 * config.learning_rate
+        0.0,
+        config.learning_rate,
+        warmup,
+        max(config.steps, warmup + 1),
+        0.05 * config.learning_rate,
     )
     return optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.01)
@@ -345,9 +359,12 @@ def train(text: np.ndarray, config: Config, group: jax_ep.Group) -> tuple[dict, 
     """
     params = place(init_params(config), group.mesh)
     replicated = NamedSharding(group.mesh, P())
-    state = params, jax.tree.map(
-        lambda a: a if a.ndim else jax.device_put(a, replicated),
-        make_optimizer(config).init(params),
+    state = (
+        params,
+        jax.tree.map(
+            lambda a: a if a.ndim else jax.device_put(a, replicated),
+            make_optimizer(config).init(params),
+        ),
     )
     random = np.random.default_rng(config.seed)
     sharding = NamedSharding(group.mesh, P(AXES))
@@ -372,3 +389,105 @@ def train(text: np.ndarray, config: Config, group: jax_ep.Group) -> tuple[dict, 
             refresh=False,
         )
     return state[0], losses
+
+
+def evaluate(params: dict, held_out: np.ndarray, config: Config, group: jax_ep.Group) -> float:
+    """Mean loss over the held-out windows, in bits per byte."""
+    run = jax.jit(lambda params, batch: global_loss(params, batch, config, group)[1]["bits"])
+    sharding = NamedSharding(group.mesh, P(AXES))
+    batches = np.split(held_out, len(held_out) // config.batch)
+    return float(np.mean([float(run(params, jax.device_put(b, sharding))) for b in batches]))
+
+
+def generate(params: dict, held_out: np.ndarray, config: Config, group: jax_ep.Group) -> list[str]:
+    """Continues, for each device, one window of held-out text that ends in PROMPT."""
+    last_logits = jax.shard_map(
+        lambda params, tokens: forward(params, tokens, config, group)[0][:, -1],
+        mesh=group.mesh,
+        in_specs=(param_specs(params), P(AXES)),
+        out_specs=P(AXES),
+    )
+
+    @jax.jit
+    def sample(params: dict, window: jax.Array, keys: jax.Array) -> jax.Array:
+        def next_byte(window: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+            byte = jax.random.categorical(key, last_logits(params, window) / TEMPERATURE)
+            return jnp.concatenate([window[:, 1:], byte[:, None]], axis=1), byte
+
+        return jax.lax.scan(next_byte, window, keys)[1].T
+
+    # The window slides over real text, so every position is one that training has seen.
+    prompt = np.frombuffer(PROMPT, np.uint8)[-config.seq :]
+    window = held_out[: group.mesh.size, : config.seq].copy()
+    window[:, config.seq - len(prompt) :] = prompt
+    keys = jax.random.split(jax.random.key(config.seed), SAMPLED_BYTES)
+    placed = jax.device_put(window, NamedSharding(group.mesh, P(AXES)))
+    sampled = np.asarray(sample(params, placed, keys))
+    return [bytes(row.astype(np.uint8)).decode(errors="replace") for row in sampled]
+
+
+# --- What is reported ----------------------------------------------------------------------------
+
+
+def plot(losses: list[float], held_out: float, unigram: float, bigram: float, path: Path) -> None:
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    axes.plot(range(1, len(losses) + 1), losses, linewidth=0.8, label="training loss")
+    lines = [("held-out loss", held_out), ("bigram entropy", bigram), ("unigram entropy", unigram)]
+    for i, (label, value) in enumerate(lines, start=1):
+        axes.axhline(value, color=f"C{i}", linestyle="--", label=f"{label} {value:.2f}")
+    axes.set(xlabel="step", ylabel="bits per byte", title="Python's standard library, by the byte")
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def compare(text: np.ndarray, config: Config, mesh: Mesh) -> int:
+    """Trains with both back ends from the same seed and prints the largest differences."""
+    results = []
+    for backend in (config.backend, config.compare):
+        with jax_ep.Group.open(mesh, "expert", backend=backend) as group:
+            params, losses = train(text, config, group)
+            results.append((group.backend, losses, jax.tree.leaves(jax.device_get(params))))
+    (name, losses, params), (other_name, other_losses, other_params) = results
+    loss = max(abs(a - b) for a, b in zip(losses, other_losses, strict=True))
+    param = max(np.max(np.abs(a - b)) for a, b in zip(params, other_params, strict=True))
+    print(f"{name} against {other_name}, {config.steps} steps, largest absolute difference:")
+    print(f"  losses      {loss:.3g} bits per byte")
+    print(f"  parameters  {param:.3g}")
+    return 0
+
+
+def main(config: Config) -> int:
+    started = time.perf_counter()
+    mesh = make_mesh(config)
+    text, held_out_text = read_text()
+    print(f"{len(text):,} bytes to train on, {mesh.size} x {mesh.devices.flat[0].device_kind}")
+    if config.compare:
+        return compare(text, config, mesh)
+    held_out = held_out_windows(held_out_text, config)
+    unigram, bigram = entropies(held_out)
+    with jax_ep.Group.open(mesh, "expert", backend=config.backend) as group:
+        params, losses = train(text, config, group)
+        held_out_loss = evaluate(params, held_out, config, group)
+        samples = generate(params, held_out, config, group)
+    path = config.out / "train_moe.png"
+    plot(losses, held_out_loss, unigram, bigram, path)
+    for sample in samples[:2]:
+        print(f"--- sampled\n{PROMPT.decode().strip()} {sample}")
+    print(f"--- {held_out[:, 1:].size:,} held-out bytes, bits per byte")
+    print(f"unigram entropy  {unigram:.3f}")
+    print(f"bigram entropy   {bigram:.3f}")
+    print(f"held-out loss    {held_out_loss:.3f}")
+    print(f"{time.perf_counter() - started:.0f} s in all; the plot is {path}")
+    if held_out_loss < bigram:
+        return 0
+    print("The held-out loss is not below the bigram entropy.", file=sys.stderr)
+    return 1 if config.steps >= DEFAULT_STEPS else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(CONFIG))

@@ -146,7 +146,7 @@ def _combine_fwd(
     biases: tuple[jax.Array, ...],
     index: RowIndex,
 ) -> tuple[jax.Array, Any]:
-    out = _combine(spec, rows, weights, biases, index)
+    out = _backends.get(spec.backend).combine(spec, index, rows, weights, biases)
     saved_rows = None if weights is None else rows
     return out, (saved_rows, weights, len(biases), index.recv_src)
 
@@ -188,7 +188,7 @@ def _move(spec: CombineSpec, x: jax.Array, index: jax.Array, inverse: jax.Array)
 def _move_fwd(
     spec: CombineSpec, x: jax.Array, index: jax.Array, inverse: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    return _move(spec, x, index, inverse), inverse
+    return _backends.get(spec.backend).pull_rows(spec.group, index, x), inverse
 
 
 def _move_bwd(spec: CombineSpec, inverse: jax.Array, ct: jax.Array) -> tuple[jax.Array, None, None]:

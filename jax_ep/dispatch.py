@@ -158,7 +158,7 @@ def _dispatch(
 def _dispatch_fwd(
     spec: DispatchSpec, x: jax.Array, topk_weights: jax.Array | None, topk_idx: jax.Array
 ) -> tuple[Routed, Any]:
-    routed = _dispatch(spec, x, topk_weights, topk_idx)
+    routed = _backends.get(spec.backend).dispatch(spec, topk_idx, topk_weights, (x,))
     return routed, (topk_idx, routed.send_row, routed.recv_src)
 
 
