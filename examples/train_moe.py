@@ -13,77 +13,56 @@ and pairs of bytes (bigram) can reach on the same files; it must be below both.
 """
 
 import argparse
-import dataclasses
 import math
 import os
 import sys
 import sysconfig
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
+
+
+DEFAULT_STEPS = 600
+COMPARE_STEPS = 20
+
+
+def flag(default: Any, text: str, kind: type = int, **more: Any) -> Any:
+    """A field of Config and its command line flag."""
+    return field(default=default, metadata={"help": text, "type": kind, **more})
 
 
 @dataclass(frozen=True)
 class Config:
-    """What to train. Every field is a command line flag; None is chosen in `parse_flags`."""
+    """What to train; every field is a command line flag."""
 
-    d_model: int = 64
-    layers: int = 2
-    heads: int = 4
-    experts: int = 8
-    topk: int = 2
-    balance: float = 1.25
-    seq: int = 64
-    batch: int = 32
-    steps: int | None = None
-    learning_rate: float = 1e-2
-    seed: int = 0
-    backend: str = "auto"
-    compare: str | None = None
-    devices: int | None = None
-    expert_parallel: int | None = None
-    out: Path = Path("out")
-
-    @property
-    def d_hidden(self) -> int:
-        """Width of one expert."""
-        return 2 * self.d_model
-
-
-DEFAULT_STEPS = 400
-COMPARE_STEPS = 20
+    d_model: int = flag(64, "width of the residual stream, a multiple of --heads and of 4")
+    layers: int = flag(2, "number of layers, each attention and MoE")
+    heads: int = flag(4, "attention heads")
+    experts: int = flag(8, "experts of each layer, a multiple of --expert-parallel")
+    topk: int = flag(2, "experts of each token")
+    balance: float = flag(1.25, "room to receive, in multiples of a balanced routing", float)
+    seq: int = flag(64, "bytes of one sequence")
+    batch: int = flag(32, "sequences of one step over all devices, a multiple of --devices")
+    steps: int | None = flag(None, f"steps; None: {DEFAULT_STEPS}, comparing: {COMPARE_STEPS}")
+    learning_rate: float = flag(1e-2, "peak of the warmup-cosine schedule", float)
+    seed: int = flag(0, "of parameters, batches and samples")
+    backend: str = flag("auto", "carries the rows", str, choices=["auto", "cpu", "cuda", "xla"])
+    compare: str | None = flag(None, "train with this back end too", str, choices=["xla"])
+    devices: int | None = flag(None, "use the first of jax.devices(); None: at most 8")
+    expert_parallel: int | None = flag(None, "size of axis 'expert'; None: 4, or what fits")
+    out: Path = flag(Path("out"), "folder of the loss plot", Path)
 
 
 def parse_flags() -> Config:
-    parser = argparse.ArgumentParser(
-        description="Trains a small mixture-of-experts model on Python's standard library.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-
-    def flag(name: str, text: str, kind: type = int, **more: object) -> None:
-        default = getattr(Config, name.replace("-", "_"))
-        parser.add_argument(f"--{name}", type=kind, default=default, help=text, **more)
-
-    flag("d-model", "width of the residual stream, a multiple of --heads and of 4")
-    flag("layers", "number of layers, each attention and MoE")
-    flag("heads", "attention heads")
-    flag("experts", "experts of each layer, a multiple of --expert-parallel")
-    flag("topk", "experts of each token")
-    flag("balance", "room to receive, in multiples of a perfectly balanced routing", float)
-    flag("seq", "bytes of one sequence")
-    flag("batch", "sequences of one step over all devices, a multiple of --devices")
-    flag("steps", f"optimiser steps; None: {DEFAULT_STEPS}, with --compare {COMPARE_STEPS}")
-    flag("learning-rate", "peak of the warmup-cosine schedule", float)
-    flag("seed", "of parameters, batches and samples")
-    flag("backend", "what carries the rows", str, choices=["auto", "cpu", "cuda", "xla"])
-    flag("compare", "train with this back end too and compare", str, choices=["xla"])
-    flag("devices", "devices to use, the first of jax.devices(); None: at most 8")
-    flag("expert-parallel", "size of the mesh axis 'expert'; None: 4, or what divides --devices")
-    flag("out", "folder of the loss plot", Path)
+    style = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], formatter_class=style)
+    for f in fields(Config):
+        name = f.name.replace("_", "-")
+        parser.add_argument(f"--{name}", default=f.default, **f.metadata)
     config = Config(**vars(parser.parse_args()))
     if config.steps is None:
-        steps = COMPARE_STEPS if config.compare else DEFAULT_STEPS
-        config = dataclasses.replace(config, steps=steps)
+        config = replace(config, steps=COMPARE_STEPS if config.compare else DEFAULT_STEPS)
     return config
 
 
@@ -124,7 +103,7 @@ SAMPLED_BYTES = 200
 TEMPERATURE = 0.7
 
 
-# --- Text --------------------------------------------------------------------------------------
+# --- Text
 
 
 def read_text() -> tuple[np.ndarray, np.ndarray]:
@@ -135,13 +114,9 @@ def read_text() -> tuple[np.ndarray, np.ndarray]:
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = sorted(p for p in root.rglob("*.py") if not SKIPPED & set(p.relative_to(root).parts))
-    texts = []
-    for path in paths:
-        with path.open("rb") as file:
-            texts.append(file.read(BYTES_PER_FILE))
-    held_out = b"".join(texts[::10])
-    train = b"".join(text for i, text in enumerate(texts) if i % 10)
-    return np.frombuffer(train, np.uint8), np.frombuffer(held_out, np.uint8)
+    texts = [np.fromfile(path, np.uint8, count=BYTES_PER_FILE) for path in paths]
+    train = [text for i, text in enumerate(texts) if i % 10]
+    return np.concatenate(train), np.concatenate(texts[::10])
 
 
 def windows(text: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
@@ -170,11 +145,11 @@ def entropies(held_out: np.ndarray) -> tuple[float, float]:
     return entropy(pairs.sum(0)), entropy(pairs) - entropy(pairs.sum(1))
 
 
-# --- Model: everything here runs inside jax.shard_map, on one device's share ---------------------
+# --- Model: everything here runs inside jax.shard_map, on one device's share
 
 
 def init_params(config: Config) -> dict:
-    d, hidden, n = config.d_model, config.d_hidden, config.layers
+    d, hidden, n = config.d_model, 2 * config.d_model, config.layers
     keys = iter(jax.random.split(jax.random.key(config.seed), 8))
 
     def normal(*shape: int, scale: float) -> jax.Array:
@@ -224,30 +199,19 @@ def attention(x: jax.Array, layer: dict, config: Config) -> jax.Array:
 
 
 def moe(x: jax.Array, layer: dict, config: Config, group: jax_ep.Group) -> tuple[jax.Array, dict]:
-    """Routes each token to its experts, which may be on other devices, and adds their answers.
-
-    Returns:
-      The sum over experts, [num_tokens, d_model]; and the load-balance loss and dropped rows.
-    """
+    """Sends [num_tokens, d_model] to its experts, on whatever device, and adds their answers."""
     probabilities = jax.nn.softmax(x.astype(jnp.float32) @ layer["router"])
     weights, topk_idx = jax.lax.top_k(probabilities, config.topk)
     weights /= weights.sum(axis=-1, keepdims=True)
+    sizes = {"num_experts": config.experts, "layout": "expert"}
     capacity = jax_ep.recv_capacity(
         num_tokens=x.shape[0],
         num_topk=config.topk,
-        num_experts=config.experts,
         num_ranks=group.num_ranks,
         balance=config.balance,
+        **sizes,
     )
-    sent = jax_ep.dispatch(
-        x,
-        topk_idx,
-        weights,
-        group=group,
-        num_experts=config.experts,
-        layout="expert",
-        recv_capacity=capacity,
-    )
+    sent = jax_ep.dispatch(x, topk_idx, weights, group=group, recv_capacity=capacity, **sizes)
     hidden = jax.nn.gelu(jax.lax.ragged_dot(sent.x, layer["up"], sent.group_sizes))
     rows = jax.lax.ragged_dot(hidden, layer["down"], sent.group_sizes)
     y = jax_ep.combine(rows, sent.handle, weights=sent.weights)
@@ -276,19 +240,7 @@ def forward(
     return rms_norm(x, params["norm"]) @ params["head"], told
 
 
-def loss(
-    params: dict, batch: jax.Array, config: Config, group: jax_ep.Group
-) -> tuple[jax.Array, dict]:
-    """The mean over the mesh, hence the same on every device, and so are its gradients."""
-    logits, told = forward(params, batch[:, :-1], config, group)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:])
-    mean = jax.lax.pmean(losses.mean(), AXES)
-    rows = batch[:, 1:].size * jax.lax.axis_size(AXES) * config.topk * config.layers
-    metrics = {"bits": mean / math.log(2), "dropped": told["dropped"].sum() / rows}
-    return mean + BALANCE_LOSS * told["balance"].mean(), metrics
-
-
-# --- Training: global arrays under jax.jit ---------------------------------------------------------
+# --- Training: global arrays under jax.jit
 
 
 def make_mesh(config: Config) -> Mesh:
@@ -297,6 +249,8 @@ def make_mesh(config: Config) -> Mesh:
     if count > len(devices):
         sys.exit(f"--devices {count}: there are only {len(devices)}")
     expert = config.expert_parallel or math.gcd(4, count)
+    if config.d_model % config.heads:
+        sys.exit(f"--heads {config.heads} must divide --d-model {config.d_model}")
     if count % expert or config.experts % expert or config.batch % count:
         sys.exit(
             f"--expert-parallel {expert} must divide --devices {count} and --experts "
@@ -305,39 +259,48 @@ def make_mesh(config: Config) -> Mesh:
     return Mesh(np.array(devices[:count]).reshape(-1, expert), AXES)
 
 
-def global_loss(params: dict, batch: jax.Array, config: Config, group: jax_ep.Group):
-    """`loss` over the mesh. Differentiated from outside: shard_map sums replicas' gradients."""
-    return jax.shard_map(
-        lambda params, batch: loss(params, batch, config, group),
-        mesh=group.mesh,
-        in_specs=(param_specs(params), P(AXES)),
-        out_specs=P(),
-    )(params, batch)
+def loss(
+    params: dict, batch: jax.Array, config: Config, group: jax_ep.Group
+) -> tuple[jax.Array, dict]:
+    """The mean over the mesh. Differentiated from outside: shard_map sums replicas' gradients."""
+
+    def local(params: dict, batch: jax.Array) -> tuple[jax.Array, dict]:
+        logits, told = forward(params, batch[:, :-1], config, group)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:])
+        mean = jax.lax.pmean(losses.mean(), AXES)
+        rows = batch[:, 1:].size * group.mesh.size * config.topk * config.layers
+        metrics = {"bits": mean / math.log(2), "dropped": told["dropped"].sum() / rows}
+        return mean + BALANCE_LOSS * told["balance"].mean(), metrics
+
+    specs = (param_specs(params), P(AXES))
+    return jax.shard_map(local, mesh=group.mesh, in_specs=specs, out_specs=P())(params, batch)
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
     warmup = min(40, config.steps // 5 + 1)
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0,
-        config.learning_rate,
-        warmup,
-        max(config.steps, warmup + 1),
-        0.05 * config.learning_rate,
-    )
-    return optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.01)
-    )
+    peak, total = config.learning_rate, max(config.steps, warmup + 1)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, total, 0.05 * peak)
+    adamw = optax.adamw(schedule, b2=0.98, weight_decay=0.01)
+    return optax.chain(optax.clip_by_global_norm(1.0), adamw)
 
 
-def place(params: dict, mesh: Mesh) -> dict:
-    specs = param_specs(params)
-    return jax.tree.map(lambda p, s: jax.device_put(p, NamedSharding(mesh, s)), params, specs)
+def init_state(config: Config, mesh: Mesh) -> tuple:
+    """Parameters and the optimiser's state, on the mesh."""
+    params = init_params(config)
+
+    def place(array: jax.Array, spec: P) -> jax.Array:
+        return jax.device_put(array, NamedSharding(mesh, spec))
+
+    params = jax.tree.map(place, params, param_specs(params))
+    # Moments lie as their parameters do; the step counts still need a place.
+    optimizer_state = make_optimizer(config).init(params)
+    return params, jax.tree.map(lambda a: a if a.ndim else place(a, P()), optimizer_state)
 
 
 def make_step(state: tuple, config: Config, group: jax_ep.Group):
-    """Compiles-on-first-call (state, batch) -> (state, metrics). State: parameters, optimiser's."""
+    """The jitted training step, (state, batch) -> (state, metrics)."""
     optimizer = make_optimizer(config)
-    value_and_grad = jax.value_and_grad(global_loss, has_aux=True)
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
     def step(state: tuple, batch: jax.Array) -> tuple[tuple, dict]:
         params, optimizer_state = state
@@ -352,20 +315,8 @@ def make_step(state: tuple, config: Config, group: jax_ep.Group):
 
 
 def train(text: np.ndarray, config: Config, group: jax_ep.Group) -> tuple[dict, list[float]]:
-    """Trains from scratch.
-
-    Returns:
-      The parameters; and the training loss of each step, in bits per byte.
-    """
-    params = place(init_params(config), group.mesh)
-    replicated = NamedSharding(group.mesh, P())
-    state = (
-        params,
-        jax.tree.map(
-            lambda a: a if a.ndim else jax.device_put(a, replicated),
-            make_optimizer(config).init(params),
-        ),
-    )
+    """The trained parameters, and the training loss of each step in bits per byte."""
+    state = init_state(config, group.mesh)
     random = np.random.default_rng(config.seed)
     sharding = NamedSharding(group.mesh, P(AXES))
 
@@ -393,7 +344,7 @@ def train(text: np.ndarray, config: Config, group: jax_ep.Group) -> tuple[dict, 
 
 def evaluate(params: dict, held_out: np.ndarray, config: Config, group: jax_ep.Group) -> float:
     """Mean loss over the held-out windows, in bits per byte."""
-    run = jax.jit(lambda params, batch: global_loss(params, batch, config, group)[1]["bits"])
+    run = jax.jit(lambda params, batch: loss(params, batch, config, group)[1]["bits"])
     sharding = NamedSharding(group.mesh, P(AXES))
     batches = np.split(held_out, len(held_out) // config.batch)
     return float(np.mean([float(run(params, jax.device_put(b, sharding))) for b in batches]))
@@ -418,7 +369,7 @@ def generate(params: dict, held_out: np.ndarray, config: Config, group: jax_ep.G
 
     # The window slides over real text, so every position is one that training has seen.
     prompt = np.frombuffer(PROMPT, np.uint8)[-config.seq :]
-    window = held_out[: group.mesh.size, : config.seq].copy()
+    window = held_out[:: len(held_out) // group.mesh.size, : config.seq][: group.mesh.size].copy()
     window[:, config.seq - len(prompt) :] = prompt
     keys = jax.random.split(jax.random.key(config.seed), SAMPLED_BYTES)
     placed = jax.device_put(window, NamedSharding(group.mesh, P(AXES)))
@@ -426,7 +377,7 @@ def generate(params: dict, held_out: np.ndarray, config: Config, group: jax_ep.G
     return [bytes(row.astype(np.uint8)).decode(errors="replace") for row in sampled]
 
 
-# --- What is reported ----------------------------------------------------------------------------
+# --- What is reported
 
 
 def plot(losses: list[float], held_out: float, unigram: float, bigram: float, path: Path) -> None:
@@ -455,9 +406,8 @@ def compare(text: np.ndarray, config: Config, mesh: Mesh) -> int:
     (name, losses, params), (other_name, other_losses, other_params) = results
     loss = max(abs(a - b) for a, b in zip(losses, other_losses, strict=True))
     param = max(np.max(np.abs(a - b)) for a, b in zip(params, other_params, strict=True))
-    print(f"{name} against {other_name}, {config.steps} steps, largest absolute difference:")
-    print(f"  losses      {loss:.3g} bits per byte")
-    print(f"  parameters  {param:.3g}")
+    print(f"{name} against {other_name}, {config.steps} steps, largest absolute differences:")
+    print(f"losses {loss:.3g} bits per byte, parameters {param:.3g}")
     return 0
 
 

@@ -112,8 +112,11 @@ void TestExchange() {
     const int group = member / kRanks / kSlices;
     std::vector<int> keys(kKeys);
     for (int i = 0; i < kKeys; ++i) keys[i] = i;
-    std::shuffle(keys.begin(), keys.end(), std::mt19937(member));
+    std::mt19937 random(member);
+    std::shuffle(keys.begin(), keys.end(), random);
     for (const int key : keys) {
+      // Joining is so quick that, on few cores, one rank would be through before the next begins.
+      std::this_thread::sleep_for(std::chrono::microseconds(random() % 200));
       Slot& slot = slots[member * kKeys + key];
       const int64_t base = (int64_t{group} * kSlices + slice) * kKeys + key;
       const Arrival arrival{

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <functional>
 #include <iostream>
+#include <latch>
 #include <mutex>
 #include <source_location>
 #include <sstream>
@@ -62,10 +63,16 @@ class Countdown {
   int count_;
 };
 
-/// body(0) .. body(num_threads - 1), each on a thread of its own; returns when all are done.
+/// body(0) .. body(num_threads - 1) at the same time; returns when all are done.
 inline void OnThreads(int num_threads, const std::function<void(int)>& body) {
+  std::latch start(num_threads);
   std::vector<std::thread> threads;
-  for (int i = 0; i < num_threads; ++i) threads.emplace_back(body, i);
+  for (int i = 0; i < num_threads; ++i) {
+    threads.emplace_back([&, i] {
+      start.arrive_and_wait();
+      body(i);
+    });
+  }
   for (std::thread& thread : threads) thread.join();
 }
 

@@ -1,0 +1,228 @@
+"""Group: identity, meshes, lifetime, failure, and what it tells about itself."""
+
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from cases import Case, assert_combined, assert_dispatched, make_data, run
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+import jax_ep
+from jax_ep.testing.ranks import make_mesh, on_ranks
+
+X = np.ones((2, 4, 8), np.float32)
+IDS = np.arange(8, dtype=np.int32).reshape(2, 4, 1) % 2
+
+
+def _round_trip(group, backend=None):
+    def fn(x, ids):
+        out = jax_ep.dispatch(x, ids, group=group, num_experts=group.num_ranks, backend=backend)
+        return jax_ep.combine(out.x, out.handle, backend=backend)
+
+    return fn
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 6, 8])
+def test_meshes_over_the_first_devices(num_ranks, backend):
+    with jax_ep.Group.open(make_mesh(num_ranks), "ep", backend=backend) as group:
+        info = group.info()
+    assert (info.num_ranks, info.num_slices, info.backend) == (num_ranks, 1, backend)
+    assert len(info.devices) == num_ranks
+
+
+@pytest.mark.parametrize("axis", [("a", "b"), ("b", "a"), "a", "b"])
+def test_tuple_axes_and_other_axes_live(axis, backend, layout):
+    """Ranks run row-major over the axes in the order given; slices are independent."""
+    axes = (axis,) if isinstance(axis, str) else axis
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 2), ("a", "other", "b"))
+    num_ranks = 2 ** len(axes)
+    slices = tuple(name for name in mesh.axis_names if name not in axes)
+    case = Case(num_ranks, layout, hidden=16)
+    with jax_ep.Group.open(mesh, axis, backend=backend) as group:
+
+        def fn(x, ids, weights, rows):
+            x, ids, weights, rows = x[0, 0], ids[0, 0], weights[0, 0], rows[0, 0]
+            out = jax_ep.dispatch(
+                x, ids, weights, group=group, num_experts=case.num_experts, layout=layout,
+                recv_capacity=case.capacity,
+            )  # fmt: skip
+            y = jax_ep.combine(rows, out.handle)
+            return jax.tree.map(lambda a: a[None, None], (out, y))
+
+        spec = P(slices, axes)
+        step = jax.jit(jax.shard_map(fn, mesh=mesh, in_specs=spec, out_specs=spec))
+        datas = [make_data(case, "skewed", seed) for seed in range(8 // num_ranks)]
+        stack = [np.stack([getattr(d, f) for d in datas]) for f in
+                 ("x", "topk_idx", "topk_weights", "rows")]  # fmt: skip
+        out, y = step(*stack)
+    for i, data in enumerate(datas):
+        out_i, y_i = jax.tree.map(lambda a, i=i: np.asarray(a)[i], (out, y))
+        assert_combined(case, data, assert_dispatched(case, data, out_i), y_i)
+
+
+def test_identity_depends_on_name_axes_and_devices_only():
+    mesh = make_mesh(2)
+    with jax_ep.Group.open(mesh, "ep") as a:
+        first = a.identity
+        with jax_ep.Group.open(mesh, "ep", name="other") as b:
+            assert b.identity != first
+    with jax_ep.Group.open(make_mesh(2), "ep", backend="xla") as again:
+        assert again.identity == first
+    reordered = Mesh(np.array(jax.devices()[1::-1]), ("ep",))
+    with jax_ep.Group.open(reordered, "ep") as c:
+        assert c.identity != first
+
+
+def test_two_groups_of_one_identity_are_refused():
+    with (
+        jax_ep.Group.open(make_mesh(2), "ep"),
+        pytest.raises(jax_ep.GroupError, match="pass another name="),
+    ):
+        jax_ep.Group.open(make_mesh(2), "ep")
+
+
+def test_compiled_code_outlives_its_group():
+    group = jax_ep.Group.open(make_mesh(2), "ep")
+    step = on_ranks(_round_trip(group), group.mesh)
+    np.testing.assert_array_equal(step(X, IDS), X)
+    group.close()
+    group.close()
+    np.testing.assert_array_equal(step(X, IDS), X)
+    with pytest.raises(jax_ep.GroupError, match=r"dispatch: group .* is closed"):
+        on_ranks(_round_trip(group), group.mesh)(X, IDS)
+    # The identity is free again, and the old executable does not get in the way.
+    with jax_ep.Group.open(make_mesh(2), "ep") as second:
+        np.testing.assert_array_equal(on_ranks(_round_trip(second), second.mesh)(X, IDS), X)
+        np.testing.assert_array_equal(step(X, IDS), X)
+
+
+def test_open_and_close_many_times():
+    for _ in range(30):
+        with jax_ep.Group.open(make_mesh(3), "ep") as group:
+            assert group.backend == "cpu"
+
+
+def test_eager_shard_map(groups, backend):
+    group = groups(2)
+    np.testing.assert_array_equal(
+        on_ranks(_round_trip(group, backend), group.mesh, jit=False)(X, IDS), X
+    )
+
+
+def test_handle_crosses_a_jit_border(groups, layout):
+    """Dispatch in one program, combine in another, with the handle as an ordinary argument."""
+    group = groups(4)
+    case = Case(4, layout)
+    data = make_data(case, "balanced")
+    out, y = run(case, group, "cpu", data)
+    back = on_ranks(jax_ep.combine, group.mesh)
+    np.testing.assert_array_equal(back(data.rows, out.handle), y)
+
+
+def test_missing_peer_ends_in_an_exception():
+    """The rank that does not come is named, results are NaN, and a new group works."""
+    x, ids = np.ones((3, 4, 8), np.float32), np.zeros((3, 4, 1), np.int32)
+    group = jax_ep.Group.open(make_mesh(3), "ep", timeout=1.0)
+    step = on_ranks(_round_trip(group), group.mesh)
+    step(x, ids).block_until_ready()
+    group.check()
+
+    group._native.skip_rank(1)
+    start = time.monotonic()
+    y = np.asarray(step(x, ids))
+    assert time.monotonic() - start < group.timeout + 1.0
+    assert np.isnan(y).all()
+    with pytest.raises(jax_ep.PeerTimeoutError, match="waited for rank 1") as caught:
+        group.check()
+    error = caught.value
+    assert (error.op, error.peer, error.expected, error.seen) == ("dispatch", 1, 3, 2)
+
+    # Later launches end at once, and nothing new is traced.
+    start = time.monotonic()
+    assert np.isnan(np.asarray(step(x, ids))).all()
+    assert time.monotonic() - start < group.timeout
+    with pytest.raises(jax_ep.PeerTimeoutError):
+        on_ranks(_round_trip(group), group.mesh)(x, ids)
+    with jax_ep.Group.open(make_mesh(3), "ep", name="next") as fresh:
+        np.testing.assert_array_equal(on_ranks(_round_trip(fresh), fresh.mesh)(x, ids), x)
+    with pytest.raises(jax_ep.PeerTimeoutError), group:
+        pass
+
+
+def test_loading_without_the_group_names_it(tmp_path):
+    """An executable that is compiled while its group is closed says which group it wants."""
+    group = jax_ep.Group.open(make_mesh(2), "ep", name="gone")
+    lowered = on_ranks(_round_trip(group), group.mesh).lower(X, IDS)
+    group.close()
+    with pytest.raises(jax.errors.JaxRuntimeError, match=rf"group {group.identity} is not open"):
+        lowered.compile()
+
+
+def test_debug_mode_raises_bad_ids(backend):
+    bad = np.array([[[0, 1], [5, 1], [-2, 0]], [[1, 1], [0, -1], [0, 1]]], np.int32)
+    x = np.ones((2, 3, 8), np.float32)
+
+    def fn(group):
+        def send(x, ids):
+            out = jax_ep.dispatch(x, ids, group=group, num_experts=2, backend=backend)
+            return out.num_invalid
+
+        return on_ranks(send, group.mesh)
+
+    with jax_ep.Group.open(make_mesh(2), "ep", debug=True) as group:
+        fn(group)(x, np.array([[[0, 1], [-1, 1], [-1, -1]]] * 2, np.int32))
+        group.check()
+        np.testing.assert_array_equal(fn(group)(x, bad), [[2], [0]])
+        with pytest.raises(jax_ep.RoutingError) as caught:
+            group.check()
+        first, second = sorted(str(caught.value).splitlines())
+        assert first.startswith("dispatch: topk_idx of rank 0 holds 2 ids outside")
+        assert second.startswith("dispatch: topk_idx of rank 1 holds 0 ids outside")
+        assert second.endswith("repeats an expert in a token 1 times")
+        group.check()
+    with jax_ep.Group.open(make_mesh(2), "ep", debug=False) as group:
+        np.testing.assert_array_equal(fn(group)(x, bad), [[2], [0]])
+        group.check()
+
+
+def test_debug_mode_from_the_environment(monkeypatch):
+    monkeypatch.setenv("JAX_EP_DEBUG", "1")
+    with jax_ep.Group.open(make_mesh(1), "ep") as group:
+        assert group.info().debug
+    monkeypatch.setenv("JAX_EP_DEBUG", "yes")
+    with pytest.raises(jax_ep.ConfigError, match="JAX_EP_DEBUG must be '0' or '1', got 'yes'"):
+        jax_ep.Group.open(make_mesh(1), "ep")
+
+
+def test_info_command():
+    command = [sys.executable, "-m", "jax_ep", "info"]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    assert "cpu module: combine, dispatch, get_dispatch_layout, pull_rows" in out
+    assert "back end 'cpu', self-test passed" in out
+    assert "rank 7:" in out
+
+
+def test_interpreter_exits_cleanly():
+    """With an open group and calls in flight."""
+    code = """
+import jax, numpy as np, jax_ep
+from jax_ep.testing.ranks import make_mesh, on_ranks
+group = jax_ep.Group.open(make_mesh(4), "ep")
+def fn(x, ids):
+    out = jax_ep.dispatch(x, ids, group=group, num_experts=4)
+    return jax_ep.combine(out.x, out.handle)
+step = on_ranks(fn, group.mesh)
+x, ids = np.ones((4, 64, 512), np.float32), np.zeros((4, 64, 1), np.int32)
+ys = [step(x, ids) for _ in range(20)]
+print("end of script")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "end of script"
+    assert done.stderr == ""

@@ -1,0 +1,53 @@
+"""recv_capacity: enough when it says so, and never more than the worst case."""
+
+import numpy as np
+import pytest
+from cases import ROUTINGS
+
+import jax_ep
+from jax_ep import reference
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("layout", ["rank", "expert"])
+@pytest.mark.parametrize("alignment", [1, 8])
+def test_worst_case_never_drops(routing, layout, alignment):
+    alignment = 1 if layout == "rank" else alignment
+    sizes = {"num_tokens": 7, "num_topk": 5, "num_experts": 12, "num_ranks": 4}
+    capacity = jax_ep.recv_capacity(
+        **sizes, layout=layout, expert_alignment=alignment, balance=None
+    )
+    ids = ROUTINGS[routing](np.random.default_rng(0), (4, 7, 5), 12)
+    plan = reference.make_plan(
+        ids, num_experts=12, layout=layout, recv_capacity=capacity, expert_alignment=alignment
+    )
+    assert plan.num_dropped.sum() == 0
+    assert capacity % alignment == 0
+    tight = jax_ep.recv_capacity(**sizes, layout=layout, expert_alignment=alignment, balance=100.0)
+    assert tight == capacity
+
+
+def test_values():
+    sizes = {"num_tokens": 4096, "num_topk": 8, "num_experts": 256, "num_ranks": 8}
+    assert jax_ep.recv_capacity(**sizes, balance=None) == 4096 * 8 * 8
+    assert jax_ep.recv_capacity(**sizes, balance=1.25) == 4096 * 8 * 1.25
+    assert jax_ep.recv_capacity(**sizes, balance=1.0, expert_alignment=128) == 36864
+    assert jax_ep.recv_capacity(**sizes, layout="rank", balance=None) == 4096 * 8
+    # 5.29 of 8 ranks are reached by a token on average
+    rank = jax_ep.recv_capacity(**sizes, layout="rank", balance=1.0)
+    assert rank == pytest.approx(4096 * 5.29, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_tokens": 0}, "num_tokens must be positive, got 0"),
+        ({"num_experts": 9}, "num_experts must be a multiple of num_ranks=4, got 9"),
+        ({"balance": 0}, "balance must be positive or None, got 0"),
+        ({"layout": "flat"}, "layout must be one of 'rank', 'expert', got 'flat'"),
+    ],
+)
+def test_bad_input(change, message):
+    sizes = {"num_tokens": 8, "num_topk": 2, "num_experts": 8, "num_ranks": 4} | change
+    with pytest.raises(jax_ep.ConfigError, match=f"recv_capacity: {message}"):
+        jax_ep.recv_capacity(**sizes)
