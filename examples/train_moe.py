@@ -22,8 +22,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-
-DEFAULT_STEPS = 600
+DEFAULT_STEPS = 800
 COMPARE_STEPS = 20
 
 
@@ -51,7 +50,7 @@ class Config:
     compare: str | None = flag(None, "train with this back end too", str, choices=["xla"])
     devices: int | None = flag(None, "use the first of jax.devices(); None: at most 8")
     expert_parallel: int | None = flag(None, "size of axis 'expert'; None: 4, or what fits")
-    out: Path = flag(Path("out"), "folder of the loss plot", Path)
+    out: str = flag("out", "folder of the loss plot", str)
 
 
 def parse_flags() -> Config:
@@ -424,7 +423,7 @@ def main(config: Config) -> int:
         params, losses = train(text, config, group)
         held_out_loss = evaluate(params, held_out, config, group)
         samples = generate(params, held_out, config, group)
-    path = config.out / "train_moe.png"
+    path = Path(config.out) / "train_moe.png"
     plot(losses, held_out_loss, unigram, bigram, path)
     for sample in samples[:2]:
         print(f"--- sampled\n{PROMPT.decode().strip()} {sample}")

@@ -11,6 +11,7 @@ from typing import TypeVar
 from jax_ep.errors import ConfigError
 
 DEFAULT_TIMEOUT_S = 60.0
+MAX_TIMEOUT_S = 86400.0
 BACKENDS = ("cpu", "cuda", "xla")
 ROW_BYTES_MULTIPLE = 16
 MAX_INDEX = 2**31 - 1

@@ -108,8 +108,11 @@ class Group:
                 f"Group.open: ranks_per_node must divide num_ranks={num_ranks}, "
                 f"got {ranks_per_node}"
             )
-        if timeout <= 0:
-            raise ConfigError(f"Group.open: timeout must be positive seconds, got {timeout}")
+        if not 0 < timeout <= config.MAX_TIMEOUT_S:
+            raise ConfigError(
+                "Group.open: timeout must be positive seconds, at most "
+                f"{config.MAX_TIMEOUT_S:.0f}, got {timeout}"
+            )
         name = name if name is not None else "_".join(axes)
         spec = _make_spec(mesh, axes, name)
         if spec.identity in _registry.open_groups:

@@ -209,7 +209,7 @@ OPEN = {
     "axis_twice": (lambda: jax_ep.Group.open(make_mesh(2), ("ep", "ep")), "axis must name distinct axes"),
     "backend": (lambda: jax_ep.Group.open(make_mesh(2), "ep", backend="mpi"), "backend must be one of 'auto', 'cpu', 'cuda', 'xla', got 'mpi'"),
     "cuda": (lambda: jax_ep.Group.open(make_mesh(2), "ep", backend="cuda"), "backend 'cuda' is not usable here: the mesh's devices are not GPUs"),
-    "timeout": (lambda: jax_ep.Group.open(make_mesh(2), "ep", timeout=0), "timeout must be positive seconds, got 0"),
+    "timeout": (lambda: jax_ep.Group.open(make_mesh(2), "ep", timeout=0), "timeout must be positive seconds, at most 86400, got 0"),
     "node": (lambda: jax_ep.Group.open(make_mesh(4), "ep", ranks_per_node=3), "ranks_per_node must divide num_ranks=4, got 3"),
 }  # fmt: skip
 

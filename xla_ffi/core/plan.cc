@@ -28,6 +28,7 @@ void DispatchPlan::ForEachDestination(const int32_t* ids, Visit&& visit) const {
 void DispatchPlan::List(int src, const int32_t* topk_idx) {
   Source& source = sources_[src];
   source.topk_idx = topk_idx;
+  source.num_invalid = 0;
   source.num_entries_of_expert.assign(shape_.experts.num_experts, 0);
   source.first_entry.assign(num_ranks() + 1, 0);
   for (int64_t t = 0; t < shape_.num_tokens; ++t) {

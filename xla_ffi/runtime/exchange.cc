@@ -90,13 +90,16 @@ struct Exchange::State : std::enable_shared_from_this<Exchange::State> {
     }
   }
 
-  void Fail(const ErrorRecord& record) {
+  // Ends every open call; its ranks get poisoned results. Without a record the exchange closes.
+  void Abandon(const std::optional<ErrorRecord>& record) {
     std::map<Key, std::shared_ptr<Call>> abandoned;
     {
       std::lock_guard<std::mutex> lock(mutex);
-      if (!error) error = record;
+      if (record && !error) error = record;
+      if (!record) is_closed = true;
       abandoned.swap(open);
     }
+    closed.notify_all();
     for (auto& [key, call] : abandoned) {
       for (Participation& participant : call->participants) {
         if (participant.done) Poison(std::move(participant));
@@ -104,19 +107,30 @@ struct Exchange::State : std::enable_shared_from_this<Exchange::State> {
     }
   }
 
+  std::shared_ptr<Call> OpenCall(const Arrival& arrival, const Participant& participant) const {
+    auto call = std::make_shared<Call>();
+    call->body = participant.make();
+    call->op = arrival.op;
+    call->deadline = Clock::now() + timeout;
+    call->first_rank = arrival.member.rank;
+    call->participants.resize(num_ranks);
+    return call;
+  }
+
   std::optional<ErrorRecord> FindExpired() {
-    for (const auto& [key, call] : open) {
-      if (Clock::now() < call->deadline) continue;
-      int missing = 0;
-      while (call->participants[missing].done) ++missing;
-      return ErrorRecord{.kind = ErrorRecord::Kind::kPeerTimeout,
-                         .op = call->op,
-                         .rank = call->first_rank,
-                         .peer = missing,
-                         .expected = num_ranks,
-                         .seen = call->num_arrived};
-    }
-    return std::nullopt;
+    const auto oldest = std::min_element(
+        open.begin(), open.end(),
+        [](const auto& a, const auto& b) { return a.second->deadline < b.second->deadline; });
+    if (oldest == open.end() || Clock::now() < oldest->second->deadline) return std::nullopt;
+    const Call& call = *oldest->second;
+    int missing = 0;
+    while (call.participants[missing].done) ++missing;
+    return ErrorRecord{.kind = ErrorRecord::Kind::kPeerTimeout,
+                       .op = call.op,
+                       .rank = call.first_rank,
+                       .peer = missing,
+                       .expected = num_ranks,
+                       .seen = call.num_arrived};
   }
 
   static void Watch(const std::shared_ptr<State>& state) {
@@ -125,7 +139,7 @@ struct Exchange::State : std::enable_shared_from_this<Exchange::State> {
       state->closed.wait_for(lock, WatchPeriod(state->timeout));
       if (const auto record = state->FindExpired()) {
         lock.unlock();
-        state->Fail(*record);
+        state->Abandon(record);
         lock.lock();
       }
     }
@@ -137,57 +151,49 @@ Exchange::Exchange(int num_slices, int num_ranks, std::chrono::milliseconds time
   std::thread(State::Watch, state_).detach();
 }
 
-Exchange::~Exchange() {
-  {
-    std::lock_guard<std::mutex> lock(state_->mutex);
-    state_->is_closed = true;
-  }
-  state_->closed.notify_all();
-}
+Exchange::~Exchange() { state_->Abandon(std::nullopt); }
 
 void Exchange::JoinErased(const Arrival& arrival, Participant participant) {
+  // A callback may destroy this exchange before Join returns.
+  const std::shared_ptr<State> state = state_;
   const int rank = arrival.member.rank;
   const State::Key key{arrival.site, arrival.run_id, arrival.member.slice};
   std::shared_ptr<State::Call> complete;
   bool is_repeated = false;
   {
-    std::lock_guard<std::mutex> lock(state_->mutex);
-    if (!state_->error && state_->skip_rank != rank) {
-      std::shared_ptr<State::Call>& call = state_->open[key];
-      if (!call) {
-        call = std::make_shared<State::Call>();
-        call->body = participant.make();
-        call->op = arrival.op;
-        call->deadline = Clock::now() + state_->timeout;
-        call->first_rank = rank;
-        call->participants.resize(num_ranks_);
+    std::lock_guard<std::mutex> lock(state->mutex);
+    if (!state->error && state->skip_rank != rank) {
+      auto found = state->open.find(key);
+      if (found == state->open.end()) {
+        found = state->open.emplace(key, state->OpenCall(arrival, participant)).first;
       }
-      is_repeated = static_cast<bool>(call->participants[rank].done);
+      State::Call& call = *found->second;
+      is_repeated = static_cast<bool>(call.participants[rank].done);
       if (!is_repeated) {
-        participant.deposit(*call->body);
-        call->participants[rank] = {std::move(participant.poison), std::move(participant.done)};
-        if (++call->num_arrived < num_ranks_) return;
-        complete = call;
-        state_->open.erase(key);
+        participant.deposit(*call.body);
+        call.participants[rank] = {std::move(participant.poison), std::move(participant.done)};
+        if (++call.num_arrived < state->num_ranks) return;
+        complete = found->second;
+        state->open.erase(found);
       }
     }
   }
   if (complete) {
-    state_->StartPhase(complete);
+    state->StartPhase(complete);
     return;
   }
   if (is_repeated) {
-    Fail({.kind = ErrorRecord::Kind::kArrivedTwice,
-          .op = arrival.op,
-          .rank = rank,
-          .peer = kNoIndex,
-          .expected = 1,
-          .seen = 2});
+    state->Abandon(ErrorRecord{.kind = ErrorRecord::Kind::kArrivedTwice,
+                               .op = arrival.op,
+                               .rank = rank,
+                               .peer = kNoIndex,
+                               .expected = 1,
+                               .seen = 2});
   }
-  state_->Poison({std::move(participant.poison), std::move(participant.done)});
+  state->Poison({std::move(participant.poison), std::move(participant.done)});
 }
 
-void Exchange::Fail(const ErrorRecord& record) { state_->Fail(record); }
+void Exchange::Fail(const ErrorRecord& record) { state_->Abandon(record); }
 
 std::optional<ErrorRecord> Exchange::error() const {
   std::lock_guard<std::mutex> lock(state_->mutex);

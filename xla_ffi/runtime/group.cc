@@ -17,7 +17,7 @@ Member Group::Locate(const char* op, int64_t device_id, int64_t position) {
   const auto found = position_of_device_.find(device_id);
   const int64_t own_position = found == position_of_device_.end() ? -1 : found->second;
   const Member member = seats_[own_position < 0 ? 0 : own_position].member;
-  if (position != own_position) {
+  if (position != own_position || own_position < 0) {
     exchange_.Fail({.kind = ErrorRecord::Kind::kMeshMismatch,
                     .op = op,
                     .rank = own_position < 0 ? -1 : member.rank,

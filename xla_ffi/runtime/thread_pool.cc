@@ -5,6 +5,7 @@
 #include <condition_variable>
 #include <deque>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <utility>
 
@@ -56,17 +57,24 @@ ThreadPool::~ThreadPool() {
 }
 
 void ThreadPool::Submit(std::function<void()> task) {
+  // The task may destroy this pool before Submit returns.
+  const std::shared_ptr<State> state = state_;
   {
-    std::lock_guard<std::mutex> lock(state_->mutex);
-    state_->tasks.push_back(std::move(task));
-    const bool has_idle = static_cast<int>(state_->tasks.size()) <= state_->num_idle;
-    if (!has_idle && state_->num_threads < state_->max_threads) {
-      ++state_->num_threads;
-      std::thread(State::Work, state_).detach();
-      return;
+    std::lock_guard<std::mutex> lock(state->mutex);
+    state->tasks.push_back(std::move(task));
+    const bool has_idle = static_cast<int>(state->tasks.size()) <= state->num_idle;
+    if (!has_idle && state->num_threads < state->max_threads) {
+      try {
+        std::thread(State::Work, state).detach();
+        ++state->num_threads;
+        return;
+      } catch (const std::system_error&) {
+        // The system gives no more threads: the task waits for one of those there are.
+        if (state->num_threads == 0) throw;
+      }
     }
   }
-  state_->wake.notify_one();
+  state->wake.notify_one();
 }
 
 }  // namespace jax_ep

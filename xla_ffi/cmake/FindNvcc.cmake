@@ -1,0 +1,36 @@
+# Sets CMAKE_CUDA_COMPILER if a CUDA compiler can be found: CUDACXX or PATH, then CUDA_HOME, then the
+# nvidia-cuda-nvcc family of wheels of the building Python.
+include(CheckLanguage)
+if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX} AND DEFINED ENV{CUDA_HOME})
+  if(EXISTS "$ENV{CUDA_HOME}/bin/nvcc")
+    set(CMAKE_CUDA_COMPILER "$ENV{CUDA_HOME}/bin/nvcc")
+  endif()
+endif()
+check_language(CUDA)
+if(NOT CMAKE_CUDA_COMPILER)
+  execute_process(COMMAND "${Python_EXECUTABLE}" -c
+    "import glob, nvidia; print(next((f[:-9] for p in nvidia.__path__ for f in glob.glob(p + '/cu*/bin/nvcc')), ''))"
+    OUTPUT_STRIP_TRAILING_WHITESPACE OUTPUT_VARIABLE _wheel_root ERROR_QUIET)
+  if(_wheel_root)
+    # The wheels have lib where nvcc looks for lib64, so it gets a root of its own: links to
+    # everything but the driver program, which finds its parts relative to its real place.
+    set(_root ${CMAKE_BINARY_DIR}/cuda-root)
+    file(MAKE_DIRECTORY ${_root}/bin)
+    file(GLOB _programs ${_wheel_root}/bin/*)
+    foreach(_program ${_programs})
+      get_filename_component(_name ${_program} NAME)
+      if(_name MATCHES "^nvcc")
+        file(COPY ${_program} DESTINATION ${_root}/bin)
+      else()
+        file(CREATE_LINK ${_program} ${_root}/bin/${_name} SYMBOLIC)
+      endif()
+    endforeach()
+    foreach(_link include:include nvvm:nvvm lib:lib lib:lib64)
+      string(REPLACE ":" ";" _pair ${_link})
+      list(GET _pair 0 _from)
+      list(GET _pair 1 _to)
+      file(CREATE_LINK ${_wheel_root}/${_from} ${_root}/${_to} SYMBOLIC)
+    endforeach()
+    set(CMAKE_CUDA_COMPILER ${_root}/bin/nvcc)
+  endif()
+endif()
