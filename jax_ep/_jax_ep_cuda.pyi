@@ -1,7 +1,9 @@
 """CUDA twins of jax_ep's operations."""
 
-def registrations() -> dict:
+
+
+def registrations() -> dict[str, object]:
     """Target name to handler capsules."""
 
-def build_info() -> dict:
+def build_info() -> dict[str, object]:
     """Compiler and FFI API version of this build."""

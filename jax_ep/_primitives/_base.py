@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jax_ep._jax_compat import Primitive, ad, batching, mlir, result_aval
@@ -67,6 +68,14 @@ def make_primitive(
     return bind
 
 
-def _attribute(value: int | str) -> Any:
+def absent(dtype: Any) -> jax.Array:
+    """Stands for an operand that is not there: an attribute says so, the handler never reads it.
+
+    Not an empty array: jaxlib 0.11.2 crashes when it compiles one in an eager shard_map.
+    """
+    return jnp.zeros((1,), dtype)
+
+
+def _attribute(value: bool | int | str) -> Any:
     # A Python int would become an int32 attribute; the handlers read int64.
     return value if isinstance(value, str) else np.int64(value)

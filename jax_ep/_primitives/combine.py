@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_ep._primitives._base import make_primitive
+from jax_ep._primitives._base import absent, make_primitive
 from jax_ep._primitives.check_mesh import check_mesh
 from jax_ep._spec import CombineSpec, RowIndex
 
@@ -17,7 +17,9 @@ def _results(
     return [((send_row.shape[0], *rows.shape[1:]), rows.dtype)]
 
 
-_bind = make_primitive("combine", _results, platforms=("cpu",), attributes=("group", "layout"))
+_bind = make_primitive(
+    "combine", _results, platforms=("cpu",), attributes=("group", "has_weights", "layout")
+)
 
 
 def combine(
@@ -31,11 +33,12 @@ def combine(
     position = check_mesh(spec.group.position(), spec.group, op="combine")
     return _bind(
         position,
-        jnp.zeros((0,), jnp.int32) if index.send_rank is None else index.send_rank,
+        absent(jnp.int32) if index.send_rank is None else index.send_rank,
         index.send_row,
-        jnp.zeros((0,), jnp.float32) if weights is None else weights,
+        absent(jnp.float32) if weights is None else weights,
         rows,
         *biases,
         group=spec.group.identity,
+        has_weights=weights is not None,
         layout=spec.layout.value,
     )[0]

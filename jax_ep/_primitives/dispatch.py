@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_ep._primitives._base import make_primitive
+from jax_ep._primitives._base import absent, make_primitive
 from jax_ep._primitives.check_mesh import check_mesh
 from jax_ep._spec import DispatchSpec, Routed
 from jax_ep.config import Layout
@@ -17,6 +17,7 @@ def _results(
     topk_idx: Any,
     topk_weights: Any,
     *rows: Any,
+    has_weights: bool,
     layout: int,
     num_experts: int,
     num_ranks: int,
@@ -39,7 +40,7 @@ def _results(
     )
     return [
         *((shape, jnp.int32) for shape in integers),
-        (weights if topk_weights.size else (0,), jnp.float32),
+        (weights if has_weights else (0,), jnp.float32),
         *(((recv_capacity, *r.shape[1:]), r.dtype) for r in rows),
     ]
 
@@ -48,7 +49,7 @@ _bind = make_primitive(
     "dispatch",
     _results,
     platforms=("cpu",),
-    attributes=("expert_alignment", "fill", "group", "layout", "num_experts"),
+    attributes=("expert_alignment", "fill", "group", "has_weights", "layout", "num_experts"),
 )
 
 
@@ -60,15 +61,15 @@ def dispatch(
 ) -> Routed:
     """The custom call; see Routed for what comes back."""
     position = check_mesh(spec.group.position(), spec.group, op="dispatch")
-    weights = jnp.zeros((0,), jnp.float32) if topk_weights is None else topk_weights
     results = _bind(
         position,
         topk_idx,
-        weights,
+        absent(jnp.float32) if topk_weights is None else topk_weights,
         *rows,
         expert_alignment=spec.expert_alignment,
         fill=spec.fill.value,
         group=spec.group.identity,
+        has_weights=topk_weights is not None,
         layout=spec.layout.value,
         num_experts=spec.num_experts,
         num_ranks=spec.group.num_ranks,

@@ -9,13 +9,16 @@ namespace jax_ep {
 
 namespace nb = nanobind;
 
+/// A dict of the Python side, typed for the stubs.
+using Dict = nb::typed<nb::dict, nb::str, nb::object>;
+
 template <typename T>
 nb::capsule Capsule(T* pointer) {
   return nb::capsule(reinterpret_cast<void*>(pointer));
 }
 
-inline nb::dict BuildInfo() {
-  nb::dict info;
+inline Dict BuildInfo() {
+  Dict info;
   info["compiler"] = __VERSION__;
   info["ffi_api"] = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
   return info;

@@ -8,6 +8,7 @@
 #include <chrono>
 #include <memory>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -26,15 +27,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxEpInstantiateSite, InstantiateSite, SiteBinding
 
 auto op_site_info = ffi::MakeTypeInfo<OpSite>();
 
-nb::dict Collective(XLA_FFI_Error* (*execute)(XLA_FFI_CallFrame*)) {
-  nb::dict stages;
+Dict Collective(XLA_FFI_Error* (*execute)(XLA_FFI_CallFrame*)) {
+  Dict stages;
   stages["instantiate"] = Capsule(JaxEpInstantiateSite);
   stages["execute"] = Capsule(execute);
   return stages;
 }
 
-nb::dict Registrations() {
-  nb::dict targets;
+Dict Registrations() {
+  Dict targets;
   targets["jax_ep.combine"] = Collective(JaxEpCombineCpu);
   targets["jax_ep.dispatch"] = Collective(JaxEpDispatchCpu);
   targets["jax_ep.get_dispatch_layout"] = Capsule(JaxEpGetDispatchLayoutCpu);
@@ -42,11 +43,11 @@ nb::dict Registrations() {
   return targets;
 }
 
-nb::dict Types() {
-  nb::dict op_site;
+Dict Types() {
+  Dict op_site;
   op_site["type_id"] = Capsule(&OpSite::id);
   op_site["type_info"] = Capsule(&op_site_info);
-  nb::dict types;
+  Dict types;
   types["jax_ep.OpSite.cpu"] = op_site;
   return types;
 }
@@ -71,13 +72,16 @@ std::shared_ptr<Group> OpenGroup(std::string identity, const std::vector<SeatTup
   for (const auto& [device_id, slice, rank] : seats) table.push_back({device_id, {slice, rank}});
   auto group = std::make_shared<Group>(std::move(identity), std::move(table), num_slices, num_ranks,
                                        std::chrono::milliseconds(timeout_ms));
-  return Registry::Get().Add(group) ? group : nullptr;
+  if (!Registry::Get().Add(group)) {
+    throw std::invalid_argument("a group of this identity is open: " + group->identity());
+  }
+  return group;
 }
 
-std::optional<nb::dict> GroupError(const Group& group) {
+std::optional<Dict> GroupError(const Group& group) {
   const std::optional<ErrorRecord> error = group.exchange().error();
   if (!error) return std::nullopt;
-  nb::dict record;
+  Dict record;
   record["kind"] = KindName(error->kind);
   record["op"] = error->op;
   record["rank"] = error->rank;
@@ -104,8 +108,7 @@ NB_MODULE(_jax_ep_cpu, m) {
           "For tests: keeps the calls of a rank from its peers; -1 ends it.");
   m.def("open_group", &jax_ep::OpenGroup, nanobind::arg("identity"), nanobind::arg("seats"),
         nanobind::arg("num_slices"), nanobind::arg("num_ranks"), nanobind::arg("timeout_ms"),
-        "Opens a group; None when one of this identity is open. Seats are (device id, slice, rank) "
-        "in the row-major order of the mesh.");
+        "Opens a group. Seats are (device id, slice, rank) in the row-major order of the mesh.");
   m.def(
       "close_group", [](const std::string& identity) { jax_ep::Registry::Get().Remove(identity); },
       nanobind::arg("identity"), "Forgets a group; executables that hold it keep it alive.");

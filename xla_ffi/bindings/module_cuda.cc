@@ -5,8 +5,8 @@
 
 namespace {
 
-nanobind::dict Registrations() {
-  nanobind::dict targets;
+jax_ep::Dict Registrations() {
+  jax_ep::Dict targets;
   targets["jax_ep.get_dispatch_layout"] = jax_ep::Capsule(jax_ep::JaxEpGetDispatchLayoutCuda);
   return targets;
 }

@@ -29,7 +29,7 @@ ffi::Error InvalidArgument(const Parts&... parts) {
     if (!(condition)) return InvalidArgument(__VA_ARGS__); \
   } while (false)
 
-/// The data, or null for an empty buffer, which stands for an absent operand or result.
+/// The data, or null for an empty buffer, which stands for an absent result.
 template <typename Buffer>
 auto DataOrNull(Buffer buffer) -> decltype(buffer.typed_data()) {
   return buffer.element_count() == 0 ? nullptr : buffer.typed_data();

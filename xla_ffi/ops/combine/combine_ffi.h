@@ -13,13 +13,14 @@ template <typename Binding>
 auto BindCombine(Binding&& binding) {
   return std::forward<Binding>(binding)
       .template Arg<I32Buffer>()       // position [1]
-      .template Arg<I32Buffer>()       // send_rank, empty in the rank layout
+      .template Arg<I32Buffer>()       // send_rank, read in the expert layout
       .template Arg<I32Buffer>()       // send_row
-      .template Arg<F32Buffer>()       // weights, empty when absent
+      .template Arg<F32Buffer>()       // weights, read if has_weights
       .template Arg<ffi::AnyBuffer>()  // rows
       .RemainingArgs()                 // biases
       .template Ret<ffi::AnyBuffer>()  // out
       .template Attr<std::string_view>("group")
+      .template Attr<int64_t>("has_weights")
       .template Attr<int64_t>("layout");
 }
 
@@ -30,6 +31,7 @@ struct CombineBuffers {
   ffi::AnyBuffer rows;
   ffi::RemainingArgs biases;
   ffi::AnyBuffer out;
+  int64_t has_weights;
   int64_t layout;
 };
 
@@ -60,14 +62,13 @@ inline ffi::Error DecodeCombine(CombineBuffers b, int num_ranks, CombineArgs& ar
   args.recv_capacity = Dim(b.rows, 0);
   args.hidden = Dim(b.rows, 1);
   const bool is_rank_layout = args.layout == RecvLayout::kRank;
-  const size_t num_slots = is_rank_layout ? 0 : b.send_row.element_count();
+  JAX_EP_REQUIRE(is_rank_layout ? args.num_slots == num_ranks
+                                : b.send_rank.element_count() == b.send_row.element_count(),
+                 "combine: send_rank and send_row do not fit the layout");
   JAX_EP_REQUIRE(
-      b.send_rank.element_count() == num_slots && (!is_rank_layout || args.num_slots == num_ranks),
-      "combine: send_rank and send_row do not fit the layout");
-  JAX_EP_REQUIRE(b.weights.element_count() == 0 ||
-                     b.weights.element_count() == static_cast<size_t>(args.recv_capacity),
-                 "combine: weights has ", b.weights.element_count(), " elements, recv_capacity is ",
-                 args.recv_capacity);
+      !b.has_weights || b.weights.element_count() == static_cast<size_t>(args.recv_capacity),
+      "combine: weights has ", b.weights.element_count(), " elements, recv_capacity is ",
+      args.recv_capacity);
   JAX_EP_REQUIRE(Dim(b.out, 0) == args.num_tokens && Dim(b.out, 1) == args.hidden &&
                      b.out.element_type() == b.rows.element_type(),
                  "combine: the result does not fit rows and send_row");
@@ -75,7 +76,7 @@ inline ffi::Error DecodeCombine(CombineBuffers b, int num_ranks, CombineArgs& ar
                  kMaxBiases);
   args.send_rank = is_rank_layout ? nullptr : b.send_rank.typed_data();
   args.send_row = b.send_row.typed_data();
-  args.weights = DataOrNull(b.weights);
+  args.weights = b.has_weights ? b.weights.typed_data() : nullptr;
   args.rows = b.rows.untyped_data();
   args.out = b.out.untyped_data();
   args.num_biases = static_cast<int>(b.biases.size());

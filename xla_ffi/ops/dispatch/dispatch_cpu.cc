@@ -149,12 +149,12 @@ ffi::Future Dispatch(OpSite* site, ffi::RunId run_id, int32_t device_id, I32Buff
                      I32Result num_invalid, I32Result recv_src, I32Result recv_k,
                      I32Result send_row, I32Result recv_topk_idx, F32Result recv_weights,
                      ffi::RemainingRets recv_rows, int64_t expert_alignment, int64_t fill,
-                     std::string_view, int64_t layout, int64_t num_experts) {
+                     std::string_view, int64_t has_weights, int64_t layout, int64_t num_experts) {
   DispatchArgs args;
   ffi::Error error =
       DecodeDispatch({topk_idx, topk_weights, rows, group_sizes, num_recv, num_dropped, num_invalid,
                       recv_src, recv_k, send_row, recv_topk_idx, recv_weights, recv_rows,
-                      expert_alignment, fill, layout, num_experts},
+                      expert_alignment, fill, has_weights, layout, num_experts},
                      site->group->num_ranks(), args);
   if (error.failure()) return Failed(error);
   return JoinGroup<DispatchCall>("dispatch", {site, run_id.run_id, device_id}, position, args);

@@ -14,7 +14,7 @@ auto BindDispatch(Binding&& binding) {
   return std::forward<Binding>(binding)
       .template Arg<I32Buffer>()  // position [1]
       .template Arg<I32Buffer>()  // topk_idx
-      .template Arg<F32Buffer>()  // topk_weights, empty when absent
+      .template Arg<F32Buffer>()  // topk_weights, read if has_weights
       .RemainingArgs()            // row streams
       .template Ret<I32Buffer>()  // group_sizes
       .template Ret<I32Buffer>()  // num_recv
@@ -29,6 +29,7 @@ auto BindDispatch(Binding&& binding) {
       .template Attr<int64_t>("expert_alignment")
       .template Attr<int64_t>("fill")
       .template Attr<std::string_view>("group")
+      .template Attr<int64_t>("has_weights")
       .template Attr<int64_t>("layout")
       .template Attr<int64_t>("num_experts");
 }
@@ -44,6 +45,7 @@ struct DispatchBuffers {
   ffi::RemainingRets recv_rows;
   int64_t expert_alignment;
   int64_t fill;
+  int64_t has_weights;
   int64_t layout;
   int64_t num_experts;
 };
@@ -76,12 +78,11 @@ inline ffi::Error DecodeDispatch(DispatchBuffers b, int num_ranks, DispatchArgs&
   JAX_EP_REQUIRE(b.recv_k->element_count() == (is_rank_layout ? 0 : size_t(recv_capacity)) &&
                      b.recv_topk_idx->element_count() == (is_rank_layout ? recv_choices : 0),
                  "dispatch: the index results do not fit the layout");
-  const bool has_weights = b.topk_weights.element_count() > 0;
-  JAX_EP_REQUIRE(!has_weights || (b.topk_weights.element_count() == b.topk_idx.element_count() &&
-                                  b.recv_weights->element_count() == recv_weights),
+  JAX_EP_REQUIRE(!b.has_weights || (b.topk_weights.element_count() == b.topk_idx.element_count() &&
+                                    b.recv_weights->element_count() == recv_weights),
                  "dispatch: topk_weights does not fit topk_idx");
   args.topk_idx = b.topk_idx.typed_data();
-  args.topk_weights = DataOrNull(b.topk_weights);
+  args.topk_weights = b.has_weights ? b.topk_weights.typed_data() : nullptr;
   args.group_sizes = b.group_sizes->typed_data();
   args.num_recv = b.num_recv->typed_data();
   args.num_dropped = b.num_dropped->typed_data();
@@ -90,7 +91,7 @@ inline ffi::Error DecodeDispatch(DispatchBuffers b, int num_ranks, DispatchArgs&
   args.recv_k = DataOrNull(*b.recv_k);
   args.send_row = b.send_row->typed_data();
   args.recv_topk_idx = DataOrNull(*b.recv_topk_idx);
-  args.recv_weights = has_weights ? DataOrNull(*b.recv_weights) : nullptr;
+  args.recv_weights = b.has_weights ? b.recv_weights->typed_data() : nullptr;
 
   JAX_EP_REQUIRE(b.rows.size() == b.recv_rows.size() && b.rows.size() <= kMaxRowStreams,
                  "dispatch: ", b.rows.size(), " row arrays in, ", b.recv_rows.size(),
