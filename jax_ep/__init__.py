@@ -2,7 +2,9 @@
 
 from jax_ep.capacity import recv_capacity as recv_capacity
 from jax_ep.combine import combine as combine
+from jax_ep.combine import combine_weights as combine_weights
 from jax_ep.dispatch import dispatch as dispatch
+from jax_ep.dispatch_fp8 import dispatch_fp8 as dispatch_fp8
 from jax_ep.errors import ConfigError as ConfigError
 from jax_ep.errors import DTypeError as DTypeError
 from jax_ep.errors import GroupError as GroupError
@@ -10,6 +12,8 @@ from jax_ep.errors import JaxEpError as JaxEpError
 from jax_ep.errors import PeerTimeoutError as PeerTimeoutError
 from jax_ep.errors import RoutingError as RoutingError
 from jax_ep.errors import ShapeError as ShapeError
+from jax_ep.fp8 import dequantize_fp8 as dequantize_fp8
+from jax_ep.fp8 import quantize_fp8 as quantize_fp8
 from jax_ep.get_dispatch_layout import DispatchLayout as DispatchLayout
 from jax_ep.get_dispatch_layout import get_dispatch_layout as get_dispatch_layout
 from jax_ep.group import Group as Group

@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_ep import config
+from jax_ep import _registry, config
 from jax_ep.errors import ConfigError, DTypeError, GroupError, ShapeError
 from jax_ep.group import Group
+from jax_ep.handle import DispatchHandle
 
 FLOAT_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
@@ -42,14 +43,16 @@ def require_dtype(x: jax.Array, dtypes: Sequence[Any], *, op: str, argument: str
         raise DTypeError(f"{op}: {argument} must be {names}, got {x.dtype.name}")
 
 
-def require_rows(value: Any, *, op: str, argument: str) -> jax.Array:
-    """[rows, hidden] of a float type, a row being a multiple of 16 bytes."""
+def require_rows(
+    value: Any, *, op: str, argument: str, dtypes: Sequence[Any] = FLOAT_DTYPES
+) -> jax.Array:
+    """[rows, hidden] of one of the dtypes, a row being a multiple of 16 bytes."""
     x = require_array(value, op=op, argument=argument)
     if x.ndim != 2 or 0 in x.shape:
         raise ShapeError(
             f"{op}: {argument} must be [rows, hidden], both positive, got shape {x.shape}"
         )
-    require_dtype(x, FLOAT_DTYPES, op=op, argument=argument)
+    require_dtype(x, dtypes, op=op, argument=argument)
     row_bytes = x.shape[1] * x.dtype.itemsize
     if row_bytes % config.ROW_BYTES_MULTIPLE:
         raise ShapeError(
@@ -57,6 +60,36 @@ def require_rows(value: Any, *, op: str, argument: str) -> jax.Array:
             f"got hidden={x.shape[1]} of {x.dtype.name}: {row_bytes} bytes"
         )
     return x
+
+
+def require_stream(x: jax.Array, num_tokens: int, *, op: str, argument: str) -> jax.Array:
+    """[num_tokens, anything], of whole bytes: it is moved, not computed with."""
+    if x.ndim != 2 or x.shape[0] != num_tokens or x.shape[1] < 1:
+        raise ShapeError(
+            f"{op}: {argument} must be [num_tokens={num_tokens}, at least 1], got shape {x.shape}"
+        )
+    if jnp.issubdtype(x.dtype, jax.dtypes.extended) or jax.dtypes.itemsize_bits(x.dtype) % 8:
+        raise DTypeError(f"{op}: rows of {argument} must be whole bytes; pack {x.dtype} into uint8")
+    return x
+
+
+def require_handle(handle: Any, *, op: str) -> Group:
+    """The group of a handle that fits it, ready to be traced with."""
+    if not isinstance(handle, DispatchHandle):
+        raise ConfigError(
+            f"{op}: handle must be the DispatchHandle of a dispatch, got {type(handle).__name__}"
+        )
+    group = require_group(_registry.find_group(handle.group, op=op), op=op)
+    # A handle built by hand, or half of one, is told here rather than by a wrong result.
+    is_whole = (handle.send_rank is None and handle.recv_k is None) == (handle.layout == "rank")
+    columns = handle.send_row.shape[1] if handle.send_row.ndim == 2 else None
+    if not is_whole or (handle.layout == "rank" and columns != group.num_ranks):
+        raise GroupError(
+            f"{op}: the handle's arrays do not fit its layout={handle.layout!r} and "
+            f"num_ranks={group.num_ranks}: send_row has shape {handle.send_row.shape}"
+        )
+    require_shape(handle.recv_src, (handle.recv_capacity,), op=op, argument="handle.recv_src")
+    return group
 
 
 def require_topk_idx(value: Any, *, num_experts: int, op: str) -> jax.Array:

@@ -30,7 +30,7 @@ def dispatch(
     routed = route(spec, ids, topk_idx.shape[0], topk_weights)
     return routed._replace(
         num_invalid=num_invalid,
-        rows=tuple(_take(_gather_tokens(spec.group, r), routed.recv_src) for r in rows),
+        rows=tuple(_pull(spec.group, routed.recv_src, r) for r in rows),
     )
 
 
@@ -116,7 +116,7 @@ def _route_experts(
 def pull_rows(group: GroupSpec, index: jax.Array, rows: jax.Array) -> jax.Array:
     """Rows of the peers' arrays, [N, ...]; the contract of the custom call."""
     index = check_mesh(index, group, op="pull_rows")
-    return _take(_gather_tokens(group, rows), index)
+    return _pull(group, index, rows)
 
 
 def combine(
@@ -186,6 +186,15 @@ def _round(total: jax.Array, dtype: Any) -> jax.Array:
     # Behind the barrier XLA cannot hand the unrounded value to whoever widens the result again.
     rounded: jax.Array = jax.lax.optimization_barrier(total.astype(dtype))
     return rounded
+
+
+def _pull(group: GroupSpec, index: jax.Array, rows: jax.Array) -> jax.Array:
+    # As integers: XLA:CPU selects fp8 through a wider type, which changes the bits of a NaN.
+    is_float = jnp.issubdtype(rows.dtype, jnp.floating)
+    carrier = jnp.dtype(f"uint{8 * rows.dtype.itemsize}") if is_float else rows.dtype
+    bits = jax.lax.bitcast_convert_type(rows, carrier) if is_float else rows
+    taken = _take(_gather_tokens(group, bits), index)
+    return jax.lax.bitcast_convert_type(taken, rows.dtype) if is_float else taken
 
 
 def _gather_tokens(group: GroupSpec, x: jax.Array) -> jax.Array:

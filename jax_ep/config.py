@@ -14,6 +14,12 @@ DEFAULT_TIMEOUT_S = 60.0
 MAX_TIMEOUT_S = 86400.0
 BACKENDS = ("cpu", "cuda", "xla")
 ROW_BYTES_MULTIPLE = 16
+FP8_BLOCK = 128
+MAX_BIASES = 2
+
+# What jax.ad_checkpoint.checkpoint_name calls the results of communication.
+DISPATCH_NAME = "jax_ep_dispatch"
+COMBINE_NAME = "jax_ep_combine"
 MAX_INDEX = 2**31 - 1
 
 

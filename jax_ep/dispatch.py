@@ -1,15 +1,16 @@
 """dispatch: sends each token to the ranks that own its experts."""
 
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jax_ep import _backends, _checks, _jax_compat, config
-from jax_ep._spec import CombineSpec, DispatchSpec, Routed, RowIndex
+from jax_ep import _checks, _differentiable, _jax_compat, config
+from jax_ep._spec import CombineSpec, DispatchSpec, Routed
 from jax_ep.config import Fill, Layout
-from jax_ep.errors import ConfigError
+from jax_ep.errors import ConfigError, DTypeError, GroupError
+from jax_ep.fp8 import FP8_DTYPES
 from jax_ep.group import Group
 from jax_ep.handle import Dispatched, DispatchHandle
 
@@ -17,16 +18,18 @@ _OP = "dispatch"
 
 
 def dispatch(
-    x: jax.Array,
-    topk_idx: jax.Array,
+    x: jax.Array | tuple[jax.Array, jax.Array],
+    topk_idx: jax.Array | None = None,
     topk_weights: jax.Array | None = None,
     *,
-    group: Group,
-    num_experts: int,
+    group: Group | None = None,
+    num_experts: int | None = None,
     layout: str = "rank",
     recv_capacity: int | None = None,
     expert_alignment: int = 1,
     fill: str = "zeros",
+    payload: jax.Array | None = None,
+    handle: DispatchHandle | None = None,
     backend: str | None = None,
 ) -> Dispatched:
     """Sends each token to the ranks that own its experts.
@@ -36,11 +39,12 @@ def dispatch(
     on every back end.
 
     Args:
-      x: [num_tokens, hidden] bf16, f16 or f32; hidden * itemsize a multiple of 16 bytes. The same
-        num_tokens on every rank; mask with -1 in topk_idx.
+      x: [num_tokens, hidden] bf16, f16 or f32, or a pair (fp8 [num_tokens, hidden], scales
+        [num_tokens, S] f32 or uint8), as `quantize_fp8` makes it; hidden * itemsize a multiple of
+        16 bytes. The same num_tokens on every rank; mask with -1 in topk_idx.
       topk_idx: [num_tokens, num_topk] int32 or int64. Global expert ids; -1 sends nothing. Other
         ids outside [0, num_experts) are counted in num_invalid and ignored; one expert twice in a
-        token is the caller's error (debug mode finds both).
+        token is the caller's error (debug mode finds both). None with `handle`.
       topk_weights: [num_tokens, num_topk] f32, moved along with the rows; or None.
       group: the ranks. Static.
       num_experts: experts of the whole group, a multiple of its ranks. Static.
@@ -53,139 +57,207 @@ def dispatch(
       expert_alignment: expert layout: each group is padded to a multiple of it.
       fill: "zeros": every row of x without a token is zero, so that no NaN can leak; "padding":
         only the alignment padding is; "none": neither. Index arrays and weights are always set.
+      payload: [num_tokens, P] of any type of whole bytes, moved along unchanged; or None.
+      handle: of an earlier dispatch: sends x and payload along its routing. Takes no argument that
+        says something of the routing; all rows without a token are zero.
       backend: None (the group's), "cpu" or "xla".
 
     Returns:
-      Dispatched, with the handle that `combine` takes.
+      Dispatched, with the handle that `combine` takes; topk_idx and weights are None where the
+      routing came with `handle`.
 
     Collective: every rank of the group calls it. Inside jax.shard_map over the group's mesh.
     Gradient: of x, the `combine` of the cotangent; of topk_weights, the cotangent of `weights`
-      moved back to the tokens. Dropped rows have none.
+      moved back to the tokens. Dropped rows have none. fp8 rows, scales and payload raise when
+      they are differentiated; `dispatch_fp8` has a gradient.
     Raises: ShapeError, DTypeError, ConfigError, GroupError while tracing; PeerTimeoutError,
       GroupError and RoutingError (debug mode) from `group.check()`.
     Source: DeepEP (DeepSeek, 2025), normal kernels; expert-major output as in Hybrid-EP.
     """
-    _checks.require_group(group, op=_OP)
-    num_experts = _checks.require_num_experts(num_experts, group, op=_OP)
-    x = _checks.require_rows(x, op=_OP, argument="x")
-    topk_idx = _checks.require_topk_idx(topk_idx, num_experts=num_experts, op=_OP)
-    num_tokens, num_topk = topk_idx.shape
-    _checks.require_shape(x, (num_tokens, x.shape[1]), op=_OP, argument="x")
+    if handle is not None:
+        _checks.require_handle(handle, op=_OP)
+        given = {
+            "topk_idx": topk_idx,
+            "topk_weights": topk_weights,
+            "num_experts": num_experts,
+            "recv_capacity": recv_capacity,
+            "expert_alignment": None if expert_alignment == 1 else expert_alignment,
+            "layout": None if layout in ("rank", handle.layout) else layout,
+        }
+        extra = ", ".join(name for name, value in given.items() if value is not None)
+        if extra:
+            raise ConfigError(f"{_OP}: with handle= the routing is known, got also {extra}")
+        return _dispatch_along(x, payload, handle, group, backend)
+    group = _checks.require_group(group, op=_OP)
+    rows = _require_streams(x, payload)
+    spec, topk_idx, topk_weights = prepare(
+        topk_idx,
+        topk_weights,
+        num_tokens=rows[0].shape[0],
+        op=_OP,
+        group=group,
+        num_experts=num_experts,
+        layout=layout,
+        recv_capacity=recv_capacity,
+        expert_alignment=expert_alignment,
+        fill=fill,
+        backend=backend,
+    )
+    rows, topk_weights, topk_idx = vary_alike((rows, topk_weights, topk_idx), group)
+    routed = _differentiable.dispatch(spec, rows, topk_weights, topk_idx)
+    return assemble(spec, topk_idx, routed, has_scales=isinstance(x, tuple))
+
+
+def prepare(
+    topk_idx: Any,
+    topk_weights: Any,
+    *,
+    num_tokens: int,
+    op: str,
+    group: Group,
+    num_experts: Any,
+    layout: str,
+    recv_capacity: int | None,
+    expert_alignment: int,
+    fill: str,
+    backend: str | None,
+) -> tuple[DispatchSpec, jax.Array, jax.Array | None]:
+    """Checks the routing arguments of a dispatch; the spec, the ids as int32, and the weights."""
+    num_experts = _checks.require_num_experts(num_experts, group, op=op)
+    topk_idx = _checks.require_topk_idx(topk_idx, num_experts=num_experts, op=op)
+    num_topk = topk_idx.shape[1]
+    _checks.require_shape(topk_idx, (num_tokens, num_topk), op=op, argument="topk_idx")
     if topk_weights is not None:
-        topk_weights = _checks.require_array(topk_weights, op=_OP, argument="topk_weights")
-        _checks.require_shape(topk_weights, topk_idx.shape, op=_OP, argument="topk_weights")
-        _checks.require_dtype(topk_weights, (jnp.float32,), op=_OP, argument="topk_weights")
+        topk_weights = _checks.require_array(topk_weights, op=op, argument="topk_weights")
+        _checks.require_shape(topk_weights, topk_idx.shape, op=op, argument="topk_weights")
+        _checks.require_dtype(topk_weights, (jnp.float32,), op=op, argument="topk_weights")
     spec = DispatchSpec(
         group=group.spec,
-        backend=_checks.require_backend(backend, group, op=_OP),
-        layout=config.choice(Layout, layout, op=_OP, argument="layout"),
+        backend=_checks.require_backend(backend, group, op=op),
+        layout=config.choice(Layout, layout, op=op, argument="layout"),
         num_experts=num_experts,
-        recv_capacity=_capacity(layout, recv_capacity, num_tokens, num_topk, group),
-        expert_alignment=_alignment(layout, expert_alignment),
-        fill=config.choice(Fill, fill, op=_OP, argument="fill"),
+        recv_capacity=_capacity(layout, recv_capacity, num_tokens, num_topk, group, op=op),
+        expert_alignment=_alignment(layout, expert_alignment, op=op),
+        fill=config.choice(Fill, fill, op=op, argument="fill"),
     )
-    arrays = [x, topk_idx] if topk_weights is None else [x, topk_idx, topk_weights]
-    x, topk_idx, *weights = _jax_compat.vary_alike(arrays, group.axes)
-    _checks.report_bad_routing(topk_idx, num_experts=num_experts, group=group, op=_OP)
-    routed = _dispatch(spec, x, weights[0] if weights else None, topk_idx)
+    _checks.report_bad_routing(topk_idx, num_experts=num_experts, group=group, op=op)
+    return spec, topk_idx, topk_weights
+
+
+def assemble(
+    spec: DispatchSpec, topk_idx: jax.Array, routed: Routed, *, has_scales: bool
+) -> Dispatched:
+    """What the caller gets, handle included, from what a back end gives."""
     handle = DispatchHandle(
         recv_src=routed.recv_src,
         recv_k=routed.recv_k,
         send_row=routed.send_row,
-        send_rank=_send_rank(spec, topk_idx, routed.send_row),
-        group_sizes=routed.group_sizes,
-        num_recv=routed.num_recv,
-        layout=layout,
-        num_experts=num_experts,
-        recv_capacity=spec.recv_capacity,
-        group=group.identity,
-    )
-    return Dispatched(
-        x=routed.rows[0],
-        topk_idx=routed.recv_topk_idx,
-        weights=routed.recv_weights,
+        send_rank=_differentiable.send_rank(spec, topk_idx, routed.send_row),
         group_sizes=routed.group_sizes,
         num_recv=routed.num_recv,
         num_dropped=routed.num_dropped,
         num_invalid=routed.num_invalid,
+        layout=spec.layout.name.lower(),
+        num_experts=spec.num_experts,
+        recv_capacity=spec.recv_capacity,
+        group=spec.group.identity,
+    )
+    return _as_dispatched(
+        routed.rows, handle, routed.recv_topk_idx, routed.recv_weights, has_scales=has_scales
+    )
+
+
+def _as_dispatched(
+    rows: Sequence[jax.Array],
+    handle: DispatchHandle,
+    topk_idx: jax.Array | None = None,
+    weights: jax.Array | None = None,
+    *,
+    has_scales: bool,
+) -> Dispatched:
+    x, *others = rows
+    return Dispatched(
+        x=x,
+        scales=others.pop(0) if has_scales else None,
+        payload=others.pop(0) if others else None,
+        topk_idx=topk_idx,
+        weights=weights,
+        group_sizes=handle.group_sizes,
+        num_recv=handle.num_recv,
+        num_dropped=handle.num_dropped,
+        num_invalid=handle.num_invalid,
         handle=handle,
     )
 
 
+def _dispatch_along(
+    x: Any, payload: Any, handle: DispatchHandle, group: Group | None, backend: str | None
+) -> Dispatched:
+    found = _checks.require_handle(handle, op=_OP)
+    if group is not None and group is not found:
+        raise GroupError(
+            f"{_OP}: the handle is of group {found.identity}, got group={group.identity}"
+        )
+    rows = _require_streams(x, payload)
+    num_tokens = handle.send_row.shape[0]
+    _checks.require_shape(rows[0], (num_tokens, rows[0].shape[1]), op=_OP, argument="x")
+    spec = CombineSpec(
+        group=found.spec,
+        backend=_checks.require_backend(backend, found, op=_OP),
+        layout=Layout[handle.layout.upper()],
+        recv_capacity=handle.recv_capacity,
+    )
+    rows, index = vary_alike((rows, handle.index()), found)
+    moved = _differentiable.dispatch_along(spec, rows, index)
+    return _as_dispatched(moved, handle, has_scales=isinstance(x, tuple))
+
+
+def vary_alike(operands: Any, group: Group) -> Any:
+    """The arrays of a pytree, cast to vary over the group and over what any of them varies over."""
+    leaves, structure = jax.tree.flatten(operands)
+    return jax.tree.unflatten(structure, _jax_compat.vary_alike(leaves, group.axes))
+
+
+def _require_streams(x: Any, payload: Any) -> tuple[jax.Array, ...]:
+    """Everything that travels, one row per token: x, its scales, the payload."""
+    if not isinstance(x, tuple):
+        rows = [_checks.require_rows(x, op=_OP, argument="x")]
+    else:
+        if len(x) != 2:
+            raise DTypeError(f"{_OP}: x must be an array or a pair, got {len(x)} arrays")
+        fp8 = _checks.require_rows(x[0], op=_OP, argument="x[0]", dtypes=FP8_DTYPES)
+        scales = _checks.require_array(x[1], op=_OP, argument="scales")
+        _checks.require_dtype(scales, (jnp.float32, jnp.uint8), op=_OP, argument="scales")
+        rows = [fp8, _checks.require_stream(scales, fp8.shape[0], op=_OP, argument="scales")]
+    if payload is not None:
+        payload = _checks.require_array(payload, op=_OP, argument="payload")
+        rows.append(_checks.require_stream(payload, rows[0].shape[0], op=_OP, argument="payload"))
+    return tuple(rows)
+
+
 def _capacity(
-    layout: str, recv_capacity: int | None, num_tokens: int, num_topk: int, group: Group
+    layout: str, recv_capacity: int | None, num_tokens: int, num_topk: int, group: Group, *, op: str
 ) -> int:
     if recv_capacity is None:
         if layout == "expert":
             raise ConfigError(
-                f"{_OP}: recv_capacity is required with layout='expert'; jax_ep.recv_capacity "
+                f"{op}: recv_capacity is required with layout='expert'; jax_ep.recv_capacity "
                 "computes it"
             )
         recv_capacity = num_tokens * group.num_ranks
-    capacity = _checks.require_int(recv_capacity, minimum=1, op=_OP, argument="recv_capacity")
+    capacity = _checks.require_int(recv_capacity, minimum=1, op=op, argument="recv_capacity")
     # Places of choices are computed in int32, over all ranks.
     largest = group.num_ranks * num_topk * max(capacity, num_tokens)
     if largest > config.MAX_INDEX:
         raise ConfigError(
-            f"{_OP}: num_ranks * num_topk * max(recv_capacity, num_tokens) must be at most "
+            f"{op}: num_ranks * num_topk * max(recv_capacity, num_tokens) must be at most "
             f"{config.MAX_INDEX}, got {largest}"
         )
     return capacity
 
 
-def _alignment(layout: str, expert_alignment: int) -> int:
-    alignment = _checks.require_int(
-        expert_alignment, minimum=1, op=_OP, argument="expert_alignment"
-    )
+def _alignment(layout: str, expert_alignment: int, *, op: str) -> int:
+    alignment = _checks.require_int(expert_alignment, minimum=1, op=op, argument="expert_alignment")
     if layout == "rank" and alignment != 1:
-        raise ConfigError(f"{_OP}: expert_alignment needs layout='expert', got {alignment}")
+        raise ConfigError(f"{op}: expert_alignment needs layout='expert', got {alignment}")
     return alignment
-
-
-def _send_rank(spec: DispatchSpec, topk_idx: jax.Array, send_row: jax.Array) -> jax.Array | None:
-    if spec.layout is Layout.RANK:
-        return None
-    return jnp.where(send_row >= 0, topk_idx // spec.num_local_experts, -1)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dispatch(
-    spec: DispatchSpec, x: jax.Array, topk_weights: jax.Array | None, topk_idx: jax.Array
-) -> Routed:
-    return _backends.get(spec.backend).dispatch(spec, topk_idx, topk_weights, (x,))
-
-
-def _dispatch_fwd(
-    spec: DispatchSpec, x: jax.Array, topk_weights: jax.Array | None, topk_idx: jax.Array
-) -> tuple[Routed, Any]:
-    routed = _backends.get(spec.backend).dispatch(spec, topk_idx, topk_weights, (x,))
-    return routed, (topk_idx, routed.send_row, routed.recv_src)
-
-
-def _dispatch_bwd(spec: DispatchSpec, residuals: Any, ct: Routed) -> tuple[Any, Any, None]:
-    topk_idx, send_row, recv_src = residuals
-    backend = _backends.get(spec.backend)
-    index = RowIndex(_send_rank(spec, topk_idx, send_row), send_row, recv_src)
-    back = CombineSpec(spec.group, spec.backend, spec.layout, spec.recv_capacity)
-    x_bar = backend.combine(back, index, ct.rows[0], None, ())
-    if ct.recv_weights is None:
-        return x_bar, None, None
-    place = _place_of_choice(spec, topk_idx, send_row)
-    moved = backend.pull_rows(spec.group, place.reshape(-1), ct.recv_weights.reshape(-1, 1))
-    return x_bar, moved.reshape(topk_idx.shape), None
-
-
-def _place_of_choice(spec: DispatchSpec, topk_idx: jax.Array, send_row: jax.Array) -> jax.Array:
-    """[T, K]: where the weight of a choice went, counted over all ranks' weight arrays; or -1."""
-    is_expert = (topk_idx >= 0) & (topk_idx < spec.num_experts)
-    rank = jnp.where(is_expert, topk_idx // spec.num_local_experts, 0)
-    if spec.layout is Layout.EXPERT:
-        return jnp.where(send_row >= 0, rank * spec.recv_capacity + send_row, -1)
-    row = jnp.take_along_axis(send_row, rank, axis=1)
-    num_topk = topk_idx.shape[1]
-    choice = jnp.arange(num_topk, dtype=jnp.int32)
-    place = (rank * spec.recv_capacity + row) * num_topk + choice
-    return jnp.where(is_expert & (row >= 0), place, -1)
-
-
-_dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)

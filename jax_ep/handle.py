@@ -22,7 +22,7 @@ class DispatchHandle:
       send_rank: expert layout: [T, K] int32, the destination of each choice; else None (it is the
         column of send_row).
       group_sizes: [num_local_experts] int32, as in Dispatched.
-      num_recv: [1] int32, as in Dispatched.
+      num_recv, num_dropped, num_invalid: [1] int32, as in Dispatched.
       layout: "rank" or "expert".
       num_experts: experts of the whole group.
       recv_capacity: C.
@@ -35,6 +35,8 @@ class DispatchHandle:
     send_rank: jax.Array | None
     group_sizes: jax.Array
     num_recv: jax.Array
+    num_dropped: jax.Array
+    num_invalid: jax.Array
     layout: str = field(metadata={"static": True})
     num_experts: int = field(metadata={"static": True})
     recv_capacity: int = field(metadata={"static": True})
@@ -54,7 +56,10 @@ class Dispatched:
 
     Attributes:
       x: [C, hidden], the rows; which of the unused ones are zero is dispatch's `fill`.
-      topk_idx: rank layout: [C, K] int32, local expert ids, -1 = an expert of another rank.
+      scales: [C, S], the scales of fp8 rows, filled like x.
+      payload: [C, P], what travelled along, filled like x.
+      topk_idx: rank layout: [C, K] int32, local expert ids, -1 = an expert of another rank. None
+        in the expert layout, and for a dispatch along a handle.
       weights: rank layout: [C, K], expert layout: [C]; f32, 0 where there is no choice.
       group_sizes: [L] int32, rows per local expert; expert layout: rounded up to the alignment.
       num_recv: [1] int32, rows in use, alignment padding included.
@@ -64,6 +69,8 @@ class Dispatched:
     """
 
     x: jax.Array
+    scales: jax.Array | None
+    payload: jax.Array | None
     topk_idx: jax.Array | None
     weights: jax.Array | None
     group_sizes: jax.Array

@@ -15,12 +15,14 @@ LAYERS = [
     {"errors", "config"},
     {"_jax_compat", "_registry", "_spec", "reference", "capacity"},
     {"_native", "_primitives"},
-    {"_xla", "handle"},
+    {"_xla", "handle", "fp8"},
     {"_backends"},
     {"_self_test"},
     {"group"},
     {"_checks"},
-    {"dispatch", "combine", "get_dispatch_layout"},
+    {"_differentiable"},
+    {"dispatch", "get_dispatch_layout"},
+    {"combine", "dispatch_fp8"},
     {"testing", "__init__", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -1,0 +1,1 @@
+"""`python -m jax_ep bench`: the operations against their floor and against stock JAX."""

@@ -1,0 +1,168 @@
+"""Who is measured: our operations on each back end, and the same exchange in stock JAX.
+
+Every function here sees one rank, inside shard_map.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import jax_ep
+from jax_ep.bench.shapes import Point
+
+
+class Contender(NamedTuple):
+    """One way to do it.
+
+    Attributes:
+      name: "jax_ep" or the stock collective.
+      backend: "cpu", "cuda" or "xla".
+      algorithm: what a stock contender is made of.
+      fill: which rows without a token are zero; None: there is no such promise.
+      recv_capacity: rows of the buffer that the experts get.
+      dispatch: (x, topk_idx, topk_weights) to a pytree that holds the rows and the way back.
+      combine: that pytree to [tokens, hidden].
+    """
+
+    name: str
+    backend: str
+    algorithm: str | None
+    fill: str | None
+    recv_capacity: int
+    dispatch: Callable[..., Any]
+    combine: Callable[[Any], jax.Array]
+
+
+def contenders(point: Point, group: jax_ep.Group, backends: Sequence[str]) -> list[Contender]:
+    """All contenders of a point, ours first."""
+    stock = all_to_all if point.layout == "expert" else all_gather
+    return [*(ours(point, group, backend) for backend in backends), stock(point, group.axes)]
+
+
+def ours(point: Point, group: jax_ep.Group, backend: str) -> Contender:
+    """jax_ep on one back end."""
+
+    def dispatch(x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax_ep.Dispatched:
+        return jax_ep.dispatch(
+            x,
+            ids,
+            weights,
+            group=group,
+            num_experts=point.experts,
+            layout=point.layout,
+            recv_capacity=point.recv_capacity,
+            fill=point.fill,
+            backend=backend,
+        )
+
+    def combine(out: jax_ep.Dispatched) -> jax.Array:
+        weights = out.weights if point.layout == "expert" else None
+        return jax_ep.combine(out.x, out.handle, weights=weights, backend=backend)
+
+    capacity = point.recv_capacity
+    return Contender("jax_ep", backend, None, point.fill, capacity, dispatch, combine)
+
+
+class Exchanged(NamedTuple):
+    """What the hand-written exchange returns: S = rows for each destination, R = ranks."""
+
+    rows: jax.Array  # [R * S, hidden], grouped by local expert; feeds ragged_dot
+    group_sizes: jax.Array  # [local experts]
+    place: jax.Array  # [R * S] the row that each received slot became
+    slot: jax.Array  # [tokens, topk] the slot that each choice was sent in, -1 = dropped
+    weights: jax.Array  # [tokens, topk]
+
+
+def all_to_all(point: Point, axes: tuple[str, ...]) -> Contender:
+    """A capacity-limited MoE exchange as one writes it with lax.all_to_all.
+
+    Choices are sorted by expert into one buffer of fixed size per destination, the buffers are
+    exchanged, and the rows are sorted again by local expert. Buffers are filled by gathers, never
+    by scatters of rows. The weighted sum, in f32, is where the tokens are.
+    """
+    slots = _slots(point)
+
+    def dispatch(x: jax.Array, ids: jax.Array, weights: jax.Array) -> Exchanged:
+        order, expert, slot = _pack(point, ids, slots)
+        is_used = expert < point.local_experts
+        send = jnp.where(is_used[:, None], x[order // point.topk], jnp.zeros((), x.dtype))
+        received = _swap(send, point.num_ranks, axes)
+        expert = _swap(expert, point.num_ranks, axes)
+        by_expert = jnp.argsort(expert, stable=True).astype(jnp.int32)
+        numbers = jnp.arange(by_expert.size, dtype=jnp.int32)
+        place = jnp.zeros_like(by_expert).at[by_expert].set(numbers, unique_indices=True)
+        sizes = jnp.bincount(expert, length=point.local_experts).astype(jnp.int32)
+        return Exchanged(received[by_expert], sizes, place, slot, weights)
+
+    def combine(out: Exchanged) -> jax.Array:
+        back = _swap(out.rows[out.place], point.num_ranks, axes)
+        chosen = back[jnp.maximum(out.slot, 0)].astype(jnp.float32)
+        weights = jnp.where(out.slot >= 0, out.weights, 0.0)
+        return jnp.sum(chosen * weights[:, :, None], axis=1).astype(out.rows.dtype)
+
+    algorithm = "sort, all_to_all, sort"
+    capacity = slots * point.num_ranks
+    return Contender("all_to_all", "xla", algorithm, "zeros", capacity, dispatch, combine)
+
+
+def _slots(point: Point) -> int:
+    """Rows for each destination: the same room as jax_ep has, cut into equal parts."""
+    worst = point.tokens * min(point.topk, point.local_experts)
+    if point.balance is None:
+        return worst
+    return min(worst, math.ceil(point.tokens * point.topk * point.balance / point.num_ranks))
+
+
+def _pack(point: Point, ids: jax.Array, slots: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(choice [R * S], its local expert, past the last where unused, slot of choice [T, K])."""
+    choice = ids.reshape(-1)
+    order = jnp.argsort(choice, stable=True).astype(jnp.int32)
+    to = choice // point.local_experts
+    count = jnp.bincount(to, length=point.num_ranks).astype(jnp.int32)
+    first = jnp.cumsum(count) - count
+    nth = jnp.arange(slots, dtype=jnp.int32)
+    chosen = order[jnp.minimum(first[:, None] + nth, choice.size - 1)]
+    local = choice[chosen] % point.local_experts
+    expert = jnp.where(nth < count[:, None], local, point.local_experts)
+    numbers = jnp.arange(choice.size, dtype=jnp.int32)
+    nth_of = jnp.zeros_like(order).at[order].set(numbers, unique_indices=True) - first[to]
+    slot = jnp.where(nth_of < slots, to * slots + nth_of, -1)
+    return chosen.reshape(-1), expert.reshape(-1), slot.reshape(ids.shape)
+
+
+def _swap(x: jax.Array, num_ranks: int, axes: tuple[str, ...]) -> jax.Array:
+    parts = x.reshape(num_ranks, -1, *x.shape[1:])
+    swapped = jax.lax.all_to_all(parts, axes, split_axis=0, concat_axis=0)
+    back: jax.Array = swapped.reshape(x.shape)
+    return back
+
+
+class Gathered(NamedTuple):
+    """What the plain exchange of the rank layout returns, for all ranks' tokens."""
+
+    rows: jax.Array  # [R * T, hidden]
+    topk_idx: jax.Array  # [R * T, topk] local expert ids, -1 = an expert of another rank
+    weights: jax.Array  # [R * T, topk]
+
+
+def all_gather(point: Point, axes: tuple[str, ...]) -> Contender:
+    """Every rank gets every token and picks its own; the sums are scattered back."""
+
+    def dispatch(x: jax.Array, ids: jax.Array, weights: jax.Array) -> Gathered:
+        rows, ids, weights = (jax.lax.all_gather(a, axes, tiled=True) for a in (x, ids, weights))
+        local = ids - jax.lax.axis_index(axes) * point.local_experts
+        is_here = (local >= 0) & (local < point.local_experts)
+        return Gathered(rows, jnp.where(is_here, local, -1), jnp.where(is_here, weights, 0.0))
+
+    def combine(out: Gathered) -> jax.Array:
+        is_here = jnp.any(out.topk_idx >= 0, axis=1, keepdims=True)
+        rows = jnp.where(is_here, out.rows, jnp.zeros((), out.rows.dtype))
+        summed: jax.Array = jax.lax.psum_scatter(rows, axes, tiled=True)
+        return summed
+
+    algorithm = "all_gather, psum_scatter"
+    capacity = point.tokens * point.num_ranks
+    return Contender("all_gather", "xla", algorithm, None, capacity, dispatch, combine)

@@ -1,0 +1,168 @@
+"""One line of a result file: a contender at a point, and where and when it was measured."""
+
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+
+from jax_ep.bench.contenders import Contender
+from jax_ep.bench.shapes import Point
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is kept of one contender at one point.
+
+    `tokens`, `bytes`, `wire_bytes` and `extra_memory_bytes` are those of one rank, the busiest
+    one; `us` is per operation, on the slowest rank, after subtraction of the empty chain.
+    """
+
+    op: str
+    contender: str
+    backend: str
+    algorithm: str | None
+    shape: str
+    num_ranks: int
+    num_processes: int
+    tokens: int
+    hidden: int
+    topk: int
+    experts: int
+    dtype: str
+    layout: str | None
+    recv_capacity: int
+    fill: str | None
+    bytes: int
+    sms: int | None
+    cached: bool
+    us: dict[str, float]
+    timing: str
+    wire_bytes: int
+    floor_us: float
+    extra_memory_bytes: int | None
+    device: str
+    versions: dict[str, str | None]
+    commit: str | None
+    dirty: bool | None
+    command: str
+    time: str
+    run: str
+
+    def to_json(self) -> str:
+        """One line."""
+        return json.dumps(asdict(self))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Machine, software and command of a session."""
+
+    device: str
+    versions: dict[str, str | None]
+    commit: str | None
+    dirty: bool | None
+    command: str
+    time: str
+
+    @classmethod
+    def find(cls) -> "Place":
+        """The present one."""
+        commit, dirty = _find_commit()
+        return cls(
+            device=_name_device(),
+            versions={
+                "jax": jax.__version__,
+                "jaxlib": version("jaxlib"),
+                "driver": _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+                "nccl": None,
+            },
+            commit=commit,
+            dirty=dirty,
+            command=shlex.join(["python", "-m", "jax_ep", *sys.argv[1:]]),
+            time=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+
+    def slug(self) -> str:
+        """The device's name in a file name."""
+        return re.sub(r"[^a-z0-9]+", "-", self.device.lower()).strip("-")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The numbers of one contender at one point."""
+
+    us: dict[str, float]
+    bytes: int
+    wire_bytes: int
+    floor_us: float
+    extra_memory_bytes: int | None
+
+
+def make_record(
+    op: str, point: Point, contender: Contender, measured: Measured, place: Place, run: str
+) -> Record:
+    """Joins all that is known about one measurement."""
+    return Record(
+        op=op,
+        contender=contender.name,
+        backend=contender.backend,
+        algorithm=contender.algorithm,
+        shape=point.shape,
+        num_ranks=point.num_ranks,
+        num_processes=jax.process_count(),
+        tokens=point.tokens,
+        hidden=point.hidden,
+        topk=point.topk,
+        experts=point.experts,
+        dtype=point.dtype,
+        layout=point.layout,
+        recv_capacity=contender.recv_capacity,
+        fill=contender.fill,
+        sms=None,
+        cached=False,
+        timing="chain",
+        run=run,
+        **asdict(measured),
+        **asdict(place),
+    )
+
+
+def _name_device() -> str:
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return str(device.device_kind)
+    try:
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    name = found[1].strip() if found else platform.processor() or platform.machine()
+    return f"{name} {len(os.sched_getaffinity(0))} cores"
+
+
+def _find_commit() -> tuple[str | None, bool | None]:
+    """Commit of the checkout that the package lies in, and whether files differ from it."""
+    here = Path(__file__).resolve().parents[2]
+    if not (here / ".git").exists():
+        return None, None
+    commit = _run("git", "-C", str(here), "rev-parse", "HEAD")
+    if commit is None:
+        return None, None
+    return commit, bool(_run("git", "-C", str(here), "status", "--porcelain"))
+
+
+def _run(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    lines = done.stdout.strip().splitlines()
+    return lines[0].strip() if lines else ""

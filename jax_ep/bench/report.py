@@ -1,0 +1,134 @@
+"""What is shown: progress, a table, a plot."""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+from jax_ep.bench.record import Record
+from jax_ep.bench.timing import Timing
+
+
+class Progress:
+    """Steps done, on stderr: tqdm's bar where tqdm is installed, else one line that is rewritten."""
+
+    def __init__(self, total: int):
+        self._total, self._done, self._label = total, 0, ""
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            self._bar: Any = None
+        else:
+            self._bar = tqdm(total=total, file=sys.stderr, unit="chain")
+
+    def label(self, text: str) -> None:
+        """Names what is being measured."""
+        self._label = text
+        if self._bar is not None:
+            self._bar.set_description(text)
+        else:
+            self._show()
+
+    def tick(self) -> None:
+        """One step is done."""
+        self._done += 1
+        if self._bar is not None:
+            self._bar.update()
+        else:
+            self._show()
+
+    def _show(self) -> None:
+        text = f"\r{self._label}: {self._done} of {self._total}"
+        print(f"{text:<79}", end="", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        else:
+            print(file=sys.stderr)
+
+
+class Row(NamedTuple):
+    """One line of the table."""
+
+    record: Record
+    timing: Timing
+
+
+_COLUMNS: dict[str, Callable[[Row], str]] = {
+    "op": lambda r: r.record.op,
+    "shape": lambda r: r.record.shape,
+    "tokens": lambda r: str(r.record.tokens),
+    "layout": lambda r: str(r.record.layout),
+    "contender": lambda r: f"{r.record.contender} {r.record.backend}",
+    "chain us": lambda r: f"{_median(r.timing.chain):.1f}",
+    "empty us": lambda r: f"{_median(r.timing.empty):.1f}",
+    "us p50": lambda r: f"{r.record.us['p50']:.1f}",
+    "p10": lambda r: f"{r.record.us['p10']:.1f}",
+    "p90": lambda r: f"{r.record.us['p90']:.1f}",
+    "p99": lambda r: f"{r.record.us['p99']:.1f}",
+    "floor us": lambda r: f"{r.record.floor_us:.1f}",
+    "x floor": lambda r: f"{r.record.us['p50'] / r.record.floor_us:.2f}",
+    "extra MiB": lambda r: _mebibytes(r.record.extra_memory_bytes),
+    "count": lambda r: str(r.timing.count),
+}
+_NUM_TEXT_COLUMNS = 5
+
+
+def format_table(rows: Sequence[Row]) -> str:
+    """Aligned text. `us` is `chain us` - `empty us`, repeat by repeat."""
+    lines = [list(_COLUMNS), *([cell(row) for cell in _COLUMNS.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+
+    def pad(line: list[str]) -> str:
+        cells = zip(line, widths, strict=True)
+        text = [
+            cell.ljust(width) if i < _NUM_TEXT_COLUMNS else cell.rjust(width)
+            for i, (cell, width) in enumerate(cells)
+        ]
+        return "  ".join(text).rstrip()
+
+    return "\n".join(map(pad, lines))
+
+
+def _median(values: Sequence[float]) -> float:
+    ordered = sorted(values)
+    return ordered[len(ordered) // 2]
+
+
+def _mebibytes(size: int | None) -> str:
+    return "-" if size is None else f"{size / 2**20:.2f}"
+
+
+def plot(records: Sequence[Record], path: Path) -> None:
+    """Median over floor of every contender, one group of bars for each point. Needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    points = list(dict.fromkeys(_point_label(r) for r in records))
+    names = list(dict.fromkeys(f"{r.contender} {r.backend}" for r in records))
+    figure = Figure(figsize=(max(6.0, 2.0 * len(points)), 4.0), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(names)
+    for i, name in enumerate(names):
+        own = [r for r in records if f"{r.contender} {r.backend}" == name]
+        places = [points.index(_point_label(r)) + (i + 0.5) * width - 0.4 for r in own]
+        axes.bar(places, [r.us["p50"] / r.floor_us for r in own], width, label=name)
+    axes.axhline(1.0, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(points)), points, fontsize="small")
+    axes.set_ylabel("time over floor (p50)")
+    axes.set_title(records[0].device, fontsize="medium")
+    axes.legend()
+    figure.savefig(path)
+
+
+def _point_label(record: Record) -> str:
+    return f"{record.op}\n{record.shape}, {record.tokens} tokens\n{record.layout} layout"

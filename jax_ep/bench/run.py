@@ -1,0 +1,167 @@
+"""The `bench` command: points, contenders, measurements, results."""
+
+import argparse
+import itertools
+import os
+import uuid
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import jax_ep
+from jax_ep.bench import floor, memory, report, timing
+from jax_ep.bench.contenders import Contender, contenders
+from jax_ep.bench.record import Measured, Place, Record, make_record
+from jax_ep.bench.shapes import DTYPES, SHAPES, Point, make_inputs, make_point
+from jax_ep.config import BACKENDS, Fill
+from jax_ep.errors import ConfigError
+from jax_ep.testing.ranks import make_mesh
+
+_TIMEOUT_S = 600.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of `bench`."""
+    add = parser.add_argument
+    add("ops", nargs="*", metavar="OP", default=list(timing.OPS), help=f"of {timing.OPS}")
+    add("--shape", nargs="+", choices=SHAPES, default=["tiny"], help="sizes by name")
+    add("--tokens", nargs="+", type=int, help="tokens of each rank; several make a sweep")
+    for name in ("hidden", "topk", "experts"):
+        add(f"--{name}", type=int, help="instead of the shape's")
+    add("--dtype", choices=DTYPES, default="bf16")
+    add("--layout", choices=["rank", "expert", "both"], default="expert")
+    add(
+        "--balance",
+        type=_parse_balance,
+        default="auto",
+        help="room to receive over a balanced routing's, or none for the worst case; default: "
+        "1.25 in the expert layout, none in the rank layout",
+    )
+    add("--fill", choices=[f.name.lower() for f in Fill], default="zeros", help="as in dispatch")
+    add("--backends", nargs="+", choices=BACKENDS, help="of ours; default: all that are usable")
+    add("--ranks", type=int, help="use the first of jax.devices(); default: all, 8 on CPU")
+    add("--repeats", type=int, default=20)
+    add("--out", type=Path, default=Path("benchmarks/results"), help="folder of the results")
+    add("--plot", action="store_true", help="draw time over floor; needs matplotlib")
+
+
+def _parse_balance(text: str) -> float | None:
+    return None if text == "none" else float(text)
+
+
+def prepare_environment(num_ranks: int | None) -> None:
+    """Sets what JAX's CPU client reads when it starts; other platforms ignore it."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_force_host_platform_device_count" not in flags:
+        count = f"--xla_force_host_platform_device_count={num_ranks or 8}"
+        os.environ["XLA_FLAGS"] = f"{flags} {count}".strip()
+    # Virtual devices that wait for each other need a thread each, however few the cores.
+    os.environ.setdefault("PJRT_NPROC", str(max(16, 2 * (num_ranks or 8))))
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measures, prints a table, writes the records."""
+    prepare_environment(args.ranks)
+    num_ranks = args.ranks or len(jax.devices())
+    points = list(make_points(args, num_ranks))
+    place = Place.find()
+    is_cpu = jax.devices()[0].platform == "cpu"
+    copy_rate = floor.measure_copy_rate() if is_cpu else None
+    print(f"{num_ranks} ranks of {place.device}, jax {place.versions['jax']}")
+    if copy_rate is not None:
+        print(f"memcpy, all cores: {copy_rate / 1e9:.2f} GB/s copied")
+    mesh = make_mesh(num_ranks)
+    rows = []
+    with jax_ep.Group.open(mesh, "ep", name="bench", timeout=_TIMEOUT_S) as group:
+        session = Session(group, place, copy_rate, args)
+        total = len(points) * len(args.ops) * args.repeats * (len(session.backends) + 1)
+        with report.Progress(total) as progress:
+            for point, op in itertools.product(points, args.ops):
+                rows += session.measure(op, point, progress)
+        group.check()
+    print(report.format_table(rows))
+    _save([row.record for row in rows], args, place)
+
+
+def make_points(args: argparse.Namespace, num_ranks: int) -> Iterator[Point]:
+    """All points that a command line asks for."""
+    unknown = [op for op in args.ops if op not in timing.OPS]
+    if unknown:
+        raise ConfigError(f"bench: ops must be of {', '.join(timing.OPS)}, got {unknown[0]!r}")
+    given = {n: getattr(args, n) for n in ("hidden", "topk", "experts")}
+    changes = {name: value for name, value in given.items() if value is not None}
+    layouts = ("rank", "expert") if args.layout == "both" else (args.layout,)
+    for name, layout in itertools.product(args.shape, layouts):
+        shape = replace(SHAPES[name], **changes)
+        for tokens in args.tokens or [shape.tokens]:
+            yield make_point(
+                name,
+                replace(shape, tokens=tokens),
+                dtype=args.dtype,
+                layout=layout,
+                num_ranks=num_ranks,
+                balance=args.balance,
+                fill=args.fill,
+            )
+
+
+class Session:
+    """What all points of one command share."""
+
+    def __init__(
+        self, group: jax_ep.Group, place: Place, copy_rate: float | None, args: argparse.Namespace
+    ):
+        usable = [b for b, reason in group.info().backends.items() if reason == "usable"]
+        self.backends: list[str] = args.backends or usable
+        self._group, self._place, self._copy_rate = group, place, copy_rate
+        self._repeats: int = args.repeats
+
+    def measure(self, op: str, point: Point, progress: report.Progress) -> list[report.Row]:
+        """All contenders of one operation at one point, interleaved, under one run id."""
+        progress.label(f"{op} {point.shape} {point.tokens} {point.layout}")
+        mesh = self._group.mesh
+        inputs = make_inputs(point, mesh)
+        entrants = contenders(point, self._group, self.backends)
+        programs = [timing.make_program(op, entrant) for entrant in entrants]
+        chains = [timing.Chain(program, mesh, inputs) for program in programs]
+        extra = [chain.extra_memory() for chain in chains]
+        taken = timing.measure(
+            chains,
+            count=timing.choose_count(chains[0]),
+            repeats=self._repeats,
+            tick=progress.tick,
+        )
+        recv_src = _route(point, self._group, self.backends[0], inputs)
+        moved = floor.traffic(op, point, recv_src)
+        run = uuid.uuid4().hex
+        return [
+            report.Row(self._record(op, point, entrant, moved, t, e, run), t)
+            for entrant, t, e in zip(entrants, taken, extra, strict=True)
+        ]
+
+    def _record(
+        self,
+        op: str,
+        point: Point,
+        entrant: Contender,
+        moved: floor.Traffic,
+        taken: timing.Timing,
+        extra: int | None,
+        run: str,
+    ) -> Record:
+        if self._copy_rate is not None:
+            floor_us = floor.cpu_floor_us(moved, self._copy_rate)
+        else:
+            floor_us = floor.gpu_floor_us(moved)
+        measured = Measured(
+            us=taken.percentiles(),
+            bytes=int((moved.read + moved.written).max()),
+            wire_bytes=int(moved.wire.max()),
+            floor_us=floor_us,
+            extra_memory_bytes=extra,
+        )
+        return make_record(op, point, entrant, measured, self._place, run)

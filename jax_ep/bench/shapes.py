@@ -1,0 +1,100 @@
+"""What is measured: shapes by name, points, and the data of a point."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+import jax_ep
+from jax_ep.testing import routing
+
+DTYPES = {"bf16": jnp.bfloat16, "f16": jnp.float16, "f32": jnp.float32}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one MoE layer; tokens are those of each rank."""
+
+    tokens: int
+    hidden: int
+    topk: int
+    experts: int
+
+
+SHAPES = {
+    "tiny": Shape(tokens=64, hidden=128, topk=2, experts=16),
+    "cpu-1k": Shape(tokens=1024, hidden=2048, topk=4, experts=64),
+    "mixtral": Shape(tokens=4096, hidden=4096, topk=2, experts=8),
+    "deepseek-v3": Shape(tokens=4096, hidden=7168, topk=8, experts=256),
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A shape with everything else that decides what an operation has to do."""
+
+    shape: str
+    tokens: int
+    hidden: int
+    topk: int
+    experts: int
+    dtype: str
+    layout: str
+    num_ranks: int
+    balance: float | None
+    recv_capacity: int
+    fill: str
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row of x."""
+        return self.hidden * jnp.dtype(DTYPES[self.dtype]).itemsize
+
+    @property
+    def local_experts(self) -> int:
+        """Experts of each rank."""
+        return self.experts // self.num_ranks
+
+
+def make_point(
+    name: str, shape: Shape, *, dtype: str, layout: str, num_ranks: int, balance: Any, fill: str
+) -> Point:
+    """A point; `balance` "auto" is 1.25 in the expert layout, the worst case in the rank layout."""
+    if balance == "auto":
+        balance = 1.25 if layout == "expert" else None
+    capacity = jax_ep.recv_capacity(
+        num_tokens=shape.tokens,
+        num_topk=shape.topk,
+        num_experts=shape.experts,
+        num_ranks=num_ranks,
+        layout=layout,
+        balance=balance,
+    )
+    return Point(
+        shape=name,
+        tokens=shape.tokens,
+        hidden=shape.hidden,
+        topk=shape.topk,
+        experts=shape.experts,
+        dtype=dtype,
+        layout=layout,
+        num_ranks=num_ranks,
+        balance=balance,
+        recv_capacity=capacity,
+        fill=fill,
+    )
+
+
+def make_inputs(point: Point, mesh: jax.sharding.Mesh, seed: int = 0) -> tuple[jax.Array, ...]:
+    """(x, topk_idx, topk_weights) [R, ...] on the mesh: balanced routing, weights that add to 1."""
+    rng = np.random.default_rng(seed)
+    tokens = (point.num_ranks, point.tokens)
+    x = rng.standard_normal((*tokens, point.hidden), np.float32).astype(DTYPES[point.dtype])
+    ids = routing.balanced(rng, (*tokens, point.topk), point.experts)
+    weights = rng.random(ids.shape, np.float32) + 0.1
+    weights /= weights.sum(axis=-1, keepdims=True)
+    sharding = NamedSharding(mesh, PartitionSpec(tuple(mesh.axis_names)))
+    return tuple(jax.device_put(a, sharding) for a in (x, ids, weights))

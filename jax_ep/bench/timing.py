@@ -1,0 +1,163 @@
+"""How it is measured: chains of dependent operations inside one jitted program.
+
+A chain is a scan whose carry holds all operands and all results, so each result is written in full.
+Between two operations the first element of every operand gets a zero added that the compiler cannot
+know to be one, made from the last results: nothing can be elided, hoisted or run ahead. The empty
+chain is the same scan without the operation; its time is subtracted.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_ep.bench.contenders import Contender
+from jax_ep.testing.ranks import on_ranks
+
+OPS = ("dispatch", "combine", "round_trip")
+PERCENTILES = (50, 10, 90, 99)
+_CHAIN_SECONDS = 0.25
+_MIN_COUNT, _MAX_COUNT = 4, 64
+
+
+class Carry(NamedTuple):
+    """Operands and results of the last operation; pytrees."""
+
+    given: Any
+    made: Any
+
+
+class Program(NamedTuple):
+    """One operation of one contender as a chain link, for one rank."""
+
+    start: Callable[..., Carry]  # (x, topk_idx, topk_weights) to the first carry
+    run: Callable[[Any, Any], Any]  # (given, last made) to made
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds of one operation on the slowest rank, one value per repeat.
+
+    Attributes:
+      chain: the whole chain over its count.
+      empty: the chain without the operation over its count.
+      count: operations of a chain.
+    """
+
+    chain: tuple[float, ...]
+    empty: tuple[float, ...]
+    count: int
+
+    def percentiles(self) -> dict[str, float]:
+        """Of chain - empty, repeat by repeat."""
+        own = np.subtract(self.chain, self.empty)
+        return {f"p{p}": float(np.percentile(own, p)) for p in PERCENTILES}
+
+
+def make_program(op: str, contender: Contender) -> Program:
+    """The chain link of an operation.
+
+    A link of `round_trip` starts in the middle, combine then dispatch, so that the rows between
+    the two are written to memory as experts would need them.
+    """
+    dispatch, combine = contender.dispatch, contender.combine
+
+    def start_dispatch(*inputs: jax.Array) -> Carry:
+        return Carry(inputs, dispatch(*inputs))
+
+    def start_combine(*inputs: jax.Array) -> Carry:
+        out = dispatch(*inputs)
+        return Carry(out, combine(out))
+
+    def start_round_trip(x: jax.Array, *routing: jax.Array) -> Carry:
+        return Carry(routing, dispatch(x, *routing))
+
+    return {
+        "dispatch": Program(start_dispatch, lambda given, made: dispatch(*given)),
+        "combine": Program(start_combine, lambda given, made: combine(given)),
+        "round_trip": Program(
+            start_round_trip, lambda given, made: dispatch(combine(made), *given)
+        ),
+    }[op]
+
+
+def make_chain(run: Callable[[Any, Any], Any], count: int) -> Callable[[Carry], Carry]:
+    """`count` dependent runs."""
+
+    def link(carry: Carry, _: None) -> tuple[Carry, None]:
+        given = _tie(carry.given, carry.made)
+        return Carry(given, run(given, carry.made)), None
+
+    def chain(carry: Carry) -> Carry:
+        last: Carry = jax.lax.scan(link, carry, length=count)[0]
+        return last
+
+    return chain
+
+
+def _no_op(given: Any, made: Any) -> Any:
+    return _tie(made, given)
+
+
+def _tie(tree: Any, on: Any) -> Any:
+    """`tree` unchanged, but not before `on` is there."""
+    zero = sum(_is_odd(a[(0,) * a.ndim]) for a in jax.tree.leaves(on))
+    return jax.tree.map(lambda a: a.at[(0,) * a.ndim].add(jnp.asarray(zero, a.dtype)), tree)
+
+
+def _is_odd(value: jax.Array) -> jax.Array:
+    """0 for every value that occurs here: no NaN, no smallest integer."""
+    if jnp.issubdtype(value.dtype, jnp.floating):
+        return jnp.isnan(value).astype(jnp.int32)
+    return (value == jnp.iinfo(value.dtype).min).astype(jnp.int32)
+
+
+class Chain:
+    """The compiled chains of one contender, with and without the operation."""
+
+    def __init__(self, program: Program, mesh: jax.sharding.Mesh, inputs: Sequence[jax.Array]):
+        self.carry = on_ranks(program.start, mesh)(*inputs)
+        self._program, self._mesh = program, mesh
+        self._compiled: dict[tuple[bool, int], Any] = {}
+
+    def compile(self, count: int) -> None:
+        """Makes both chains ready and runs them once."""
+        for is_empty, run in ((False, self._program.run), (True, _no_op)):
+            if (is_empty, count) not in self._compiled:
+                fn = on_ranks(make_chain(run, count), self._mesh)
+                self._compiled[is_empty, count] = fn.lower(self.carry).compile()
+                self.seconds(count, is_empty=is_empty)
+
+    def seconds(self, count: int, *, is_empty: bool) -> float:
+        """One run, until the slowest rank is done."""
+        compiled = self._compiled[is_empty, count]
+        jax.block_until_ready(self.carry)
+        begin = time.perf_counter()
+        jax.block_until_ready(compiled(self.carry))
+        return time.perf_counter() - begin
+
+
+def choose_count(chain: Chain) -> int:
+    """A count with which a chain takes about a quarter of a second."""
+    chain.compile(_MIN_COUNT)
+    seconds = chain.seconds(_MIN_COUNT, is_empty=False) / _MIN_COUNT
+    return int(np.clip(_CHAIN_SECONDS / seconds, _MIN_COUNT, _MAX_COUNT))
+
+
+def measure(
+    chains: Sequence[Chain], *, count: int, repeats: int, tick: Callable[[], None]
+) -> list[Timing]:
+    """Times all chains of a point, interleaved repeat by repeat."""
+    for chain in chains:
+        chain.compile(count)
+    taken: list[tuple[list[float], list[float]]] = [([], []) for _ in chains]
+    for _ in range(repeats):
+        for chain, columns in zip(chains, taken, strict=True):
+            for is_empty, column in zip((False, True), columns, strict=True):
+                column.append(chain.seconds(count, is_empty=is_empty) * 1e6 / count)
+            tick()
+    return [Timing(tuple(full), tuple(empty), count) for full, empty in taken]
