@@ -248,6 +248,11 @@ def make_mesh(config: Config) -> Mesh:
     if count > len(devices):
         sys.exit(f"--devices {count}: there are only {len(devices)}")
     expert = config.expert_parallel or math.gcd(4, count)
+    small = [
+        name for name in ("heads", "batch", "topk", "seq", "layers") if getattr(config, name) < 1
+    ]
+    if small or config.steps < 0 or config.topk > config.experts:
+        sys.exit(f"--topk must be at most --experts, sizes positive: {config}")
     if config.d_model % config.heads:
         sys.exit(f"--heads {config.heads} must divide --d-model {config.d_model}")
     if count % expert or config.experts % expert or config.batch % count:

@@ -20,5 +20,7 @@ from jax_ep.group import Group as Group
 from jax_ep.group import GroupInfo as GroupInfo
 from jax_ep.handle import Dispatched as Dispatched
 from jax_ep.handle import DispatchHandle as DispatchHandle
+from jax_ep.transforms import export_safety_checks as export_safety_checks
+from jax_ep.transforms import save_communication_policy as save_communication_policy
 
 __version__ = "0.1.0"

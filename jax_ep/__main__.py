@@ -1,4 +1,4 @@
-"""`python -m jax_ep info`: what jax_ep finds on this machine."""
+"""`python -m jax_ep info` tells what jax_ep finds here; `bench` measures the operations."""
 
 import argparse
 import sys
@@ -9,6 +9,7 @@ import numpy as np
 
 import jax_ep
 from jax_ep import _native
+from jax_ep.bench import run as bench
 from jax_ep.errors import GroupError
 
 
@@ -42,8 +43,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m jax_ep", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, native modules, devices, back ends and why")
-    parser.parse_args()
-    info()
+    bench.add_arguments(
+        commands.add_parser("bench", help="time of the operations over floor and stock JAX")
+    )
+    args = parser.parse_args()
+    if args.command == "bench":
+        bench.main(args)
+    else:
+        info()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,15 @@ from jax_ep._primitives.pull_rows import pull_rows
 from jax_ep._spec import CombineSpec, DispatchSpec, GroupSpec, Routed, RowIndex
 from jax_ep.errors import ConfigError, GroupError
 
-_USABLE = "usable"
+_OPS = frozenset({"dispatch", "dispatch_fp8", "combine", "combine_weights", "get_dispatch_layout"})
+_NO_OPS: frozenset[str] = frozenset()
+
+
+class Usability(NamedTuple):
+    """What a back end can do for a group: the public operations, and the reason in words."""
+
+    ops: frozenset[str]
+    reason: str
 
 
 class Backend(NamedTuple):
@@ -36,48 +44,44 @@ def get(backend: str) -> Backend:
     return _STOCK_COLLECTIVES if backend == "xla" else _CUSTOM_CALLS
 
 
-def is_usable(reason: str) -> bool:
-    """Whether what `resolve` says of a back end lets it load."""
-    return reason.startswith(_USABLE)
-
-
-def resolve(mesh: jax.sharding.Mesh, requested: str) -> tuple[str, dict[str, str]]:
-    """The back end of a group over `mesh`, and of each one why it is or is not usable."""
+def resolve(mesh: jax.sharding.Mesh, requested: str) -> tuple[str, dict[str, Usability]]:
+    """The back end of a group over `mesh`, and of each one what it can do here, and why."""
     if requested not in ("auto", *config.BACKENDS):
         names = ", ".join(repr(b) for b in ("auto", *config.BACKENDS))
         raise ConfigError(f"Group.open: backend must be one of {names}, got {requested!r}")
-    reasons = {"cpu": _why_cpu(mesh), "cuda": _why_cuda(mesh), "xla": _USABLE}
-    complete = [b for b in config.BACKENDS if reasons[b] == _USABLE]
+    found = {"cpu": _cpu(mesh), "cuda": _cuda(mesh), "xla": Usability(_OPS, "usable")}
+    complete = [b for b in config.BACKENDS if found[b].ops >= _OPS]
     if requested == "auto":
-        return complete[0], reasons
+        return complete[0], found
     if requested not in complete:
         raise GroupError(
-            f"Group.open: backend {requested!r} is not usable here: {reasons[requested]}"
+            f"Group.open: backend {requested!r} is not usable here: {found[requested].reason}"
         )
-    return requested, reasons
+    return requested, found
 
 
 def _platforms(mesh: jax.sharding.Mesh) -> set[str]:
     return {d.platform for d in mesh.devices.flat}
 
 
-def _why_cpu(mesh: jax.sharding.Mesh) -> str:
+def _cpu(mesh: jax.sharding.Mesh) -> Usability:
     if _platforms(mesh) != {"cpu"}:
-        return "the mesh's devices are not CPU devices"
+        return Usability(_NO_OPS, "the mesh's devices are not CPU devices")
     if any(d.process_index != jax.process_index() for d in mesh.devices.flat):
-        return "the mesh spans several processes, the host twins exchange inside one"
+        return Usability(_NO_OPS, "the mesh spans processes, the host twins exchange inside one")
     try:
         _native.load("cpu")
     except GroupError as e:
-        return str(e)
-    return _USABLE
+        return Usability(_NO_OPS, str(e))
+    return Usability(_OPS, "usable")
 
 
-def _why_cuda(mesh: jax.sharding.Mesh) -> str:
+def _cuda(mesh: jax.sharding.Mesh) -> Usability:
     if _platforms(mesh) != {"gpu"}:
-        return "the mesh's devices are not GPUs"
+        return Usability(_NO_OPS, "the mesh's devices are not GPUs")
     try:
-        targets = ", ".join(_native.targets("cuda"))
+        targets = _native.targets("cuda")
     except GroupError as e:
-        return str(e)
-    return f"{_USABLE} for {targets} only: this version holds no other kernels"
+        return Usability(_NO_OPS, str(e))
+    reason = f"usable for {', '.join(targets)} only: this version holds no other kernels"
+    return Usability(frozenset(targets), reason)

@@ -22,12 +22,11 @@ def require_group(group: Any, *, op: str) -> Group:
     return group
 
 
-def require_array(x: Any, *, op: str, argument: str) -> jax.Array:
-    """`x` as an array with a shape and a dtype."""
+def require_array(x: Any, *, op: str, argument: str) -> Any:
+    """An array of JAX or NumPy, as it is: conversion could narrow it before it is checked."""
     if not hasattr(x, "shape") or not hasattr(x, "dtype"):
         raise DTypeError(f"{op}: {argument} must be an array, got {type(x).__name__}")
-    array: jax.Array = jnp.asarray(x)
-    return array
+    return x
 
 
 def require_shape(x: jax.Array, shape: Sequence[int], *, op: str, argument: str) -> None:
@@ -59,18 +58,23 @@ def require_rows(
             f"{op}: a row of {argument} must be a multiple of {config.ROW_BYTES_MULTIPLE} bytes, "
             f"got hidden={x.shape[1]} of {x.dtype.name}: {row_bytes} bytes"
         )
-    return x
+    return jnp.asarray(x)
 
 
-def require_stream(x: jax.Array, num_tokens: int, *, op: str, argument: str) -> jax.Array:
+def require_stream(
+    value: Any, num_tokens: int, *, op: str, argument: str, dtypes: Sequence[Any] | None = None
+) -> jax.Array:
     """[num_tokens, anything], of whole bytes: it is moved, not computed with."""
+    x = require_array(value, op=op, argument=argument)
+    if dtypes is not None:
+        require_dtype(x, dtypes, op=op, argument=argument)
     if x.ndim != 2 or x.shape[0] != num_tokens or x.shape[1] < 1:
         raise ShapeError(
             f"{op}: {argument} must be [num_tokens={num_tokens}, at least 1], got shape {x.shape}"
         )
     if jnp.issubdtype(x.dtype, jax.dtypes.extended) or jax.dtypes.itemsize_bits(x.dtype) % 8:
         raise DTypeError(f"{op}: rows of {argument} must be whole bytes; pack {x.dtype} into uint8")
-    return x
+    return jnp.asarray(x)
 
 
 def require_handle(handle: Any, *, op: str) -> Group:
@@ -80,16 +84,30 @@ def require_handle(handle: Any, *, op: str) -> Group:
             f"{op}: handle must be the DispatchHandle of a dispatch, got {type(handle).__name__}"
         )
     group = require_group(_registry.find_group(handle.group, op=op), op=op)
-    # A handle built by hand, or half of one, is told here rather than by a wrong result.
-    is_whole = (handle.send_rank is None and handle.recv_k is None) == (handle.layout == "rank")
-    columns = handle.send_row.shape[1] if handle.send_row.ndim == 2 else None
-    if not is_whole or (handle.layout == "rank" and columns != group.num_ranks):
+    config.choice(config.Layout, handle.layout, op=op, argument="handle.layout")
+    _require_whole(handle, group.num_ranks, op=op)
+    return group
+
+
+def _require_whole(handle: DispatchHandle, num_ranks: int, *, op: str) -> None:
+    """A handle built by hand, or half of one, is told here rather than by a wrong result."""
+    arrays = {"recv_src": handle.recv_src, "send_row": handle.send_row}
+    by_choice = {"recv_k": handle.recv_k, "send_rank": handle.send_rank}
+    is_rank_layout = handle.layout == "rank"
+    columns = handle.send_row.shape[1] if handle.send_row.ndim == 2 else 0
+    if any((a is None) != is_rank_layout for a in by_choice.values()) or (
+        is_rank_layout and columns != num_ranks
+    ):
         raise GroupError(
             f"{op}: the handle's arrays do not fit its layout={handle.layout!r} and "
-            f"num_ranks={group.num_ranks}: send_row has shape {handle.send_row.shape}"
+            f"num_ranks={num_ranks}: send_row has shape {handle.send_row.shape}"
         )
-    require_shape(handle.recv_src, (handle.recv_capacity,), op=op, argument="handle.recv_src")
-    return group
+    at_rows, at_tokens = (handle.recv_capacity,), (handle.send_row.shape[0], columns)
+    shapes = {"recv_src": at_rows, "recv_k": at_rows, "send_row": at_tokens, "send_rank": at_tokens}
+    for name, array in (arrays | by_choice).items():
+        if array is not None:
+            require_shape(array, shapes[name], op=op, argument=f"handle.{name}")
+            require_dtype(array, (jnp.int32,), op=op, argument=f"handle.{name}")
 
 
 def require_topk_idx(value: Any, *, num_experts: int, op: str) -> jax.Array:
@@ -101,24 +119,13 @@ def require_topk_idx(value: Any, *, num_experts: int, op: str) -> jax.Array:
             f"got shape {topk_idx.shape}"
         )
     require_dtype(topk_idx, (jnp.int32, jnp.int64), op=op, argument="topk_idx")
-    if topk_idx.dtype == jnp.int64:
-        topk_idx = jnp.clip(topk_idx, -2, num_experts)
-    return topk_idx.astype(jnp.int32)
-
-
-def require_int(value: Any, *, minimum: int, op: str, argument: str) -> int:
-    """A static integer."""
-    if isinstance(value, bool) or not hasattr(value, "__index__") or isinstance(value, jax.Array):
-        raise ConfigError(f"{op}: {argument} must be a static integer, got {value!r}")
-    number = int(value)
-    if number < minimum:
-        raise ConfigError(f"{op}: {argument} must be at least {minimum}, got {number}")
-    return number
+    # Clipped as what they are: ids that do not fit into int32 stay invalid.
+    return jnp.asarray(topk_idx.clip(-2, num_experts).astype(jnp.int32))
 
 
 def require_num_experts(num_experts: Any, group: Group, *, op: str) -> int:
     """A positive multiple of the group's ranks."""
-    number = require_int(num_experts, minimum=1, op=op, argument="num_experts")
+    number = config.require_int(num_experts, minimum=1, op=op, argument="num_experts")
     if number % group.num_ranks:
         raise ConfigError(
             f"{op}: num_experts must be a multiple of num_ranks={group.num_ranks}, got {number}"
@@ -130,12 +137,12 @@ def require_backend(backend: str | None, group: Group, *, op: str) -> str:
     """The back end of this call: the group's, or another one that works for the group."""
     if backend is None or backend == group.backend:
         return group.backend
-    reasons = group.info().backends
-    if backend not in reasons:
+    if backend not in group.backends:
         names = ", ".join(repr(b) for b in config.BACKENDS)
         raise ConfigError(f"{op}: backend must be one of {names} or None, got {backend!r}")
-    if reasons[backend] != "usable":
-        raise GroupError(f"{op}: backend {backend!r} is not usable here: {reasons[backend]}")
+    if op not in group.backends[backend].ops:
+        reason = group.backends[backend].reason
+        raise GroupError(f"{op}: backend {backend!r} is not usable here: {reason}")
     return backend
 
 

@@ -6,13 +6,13 @@ checkpoint names, so that a remat policy can save them.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jax_ep import _backends, config
+from jax_ep import _backends, _jax_compat, config
 from jax_ep._spec import CombineSpec, DispatchSpec, Routed, RowIndex
 from jax_ep.config import Layout
 from jax_ep.errors import ConfigError
@@ -21,29 +21,44 @@ from jax_ep.fp8 import FP8_DTYPES, dequantize_fp8, quantize_fp8
 Rows = tuple[jax.Array, ...]
 
 
-def _is_zero(cotangent: Any) -> bool:
-    return cotangent is None or isinstance(cotangent, jax.custom_derivatives.SymbolicZero)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def refuse_gradient(message: str, x: jax.Array) -> jax.Array:
+    """`x`; raises ConfigError where a gradient would flow back through it."""
+    return x
 
 
-def _values(primals: Any) -> Any:
-    """The arrays of a forward rule's operands."""
-    return jax.tree.map(lambda p: p.value, primals, is_leaf=lambda p: hasattr(p, "perturbed"))
+def _refuse_gradient_fwd(message: str, x: jax.Array) -> tuple[jax.Array, None]:
+    return x, None
 
 
-def _refuse_perturbed(rows: Any, *, op: str) -> None:
-    """Only the tokens themselves, and not as fp8, can be differentiated."""
-    for i, row in enumerate(rows):
-        if not row.perturbed:
-            continue
-        if jnp.dtype(row.value.dtype) in [jnp.dtype(d) for d in FP8_DTYPES]:
-            raise ConfigError(
-                f"{op}: fp8 rows cannot be differentiated, their cotangent would be rounded to "
-                f"fp8; use jax_ep.dispatch_fp8, or jax.lax.stop_gradient; got {row.value.dtype}"
-            )
-        if i > 0:
-            raise ConfigError(
-                f"{op}: scales and payload cannot be differentiated; use jax.lax.stop_gradient"
-            )
+def _refuse_gradient_bwd(message: str, residuals: None, ct: jax.Array) -> NoReturn:
+    raise ConfigError(message)
+
+
+refuse_gradient.defvjp(_refuse_gradient_fwd, _refuse_gradient_bwd)
+
+
+def _is_fp8(x: jax.Array) -> bool:
+    return x.dtype in [jnp.dtype(d) for d in FP8_DTYPES]
+
+
+def _rows_bar(spec: CombineSpec, index: RowIndex, cts: Rows) -> tuple[Any, ...]:
+    """Cotangents of the rows that a dispatch moved: combine for x, zeros for what goes along.
+
+    Not None: a missing cotangent would end the chain in silence, before refuse_gradient sees it.
+    """
+    num_tokens = index.send_row.shape[0]
+    backend = _backends.get(spec.backend)
+
+    def bar(i: int, ct: jax.Array) -> Any:
+        if i == 0 and not _is_fp8(ct):
+            return backend.combine(spec, index, ct, None, ())
+        if not jnp.issubdtype(ct.dtype, jnp.floating):
+            return None
+        zeros = jnp.zeros((num_tokens, *ct.shape[1:]), ct.dtype)
+        return _jax_compat.vary_alike((zeros, ct), ())[0]
+
+    return tuple(bar(i, ct) for i, ct in enumerate(cts))
 
 
 def send_rank(spec: DispatchSpec, topk_idx: jax.Array, send_row: jax.Array) -> jax.Array | None:
@@ -66,31 +81,24 @@ def dispatch(
     return named
 
 
-def _dispatch_fwd(spec: DispatchSpec, rows: Any, weights: Any, topk_idx: Any) -> tuple[Routed, Any]:
-    _refuse_perturbed(rows, op="dispatch")
-    topk_idx = topk_idx.value
-    routed = dispatch.fun(spec, _values(rows), _values(weights), topk_idx)
+def _dispatch_fwd(
+    spec: DispatchSpec, rows: Rows, topk_weights: jax.Array | None, topk_idx: jax.Array
+) -> tuple[Routed, Any]:
+    routed = dispatch.fun(spec, rows, topk_weights, topk_idx)
     return routed, (topk_idx, routed.send_row, routed.recv_src)
 
 
 def _dispatch_bwd(spec: DispatchSpec, residuals: Any, ct: Routed) -> tuple[Any, Any, None]:
-    rows_bar = (_rows_bar(spec, residuals, ct.rows[0]), *(None for _ in ct.rows[1:]))
-    return rows_bar, _weights_bar(spec, residuals, ct.recv_weights), None
-
-
-def _rows_bar(spec: DispatchSpec, residuals: Any, ct: Any) -> jax.Array | None:
     topk_idx, send_row, recv_src = residuals
-    if _is_zero(ct) or ct.dtype in [jnp.dtype(d) for d in FP8_DTYPES]:
-        return None
     index = RowIndex(send_rank(spec, topk_idx, send_row), send_row, recv_src)
     back = CombineSpec(spec.group, spec.backend, spec.layout, spec.recv_capacity)
-    return _backends.get(spec.backend).combine(back, index, ct, None, ())
+    return _rows_bar(back, index, ct.rows), _weights_bar(spec, residuals, ct.recv_weights), None
 
 
-def _weights_bar(spec: DispatchSpec, residuals: Any, ct: Any) -> jax.Array | None:
-    topk_idx, send_row, _ = residuals
-    if _is_zero(ct):
+def _weights_bar(spec: DispatchSpec, residuals: Any, ct: jax.Array | None) -> jax.Array | None:
+    if ct is None:
         return None
+    topk_idx, send_row, _ = residuals
     place = _place_of_choice(spec, topk_idx, send_row).reshape(-1)
     moved = _backends.get(spec.backend).pull_rows(spec.group, place, ct.reshape(-1, 1))
     return moved.reshape(topk_idx.shape)
@@ -109,7 +117,7 @@ def _place_of_choice(spec: DispatchSpec, topk_idx: jax.Array, send_row: jax.Arra
     return jnp.where(is_expert & (row >= 0), place, -1)
 
 
-dispatch.defvjp(_dispatch_fwd, _dispatch_bwd, symbolic_zeros=True)
+dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
 
 
 # --- dispatch of rows that are rounded to fp8 on the way
@@ -132,21 +140,24 @@ def dispatch_fp8(
 
 
 def _dispatch_fp8_fwd(
-    spec: DispatchSpec, options: tuple[int, str], x: Any, weights: Any, topk_idx: Any
+    spec: DispatchSpec,
+    options: tuple[int, str],
+    x: jax.Array,
+    topk_weights: jax.Array | None,
+    topk_idx: jax.Array,
 ) -> tuple[Routed, Any]:
-    topk_idx = topk_idx.value
-    routed = dispatch_fp8.fun(spec, options, x.value, _values(weights), topk_idx)
+    routed = dispatch_fp8.fun(spec, options, x, topk_weights, topk_idx)
     return routed, (topk_idx, routed.send_row, routed.recv_src)
 
 
 def _dispatch_fp8_bwd(
     spec: DispatchSpec, options: tuple[int, str], residuals: Any, ct: Routed
 ) -> tuple[Any, Any, None]:
-    x_bar = _rows_bar(spec, residuals, ct.rows[0])
-    return x_bar, _weights_bar(spec, residuals, ct.recv_weights), None
+    (x_bar,), weights_bar, _ = _dispatch_bwd(spec, residuals, ct)
+    return x_bar, weights_bar, None
 
 
-dispatch_fp8.defvjp(_dispatch_fp8_fwd, _dispatch_fp8_bwd, symbolic_zeros=True)
+dispatch_fp8.defvjp(_dispatch_fp8_fwd, _dispatch_fp8_bwd)
 
 
 # --- dispatch along a known routing
@@ -160,20 +171,15 @@ def dispatch_along(spec: CombineSpec, rows: Rows, index: RowIndex) -> Rows:
     return tuple(checkpoint_name(m, config.DISPATCH_NAME) for m in moved)
 
 
-def _dispatch_along_fwd(spec: CombineSpec, rows: Any, index: Any) -> tuple[Rows, RowIndex]:
-    _refuse_perturbed(rows, op="dispatch")
-    index = _values(index)
-    return dispatch_along.fun(spec, _values(rows), index), index
+def _dispatch_along_fwd(spec: CombineSpec, rows: Rows, index: RowIndex) -> tuple[Rows, RowIndex]:
+    return dispatch_along.fun(spec, rows, index), index
 
 
-def _dispatch_along_bwd(spec: CombineSpec, index: RowIndex, ct: Any) -> tuple[Any, None]:
-    if _is_zero(ct[0]) or ct[0].dtype in [jnp.dtype(d) for d in FP8_DTYPES]:
-        return (None,) * len(ct), None
-    x_bar = _backends.get(spec.backend).combine(spec, index, ct[0], None, ())
-    return (x_bar, *(None for _ in ct[1:])), None
+def _dispatch_along_bwd(spec: CombineSpec, index: RowIndex, cts: Rows) -> tuple[Any, None]:
+    return _rows_bar(spec, index, cts), None
 
 
-dispatch_along.defvjp(_dispatch_along_fwd, _dispatch_along_bwd, symbolic_zeros=True)
+dispatch_along.defvjp(_dispatch_along_fwd, _dispatch_along_bwd)
 
 
 # --- combine
@@ -205,9 +211,10 @@ def _combine_bwd(spec: CombineSpec, residuals: Any, ct: jax.Array) -> tuple[Any,
         return rows_bar, None, bias_bars, None
     wide = rows_bar.astype(jnp.float32)
     dot = jnp.sum(rows.astype(jnp.float32) * wide, axis=-1)
-    # A row without a token may hold anything, NaN included.
-    weights_bar = jnp.where(recv_src >= 0, dot, 0.0)
-    return (wide * weights[:, None]).astype(ct.dtype), weights_bar, bias_bars, None
+    # A row without a token may hold anything, NaN included, and so may its weight.
+    has_token = recv_src >= 0
+    weighted = jnp.where(has_token[:, None], wide * weights[:, None], 0.0)
+    return weighted.astype(ct.dtype), jnp.where(has_token, dot, 0.0), bias_bars, None
 
 
 combine.defvjp(_combine_fwd, _combine_bwd)

@@ -57,7 +57,9 @@ class GroupSpec:
         """[1] int32: where this device stands in the mesh, row-major. Inside shard_map."""
         place = jnp.zeros((1,), jnp.int32)
         for name, size in self.mesh_axes:
-            place = place * size + jax.lax.axis_index(name).astype(jnp.int32)
+            # The program's mesh may lack an axis of size one.
+            if size > 1:
+                place = place * size + jax.lax.axis_index(name).astype(jnp.int32)
         return place
 
 

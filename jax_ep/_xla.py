@@ -27,15 +27,14 @@ def dispatch(
     num_invalid = jnp.sum((topk_idx != -1) & ~is_expert, dtype=jnp.int32)[None]
     ids = _gather_tokens(spec.group, jnp.where(is_expert, topk_idx, -1))
     route = _route_ranks if spec.layout is Layout.RANK else _route_experts
-    routed = route(spec, ids, topk_idx.shape[0], topk_weights)
+    routed = route(spec, ids, num_invalid, topk_weights)
     return routed._replace(
-        num_invalid=num_invalid,
-        rows=tuple(_pull(spec.group, routed.recv_src, r) for r in rows),
+        rows=tuple(pull_rows(spec.group, routed.recv_src, r, op="dispatch") for r in rows),
     )
 
 
 def _route_ranks(
-    spec: DispatchSpec, ids: jax.Array, num_tokens: int, topk_weights: jax.Array | None
+    spec: DispatchSpec, ids: jax.Array, num_invalid: jax.Array, topk_weights: jax.Array | None
 ) -> Routed:
     group, num_local, capacity = spec.group, spec.num_local_experts, spec.recv_capacity
     rank = jax.lax.axis_index(group.axes)
@@ -57,10 +56,10 @@ def _route_ranks(
         group_sizes=_count(local, num_local),
         num_recv=num_recv[None],
         num_dropped=(num_wanted - num_recv)[None],
-        num_invalid=num_recv[None],  # replaced by the caller
+        num_invalid=num_invalid,
         recv_src=recv_src,
         recv_k=None,
-        send_row=_own(row, rank, num_tokens),
+        send_row=_own(group, row),
         recv_topk_idx=local,
         recv_weights=weights,
         rows=(),
@@ -68,7 +67,7 @@ def _route_ranks(
 
 
 def _route_experts(
-    spec: DispatchSpec, ids: jax.Array, num_tokens: int, topk_weights: jax.Array | None
+    spec: DispatchSpec, ids: jax.Array, num_invalid: jax.Array, topk_weights: jax.Array | None
 ) -> Routed:
     group, num_local, capacity = spec.group, spec.num_local_experts, spec.recv_capacity
     num_all, num_topk = ids.shape
@@ -87,7 +86,9 @@ def _route_experts(
 
     safe = jnp.maximum(ids, 0)
     same = (ids[:, :, None] == ids[:, None, :]) & jnp.tri(num_topk, k=-1, dtype=jnp.bool_)
-    before = jnp.take_along_axis(upto - chosen, safe, axis=1) + jnp.sum(same, axis=-1)
+    before = jnp.take_along_axis(upto - chosen, safe, axis=1) + jnp.sum(
+        same, axis=-1, dtype=jnp.int32
+    )
     is_kept = (ids >= 0) & jnp.take_along_axis(fits, safe, axis=1)
     row = jnp.where(is_kept, first[safe] + before, -1)
 
@@ -103,20 +104,27 @@ def _route_experts(
         group_sizes=group_sizes,
         num_recv=jnp.sum(group_sizes, dtype=jnp.int32)[None],
         num_dropped=(num_wanted - num_kept)[None],
-        num_invalid=num_kept[None],  # replaced by the caller
+        num_invalid=num_invalid,
         recv_src=jnp.where(choice >= 0, choice // num_topk, -1),
         recv_k=jnp.where(choice >= 0, choice % num_topk, -1),
-        send_row=_own(row, rank, num_tokens),
+        send_row=_own(group, row),
         recv_topk_idx=None,
         recv_weights=weights,
         rows=(),
     )
 
 
-def pull_rows(group: GroupSpec, index: jax.Array, rows: jax.Array) -> jax.Array:
+def pull_rows(
+    group: GroupSpec, index: jax.Array, rows: jax.Array, *, op: str = "pull_rows"
+) -> jax.Array:
     """Rows of the peers' arrays, [N, ...]; the contract of the custom call."""
-    index = check_mesh(index, group, op="pull_rows")
-    return _pull(group, index, rows)
+    rows = check_mesh(rows, group, op=op)
+    # As integers: XLA:CPU selects fp8 through a wider type, which changes the bits of a NaN.
+    is_float = jnp.issubdtype(rows.dtype, jnp.floating)
+    carrier = jnp.dtype(f"uint{8 * rows.dtype.itemsize}") if is_float else rows.dtype
+    bits = jax.lax.bitcast_convert_type(rows, carrier) if is_float else rows
+    taken = _take(_gather_tokens(group, bits), index)
+    return jax.lax.bitcast_convert_type(taken, rows.dtype) if is_float else taken
 
 
 def combine(
@@ -129,7 +137,8 @@ def combine(
     """[num_tokens, hidden]; the contract of the custom call."""
     num_tokens, num_slots = index.send_row.shape
     num_all = spec.group.num_ranks * num_tokens
-    recv_src = check_mesh(index.recv_src, spec.group, op="combine")
+    recv_src = index.recv_src
+    rows = check_mesh(rows, spec.group, op="combine")
     if spec.layout is Layout.RANK:
         partial = _take(rows, _invert(recv_src, num_all))
     else:
@@ -188,15 +197,6 @@ def _round(total: jax.Array, dtype: Any) -> jax.Array:
     return rounded
 
 
-def _pull(group: GroupSpec, index: jax.Array, rows: jax.Array) -> jax.Array:
-    # As integers: XLA:CPU selects fp8 through a wider type, which changes the bits of a NaN.
-    is_float = jnp.issubdtype(rows.dtype, jnp.floating)
-    carrier = jnp.dtype(f"uint{8 * rows.dtype.itemsize}") if is_float else rows.dtype
-    bits = jax.lax.bitcast_convert_type(rows, carrier) if is_float else rows
-    taken = _take(_gather_tokens(group, bits), index)
-    return jax.lax.bitcast_convert_type(taken, rows.dtype) if is_float else taken
-
-
 def _gather_tokens(group: GroupSpec, x: jax.Array) -> jax.Array:
     """[num_ranks * T, ...] from every rank's [T, ...]."""
     gathered: jax.Array = jax.lax.all_gather(x, group.axes, tiled=True)
@@ -207,8 +207,11 @@ def _rank_of(ids: jax.Array, num_local_experts: int) -> jax.Array:
     return jnp.where(ids >= 0, ids // num_local_experts, -1)
 
 
-def _own(rows: jax.Array, rank: jax.Array, num_tokens: int) -> jax.Array:
-    own: jax.Array = jax.lax.dynamic_slice_in_dim(rows, rank * num_tokens, num_tokens)
+def _own(group: GroupSpec, x: jax.Array) -> jax.Array:
+    """This rank's part of what _gather_tokens gave."""
+    num_tokens = x.shape[0] // group.num_ranks
+    first = jax.lax.axis_index(group.axes) * num_tokens
+    own: jax.Array = jax.lax.dynamic_slice_in_dim(x, first, num_tokens)
     return own
 
 

@@ -35,23 +35,23 @@ def recv_capacity(
 
     Raises: ConfigError.
     """
-    for name, value in (
-        ("num_tokens", num_tokens),
-        ("num_topk", num_topk),
-        ("num_ranks", num_ranks),
-        ("expert_alignment", expert_alignment),
-    ):
-        if value < 1:
-            raise ConfigError(f"recv_capacity: {name} must be positive, got {value}")
-    if num_experts < 1 or num_experts % num_ranks:
+    op = "recv_capacity"
+    num_tokens = config.require_int(num_tokens, minimum=1, op=op, argument="num_tokens")
+    num_topk = config.require_int(num_topk, minimum=1, op=op, argument="num_topk")
+    num_ranks = config.require_int(num_ranks, minimum=1, op=op, argument="num_ranks")
+    num_experts = config.require_int(num_experts, minimum=1, op=op, argument="num_experts")
+    alignment = config.require_int(expert_alignment, minimum=1, op=op, argument="expert_alignment")
+    if num_experts % num_ranks:
         raise ConfigError(
-            f"recv_capacity: num_experts must be a multiple of num_ranks={num_ranks}, "
-            f"got {num_experts}"
+            f"{op}: num_experts must be a multiple of num_ranks={num_ranks}, got {num_experts}"
         )
-    if balance is not None and balance <= 0:
-        raise ConfigError(f"recv_capacity: balance must be positive or None, got {balance}")
+    is_number = isinstance(balance, (int, float)) and 0 < balance < math.inf
+    if balance is not None and not is_number:
+        raise ConfigError(f"{op}: balance must be a positive number or None, got {balance!r}")
     num_local = num_experts // num_ranks
-    if config.choice(Layout, layout, op="recv_capacity", argument="layout") is Layout.RANK:
+    if config.choice(Layout, layout, op=op, argument="layout") is Layout.RANK:
+        if alignment != 1:
+            raise ConfigError(f"{op}: expert_alignment needs layout='expert', got {alignment}")
         worst = num_tokens * num_ranks
         # A token reaches a rank unless all of its choices fall elsewhere.
         missed = math.prod(
@@ -60,9 +60,9 @@ def recv_capacity(
         )
         expected = worst * (1.0 - max(missed, 0.0))
         return worst if balance is None else min(worst, math.ceil(expected * balance))
-    padding = num_local * (expert_alignment - 1)
+    padding = num_local * (alignment - 1)
     worst = num_tokens * num_ranks * min(num_topk, num_local) + padding
     rows = worst
     if balance is not None:
         rows = min(worst, math.ceil(num_tokens * num_topk * balance) + padding)
-    return -(-rows // expert_alignment) * expert_alignment
+    return -(-rows // alignment) * alignment

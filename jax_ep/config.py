@@ -6,7 +6,9 @@ Environment variables, read when a group opens:
 
 import enum
 import os
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import jax
 
 from jax_ep.errors import ConfigError
 
@@ -48,6 +50,16 @@ def choice(kind: type[_Choice], value: str, *, op: str, argument: str) -> _Choic
             return member
     names = ", ".join(repr(member.name.lower()) for member in kind)
     raise ConfigError(f"{op}: {argument} must be one of {names}, got {value!r}")
+
+
+def require_int(value: Any, *, minimum: int, op: str, argument: str) -> int:
+    """A static integer."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or isinstance(value, jax.Array):
+        raise ConfigError(f"{op}: {argument} must be a static integer, got {value!r}")
+    number = int(value)
+    if number < minimum:
+        raise ConfigError(f"{op}: {argument} must be at least {minimum}, got {number}")
+    return number
 
 
 def debug_from_environment() -> bool:

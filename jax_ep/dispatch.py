@@ -15,6 +15,10 @@ from jax_ep.group import Group
 from jax_ep.handle import Dispatched, DispatchHandle
 
 _OP = "dispatch"
+_NO_FP8_GRADIENT = (
+    f"{_OP}: fp8 rows cannot be differentiated, their cotangent would be rounded to fp8; "
+    "use jax_ep.dispatch_fp8, or jax.lax.stop_gradient"
+)
 
 
 def dispatch(
@@ -128,16 +132,17 @@ def prepare(
     num_topk = topk_idx.shape[1]
     _checks.require_shape(topk_idx, (num_tokens, num_topk), op=op, argument="topk_idx")
     if topk_weights is not None:
-        topk_weights = _checks.require_array(topk_weights, op=op, argument="topk_weights")
+        _checks.require_array(topk_weights, op=op, argument="topk_weights")
         _checks.require_shape(topk_weights, topk_idx.shape, op=op, argument="topk_weights")
         _checks.require_dtype(topk_weights, (jnp.float32,), op=op, argument="topk_weights")
+        topk_weights = jnp.asarray(topk_weights)
     spec = DispatchSpec(
         group=group.spec,
         backend=_checks.require_backend(backend, group, op=op),
         layout=config.choice(Layout, layout, op=op, argument="layout"),
         num_experts=num_experts,
         recv_capacity=_capacity(layout, recv_capacity, num_tokens, num_topk, group, op=op),
-        expert_alignment=_alignment(layout, expert_alignment, op=op),
+        expert_alignment=_alignment(layout, expert_alignment, num_experts, op=op),
         fill=config.choice(Fill, fill, op=op, argument="fill"),
     )
     _checks.report_bad_routing(topk_idx, num_experts=num_experts, group=group, op=op)
@@ -214,24 +219,29 @@ def _dispatch_along(
 
 def vary_alike(operands: Any, group: Group) -> Any:
     """The arrays of a pytree, cast to vary over the group and over what any of them varies over."""
-    leaves, structure = jax.tree.flatten(operands)
+    leaves, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, operands))
     return jax.tree.unflatten(structure, _jax_compat.vary_alike(leaves, group.axes))
 
 
 def _require_streams(x: Any, payload: Any) -> tuple[jax.Array, ...]:
     """Everything that travels, one row per token: x, its scales, the payload."""
+    others: list[tuple[str, Any, Sequence[Any] | None, str]] = []
     if not isinstance(x, tuple):
         rows = [_checks.require_rows(x, op=_OP, argument="x")]
     else:
         if len(x) != 2:
             raise DTypeError(f"{_OP}: x must be an array or a pair, got {len(x)} arrays")
         fp8 = _checks.require_rows(x[0], op=_OP, argument="x[0]", dtypes=FP8_DTYPES)
-        scales = _checks.require_array(x[1], op=_OP, argument="scales")
-        _checks.require_dtype(scales, (jnp.float32, jnp.uint8), op=_OP, argument="scales")
-        rows = [fp8, _checks.require_stream(scales, fp8.shape[0], op=_OP, argument="scales")]
+        rows = [_differentiable.refuse_gradient(_NO_FP8_GRADIENT, fp8)]
+        others.append(("scales", x[1], (jnp.float32, jnp.uint8), _NO_FP8_GRADIENT))
     if payload is not None:
-        payload = _checks.require_array(payload, op=_OP, argument="payload")
-        rows.append(_checks.require_stream(payload, rows[0].shape[0], op=_OP, argument="payload"))
+        no_gradient = f"{_OP}: payload cannot be differentiated; use jax.lax.stop_gradient"
+        others.append(("payload", payload, None, no_gradient))
+    for name, stream, dtypes, message in others:
+        moved = _checks.require_stream(
+            stream, rows[0].shape[0], op=_OP, argument=name, dtypes=dtypes
+        )
+        rows.append(_differentiable.refuse_gradient(message, moved))
     return tuple(rows)
 
 
@@ -245,7 +255,7 @@ def _capacity(
                 "computes it"
             )
         recv_capacity = num_tokens * group.num_ranks
-    capacity = _checks.require_int(recv_capacity, minimum=1, op=op, argument="recv_capacity")
+    capacity = config.require_int(recv_capacity, minimum=1, op=op, argument="recv_capacity")
     # Places of choices are computed in int32, over all ranks.
     largest = group.num_ranks * num_topk * max(capacity, num_tokens)
     if largest > config.MAX_INDEX:
@@ -256,8 +266,13 @@ def _capacity(
     return capacity
 
 
-def _alignment(layout: str, expert_alignment: int, *, op: str) -> int:
-    alignment = _checks.require_int(expert_alignment, minimum=1, op=op, argument="expert_alignment")
+def _alignment(layout: str, expert_alignment: int, num_experts: int, *, op: str) -> int:
+    alignment = config.require_int(expert_alignment, minimum=1, op=op, argument="expert_alignment")
     if layout == "rank" and alignment != 1:
         raise ConfigError(f"{op}: expert_alignment needs layout='expert', got {alignment}")
+    if alignment > config.MAX_INDEX // num_experts:
+        raise ConfigError(
+            f"{op}: num_experts * expert_alignment must be at most {config.MAX_INDEX}, "
+            f"got {num_experts} * {alignment}"
+        )
     return alignment

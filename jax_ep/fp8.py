@@ -45,7 +45,7 @@ def quantize_fp8(
             f"got shape {x.shape}"
         )
     blocks = x.astype(jnp.float32).reshape(x.shape[0], -1, block)
-    largest = float(ml_dtypes.finfo(dtype).max)
+    largest = float(ml_dtypes.finfo(dtype).max)  # type: ignore[no-untyped-call]
     scale = jnp.max(jnp.abs(blocks), axis=-1) / largest
     # A block of zeros keeps a scale that divides.
     scale = jnp.maximum(scale, np.finfo(np.float32).tiny)

@@ -53,8 +53,7 @@ def get_dispatch_layout(
     """
     _checks.require_group(group, op=_OP)
     num_experts = _checks.require_num_experts(num_experts, group, op=_OP)
-    if backend != "cuda" or not group.can_run(_OP, "cuda"):
-        backend = _checks.require_backend(backend, group, op=_OP)
+    backend = _checks.require_backend(backend, group, op=_OP)
     topk_idx = _checks.require_topk_idx(topk_idx, num_experts=num_experts, op=_OP)
     (topk_idx,) = _jax_compat.vary_alike([topk_idx], group.axes)
     _checks.report_bad_routing(topk_idx, num_experts=num_experts, group=group, op=_OP)

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -9,6 +10,7 @@ from typing import Any, Self
 import jax
 
 from jax_ep import _backends, _jax_compat, _native, _registry, _self_test, config
+from jax_ep._backends import Usability
 from jax_ep._spec import GroupSpec
 from jax_ep.errors import ConfigError, GroupError, PeerTimeoutError, RoutingError
 
@@ -60,10 +62,10 @@ class Group:
     timeout: float
     debug: bool
     spec: GroupSpec
-    _backends: dict[str, str]
+    backends: dict[str, Usability]
     _native: Any = None
     _is_open: bool = True
-    _bad_routings: list[str] = field(default_factory=list)
+    _bad_routings: Counter[str] = field(default_factory=Counter)
 
     @classmethod
     def open(
@@ -85,8 +87,8 @@ class Group:
           name: tells apart groups over the same mesh and axes; default: the axes, joined by "_".
           backend: "auto", "cpu" (host twins), "cuda" (kernels) or "xla" (stock collectives). What
             "auto" chose, and why, is in `info()`.
-          timeout: seconds that a rank waits for its peers before the group fails; the first call
-            of a program is in it, so leave room for devices that compile at different speeds.
+          timeout: seconds that a call of the custom calls waits for a rank before the group fails.
+            The `xla` back end waits as XLA's collectives do.
           ranks_per_node: ranks of one node, consecutive; default: all.
           debug: counts bad ids of every routing and raises them in `check()`; default: the
             environment variable JAX_EP_DEBUG.
@@ -98,29 +100,36 @@ class Group:
         Raises: GroupError, ConfigError.
         Source: DeepEP's Buffer (DeepSeek, 2025), with the mesh in the place of a process group.
         """
-        axes = (axis,) if isinstance(axis, str) else tuple(axis)
-        _check_mesh(mesh, axes)
+        axes = _check_mesh(mesh, axis)
         sizes = dict(mesh.shape)
         num_ranks = math.prod(sizes[a] for a in axes)
-        ranks_per_node = num_ranks if ranks_per_node is None else ranks_per_node
-        if ranks_per_node < 1 or num_ranks % ranks_per_node:
+        ranks_per_node = config.require_int(
+            num_ranks if ranks_per_node is None else ranks_per_node,
+            minimum=1,
+            op="Group.open",
+            argument="ranks_per_node",
+        )
+        if num_ranks % ranks_per_node:
             raise ConfigError(
                 f"Group.open: ranks_per_node must divide num_ranks={num_ranks}, "
                 f"got {ranks_per_node}"
             )
-        if not 0 < timeout <= config.MAX_TIMEOUT_S:
+        is_number = isinstance(timeout, (int, float))
+        if not is_number or not 0 < timeout <= config.MAX_TIMEOUT_S:
             raise ConfigError(
                 "Group.open: timeout must be positive seconds, at most "
-                f"{config.MAX_TIMEOUT_S:.0f}, got {timeout}"
+                f"{config.MAX_TIMEOUT_S:.0f}, got {timeout!r}"
             )
         name = name if name is not None else "_".join(axes)
+        if not isinstance(name, str):
+            raise ConfigError(f"Group.open: name must be a string, got {name!r}")
         spec = _make_spec(mesh, axes, name)
         if spec.identity in _registry.open_groups:
             raise GroupError(
                 f"Group.open: a group named {name!r} over the same axes and devices is open; "
                 "pass another name="
             )
-        chosen, reasons = _backends.resolve(mesh, backend)
+        chosen, usability = _backends.resolve(mesh, backend)
         group = cls(
             mesh=mesh,
             axes=axes,
@@ -131,7 +140,7 @@ class Group:
             timeout=timeout,
             debug=config.debug_from_environment() if debug is None else debug,
             spec=spec,
-            _backends=reasons,
+            backends=usability,
         )
         group._start()
         return group
@@ -142,9 +151,9 @@ class Group:
         return self.spec.identity
 
     def _start(self) -> None:
-        if _backends.is_usable(self._backends["cuda"]):
+        if self.backends["cuda"].ops:
             _native.register("cuda")
-        if _backends.is_usable(self._backends["cpu"]):
+        if self.backends["cpu"].ops:
             self._native = _native.register("cpu").open_group(
                 identity=self.identity,
                 seats=self.spec.seats(),
@@ -196,21 +205,30 @@ class Group:
             num_slices=self.mesh.size // self.num_ranks,
             ranks_per_node=self.ranks_per_node,
             backend=self.backend,
-            backends=dict(self._backends),
+            backends={name: usability.reason for name, usability in self.backends.items()},
             devices=tuple(str(d) for d in self.mesh.devices.flat),
             timeout=self.timeout,
             debug=self.debug,
         )
 
-    def check(self) -> None:
+    def check(self, *results: Any) -> None:
         """Raises what went wrong on a device: a peer that did not come, a bad routing.
 
         A device never raises by itself: an error on one device would leave the others waiting in
         XLA's collectives until the process is aborted. It ends its call with NaN instead, and the
         record is raised here, when the `with` block ends, and at the next trace.
 
+        Args:
+          *results: arrays, or pytrees of them, of the launches to look at; they are waited for.
+            None: every live array on the group's devices is.
+
         Raises: PeerTimeoutError, GroupError, RoutingError (debug mode).
         """
+        devices = set(self.mesh.devices.flat)
+        waited = results or [
+            a for a in jax.live_arrays() if not a.is_deleted() and devices & a.devices()
+        ]
+        jax.block_until_ready(waited)
         jax.effects_barrier()
         self._raise_record()
 
@@ -230,15 +248,12 @@ class Group:
                 f"{record['op']}: rank {record['rank']} arrived twice at one call: {record}"
             )
         if self._bad_routings:
-            message = "\n".join(self._bad_routings)
+            message = "\n".join(
+                line if times == 1 else f"{line} ({times} times)"
+                for line, times in self._bad_routings.items()
+            )
             self._bad_routings.clear()
             raise RoutingError(message)
-
-    def can_run(self, op: str, backend: str) -> bool:
-        """Whether a back end of this group holds `op`, even if it holds no others."""
-        if not _backends.is_usable(self._backends[backend]):
-            return False
-        return backend == "xla" or op in _native.targets(backend)
 
     def require_traceable(self, op: str) -> None:
         """Raises unless `op` may be traced here with this group."""
@@ -270,23 +285,26 @@ class Group:
     def report_bad_routing(self, op: str, rank: Any, num_invalid: Any, num_repeated: Any) -> None:
         """Keeps what debug mode found in one routing until `check()`."""
         if int(num_invalid) or int(num_repeated):
-            self._bad_routings.append(
+            line = (
                 f"{op}: topk_idx of rank {int(rank)} holds {int(num_invalid)} ids outside "
                 f"[-1, num_experts) and repeats an expert in a token {int(num_repeated)} times"
             )
+            self._bad_routings[line] += 1
 
 
-def _check_mesh(mesh: jax.sharding.Mesh, axes: tuple[str, ...]) -> None:
+def _check_mesh(mesh: jax.sharding.Mesh, axis: Any) -> tuple[str, ...]:
+    """The axes of the group, as a tuple."""
     if not isinstance(mesh, jax.sharding.Mesh):
         raise GroupError(
             f"Group.open: mesh must be a jax.sharding.Mesh with devices, got {type(mesh).__name__}"
         )
-    unknown = [a for a in axes if a not in mesh.shape]
-    if unknown or not axes or len(set(axes)) != len(axes):
+    axes = tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
+    if not axes or not set(axes) <= set(mesh.axis_names) or len(set(axes)) != len(axes):
         raise GroupError(
             f"Group.open: axis must name distinct axes of the mesh {tuple(mesh.axis_names)}, "
             f"got {axes}"
         )
+    return axes
 
 
 def _make_spec(mesh: jax.sharding.Mesh, axes: tuple[str, ...], name: str) -> GroupSpec:

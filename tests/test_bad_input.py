@@ -32,7 +32,7 @@ DISPATCH = {
     "x_rank": ({"x": _zeros(4, 8, 2)}, jax_ep.ShapeError, "dispatch: x must be [rows, hidden], both positive, got shape (4, 8, 2)"),
     "x_dtype": ({"x": _zeros(4, 8, dtype=np.int32)}, jax_ep.DTypeError, "dispatch: x must be bfloat16, float16, float32, got int32"),
     "x_row_bytes": ({"x": _zeros(4, 6)}, jax_ep.ShapeError, "dispatch: a row of x must be a multiple of 16 bytes, got hidden=6 of float32: 24 bytes"),
-    "x_tokens": ({"x": _zeros(5, 8)}, jax_ep.ShapeError, "dispatch: x must have shape (4, 8), got (5, 8)"),
+    "x_tokens": ({"x": _zeros(5, 8)}, jax_ep.ShapeError, "dispatch: topk_idx must have shape (5, 2), got (4, 2)"),
     "ids_rank": ({"ids": _zeros(4, dtype=np.int32)}, jax_ep.ShapeError, "dispatch: topk_idx must be [num_tokens, num_topk], both positive, got shape (4,)"),
     "ids_dtype": ({"ids": _zeros(4, 2)}, jax_ep.DTypeError, "dispatch: topk_idx must be int32, int64, got float32"),
     "weights_shape": ({"weights": _zeros(4, 3)}, jax_ep.ShapeError, "dispatch: topk_weights must have shape (4, 2), got (4, 3)"),
@@ -46,6 +46,7 @@ DISPATCH = {
     "capacity_zero": ({"recv_capacity": 0}, jax_ep.ConfigError, "dispatch: recv_capacity must be at least 1, got 0"),
     "capacity_huge": ({"recv_capacity": 2**30}, jax_ep.ConfigError, "dispatch: num_ranks * num_topk * max(recv_capacity, num_tokens) must be at most 2147483647"),
     "alignment": ({"layout": "expert", "recv_capacity": 8, "expert_alignment": 0}, jax_ep.ConfigError, "dispatch: expert_alignment must be at least 1, got 0"),
+    "alignment_huge": ({"layout": "expert", "recv_capacity": 8, "expert_alignment": 2**62}, jax_ep.ConfigError, "dispatch: num_experts * expert_alignment must be at most 2147483647, got 4 * 4611686018427387904"),
     "alignment_rank": ({"expert_alignment": 8}, jax_ep.ConfigError, "dispatch: expert_alignment needs layout='expert', got 8"),
     "backend": ({"backend": "nccl"}, jax_ep.ConfigError, "dispatch: backend must be one of 'cpu', 'cuda', 'xla' or None, got 'nccl'"),
     "backend_cuda": ({"backend": "cuda"}, jax_ep.GroupError, "dispatch: backend 'cuda' is not usable here: the mesh's devices are not GPUs"),
@@ -63,8 +64,20 @@ def test_dispatch_of_a_pair(groups):
     def fn(x, ids):
         return jax_ep.dispatch((x, x), ids, group=groups(2), num_experts=4)
 
-    with pytest.raises(jax_ep.DTypeError, match="dispatch: x must be an array, got tuple"):
+    with pytest.raises(
+        jax_ep.DTypeError, match=r"dispatch: x\[0\] must be float8_e4m3fn, float8_e5m2, got float32"
+    ):
         on_ranks(fn, groups(2).mesh)(_zeros(4, 8), _zeros(4, 2, dtype=np.int32))
+
+
+def test_dispatch_of_a_wide_constant(groups):
+    """NumPy's float64 is not narrowed on the quiet."""
+
+    def fn(ids):
+        return jax_ep.dispatch(np.ones((4, 8)), ids, group=groups(2), num_experts=4).x
+
+    with pytest.raises(jax_ep.DTypeError, match=r"dispatch: x must be .* got float64"):
+        on_ranks(fn, groups(2).mesh)(_zeros(4, 2, dtype=np.int32))
 
 
 COMBINE = {
@@ -112,6 +125,23 @@ def test_handle_that_is_none(groups):
         jax_ep.ConfigError, match="combine: handle must be the DispatchHandle of a dispatch, got"
     ):
         _combine(groups(2), change=lambda handle: handle.recv_src)
+
+
+HANDLES = {
+    "layout_unknown": (lambda h: {"layout": "foo"}, jax_ep.ConfigError, "combine: handle.layout must be one of 'rank', 'expert', got 'foo'"),
+    "no_send_rank": (lambda h: {"send_rank": None}, jax_ep.GroupError, "combine: the handle's arrays do not fit its layout='expert'"),
+    "no_recv_k": (lambda h: {"recv_k": None}, jax_ep.GroupError, "combine: the handle's arrays do not fit its layout='expert'"),
+    "send_row_dtype": (lambda h: {"send_row": h.send_row * 1.0}, jax_ep.DTypeError, "combine: handle.send_row must be int32, got float32"),
+    "send_rank_shape": (lambda h: {"send_rank": h.send_rank[:1]}, jax_ep.ShapeError, "combine: handle.send_rank must have shape (4, 2), got (1, 2)"),
+    "recv_k_shape": (lambda h: {"recv_k": h.recv_k[:1]}, jax_ep.ShapeError, "combine: handle.recv_k must have shape (16,), got (1,)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HANDLES)
+def test_damaged_handle(groups, name):
+    change, error, message = HANDLES[name]
+    with pytest.raises(error, match=re.escape(message)):
+        _combine(groups(2), change=lambda h: dataclasses.replace(h, **change(h)))
 
 
 def test_handle_of_another_layout(groups):
@@ -171,6 +201,15 @@ def test_wrong_axis_size(groups):
         _run_over(make_mesh(4), groups(2))
 
 
+def test_axes_of_size_one_do_not_matter(backend):
+    """Group over (1, 2), program over (2,), and the other way round."""
+    wide = Mesh(np.array(jax.devices()[:2]).reshape(1, 2), ("data", "ep"))
+    narrow = make_mesh(2)
+    for opened, run_over in ((wide, narrow), (narrow, wide)):
+        with jax_ep.Group.open(opened, "ep", name="one", backend=backend) as group:
+            assert _run_over(run_over, group).shape == (16, 8)
+
+
 def test_same_axis_in_another_device_order(groups, backend):
     mesh = Mesh(np.array(jax.devices()[1::-1]), ("ep",))
     with pytest.raises(
@@ -210,6 +249,10 @@ OPEN = {
     "backend": (lambda: jax_ep.Group.open(make_mesh(2), "ep", backend="mpi"), "backend must be one of 'auto', 'cpu', 'cuda', 'xla', got 'mpi'"),
     "cuda": (lambda: jax_ep.Group.open(make_mesh(2), "ep", backend="cuda"), "backend 'cuda' is not usable here: the mesh's devices are not GPUs"),
     "timeout": (lambda: jax_ep.Group.open(make_mesh(2), "ep", timeout=0), "timeout must be positive seconds, at most 86400, got 0"),
+    "axis_none": (lambda: jax_ep.Group.open(make_mesh(2), None), "axis must name distinct axes of the mesh ('ep',), got (None,)"),
+    "name": (lambda: jax_ep.Group.open(make_mesh(2), "ep", name=3), "name must be a string, got 3"),
+    "timeout_text": (lambda: jax_ep.Group.open(make_mesh(2), "ep", timeout="1"), "timeout must be positive seconds, at most 86400, got '1'"),
+    "node_text": (lambda: jax_ep.Group.open(make_mesh(4), "ep", ranks_per_node="2"), "ranks_per_node must be a static integer, got '2'"),
     "node": (lambda: jax_ep.Group.open(make_mesh(4), "ep", ranks_per_node=3), "ranks_per_node must divide num_ranks=4, got 3"),
 }  # fmt: skip
 

@@ -168,7 +168,14 @@ def test_wide_ids(groups, layout, backend):
             backend=backend,
         )  # fmt: skip
 
+    def constant(x):
+        return fn(x, np.full((2, 2), 2**32 + 1, np.int64))
+
     with jax.enable_x64(True):
         out = on_ranks(fn, group.mesh)(jnp.asarray(x), jnp.asarray(ids))
     assert np.asarray(out.num_invalid).tolist() == [[1], [2]]
     assert np.asarray(out.num_recv).tolist() == [[2], [2]]
+    for leaf in jax.tree.leaves(out):
+        assert leaf.dtype in (jnp.int32, jnp.float32)
+    # A NumPy constant is wide without x64, too.
+    assert np.asarray(on_ranks(constant, group.mesh)(x).num_invalid).tolist() == [[4], [4]]

@@ -4,7 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import ROUTINGS, Case, assert_combined, assert_dispatched, make_data, plan_of, run
+from cases import (
+    ROUTINGS,
+    Case,
+    assert_combined,
+    assert_dispatched,
+    dispatch,
+    make_data,
+    plan_of,
+    run,
+)
 from jax.sharding import Mesh
 
 import jax_ep
@@ -33,6 +42,44 @@ def test_info_tells_why(group):
     assert group.backend == "xla"
     assert backends["cpu"] == "the mesh's devices are not CPU devices"
     assert backends["cuda"].startswith("usable for get_dispatch_layout only")
+    with pytest.raises(jax_ep.GroupError, match="backend 'cuda' is not usable here: usable for"):
+        on_ranks(
+            lambda x, i: jax_ep.dispatch(x, i, group=group, num_experts=4, backend="cuda").x,
+            group.mesh,
+        )(np.ones((group.num_ranks, 4, 8), np.float32), np.zeros((group.num_ranks, 4, 1), np.int32))
+
+
+def test_gradients_scan_and_checkpoint(group, layout):
+    """Two layers under scan and remat, against the reference's gradient."""
+    case = Case(group.num_ranks, layout, dtype=jnp.float32, hidden=64)
+    data = make_data(case, "balanced")
+    plan = plan_of(case, data)
+
+    def loss(x, ids, weights):
+        def layer(h, _):
+            out = dispatch(case, group, "xla", h, ids, weights)
+            w = None if layout == "rank" else out.weights
+            return jnp.sin(jax_ep.combine(jnp.tanh(out.x), out.handle, weights=w)), None
+
+        return jnp.sum(jax.lax.scan(jax.checkpoint(layer), x, length=2)[0])
+
+    def expected(x, weights):
+        w = None if layout == "rank" else reference.dispatch_weights(plan, weights)
+        for _ in range(2):
+            rows = jnp.tanh(reference.dispatch(plan, x))
+            x = jnp.sin(reference.combine(plan, rows, w))
+        return jnp.sum(x)
+
+    grads = on_ranks(jax.grad(loss, argnums=(0, 2)), group.mesh)(
+        data.x, data.topk_idx, data.topk_weights
+    )
+    with jax.default_device(jax.devices("cpu")[0]):
+        wanted = jax.grad(expected, argnums=(0, 1))(
+            jnp.asarray(data.x), jnp.asarray(data.topk_weights)
+        )
+    np.testing.assert_allclose(grads[0], wanted[0], atol=1e-4)
+    if layout == "expert":
+        np.testing.assert_allclose(grads[1], wanted[1], atol=1e-4)
 
 
 @pytest.mark.parametrize("backend", ["cuda", "xla"])

@@ -5,6 +5,7 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import Case, assert_combined, assert_dispatched, make_data, run
@@ -12,6 +13,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
+from jax_ep.testing.compare import assert_same_bits
 from jax_ep.testing.ranks import make_mesh, on_ranks
 
 X = np.ones((2, 4, 8), np.float32)
@@ -133,11 +135,13 @@ def test_missing_peer_ends_in_an_exception():
 
     group._native.skip_rank(1)
     start = time.monotonic()
-    y = np.asarray(step(x, ids))
-    assert time.monotonic() - start < group.timeout + 1.0
-    assert np.isnan(y).all()
+    y = step(x, ids)  # in flight: check waits for it
     with pytest.raises(jax_ep.PeerTimeoutError, match="waited for rank 1") as caught:
         group.check()
+    assert time.monotonic() - start < group.timeout + 1.0
+    assert np.isnan(np.asarray(y)).all()
+    with pytest.raises(jax_ep.PeerTimeoutError):
+        group.check(y)
     error = caught.value
     assert (error.op, error.peer, error.expected, error.seen) == ("dispatch", 1, 3, 2)
 
@@ -151,6 +155,38 @@ def test_missing_peer_ends_in_an_exception():
         np.testing.assert_array_equal(on_ranks(_round_trip(fresh), fresh.mesh)(x, ids), x)
     with pytest.raises(jax_ep.PeerTimeoutError), group:
         pass
+
+
+def test_leaving_the_block_waits_for_what_is_in_flight():
+    x, ids = np.ones((3, 4, 8), np.float32), np.zeros((3, 4, 1), np.int32)
+    group = jax_ep.Group.open(make_mesh(3), "ep", timeout=0.5)
+    step = on_ranks(_round_trip(group), group.mesh)
+    step(x, ids)
+    group._native.skip_rank(2)
+
+    def leave_in_flight():
+        with group:
+            return step(x, ids)
+
+    with pytest.raises(jax_ep.PeerTimeoutError):
+        leave_in_flight()
+
+
+def test_program_behind_a_call_gives_the_same_bits_every_time(groups):
+    """XLA flushes subnormals wherever it runs the rest of the program, or two runs would differ."""
+    group = groups(8)
+
+    def fn(x, ids):
+        out = jax_ep.dispatch(x, ids, group=group, num_experts=8)
+        y = jax_ep.combine(out.x, out.handle)
+        return y * jnp.float32(2.0**-100) * jnp.float32(2.0**-40)
+
+    step = on_ranks(fn, group.mesh)
+    x = np.ones((8, 64, 64), np.float32)
+    ids = np.arange(8 * 64, dtype=np.int32).reshape(8, 64, 1) % 8
+    first = np.asarray(step(x, ids))
+    for _ in range(100):
+        assert_same_bits(step(x, ids), first)
 
 
 def test_loading_without_the_group_names_it(tmp_path):
@@ -210,6 +246,7 @@ def test_interpreter_exits_cleanly():
     """With an open group and calls in flight."""
     code = """
 import jax, numpy as np, jax_ep
+from jax_ep.testing.compare import assert_same_bits
 from jax_ep.testing.ranks import make_mesh, on_ranks
 group = jax_ep.Group.open(make_mesh(4), "ep")
 def fn(x, ids):

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,8 @@ LAYERS = [
     {"_checks"},
     {"_differentiable"},
     {"dispatch", "get_dispatch_layout"},
-    {"combine", "dispatch_fp8"},
-    {"testing", "__init__", "__main__"},
+    {"combine", "dispatch_fp8", "transforms"},
+    {"testing", "bench", "__init__", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -61,7 +62,10 @@ def test_imports_go_downwards(path):
             assert own == "_jax_compat", f"{own} imports {name}"
 
 
-@pytest.mark.parametrize("name", ["dispatch", "combine", "get_dispatch_layout"])
+OPERATIONS = ["dispatch", "dispatch_fp8", "combine", "combine_weights", "get_dispatch_layout"]
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
 def test_docstrings_of_operations_are_complete(name):
     doc = inspect.getdoc(getattr(jax_ep, name))
     for part in ("Args:", "Returns:", "Collective:", "Gradient:", "Raises:", "Source:"):
@@ -71,9 +75,23 @@ def test_docstrings_of_operations_are_complete(name):
 def test_one_op_one_stem():
     """Public module, primitive, native folder and test of each operation share its name."""
     ffi = Path(__file__).parent.parent / "xla_ffi" / "ops"
-    for stem in ("dispatch", "combine", "get_dispatch_layout"):
-        assert (PACKAGE / f"{stem}.py").exists()
+    for stem in ("dispatch", "combine", "get_dispatch_layout", "pull_rows"):
+        assert (PACKAGE / f"{stem}.py").exists() == (stem != "pull_rows")  # not public
         assert (PACKAGE / "_primitives" / f"{stem}.py").exists()
         assert (Path(__file__).parent / f"test_{stem}.py").exists()
         for suffix in (".h", "_ffi.h", "_cpu.cc"):
             assert (ffi / stem / f"{stem}{suffix}").exists()
+
+
+NATIVE = Path(__file__).parent.parent / "xla_ffi"
+# What a folder's files may include, besides the standard library.
+MAY_INCLUDE = {"core": {"core"}, "runtime": {"core", "runtime"}}
+
+
+@pytest.mark.parametrize("folder", MAY_INCLUDE)
+def test_native_includes_go_downwards(folder):
+    """core and runtime know neither XLA, nor CUDA, nor Python."""
+    for path in (NATIVE / folder).iterdir():
+        for name in re.findall(r'#include [<"](.*?)[>"]', path.read_text()):
+            is_standard = "/" not in name and not name.endswith((".h", ".cuh"))
+            assert is_standard or name.split("/")[0] in MAY_INCLUDE[folder], f"{path}: {name}"

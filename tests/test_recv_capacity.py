@@ -41,9 +41,15 @@ def test_values():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_tokens": 0}, "num_tokens must be positive, got 0"),
+        ({"num_tokens": 0}, "num_tokens must be at least 1, got 0"),
         ({"num_experts": 9}, "num_experts must be a multiple of num_ranks=4, got 9"),
-        ({"balance": 0}, "balance must be positive or None, got 0"),
+        ({"balance": 0}, "balance must be a positive number or None, got 0"),
+        ({"balance": float("nan")}, "balance must be a positive number or None, got nan"),
+        ({"num_tokens": 8.5}, "num_tokens must be a static integer, got 8.5"),
+        (
+            {"layout": "rank", "expert_alignment": 8},
+            "expert_alignment needs layout='expert', got 8",
+        ),
         ({"layout": "flat"}, "layout must be one of 'rank', 'expert', got 'flat'"),
     ],
 )

@@ -4,7 +4,7 @@ The calls are pure, so JAX may merge, drop or repeat them; it does so alike on e
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -49,23 +49,27 @@ def make_primitive(
         call = jax.ffi.ffi_lowering(f"jax_ep.{op}", has_side_effect=False)
         return call(ctx, *operands, **{name: _attribute(parameters[name]) for name in attributes})
 
-    def refuse_batching(*_: Any, **__: Any) -> Any:
-        raise ConfigError(f"{op}: jax.vmap is not supported; fold the batch into the tokens")
-
-    def refuse_jvp(*_: Any, **__: Any) -> Any:
-        raise ConfigError(f"{op}: only first derivatives by jax.grad or jax.vjp are supported")
-
     primitive.def_abstract_eval(abstract_eval)
     for platform in platforms:
         mlir.register_lowering(primitive, lower, platform=platform)
-    batching.primitive_batchers[primitive] = refuse_batching
-    ad.primitive_jvps[primitive] = refuse_jvp
+    batching.primitive_batchers[primitive] = lambda *_, **__: refuse_batching(op)
+    ad.primitive_jvps[primitive] = lambda *_, **__: refuse_jvp(op)
 
     def bind(*operands: jax.Array, **parameters: Any) -> list[jax.Array]:
         out: list[jax.Array] = primitive.bind(*operands, **parameters)
         return out
 
     return bind
+
+
+def refuse_batching(op: str) -> NoReturn:
+    """What jax.vmap of an operation gets."""
+    raise ConfigError(f"{op}: jax.vmap is not supported; fold the batch into the tokens")
+
+
+def refuse_jvp(op: str) -> NoReturn:
+    """What a derivative of a derivative gets."""
+    raise ConfigError(f"{op}: only first derivatives by jax.grad or jax.vjp are supported")
 
 
 def absent(dtype: Any) -> jax.Array:

@@ -8,7 +8,8 @@ from typing import Any
 
 import jax
 
-from jax_ep._jax_compat import Primitive, lowering_mesh, mlir
+from jax_ep._jax_compat import Primitive, ad, batching, lowering_mesh, mlir
+from jax_ep._primitives._base import refuse_batching, refuse_jvp
 from jax_ep._spec import GroupSpec
 from jax_ep.errors import GroupError
 
@@ -17,21 +18,33 @@ def _lower(ctx: Any, x: Any, *, op: str, spec: GroupSpec) -> Any:
     mesh = lowering_mesh(ctx)
     if mesh is not None:
         device_ids = tuple(d.id for d in mesh.devices.flat)
-        if tuple(mesh.shape.items()) != spec.mesh_axes or device_ids != spec.device_ids:
+        axes = {name: size for name, size in mesh.shape.items() if size > 1}
+        expected = {name: size for name, size in spec.mesh_axes if size > 1}
+        if list(axes.items()) != list(expected.items()) or device_ids != spec.device_ids:
             raise GroupError(
-                f"{op}: jax.shard_map runs over the mesh {dict(mesh.shape)} with devices "
-                f"{device_ids}; the group was opened over {dict(spec.mesh_axes)} with devices "
+                f"{op}: jax.shard_map runs over the mesh {axes} with devices "
+                f"{device_ids}; the group was opened over {expected} with devices "
                 f"{spec.device_ids}"
             )
     return [x]
 
 
+def _refuse_batching(*_: Any, op: str, **__: Any) -> Any:
+    refuse_batching(op)
+
+
+def _refuse_jvp(*_: Any, op: str, **__: Any) -> Any:
+    refuse_jvp(op)
+
+
 _check_mesh_p = Primitive("jax_ep.check_mesh")
 _check_mesh_p.def_abstract_eval(lambda x, *, op, spec: x)
 mlir.register_lowering(_check_mesh_p, _lower)
+batching.primitive_batchers[_check_mesh_p] = _refuse_batching
+ad.primitive_jvps[_check_mesh_p] = _refuse_jvp
 
 
 def check_mesh(x: jax.Array, spec: GroupSpec, *, op: str) -> jax.Array:
-    """`x`, an integer array. Raises GroupError when the program is lowered for another mesh."""
+    """`x`. Raises GroupError when the program is lowered for another mesh."""
     checked: jax.Array = _check_mesh_p.bind(x, op=op, spec=spec)
     return checked

@@ -25,7 +25,7 @@ def extra_bytes(compiled: Any, operands: Any, num_ranks: int) -> int | None:
     results = jax.block_until_ready(compiled(operands))
     peak = _status_bytes("VmHWM")
     kept = sum(leaf.nbytes for leaf in jax.tree.leaves(results))
-    return max(0, peak - before - kept) // num_ranks
+    return int(max(0, peak - before - kept)) // num_ranks
 
 
 def _start_watching() -> bool:

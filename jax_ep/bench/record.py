@@ -108,7 +108,7 @@ class Measured:
 
 
 def make_record(
-    op: str, point: Point, contender: Contender, measured: Measured, place: Place, run: str
+    op: str, point: Point, contender: Contender, measured: Measured, *, place: Place, run: str
 ) -> Record:
     """Joins all that is known about one measurement."""
     return Record(

@@ -1,5 +1,6 @@
 """What is shown: progress, a table, a plot."""
 
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,12 +12,12 @@ from jax_ep.bench.timing import Timing
 
 
 class Progress:
-    """Steps done, on stderr: tqdm's bar where tqdm is installed, else one line that is rewritten."""
+    """Steps done, on stderr: tqdm's bar where tqdm is installed, else one rewritten line."""
 
     def __init__(self, total: int):
         self._total, self._done, self._label = total, 0, ""
         try:
-            from tqdm import tqdm
+            tqdm = importlib.import_module("tqdm").tqdm
         except ImportError:
             self._bar: Any = None
         else:

@@ -13,13 +13,13 @@ from typing import Any
 import jax
 
 import jax_ep
-from jax_ep.bench import floor, memory, report, timing
-from jax_ep.bench.contenders import Contender, contenders
+from jax_ep.bench import floor, report, timing
+from jax_ep.bench.contenders import contenders, ours
 from jax_ep.bench.record import Measured, Place, Record, make_record
 from jax_ep.bench.shapes import DTYPES, SHAPES, Point, make_inputs, make_point
 from jax_ep.config import BACKENDS, Fill
 from jax_ep.errors import ConfigError
-from jax_ep.testing.ranks import make_mesh
+from jax_ep.testing.ranks import make_mesh, on_ranks
 
 _TIMEOUT_S = 600.0
 
@@ -49,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--plot", action="store_true", help="draw time over floor; needs matplotlib")
 
 
-def _parse_balance(text: str) -> float | None:
-    return None if text == "none" else float(text)
+def _parse_balance(text: str) -> float | str | None:
+    return {"none": None, "auto": "auto"}[text] if text in ("none", "auto") else float(text)
 
 
 def prepare_environment(num_ranks: int | None) -> None:
@@ -138,30 +138,38 @@ class Session:
         recv_src = _route(point, self._group, self.backends[0], inputs)
         moved = floor.traffic(op, point, recv_src)
         run = uuid.uuid4().hex
-        return [
-            report.Row(self._record(op, point, entrant, moved, t, e, run), t)
-            for entrant, t, e in zip(entrants, taken, extra, strict=True)
-        ]
+        rows = []
+        for entrant, own, extra_bytes in zip(entrants, taken, extra, strict=True):
+            measured = Measured(
+                us=own.percentiles(),
+                bytes=int((moved.read + moved.written).max()),
+                wire_bytes=int(moved.wire.max()),
+                floor_us=self._floor_us(moved),
+                extra_memory_bytes=extra_bytes,
+            )
+            record = make_record(op, point, entrant, measured, place=self._place, run=run)
+            rows.append(report.Row(record, own))
+        return rows
 
-    def _record(
-        self,
-        op: str,
-        point: Point,
-        entrant: Contender,
-        moved: floor.Traffic,
-        taken: timing.Timing,
-        extra: int | None,
-        run: str,
-    ) -> Record:
-        if self._copy_rate is not None:
-            floor_us = floor.cpu_floor_us(moved, self._copy_rate)
-        else:
-            floor_us = floor.gpu_floor_us(moved)
-        measured = Measured(
-            us=taken.percentiles(),
-            bytes=int((moved.read + moved.written).max()),
-            wire_bytes=int(moved.wire.max()),
-            floor_us=floor_us,
-            extra_memory_bytes=extra,
-        )
-        return make_record(op, point, entrant, measured, self._place, run)
+    def _floor_us(self, moved: floor.Traffic) -> float:
+        if self._copy_rate is None:
+            return floor.gpu_floor_us(moved)
+        return floor.cpu_floor_us(moved, self._copy_rate)
+
+
+def _route(point: Point, group: jax_ep.Group, backend: str, inputs: Any) -> Any:
+    """recv_src [R, C] of a dispatch at the point."""
+    dispatch = ours(point, group, backend).dispatch
+    return on_ranks(lambda *own: dispatch(*own).handle.recv_src, group.mesh)(*inputs)
+
+
+def _save(records: list[Record], args: argparse.Namespace, place: Place) -> None:
+    ops = "-".join(dict.fromkeys(args.ops))
+    path = args.out / f"{datetime.now(UTC):%Y-%m-%d}-{place.slug()}-{ops}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.writelines(record.to_json() + "\n" for record in records)
+    print(f"{len(records)} records appended to {path}")
+    if args.plot:
+        report.plot(records, path.with_suffix(".png"))
+        print(f"plot: {path.with_suffix('.png')}")

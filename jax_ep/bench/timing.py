@@ -1,9 +1,10 @@
 """How it is measured: chains of dependent operations inside one jitted program.
 
 A chain is a scan whose carry holds all operands and all results, so each result is written in full.
-Between two operations the first element of every operand gets a zero added that the compiler cannot
-know to be one, made from the last results: nothing can be elided, hoisted or run ahead. The empty
-chain is the same scan without the operation; its time is subtracted.
+Between two operations every operand is changed by a zero that the compiler cannot know to be one,
+made from the last results: nothing can be elided, hoisted or run ahead. Indices get it added, of
+rows it becomes the first element, which XLA does in place. The empty chain is the same scan without
+the operation; its time is subtracted.
 """
 
 import time
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_ep.bench import memory
 from jax_ep.bench.contenders import Contender
 from jax_ep.testing.ranks import on_ranks
 
@@ -88,56 +90,87 @@ def make_program(op: str, contender: Contender) -> Program:
 def make_chain(run: Callable[[Any, Any], Any], count: int) -> Callable[[Carry], Carry]:
     """`count` dependent runs."""
 
-    def link(carry: Carry, _: None) -> tuple[Carry, None]:
-        given = _tie(carry.given, carry.made)
-        return Carry(given, run(given, carry.made)), None
+    def link(state: tuple[Carry, jax.Array], _: None) -> tuple[tuple[Carry, jax.Array], None]:
+        (given, made), zero = state
+        given = tie(given, zero)
+        made = run(given, made)
+        return (Carry(given, made), _zero_of(given if run is no_op else made)), None
 
     def chain(carry: Carry) -> Carry:
-        last: Carry = jax.lax.scan(link, carry, length=count)[0]
-        return last
+        # Scalars go around the loop for the results' sake: XLA 0.12 copies what is read there.
+        last: tuple[Carry, jax.Array]
+        last, _ = jax.lax.scan(link, (carry, _zero_of(carry)), length=count)
+        return last[0]
 
     return chain
 
 
-def _no_op(given: Any, made: Any) -> Any:
-    return _tie(made, given)
+def no_op(given: Any, made: Any) -> Any:
+    """In the place of the operation."""
+    return made
 
 
-def _tie(tree: Any, on: Any) -> Any:
-    """`tree` unchanged, but not before `on` is there."""
-    zero = sum(_is_odd(a[(0,) * a.ndim]) for a in jax.tree.leaves(on))
-    return jax.tree.map(lambda a: a.at[(0,) * a.ndim].add(jnp.asarray(zero, a.dtype)), tree)
+def tie(tree: Any, zero: jax.Array) -> Any:
+    """`tree`, but not before `zero` is there. The first element of float arrays becomes 0."""
+    return jax.tree.map(lambda a: _tie_array(a, zero.astype(a.dtype)), tree)
+
+
+def _zero_of(tree: Any) -> jax.Array:
+    """A zero that is known only when all arrays are there."""
+    return sum((_is_odd(a[(0,) * a.ndim]) for a in jax.tree.leaves(tree)), jnp.int32(0))
+
+
+def _tie_array(array: jax.Array, zero: jax.Array) -> jax.Array:
+    if jnp.issubdtype(array.dtype, jnp.integer):
+        return array + zero  # of indices: small
+    # Rows are large. XLA updates them in place if nothing else reads them, and, for bf16 on CPU
+    # before JAX 0.11, only as integers.
+    bits = jax.lax.bitcast_convert_type(array, f"uint{8 * array.dtype.itemsize}")
+    first = zero.astype(bits.dtype).reshape((1,) * array.ndim)
+    bits = jax.lax.dynamic_update_slice(bits, first, (0,) * array.ndim)
+    return jax.lax.bitcast_convert_type(bits, array.dtype)
 
 
 def _is_odd(value: jax.Array) -> jax.Array:
     """0 for every value that occurs here: no NaN, no smallest integer."""
     if jnp.issubdtype(value.dtype, jnp.floating):
         return jnp.isnan(value).astype(jnp.int32)
-    return (value == jnp.iinfo(value.dtype).min).astype(jnp.int32)
+    return jnp.equal(value, np.iinfo(value.dtype).min).astype(jnp.int32)
 
 
 class Chain:
     """The compiled chains of one contender, with and without the operation."""
 
     def __init__(self, program: Program, mesh: jax.sharding.Mesh, inputs: Sequence[jax.Array]):
-        self.carry = on_ranks(program.start, mesh)(*inputs)
+        started = on_ranks(program.start, mesh, check_vma=False)(*inputs)
+        # Each run is given the last one's results to overwrite, and must not overwrite `inputs`.
+        self.carry: Carry = jax.tree.map(jnp.copy, started)
         self._program, self._mesh = program, mesh
         self._compiled: dict[tuple[bool, int], Any] = {}
 
     def compile(self, count: int) -> None:
         """Makes both chains ready and runs them once."""
-        for is_empty, run in ((False, self._program.run), (True, _no_op)):
+        for is_empty, run in ((False, self._program.run), (True, no_op)):
             if (is_empty, count) not in self._compiled:
-                fn = on_ranks(make_chain(run, count), self._mesh)
-                self._compiled[is_empty, count] = fn.lower(self.carry).compile()
+                compiled = self._compile_one(make_chain(run, count), donate=True)
+                self._compiled[is_empty, count] = compiled
                 self.seconds(count, is_empty=is_empty)
+
+    def extra_memory(self) -> int | None:
+        """Bytes of one rank, while one operation runs, beyond operands and results."""
+        compiled = self._compile_one(lambda carry: self._program.run(*carry))
+        return memory.extra_bytes(compiled, self.carry, self._mesh.devices.size)
+
+    def _compile_one(self, fn: Callable[[Carry], Any], *, donate: bool = False) -> Any:
+        mapped = on_ranks(fn, self._mesh, check_vma=False, jit=False)
+        return jax.jit(mapped, donate_argnums=0 if donate else ()).lower(self.carry).compile()
 
     def seconds(self, count: int, *, is_empty: bool) -> float:
         """One run, until the slowest rank is done."""
         compiled = self._compiled[is_empty, count]
         jax.block_until_ready(self.carry)
         begin = time.perf_counter()
-        jax.block_until_ready(compiled(self.carry))
+        self.carry = jax.block_until_ready(compiled(self.carry))
         return time.perf_counter() - begin
 
 

@@ -1,6 +1,7 @@
 #include "runtime/exchange.h"
 
 #include <algorithm>
+#include <cfenv>
 #include <condition_variable>
 #include <map>
 #include <mutex>
@@ -33,6 +34,14 @@ struct Exchange::State : std::enable_shared_from_this<Exchange::State> {
   struct Participation {
     std::function<void()> poison;
     Done done;
+    // XLA goes on with the device's program inside `done`. Its threads flush subnormals, so a
+    // thread of ours would give the same program other bits.
+    std::fenv_t environment;
+
+    void Finish() const {
+      std::fesetenv(&environment);
+      done();
+    }
   };
   struct Call {
     std::shared_ptr<PhasedCall> body;
@@ -66,7 +75,7 @@ struct Exchange::State : std::enable_shared_from_this<Exchange::State> {
   void Poison(Participation participation) {
     completions.Submit([p = std::move(participation)] {
       p.poison();
-      p.done();
+      p.Finish();
     });
   }
 
@@ -86,7 +95,7 @@ struct Exchange::State : std::enable_shared_from_this<Exchange::State> {
       return;
     }
     for (Participation& participant : call->participants) {
-      completions.Submit(std::move(participant.done));
+      completions.Submit([p = std::move(participant)] { p.Finish(); });
     }
   }
 
@@ -160,6 +169,8 @@ void Exchange::JoinErased(const Arrival& arrival, Participant participant) {
   const State::Key key{arrival.site, arrival.run_id, arrival.member.slice};
   std::shared_ptr<State::Call> complete;
   bool is_repeated = false;
+  std::fenv_t environment;
+  std::fegetenv(&environment);
   {
     std::lock_guard<std::mutex> lock(state->mutex);
     if (!state->error && state->skip_rank != rank) {
@@ -171,7 +182,8 @@ void Exchange::JoinErased(const Arrival& arrival, Participant participant) {
       is_repeated = static_cast<bool>(call.participants[rank].done);
       if (!is_repeated) {
         participant.deposit(*call.body);
-        call.participants[rank] = {std::move(participant.poison), std::move(participant.done)};
+        call.participants[rank] = {std::move(participant.poison), std::move(participant.done),
+                                   environment};
         if (++call.num_arrived < state->num_ranks) return;
         complete = found->second;
         state->open.erase(found);
@@ -190,7 +202,7 @@ void Exchange::JoinErased(const Arrival& arrival, Participant participant) {
                                .expected = 1,
                                .seen = 2});
   }
-  state->Poison({std::move(participant.poison), std::move(participant.done)});
+  state->Poison({std::move(participant.poison), std::move(participant.done), environment});
 }
 
 void Exchange::Fail(const ErrorRecord& record) { state_->Abandon(record); }

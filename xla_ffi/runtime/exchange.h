@@ -72,8 +72,8 @@ class Exchange {
   Exchange(const Exchange&) = delete;
   Exchange& operator=(const Exchange&) = delete;
 
-  /// `done` (not empty) runs exactly once: after the call, or, when it failed or the exchange went
-  /// away first, after Call::Poison(args).
+  /// `done` (not empty) runs exactly once, in the floating-point environment of the caller of Join:
+  /// after the call, or, when it failed or the exchange went away first, after Call::Poison(args).
   template <typename Call>
   void Join(const Arrival& arrival, const typename Call::Args& args, Done done) {
     JoinErased(arrival, {.make =

@@ -24,8 +24,6 @@ struct ThreadPool::State {
   bool is_closed = false;
 
   static void Work(const std::shared_ptr<State>& state) {
-    // A thread inherits the environment of its creator, and XLA's threads flush subnormals.
-    std::fesetenv(FE_DFL_ENV);
     std::unique_lock<std::mutex> lock(state->mutex);
     for (;;) {
       ++state->num_idle;
@@ -36,6 +34,8 @@ struct ThreadPool::State {
       std::function<void()> task = std::move(state->tasks.front());
       state->tasks.pop_front();
       lock.unlock();
+      // A thread inherits the environment of its creator, and XLA's threads flush subnormals.
+      std::fesetenv(FE_DFL_ENV);
       task();
       task = nullptr;  // what the task owns may go away only outside the lock
       lock.lock();

@@ -32,8 +32,8 @@ struct RowMath {
 // Every rank pulls the rows of its own tokens out of its peers' arrays and adds them.
 //
 // Phases     one.
-// Traffic    per (token, destination) row: its bytes read from the peer; per token: one row
-// written. Floor      rows * row_bytes / memcpy rate of all cores.
+// Traffic    per (token, destination) row: its bytes read from the peer; per token: a row written.
+// Floor      rows * row_bytes / memcpy rate of all cores.
 class CombineCall : public CallOf<CombineArgs> {
  public:
   static void Poison(const CombineArgs& a) {

@@ -57,8 +57,9 @@ inline ffi::Error DecodeDispatch(DispatchBuffers b, int num_ranks, DispatchArgs&
   JAX_EP_REQUIRE(b.num_experts > 0 && b.num_experts % num_ranks == 0,
                  "dispatch: num_experts=", b.num_experts,
                  " must be a multiple of num_ranks=", num_ranks);
-  JAX_EP_REQUIRE(b.expert_alignment > 0, "dispatch: expert_alignment=", b.expert_alignment,
-                 " must be positive");
+  JAX_EP_REQUIRE(b.expert_alignment > 0 && b.expert_alignment <= INT32_MAX / b.num_experts,
+                 "dispatch: expert_alignment=", b.expert_alignment,
+                 " must be positive, and the aligned groups must be countable in int32");
   args.shape = {.layout = static_cast<RecvLayout>(b.layout),
                 .experts = {.num_experts = static_cast<int>(b.num_experts), .num_ranks = num_ranks},
                 .num_tokens = num_tokens,

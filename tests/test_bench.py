@@ -1,0 +1,184 @@
+"""The benchmark: what it compares is the same, what it counts is right, what it writes is whole.
+
+No test here looks at a time.
+"""
+
+import json
+import subprocess
+import sys
+import types
+import typing
+from dataclasses import fields
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_ep.bench import floor, timing
+from jax_ep.bench.contenders import contenders, ours
+from jax_ep.bench.record import Record
+from jax_ep.bench.shapes import Shape, make_inputs, make_point
+from jax_ep.testing.compare import assert_same_bits
+from jax_ep.testing.ranks import on_ranks
+
+OPS = ["dispatch", "combine", "round_trip"]
+TINY = ["--tokens", "16", "--hidden", "32", "--repeats", "2", "--backends", "cpu"]
+
+
+def _point(layout, *, num_ranks=4, dtype="f32", balance="auto"):
+    shape = Shape(tokens=48, hidden=32, topk=3, experts=num_ranks * 4)
+    return make_point(
+        "test",
+        shape,
+        dtype=dtype,
+        layout=layout,
+        num_ranks=num_ranks,
+        balance=balance,
+        fill="zeros",
+    )
+
+
+def _is_a(value, annotation):
+    if isinstance(annotation, types.UnionType):
+        return any(_is_a(value, kind) for kind in annotation.__args__)
+    if typing.get_origin(annotation) is dict:
+        _, kind = typing.get_args(annotation)
+        return isinstance(value, dict) and all(_is_a(v, kind) for v in value.values())
+    return type(value) is annotation
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    """What the command writes, run as a user runs it: no environment set, a CPU."""
+    out = tmp_path_factory.mktemp("bench")
+    command = [sys.executable, "-m", "jax_ep", "bench", *OPS, *TINY, "--ranks", "4", "--plot"]
+    command += ["--layout", "both", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for text in ("memcpy, all cores", "floor us", "empty us", "12 records appended"):
+        assert text in done.stdout
+    assert "dispatch tiny" in done.stderr
+    (path,) = out.glob("*-dispatch-combine-round_trip.jsonl")
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_records_are_whole(records):
+    kinds = {f.name: typing.get_type_hints(Record)[f.name] for f in fields(Record)}
+    for record in records:
+        assert list(record) == list(kinds)
+        for name, kind in kinds.items():
+            assert _is_a(record[name], kind), f"{name}: {record[name]!r}"
+        assert set(record["us"]) == {"p50", "p10", "p90", "p99"}
+        assert set(record["versions"]) == {"jax", "jaxlib", "driver", "nccl"}
+        assert record["versions"]["jax"] == jax.__version__
+        assert record["command"].startswith("python -m jax_ep bench dispatch")
+        assert (record["num_ranks"], record["tokens"], record["hidden"]) == (4, 16, 32)
+
+
+def test_contenders_of_a_point_share_a_run(records):
+    runs = {}
+    for record in records:
+        runs.setdefault(record["run"], []).append(record)
+    assert len(runs) == 6
+    for run in runs.values():
+        assert len({(r["op"], r["layout"], r["floor_us"], r["bytes"]) for r in run}) == 1
+        stock = "all_to_all" if run[0]["layout"] == "expert" else "all_gather"
+        assert [(r["contender"], r["backend"]) for r in run] == [("jax_ep", "cpu"), (stock, "xla")]
+
+
+def test_refuses_unknown_operations():
+    command = [sys.executable, "-m", "jax_ep", "bench", "tango"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode != 0
+    assert "got 'tango'" in done.stderr
+
+
+@pytest.mark.parametrize("layout", ["expert", "rank"])
+def test_stock_contender_computes_the_same(groups, layout):
+    group, point = groups(4), _point(layout, balance=None)
+    inputs = make_inputs(point, group.mesh)
+
+    def run(contender):
+        def both(x, ids, weights):
+            out = contender.dispatch(x, ids, weights)
+            return out, contender.combine(out)
+
+        return on_ranks(both, group.mesh, check_vma=False)(*inputs)
+
+    us, stock = contenders(point, group, ["cpu"])
+    (out, y), (other, other_y) = run(us), run(stock)
+    assert not np.any(out.num_dropped)
+    if layout == "expert":
+        assert_same_bits(other.group_sizes, out.group_sizes, what="group_sizes")
+        for got, expected, num_recv in zip(other.rows, out.x, out.num_recv, strict=True):
+            n = int(num_recv[0])
+            assert_same_bits(got[:n], expected[:n], what="rows")
+            assert not np.any(got[n:])
+    else:
+        for got, expected, src in zip(other.rows, out.x, out.handle.recv_src, strict=True):
+            assert_same_bits(got[src[src >= 0]], expected[src >= 0], what="rows")
+    np.testing.assert_allclose(other_y, y, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("layout", ["expert", "rank"])
+def test_chain_computes_the_operation(groups, op, layout):
+    """Links of a chain do what they are timed for, and the empty chain changes nothing."""
+    group, point = groups(2), _point(layout, num_ranks=2)
+    program = timing.make_program(op, ours(point, group, "cpu"))
+    inputs = make_inputs(point, group.mesh)
+
+    def run(link, count):
+        def chain(*own):
+            return timing.make_chain(link, count)(program.start(*own))
+
+        return on_ranks(chain, group.mesh, check_vma=False)(*inputs)
+
+    start = on_ranks(program.start, group.mesh, check_vma=False)(*inputs)
+    tied = on_ranks(lambda given: timing.tie(given, jnp.int32(0)), group.mesh, check_vma=False)
+    by_hand = on_ranks(lambda c: program.run(*c), group.mesh, check_vma=False)
+    given = tied(start.given)
+    expected = timing.Carry(given, start.made)
+    for _ in range(3):
+        expected = timing.Carry(given, by_hand(expected))
+    ends = {program.run: expected, timing.no_op: timing.Carry(given, start.made)}
+    for link, end in ends.items():
+        for got, want in zip(jax.tree.leaves(run(link, 3)), jax.tree.leaves(end), strict=True):
+            assert_same_bits(got, want)
+
+
+# Two ranks of two tokens, two experts each; tokens 0, 1 on rank 0 and 2, 3 on rank 1. Token 0 has
+# both experts of rank 1, token 1 one of each rank, token 2 one of rank 1, token 3 one of rank 0.
+RECV_SRC = np.array([[1, 3, -1, -1], [0, 0, 1, 2]])
+
+
+def test_floor_arithmetic():
+    shape = Shape(tokens=2, hidden=8, topk=2, experts=4)
+    point = make_point(
+        "hand", shape, dtype="f32", layout="expert", num_ranks=2, balance=None, fill="zeros"
+    )
+    assert point.row_bytes == 32
+    expected = {
+        # rows: wire, read, read_once, written
+        "dispatch": ([1, 2], [2, 4], [2, 3], [2, 4]),
+        "combine": ([2, 1], [2, 4], [2, 4], [2, 2]),
+        "round_trip": ([3, 3], [4, 8], [4, 7], [4, 6]),
+    }
+    for op, rows in expected.items():
+        moved = floor.traffic(op, point, RECV_SRC)
+        got = (moved.wire, moved.read, moved.read_once, moved.written)
+        np.testing.assert_array_equal(np.array(got), np.array(rows) * 32, err_msg=op)
+    moved = floor.traffic("dispatch", point, RECV_SRC)
+    assert floor.cpu_floor_us(moved, 1e6) == pytest.approx(6 * 32)  # six rows copied, 1 byte/us
+    hbm = 7 * 32 / (2 * floor.HBM_COPY_BYTES_PER_S)
+    wire = 2 * 32 / floor.NVLINK_BYTES_PER_S
+    assert floor.gpu_floor_us(moved) == pytest.approx(1e6 * max(hbm, wire))
+
+
+def test_capacity_defaults():
+    assert _point("rank").recv_capacity == 48 * 4
+    assert _point("expert").recv_capacity == 48 * 3 * 5 // 4
+    assert _point("expert", balance=None).recv_capacity == 48 * 4 * 3
+    assert _point("expert", dtype="bf16").row_bytes == 32 * jnp.dtype(jnp.bfloat16).itemsize
