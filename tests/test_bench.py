@@ -132,21 +132,35 @@ def test_chain_computes_the_operation(groups, op, layout):
 
     def run(link, count):
         def chain(*own):
-            return timing.make_chain(link, count)(program.start(*own))
+            return timing.make_chain(op, link, count)(program.start(*own))
 
         return on_ranks(chain, group.mesh, check_vma=False)(*inputs)
 
     start = on_ranks(program.start, group.mesh, check_vma=False)(*inputs)
-    tied = on_ranks(lambda given: timing.tie(given, jnp.int32(0)), group.mesh, check_vma=False)
     by_hand = on_ranks(lambda c: program.run(*c), group.mesh, check_vma=False)
-    given = tied(start.given)
-    expected = timing.Carry(given, start.made)
+    expected = start
     for _ in range(3):
-        expected = timing.Carry(given, by_hand(expected))
-    ends = {program.run: expected, timing.no_op: timing.Carry(given, start.made)}
-    for link, end in ends.items():
+        expected = timing.Carry(start.given, by_hand(expected))
+    for link, end in {program.run: expected, timing.no_op: start}.items():
         for got, want in zip(jax.tree.leaves(run(link, 3)), jax.tree.leaves(end), strict=True):
             assert_same_bits(got, want)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("layout", ["expert", "rank"])
+def test_nothing_is_hoisted_out_of_a_chain(groups, op, layout):
+    """Every collective is inside the loop, not in the entry computation."""
+    group, point = groups(2), _point(layout, num_ranks=2)
+    inputs = make_inputs(point, group.mesh)
+    for contender in contenders(point, group, ["xla"]):
+        program = timing.make_program(op, contender)
+        start = on_ranks(program.start, group.mesh, check_vma=False)(*inputs)
+        chain = on_ranks(timing.make_chain(op, program.run, 4), group.mesh, check_vma=False)
+        text = chain.lower(start).compile().as_text()
+        entry = text[text.index("\nENTRY ") :].partition("\n}")[0]
+        for name in ("all-gather(", "all-to-all(", "reduce-scatter("):
+            assert name not in entry, contender.name
+        assert "all-gather(" in text or "all-to-all(" in text or "reduce-scatter(" in text
 
 
 # Two ranks of two tokens, two experts each; tokens 0, 1 on rank 0 and 2, 3 on rank 1. Token 0 has

@@ -1,10 +1,9 @@
 """How it is measured: chains of dependent operations inside one jitted program.
 
 A chain is a scan whose carry holds all operands and all results, so each result is written in full.
-Between two operations every operand is changed by a zero that the compiler cannot know to be one,
-made from the last results: nothing can be elided, hoisted or run ahead. Indices get it added, of
-rows it becomes the first element, which XLA does in place. The empty chain is the same scan without
-the operation; its time is subtracted.
+Between two operations a zero that the compiler cannot know to be one, made from the last results,
+is added to the operands: nothing can be elided, hoisted or run ahead. The empty
+chain is the same scan without the operation; its time is subtracted.
 """
 
 import time
@@ -36,6 +35,7 @@ class Carry(NamedTuple):
 class Program(NamedTuple):
     """One operation of one contender as a chain link, for one rank."""
 
+    op: str
     start: Callable[..., Carry]  # (x, topk_idx, topk_weights) to the first carry
     run: Callable[[Any, Any], Any]  # (given, last made) to made
 
@@ -79,20 +79,20 @@ def make_program(op: str, contender: Contender) -> Program:
         return Carry(routing, dispatch(x, *routing))
 
     return {
-        "dispatch": Program(start_dispatch, lambda given, made: dispatch(*given)),
-        "combine": Program(start_combine, lambda given, made: combine(given)),
+        "dispatch": Program(op, start_dispatch, lambda given, made: dispatch(*given)),
+        "combine": Program(op, start_combine, lambda given, made: combine(given)),
         "round_trip": Program(
-            start_round_trip, lambda given, made: dispatch(combine(made), *given)
+            op, start_round_trip, lambda given, made: dispatch(combine(made), *given)
         ),
     }[op]
 
 
-def make_chain(run: Callable[[Any, Any], Any], count: int) -> Callable[[Carry], Carry]:
-    """`count` dependent runs."""
+def make_chain(op: str, run: Callable[[Any, Any], Any], count: int) -> Callable[[Carry], Carry]:
+    """`count` dependent runs of an operation, or of `no_op` in its place."""
 
     def link(state: tuple[Carry, jax.Array], _: None) -> tuple[tuple[Carry, jax.Array], None]:
         (given, made), zero = state
-        given = tie(given, zero)
+        given = tie(op, given, zero)
         made = run(given, made)
         return (Carry(given, made), _zero_of(given if run is no_op else made)), None
 
@@ -110,25 +110,20 @@ def no_op(given: Any, made: Any) -> Any:
     return made
 
 
-def tie(tree: Any, zero: jax.Array) -> Any:
-    """`tree`, but not before `zero` is there. The first element of float arrays becomes 0."""
-    return jax.tree.map(lambda a: _tie_array(a, zero.astype(a.dtype)), tree)
+def tie(op: str, given: Any, zero: jax.Array) -> Any:
+    """`given`, but not before `zero` is there; except for the rows of combine, its largest array.
+
+    Those every contender reads through the routing, which is tied. The rows of dispatch are not
+    left out: XLA hoists an all_gather of what does not change.
+    """
+    leaves = jax.tree.leaves(given)
+    rows = max(leaves, key=lambda a: a.nbytes) if op == "combine" else None
+    return jax.tree.map(lambda a: a if a is rows else a + zero.astype(a.dtype), given)
 
 
 def _zero_of(tree: Any) -> jax.Array:
     """A zero that is known only when all arrays are there."""
     return sum((_is_odd(a[(0,) * a.ndim]) for a in jax.tree.leaves(tree)), jnp.int32(0))
-
-
-def _tie_array(array: jax.Array, zero: jax.Array) -> jax.Array:
-    if jnp.issubdtype(array.dtype, jnp.integer):
-        return array + zero  # of indices: small
-    # Rows are large. XLA updates them in place if nothing else reads them, and, for bf16 on CPU
-    # before JAX 0.11, only as integers.
-    bits = jax.lax.bitcast_convert_type(array, f"uint{8 * array.dtype.itemsize}")
-    first = zero.astype(bits.dtype).reshape((1,) * array.ndim)
-    bits = jax.lax.dynamic_update_slice(bits, first, (0,) * array.ndim)
-    return jax.lax.bitcast_convert_type(bits, array.dtype)
 
 
 def _is_odd(value: jax.Array) -> jax.Array:
@@ -152,7 +147,7 @@ class Chain:
         """Makes both chains ready and runs them once."""
         for is_empty, run in ((False, self._program.run), (True, no_op)):
             if (is_empty, count) not in self._compiled:
-                compiled = self._compile_one(make_chain(run, count), donate=True)
+                compiled = self._compile_one(make_chain(self._program.op, run, count), donate=True)
                 self._compiled[is_empty, count] = compiled
                 self.seconds(count, is_empty=is_empty)
 
