@@ -2,32 +2,13 @@
 #include <cstring>
 #include <vector>
 
-#include "core/numerics.h"
 #include "ops/combine/combine_ffi.h"
+#include "ops/combine/sum_rows_cpu.h"
 #include "ops/cpu_handlers.h"
 #include "ops/host_op.h"
 
 namespace jax_ep {
 namespace {
-
-// One row of f32 sums for each token, and the arithmetic on it.
-template <typename T>
-struct RowMath {
-  int64_t hidden;
-
-  void Add(float* sum, const T* row) const {
-    for (int64_t h = 0; h < hidden; ++h) sum[h] += ToF32(row[h]);
-  }
-  void AddWeighted(float* sum, float weight, const T* row) const {
-    for (int64_t h = 0; h < hidden; ++h) sum[h] += weight * ToF32(row[h]);
-  }
-  void AddRounded(float* sum, const float* partial) const {
-    for (int64_t h = 0; h < hidden; ++h) sum[h] += ToF32(FromF32<T>(partial[h]));
-  }
-  void Round(const float* sum, T* out) const {
-    for (int64_t h = 0; h < hidden; ++h) out[h] = FromF32<T>(sum[h]);
-  }
-};
 
 // Every rank pulls the rows of its own tokens out of its peers' arrays and adds them.
 //
@@ -45,13 +26,26 @@ class CombineCall : public CallOf<CombineArgs> {
   int num_phases() const override { return 1; }
 
   void Run(int, int rank) override {
-    switch (args[rank].dtype) {
-      case DType::kBF16:
-        return Sum<BF16>(rank);
-      case DType::kF16:
-        return Sum<F16>(rank);
-      case DType::kF32:
-        return Sum<float>(rank);
+    const CombineArgs& a = args[rank];
+    const size_t row_bytes = a.hidden * (a.dtype == DType::kF32 ? 4 : 2);
+    std::vector<Place> places;
+    std::vector<RowTerm> terms;
+    for (int64_t token = 0; token < a.num_tokens; ++token) {
+      FindPlaces(a, token, places);
+      terms.clear();
+      for (const Place& place : places) {
+        const CombineArgs& peer = args[place.rank];
+        // Rows of one rank are rounded together only where experts' rows are added up there.
+        const bool joins_previous =
+            a.layout == RecvLayout::kExpert && !terms.empty() && (&place)[-1].rank == place.rank;
+        terms.push_back({static_cast<const std::byte*>(peer.rows) + place.row * row_bytes,
+                         peer.weights ? peer.weights[place.row] : 1.0f, joins_previous});
+      }
+      for (int b = 0; b < a.num_biases; ++b) {
+        terms.push_back(
+            {static_cast<const std::byte*>(a.biases[b]) + token * row_bytes, 1.0f, false});
+      }
+      SumRows(a.dtype, terms, a.hidden, static_cast<std::byte*>(a.out) + token * row_bytes);
     }
   }
 
@@ -76,58 +70,6 @@ class CombineCall : public CallOf<CombineArgs> {
       places.push_back(place);
     }
     std::sort(places.begin(), places.end());
-  }
-
-  template <typename T>
-  void Sum(int rank) const {
-    const CombineArgs& a = args[rank];
-    const RowMath<T> math{a.hidden};
-    std::vector<float> sum(a.hidden);
-    std::vector<float> partial(a.hidden);
-    std::vector<Place> places;
-    for (int64_t token = 0; token < a.num_tokens; ++token) {
-      std::fill(sum.begin(), sum.end(), 0.0f);
-      FindPlaces(a, token, places);
-      for (size_t i = 0; i < places.size();) {
-        i = a.layout == RecvLayout::kRank ? AddRow(math, places, i, sum)
-                                          : AddRank(math, places, i, partial, sum);
-      }
-      for (int b = 0; b < a.num_biases; ++b) {
-        math.Add(sum.data(), static_cast<const T*>(a.biases[b]) + token * a.hidden);
-      }
-      math.Round(sum.data(), static_cast<T*>(a.out) + token * a.hidden);
-    }
-  }
-
-  template <typename T>
-  const T* Row(const Place& place) const {
-    const CombineArgs& peer = args[place.rank];
-    return static_cast<const T*>(peer.rows) + place.row * peer.hidden;
-  }
-
-  template <typename T>
-  size_t AddRow(const RowMath<T>& math, const std::vector<Place>& places, size_t i,
-                std::vector<float>& sum) const {
-    math.Add(sum.data(), Row<T>(places[i]));
-    return i + 1;
-  }
-
-  // Adds the rounded partial sum of one rank; returns the first place behind it.
-  template <typename T>
-  size_t AddRank(const RowMath<T>& math, const std::vector<Place>& places, size_t i,
-                 std::vector<float>& partial, std::vector<float>& sum) const {
-    const int32_t rank = places[i].rank;
-    const float* weights = args[rank].weights;
-    std::fill(partial.begin(), partial.end(), 0.0f);
-    for (; i < places.size() && places[i].rank == rank; ++i) {
-      if (weights) {
-        math.AddWeighted(partial.data(), weights[places[i].row], Row<T>(places[i]));
-      } else {
-        math.Add(partial.data(), Row<T>(places[i]));
-      }
-    }
-    math.AddRounded(sum.data(), partial.data());
-    return i;
   }
 };
 

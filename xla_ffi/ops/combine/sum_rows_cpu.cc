@@ -1,0 +1,99 @@
+#include "ops/combine/sum_rows_cpu.h"
+
+#include <algorithm>
+
+#include "core/numerics.h"
+
+// One copy of a function for each generation of x86, chosen when the module is loaded. Widths
+// differ, values do not: the build forbids contraction, and no sum is reordered.
+#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__SANITIZE_THREAD__) && \
+    !defined(__SANITIZE_ADDRESS__)
+#define JAX_EP_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#else
+#define JAX_EP_CLONES
+#endif
+#define JAX_EP_INLINE inline __attribute__((always_inline))
+
+namespace jax_ep {
+namespace {
+
+// Two f32 sums of so many columns, and as much of a few rows, stay in the first-level cache.
+constexpr int64_t kBlock = 256;
+constexpr int64_t kCacheLine = 64;
+
+// Rows lie far from one another: what the next block reads is on its way while this one is added.
+template <typename T>
+JAX_EP_INLINE void Prefetch(std::span<const RowTerm> terms, int64_t first, int64_t width) {
+  for (const RowTerm& term : terms) {
+    const std::byte* next = term.row + first * sizeof(T);
+    for (int64_t i = 0; i < width * int64_t{sizeof(T)}; i += kCacheLine) {
+      __builtin_prefetch(next + i);
+    }
+  }
+}
+
+// A sum that starts from +0 never becomes -0, so the sign of a partial sum that is zero is lost
+// whether that partial sum starts from +0 or from its first product.
+template <typename T>
+JAX_EP_INLINE void AddTerms(std::span<const RowTerm> terms, int64_t first, int64_t width, T* out) {
+  float sum[kBlock] = {};
+  float partial[kBlock];
+  const auto row = [&](size_t i) { return reinterpret_cast<const T*>(terms[i].row) + first; };
+  for (size_t i = 0; i < terms.size();) {
+    size_t end = i + 1;
+    while (end < terms.size() && terms[end].joins_previous) ++end;
+    const T* x = row(i);
+    const float weight = terms[i].weight;
+    if (end == i + 1) {
+      for (int64_t h = 0; h < width; ++h) sum[h] += ToF32(FromF32<T>(weight * ToF32(x[h])));
+      i = end;
+      continue;
+    }
+    for (int64_t h = 0; h < width; ++h) partial[h] = weight * ToF32(x[h]);
+    for (++i; i + 1 < end; ++i) {
+      const T* y = row(i);
+      const float factor = terms[i].weight;
+      for (int64_t h = 0; h < width; ++h) partial[h] += factor * ToF32(y[h]);
+    }
+    const T* z = row(i);
+    const float factor = terms[i++].weight;
+    for (int64_t h = 0; h < width; ++h) {
+      sum[h] += ToF32(FromF32<T>(partial[h] + factor * ToF32(z[h])));
+    }
+  }
+  for (int64_t h = 0; h < width; ++h) out[first + h] = FromF32<T>(sum[h]);
+}
+
+template <typename T>
+JAX_EP_INLINE void AddBlocks(std::span<const RowTerm> terms, int64_t hidden, T* out) {
+  for (int64_t first = 0; first < hidden; first += kBlock) {
+    const int64_t end = std::min(first + kBlock, hidden);
+    Prefetch<T>(terms, end, std::min(kBlock, hidden - end));
+    AddTerms<T>(terms, first, end - first, out);
+  }
+}
+
+JAX_EP_CLONES void SumBF16(std::span<const RowTerm> terms, int64_t hidden, BF16* out) {
+  AddBlocks<BF16>(terms, hidden, out);
+}
+JAX_EP_CLONES void SumF16(std::span<const RowTerm> terms, int64_t hidden, F16* out) {
+  AddBlocks<F16>(terms, hidden, out);
+}
+JAX_EP_CLONES void SumF32(std::span<const RowTerm> terms, int64_t hidden, float* out) {
+  AddBlocks<float>(terms, hidden, out);
+}
+
+}  // namespace
+
+void SumRows(DType dtype, std::span<const RowTerm> terms, int64_t hidden, std::byte* out) {
+  switch (dtype) {
+    case DType::kBF16:
+      return SumBF16(terms, hidden, reinterpret_cast<BF16*>(out));
+    case DType::kF16:
+      return SumF16(terms, hidden, reinterpret_cast<F16*>(out));
+    case DType::kF32:
+      return SumF32(terms, hidden, reinterpret_cast<float*>(out));
+  }
+}
+
+}  // namespace jax_ep

@@ -1,0 +1,23 @@
+// The arithmetic of combine on the host: rows times weights, added in a given order.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include "core/types.h"
+
+namespace jax_ep {
+
+/// A row and its factor. A row that joins the one before it is added to it in f32, and the rows
+/// joined so are rounded once, to the rows' type, before they enter the sum.
+struct RowTerm {
+  const std::byte* row;
+  float weight;
+  bool joins_previous;
+};
+
+/// out[hidden] = the rounded sum of the terms, from +0, in their order.
+void SumRows(DType dtype, std::span<const RowTerm> terms, int64_t hidden, std::byte* out);
+
+}  // namespace jax_ep
