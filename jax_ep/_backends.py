@@ -9,10 +9,11 @@ from jax_ep import _native, _xla, config
 from jax_ep._primitives.combine import combine
 from jax_ep._primitives.dispatch import dispatch
 from jax_ep._primitives.pull_rows import pull_rows
-from jax_ep._spec import CombineSpec, DispatchSpec, GroupSpec, Routed, RowIndex
+from jax_ep._spec import CallSpec, CombineSpec, DispatchSpec, Routed, RowIndex
 from jax_ep.errors import ConfigError, GroupError
 
 _OPS = frozenset({"dispatch", "dispatch_fp8", "combine", "combine_weights", "get_dispatch_layout"})
+_LOCAL_OPS = frozenset({"get_dispatch_layout"})
 _NO_OPS: frozenset[str] = frozenset()
 
 
@@ -29,7 +30,7 @@ class Backend(NamedTuple):
     dispatch: Callable[
         [DispatchSpec, jax.Array, jax.Array | None, Sequence[jax.Array]], Routed
     ]  # spec, topk_idx, topk_weights, rows
-    pull_rows: Callable[[GroupSpec, jax.Array, jax.Array], jax.Array]  # group, index, rows
+    pull_rows: Callable[[CallSpec, jax.Array, jax.Array], jax.Array]  # spec, index, rows
     combine: Callable[
         [CombineSpec, RowIndex, jax.Array, jax.Array | None, Sequence[jax.Array]], jax.Array
     ]  # spec, index, rows, weights, biases
@@ -50,7 +51,7 @@ def resolve(mesh: jax.sharding.Mesh, requested: str) -> tuple[str, dict[str, Usa
         names = ", ".join(repr(b) for b in ("auto", *config.BACKENDS))
         raise ConfigError(f"Group.open: backend must be one of {names}, got {requested!r}")
     found = {"cpu": _cpu(mesh), "cuda": _cuda(mesh), "xla": Usability(_OPS, "usable")}
-    complete = [b for b in config.BACKENDS if found[b].ops >= _OPS]
+    complete = [b for b in config.BACKENDS if is_complete(found[b])]
     if requested == "auto":
         return complete[0], found
     if requested not in complete:
@@ -58,6 +59,11 @@ def resolve(mesh: jax.sharding.Mesh, requested: str) -> tuple[str, dict[str, Usa
             f"Group.open: backend {requested!r} is not usable here: {found[requested].reason}"
         )
     return requested, found
+
+
+def is_complete(usability: Usability) -> bool:
+    """Whether a back end can do everything."""
+    return usability.ops >= _OPS
 
 
 def _platforms(mesh: jax.sharding.Mesh) -> set[str]:
@@ -79,9 +85,17 @@ def _cpu(mesh: jax.sharding.Mesh) -> Usability:
 def _cuda(mesh: jax.sharding.Mesh) -> Usability:
     if _platforms(mesh) != {"gpu"}:
         return Usability(_NO_OPS, "the mesh's devices are not GPUs")
+    if any(d.process_index != jax.process_index() for d in mesh.devices.flat):
+        return Usability(_NO_OPS, "the mesh spans processes, the kernels exchange inside one")
     try:
-        targets = _native.targets("cuda")
+        native = _native.load("cuda")
     except GroupError as e:
         return Usability(_NO_OPS, str(e))
-    reason = f"usable for {', '.join(targets)} only: this version holds no other kernels"
-    return Usability(frozenset(targets), reason)
+    why_not = config.why_no_kernel_exchange()
+    try:
+        native.check_devices([d.local_hardware_id for d in mesh.devices.flat])
+    except RuntimeError as e:
+        why_not = str(e)
+    if why_not is None:
+        return Usability(_OPS, "usable")
+    return Usability(_LOCAL_OPS, f"usable for {', '.join(_LOCAL_OPS)} only: {why_not}")

@@ -146,6 +146,13 @@ def require_backend(backend: str | None, group: Group, *, op: str) -> str:
     return backend
 
 
+def require_num_sms(num_sms: int | None, group: Group, *, op: str) -> int:
+    """The SM budget of this call: the group's, or the caller's."""
+    if num_sms is None:
+        return group.num_sms
+    return config.require_int(num_sms, minimum=1, op=op, argument="num_sms")
+
+
 def report_bad_routing(topk_idx: jax.Array, *, num_experts: int, group: Group, op: str) -> None:
     """Debug mode: has the group record ids that are no experts, and experts named twice."""
     if not group.debug:

@@ -91,7 +91,9 @@ def _dispatch_fwd(
 def _dispatch_bwd(spec: DispatchSpec, residuals: Any, ct: Routed) -> tuple[Any, Any, None]:
     topk_idx, send_row, recv_src = residuals
     index = RowIndex(send_rank(spec, topk_idx, send_row), send_row, recv_src)
-    back = CombineSpec(spec.group, spec.backend, spec.layout, spec.recv_capacity)
+    back = CombineSpec(
+        spec.group, spec.backend, spec.num_sms, spec.layout, spec.recv_capacity
+    )
     return _rows_bar(back, index, ct.rows), _weights_bar(spec, residuals, ct.recv_weights), None
 
 
@@ -100,7 +102,7 @@ def _weights_bar(spec: DispatchSpec, residuals: Any, ct: jax.Array | None) -> ja
         return None
     topk_idx, send_row, _ = residuals
     place = _place_of_choice(spec, topk_idx, send_row).reshape(-1)
-    moved = _backends.get(spec.backend).pull_rows(spec.group, place, ct.reshape(-1, 1))
+    moved = _backends.get(spec.backend).pull_rows(spec, place, ct.reshape(-1, 1))
     return moved.reshape(topk_idx.shape)
 
 
@@ -167,7 +169,7 @@ dispatch_fp8.defvjp(_dispatch_fp8_fwd, _dispatch_fp8_bwd)
 def dispatch_along(spec: CombineSpec, rows: Rows, index: RowIndex) -> Rows:
     """Moves other rows to where a dispatch has put the tokens; zeros elsewhere."""
     pull = _backends.get(spec.backend).pull_rows
-    moved = tuple(pull(spec.group, index.recv_src, r) for r in rows)
+    moved = tuple(pull(spec, index.recv_src, r) for r in rows)
     return tuple(checkpoint_name(m, config.DISPATCH_NAME) for m in moved)
 
 
@@ -205,7 +207,7 @@ def _combine_fwd(
 
 def _combine_bwd(spec: CombineSpec, residuals: Any, ct: jax.Array) -> tuple[Any, Any, Any, None]:
     rows, weights, num_biases, recv_src = residuals
-    rows_bar = _backends.get(spec.backend).pull_rows(spec.group, recv_src, ct)
+    rows_bar = _backends.get(spec.backend).pull_rows(spec, recv_src, ct)
     bias_bars = (ct,) * num_biases
     if weights is None:
         return rows_bar, None, bias_bars, None
@@ -228,7 +230,7 @@ def pull_rows(
     spec: CombineSpec, rows: jax.Array, index: jax.Array, inverse: jax.Array
 ) -> jax.Array:
     """Rows of the peers' arrays by index; `inverse` names, for each row, who pulls it."""
-    return _backends.get(spec.backend).pull_rows(spec.group, index, rows)
+    return _backends.get(spec.backend).pull_rows(spec, index, rows)
 
 
 def _pull_rows_fwd(
@@ -240,7 +242,7 @@ def _pull_rows_fwd(
 def _pull_rows_bwd(
     spec: CombineSpec, inverse: jax.Array, ct: jax.Array
 ) -> tuple[jax.Array, None, None]:
-    return _backends.get(spec.backend).pull_rows(spec.group, inverse, ct), None, None
+    return _backends.get(spec.backend).pull_rows(spec, inverse, ct), None, None
 
 
 pull_rows.defvjp(_pull_rows_fwd, _pull_rows_bwd)

@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from jax_ep import _backends
+from jax_ep._spec import CallSpec
 from jax_ep.errors import GroupError
 
 if TYPE_CHECKING:
@@ -18,17 +19,18 @@ def run(group: "Group") -> None:
     """Every rank pulls one number from every rank; GroupError names the first wrong pair."""
     num_ranks = group.num_ranks
     backend = _backends.get(group.backend)
+    spec = CallSpec(group.spec, group.backend, group.num_sms)
 
     def pull_one_each() -> jax.Array:
         rank = jax.lax.axis_index(group.axes)
         peers = jnp.arange(num_ranks, dtype=jnp.int32)
         mine = (rank * num_ranks + peers)[:, None]
         index = peers * num_ranks + rank
-        return backend.pull_rows(group.spec, index, mine)
+        return backend.pull_rows(spec, index, mine)
 
-    spec = PartitionSpec(tuple(group.mesh.axis_names))
+    partition = PartitionSpec(tuple(group.mesh.axis_names))
     test = jax.shard_map(
-        pull_one_each, mesh=group.mesh, in_specs=(), out_specs=spec, check_vma=False
+        pull_one_each, mesh=group.mesh, in_specs=(), out_specs=partition, check_vma=False
     )
     result = jax.jit(test)()
     for shard in result.addressable_shards:

@@ -71,11 +71,18 @@ def _row_major(index: dict[str, int], sizes: dict[str, int], axes: tuple[str, ..
 
 
 @dataclass(frozen=True)
-class DispatchSpec:
-    """The static facts of one dispatch; equal on all ranks."""
+class CallSpec:
+    """What every call of a group has; equal on all ranks."""
 
     group: GroupSpec
     backend: str
+    num_sms: int
+
+
+@dataclass(frozen=True)
+class DispatchSpec(CallSpec):
+    """The static facts of one dispatch; equal on all ranks."""
+
     layout: Layout
     num_experts: int
     recv_capacity: int
@@ -89,11 +96,9 @@ class DispatchSpec:
 
 
 @dataclass(frozen=True)
-class CombineSpec:
+class CombineSpec(CallSpec):
     """The static facts of one combine; equal on all ranks."""
 
-    group: GroupSpec
-    backend: str
     layout: Layout
     recv_capacity: int
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_ep._primitives.check_mesh import check_mesh
-from jax_ep._spec import CombineSpec, DispatchSpec, GroupSpec, Routed, RowIndex
+from jax_ep._spec import CallSpec, CombineSpec, DispatchSpec, GroupSpec, Routed, RowIndex
 from jax_ep.config import Layout
 
 
@@ -29,7 +29,7 @@ def dispatch(
     route = _route_ranks if spec.layout is Layout.RANK else _route_experts
     routed = route(spec, ids, num_invalid, topk_weights)
     return routed._replace(
-        rows=tuple(pull_rows(spec.group, routed.recv_src, r, op="dispatch") for r in rows),
+        rows=tuple(pull_rows(spec, routed.recv_src, r, op="dispatch") for r in rows),
     )
 
 
@@ -115,15 +115,15 @@ def _route_experts(
 
 
 def pull_rows(
-    group: GroupSpec, index: jax.Array, rows: jax.Array, *, op: str = "pull_rows"
+    spec: CallSpec, index: jax.Array, rows: jax.Array, *, op: str = "pull_rows"
 ) -> jax.Array:
     """Rows of the peers' arrays, [N, ...]; the contract of the custom call."""
-    rows = check_mesh(rows, group, op=op)
+    rows = check_mesh(rows, spec.group, op=op)
     # As integers: XLA:CPU selects fp8 through a wider type, which changes the bits of a NaN.
     is_float = jnp.issubdtype(rows.dtype, jnp.floating)
     carrier = jnp.dtype(f"uint{8 * rows.dtype.itemsize}") if is_float else rows.dtype
     bits = jax.lax.bitcast_convert_type(rows, carrier) if is_float else rows
-    taken = _take(_gather_tokens(group, bits), index)
+    taken = _take(_gather_tokens(spec.group, bits), index)
     return jax.lax.bitcast_convert_type(taken, rows.dtype) if is_float else taken
 
 

@@ -21,6 +21,7 @@ def combine(
     *,
     weights: jax.Array | None = None,
     bias: jax.Array | Sequence[jax.Array] | None = None,
+    num_sms: int | None = None,
     backend: str | None = None,
 ) -> jax.Array:
     """Brings the rows of a dispatch back to their tokens and adds them.
@@ -38,7 +39,8 @@ def combine(
         [num_tokens, num_topk] f32 at the tokens. None: 1. In the rank layout the caller has
         summed, and weighted, its experts.
       bias: one or two arrays [num_tokens, hidden] of the rows' dtype, added to the result.
-      backend: None (the group's), "cpu" or "xla". Any back end takes any handle of its group.
+      num_sms: SMs that the call uses on the `cuda` back end; None: the group's. Static.
+      backend: None (the group's), "cpu", "cuda" or "xla". Any back end takes any handle of its group.
 
     Returns:
       [num_tokens, hidden] of the rows' dtype.
@@ -64,6 +66,7 @@ def combine(
     spec = CombineSpec(
         group=group.spec,
         backend=_checks.require_backend(backend, group, op=_OP),
+        num_sms=_checks.require_num_sms(num_sms, group, op=_OP),
         layout=layout,
         recv_capacity=handle.recv_capacity,
     )
@@ -138,7 +141,7 @@ def combine_weights(
     Args:
       w: f32, rank layout: [recv_capacity, num_topk], expert layout: [recv_capacity].
       handle: of the dispatch.
-      backend: None (the group's), "cpu" or "xla".
+      backend: None (the group's), "cpu", "cuda" or "xla".
 
     Returns:
       [num_tokens, num_topk] f32. Rank layout: the sum over ranks, in rank order, of the token's
@@ -159,6 +162,7 @@ def combine_weights(
     spec = CombineSpec(
         group=group.spec,
         backend=_checks.require_backend(backend, group, op=op),
+        num_sms=group.num_sms,
         layout=layout,
         recv_capacity=handle.recv_capacity,
     )
@@ -169,7 +173,10 @@ def combine_weights(
                 f"{op}: w must be [recv_capacity={handle.recv_capacity}, num_topk] with a handle "
                 f"of layout='rank', got shape {w.shape}"
             )
-        return _differentiable.combine(spec, w, None, (), index)
+        # Whole 16 bytes, as every row that combine takes.
+        num_topk = w.shape[1]
+        w = jnp.pad(w, ((0, 0), (0, -num_topk % (config.ROW_BYTES_MULTIPLE // w.dtype.itemsize))))
+        return _differentiable.combine(spec, w, None, (), index)[:, :num_topk]
     _checks.require_shape(w, (handle.recv_capacity,), op=op, argument="w")
     from_tokens, from_rows = _places(spec, index, recv_k, handle.send_row.shape[1])
     back = _differentiable.pull_rows(spec, w[:, None], from_rows.reshape(-1), from_tokens)

@@ -18,6 +18,8 @@ BACKENDS = ("cpu", "cuda", "xla")
 ROW_BYTES_MULTIPLE = 16
 FP8_BLOCK = 128
 MAX_BIASES = 2
+DEFAULT_NUM_SMS = 20
+MAX_TOPK = 32
 
 # What jax.ad_checkpoint.checkpoint_name calls the results of communication.
 DISPATCH_NAME = "jax_ep_dispatch"
@@ -60,6 +62,17 @@ def require_int(value: Any, *, minimum: int, op: str, argument: str) -> int:
     if number < minimum:
         raise ConfigError(f"{op}: {argument} must be at least {minimum}, got {number}")
     return number
+
+
+def why_no_kernel_exchange() -> str | None:
+    """What in XLA's environment variables keeps kernels of a group from meeting, or None."""
+    for name in ("XLA_PYTHON_CLIENT_ALLOCATOR", "TF_GPU_ALLOCATOR"):
+        if os.environ.get(name) in ("cuda_async", "cuda_malloc_async"):
+            return f"memory of {name}={os.environ[name]} is not mapped for peers"
+    flag = "--xla_gpu_command_buffer_scheduling_mode=concurrent"
+    if flag in os.environ.get("XLA_FLAGS", "").lower():
+        return f"{flag} runs independent calls at once; calls of a group need one order"
+    return None
 
 
 def debug_from_environment() -> bool:

@@ -34,6 +34,7 @@ def dispatch(
     fill: str = "zeros",
     payload: jax.Array | None = None,
     handle: DispatchHandle | None = None,
+    num_sms: int | None = None,
     backend: str | None = None,
 ) -> Dispatched:
     """Sends each token to the ranks that own its experts.
@@ -64,7 +65,8 @@ def dispatch(
       payload: [num_tokens, P] of any type of whole bytes, moved along unchanged; or None.
       handle: of an earlier dispatch: sends x and payload along its routing. Takes no argument that
         says something of the routing; all rows without a token are zero.
-      backend: None (the group's), "cpu" or "xla".
+      num_sms: SMs that the call uses on the `cuda` back end; None: the group's. Static.
+      backend: None (the group's), "cpu", "cuda" or "xla".
 
     Returns:
       Dispatched, with the handle that `combine` takes; topk_idx and weights are None where the
@@ -91,7 +93,7 @@ def dispatch(
         extra = ", ".join(name for name, value in given.items() if value is not None)
         if extra:
             raise ConfigError(f"{_OP}: with handle= the routing is known, got also {extra}")
-        return _dispatch_along(x, payload, handle, group, backend)
+        return _dispatch_along(x, payload, handle, group, num_sms, backend)
     group = _checks.require_group(group, op=_OP)
     rows = _require_streams(x, payload)
     spec, topk_idx, topk_weights = prepare(
@@ -105,6 +107,7 @@ def dispatch(
         recv_capacity=recv_capacity,
         expert_alignment=expert_alignment,
         fill=fill,
+        num_sms=num_sms,
         backend=backend,
     )
     rows, topk_weights, topk_idx = vary_alike((rows, topk_weights, topk_idx), group)
@@ -124,6 +127,7 @@ def prepare(
     recv_capacity: int | None,
     expert_alignment: int,
     fill: str,
+    num_sms: int | None,
     backend: str | None,
 ) -> tuple[DispatchSpec, jax.Array, jax.Array | None]:
     """Checks the routing arguments of a dispatch; the spec, the ids as int32, and the weights."""
@@ -139,6 +143,7 @@ def prepare(
     spec = DispatchSpec(
         group=group.spec,
         backend=_checks.require_backend(backend, group, op=op),
+        num_sms=_checks.require_num_sms(num_sms, group, op=op),
         layout=config.choice(Layout, layout, op=op, argument="layout"),
         num_experts=num_experts,
         recv_capacity=_capacity(layout, recv_capacity, num_tokens, num_topk, group, op=op),
@@ -196,7 +201,12 @@ def _as_dispatched(
 
 
 def _dispatch_along(
-    x: Any, payload: Any, handle: DispatchHandle, group: Group | None, backend: str | None
+    x: Any,
+    payload: Any,
+    handle: DispatchHandle,
+    group: Group | None,
+    num_sms: int | None,
+    backend: str | None,
 ) -> Dispatched:
     found = _checks.require_handle(handle, op=_OP)
     if group is not None and group is not found:
@@ -209,6 +219,7 @@ def _dispatch_along(
     spec = CombineSpec(
         group=found.spec,
         backend=_checks.require_backend(backend, found, op=_OP),
+        num_sms=_checks.require_num_sms(num_sms, found, op=_OP),
         layout=Layout[handle.layout.upper()],
         recv_capacity=handle.recv_capacity,
     )

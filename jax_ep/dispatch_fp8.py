@@ -24,6 +24,7 @@ def dispatch_fp8(
     fill: str = "zeros",
     block: int = config.FP8_BLOCK,
     scales: str = "f32",
+    num_sms: int | None = None,
     backend: str | None = None,
 ) -> Dispatched:
     """Quantises rows to fp8, dispatches them, and dequantises what arrives.
@@ -43,7 +44,8 @@ def dispatch_fp8(
       fill: "zeros", "padding" or "none".
       block: elements per scale.
       scales: "f32" or "e8m0", as in quantize_fp8.
-      backend: None (the group's), "cpu" or "xla".
+      num_sms: SMs that the call uses on the `cuda` back end; None: the group's. Static.
+      backend: None (the group's), "cpu", "cuda" or "xla".
 
     Returns:
       Dispatched; x has the dtype of x, scales is None.
@@ -73,6 +75,7 @@ def dispatch_fp8(
         recv_capacity=recv_capacity,
         expert_alignment=expert_alignment,
         fill=fill,
+        num_sms=num_sms,
         backend=backend,
     )
     x, weights, topk_idx = vary_alike((x, weights, topk_idx), group)

@@ -29,6 +29,7 @@ class GroupInfo:
       backends: every back end, and why it is or is not usable here.
       devices: one line per device, in mesh order.
       timeout: seconds that a rank waits for its peers.
+      num_sms: SMs that a call uses on GPUs unless it says otherwise.
       debug: whether routings are checked on the device.
     """
 
@@ -41,6 +42,7 @@ class GroupInfo:
     backends: dict[str, str]
     devices: tuple[str, ...]
     timeout: float
+    num_sms: int
     debug: bool
 
 
@@ -58,12 +60,14 @@ class Group:
     name: str
     num_ranks: int
     ranks_per_node: int
+    num_sms: int
     backend: str
     timeout: float
     debug: bool
     spec: GroupSpec
     backends: dict[str, Usability]
     _native: Any = None
+    _native_backend: str = ""
     _is_open: bool = True
     _bad_routings: Counter[str] = field(default_factory=Counter)
 
@@ -76,6 +80,7 @@ class Group:
         name: str | None = None,
         backend: str = "auto",
         timeout: float = config.DEFAULT_TIMEOUT_S,
+        num_sms: int | None = None,
         ranks_per_node: int | None = None,
         debug: bool | None = None,
     ) -> Self:
@@ -89,6 +94,8 @@ class Group:
             "auto" chose, and why, is in `info()`.
           timeout: seconds that a call of the custom calls waits for a rank before the group fails.
             The `xla` back end waits as XLA's collectives do.
+          num_sms: SMs that a call of the `cuda` back end uses unless it says otherwise; default:
+            DEFAULT_NUM_SMS of config.py. Fewer leave more to compute that runs beside it.
           ranks_per_node: ranks of one node, consecutive; default: all.
           debug: counts bad ids of every routing and raises them in `check()`; default: the
             environment variable JAX_EP_DEBUG.
@@ -120,6 +127,12 @@ class Group:
                 "Group.open: timeout must be positive seconds, at most "
                 f"{config.MAX_TIMEOUT_S:.0f}, got {timeout!r}"
             )
+        num_sms = config.require_int(
+            config.DEFAULT_NUM_SMS if num_sms is None else num_sms,
+            minimum=1,
+            op="Group.open",
+            argument="num_sms",
+        )
         name = name if name is not None else "_".join(axes)
         if not isinstance(name, str):
             raise ConfigError(f"Group.open: name must be a string, got {name!r}")
@@ -136,6 +149,7 @@ class Group:
             name=name,
             num_ranks=num_ranks,
             ranks_per_node=ranks_per_node,
+            num_sms=num_sms,
             backend=chosen,
             timeout=timeout,
             debug=config.debug_from_environment() if debug is None else debug,
@@ -153,10 +167,13 @@ class Group:
     def _start(self) -> None:
         if self.backends["cuda"].ops:
             _native.register("cuda")
-        if self.backends["cpu"].ops:
-            self._native = _native.register("cpu").open_group(
+        for backend in ("cpu", "cuda"):
+            if not _backends.is_complete(self.backends[backend]):
+                continue
+            self._native_backend = backend
+            self._native = _native.register(backend).open_group(
                 identity=self.identity,
-                seats=self.spec.seats(),
+                seats=self._seats(),
                 num_slices=self.mesh.size // self.num_ranks,
                 num_ranks=self.num_ranks,
                 timeout_ms=math.ceil(self.timeout * 1000),
@@ -168,6 +185,13 @@ class Group:
             self.close()
             raise
 
+    def _seats(self) -> list[tuple[int, int, int]]:
+        """As GroupSpec.seats, with the device numbers that the FFI reports."""
+        if self._native_backend == "cpu":
+            return self.spec.seats()
+        ordinals = {d.id: d.local_hardware_id for d in self.mesh.devices.flat}
+        return [(ordinals[device], slice_, rank) for device, slice_, rank in self.spec.seats()]
+
     def close(self) -> None:
         """Ends the group. Compiled functions that use it may still run; idempotent."""
         if not self._is_open:
@@ -175,7 +199,7 @@ class Group:
         self._is_open = False
         del _registry.open_groups[self.identity]
         if self._native is not None:
-            _native.load("cpu").close_group(self.identity)
+            _native.load(self._native_backend).close_group(self.identity)
 
     def __enter__(self) -> Self:
         return self
@@ -208,6 +232,7 @@ class Group:
             backends={name: usability.reason for name, usability in self.backends.items()},
             devices=tuple(str(d) for d in self.mesh.devices.flat),
             timeout=self.timeout,
+            num_sms=self.num_sms,
             debug=self.debug,
         )
 

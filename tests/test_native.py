@@ -12,7 +12,7 @@ SOURCE_DIR = Path(__file__).parent.parent / "xla_ffi"
 SOURCES = [
     *sorted((SOURCE_DIR / "tests").glob("*_test.cc")),
     SOURCE_DIR / "core" / "plan.cc",
-    *(SOURCE_DIR / "runtime" / f"{stem}.cc" for stem in ("exchange", "group", "registry")),
+    *(SOURCE_DIR / "runtime" / f"{stem}.cc" for stem in ("exchange", "group")),
     SOURCE_DIR / "runtime" / "thread_pool.cc",
 ]
 FLAGS = ["-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-pthread"]

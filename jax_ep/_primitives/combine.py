@@ -18,7 +18,10 @@ def _results(
 
 
 _bind = make_primitive(
-    "combine", _results, platforms=("cpu",), attributes=("group", "has_weights", "layout")
+    "combine",
+    _results,
+    platforms=("cpu", "cuda"),
+    attributes=("group", "has_weights", "layout", "num_sms"),
 )
 
 
@@ -41,4 +44,5 @@ def combine(
         group=spec.group.identity,
         has_weights=weights is not None,
         layout=spec.layout.value,
+        num_sms=spec.num_sms,
     )[0]

@@ -6,10 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jax_ep import _native, config
 from jax_ep._primitives._base import absent, make_primitive
 from jax_ep._primitives.check_mesh import check_mesh
 from jax_ep._spec import DispatchSpec, Routed
 from jax_ep.config import Layout
+from jax_ep.errors import ConfigError
 
 
 def _results(
@@ -22,6 +24,7 @@ def _results(
     num_experts: int,
     num_ranks: int,
     recv_capacity: int,
+    workspace_bytes: int,
     **_: Any,
 ) -> list[tuple[tuple[int, ...], Any]]:
     num_tokens, num_topk = topk_idx.shape
@@ -41,6 +44,7 @@ def _results(
     return [
         *((shape, jnp.int32) for shape in integers),
         (weights if has_weights else (0,), jnp.float32),
+        ((workspace_bytes,), jnp.uint8),
         *(((recv_capacity, *r.shape[1:]), r.dtype) for r in rows),
     ]
 
@@ -48,9 +52,37 @@ def _results(
 _bind = make_primitive(
     "dispatch",
     _results,
-    platforms=("cpu",),
-    attributes=("expert_alignment", "fill", "group", "has_weights", "layout", "num_experts"),
+    platforms=("cpu", "cuda"),
+    attributes=(
+        "expert_alignment",
+        "fill",
+        "group",
+        "has_weights",
+        "layout",
+        "num_experts",
+        "num_sms",
+    ),
 )
+
+
+def _workspace_bytes(spec: DispatchSpec, shape: tuple[int, ...]) -> int:
+    if spec.backend != "cuda":
+        return 0
+    num_tokens, num_topk = shape
+    size: int = _native.load("cuda").dispatch_workspace_bytes(
+        layout=spec.layout.value,
+        num_experts=spec.num_experts,
+        num_ranks=spec.group.num_ranks,
+        num_tokens=num_tokens,
+        num_topk=num_topk,
+    )
+    if size == 0:
+        raise ConfigError(
+            f"dispatch: backend 'cuda' takes at most {config.MAX_TOPK} choices a token, and as many "
+            f"experts as fit into an SM's shared memory; got num_topk={num_topk}, "
+            f"num_experts={spec.num_experts}"
+        )
+    return size
 
 
 def dispatch(
@@ -73,7 +105,9 @@ def dispatch(
         layout=spec.layout.value,
         num_experts=spec.num_experts,
         num_ranks=spec.group.num_ranks,
+        num_sms=spec.num_sms,
         recv_capacity=spec.recv_capacity,
+        workspace_bytes=_workspace_bytes(spec, topk_idx.shape),
     )
     *integers, recv_weights = results[:9]
     group_sizes, num_recv, num_dropped, num_invalid, recv_src, recv_k, send_row, recv_ids = integers
@@ -88,5 +122,5 @@ def dispatch(
         send_row=send_row,
         recv_topk_idx=recv_ids if is_rank_layout else None,
         recv_weights=None if topk_weights is None else recv_weights,
-        rows=tuple(results[9:]),
+        rows=tuple(results[10:]),
     )

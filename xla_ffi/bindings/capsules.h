@@ -17,6 +17,26 @@ nb::capsule Capsule(T* pointer) {
   return nb::capsule(reinterpret_cast<void*>(pointer));
 }
 
+/// The stages of a target that belongs to a group.
+inline Dict Collective(XLA_FFI_Error* (*instantiate)(XLA_FFI_CallFrame*),
+                       XLA_FFI_Error* (*execute)(XLA_FFI_CallFrame*)) {
+  Dict stages;
+  stages["instantiate"] = Capsule(instantiate);
+  stages["execute"] = Capsule(execute);
+  return stages;
+}
+
+/// An FFI type by name.
+template <typename Id, typename Info>
+Dict TypeCapsules(const char* name, Id* id, Info* info) {
+  Dict type;
+  type["type_id"] = Capsule(id);
+  type["type_info"] = Capsule(info);
+  Dict types;
+  types[name] = type;
+  return types;
+}
+
 inline Dict BuildInfo() {
   Dict info;
   info["compiler"] = __VERSION__;

@@ -1,20 +1,95 @@
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <chrono>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
 
 #include "bindings/capsules.h"
+#include "bindings/groups.h"
+#include "ops/combine/combine_cuda.cuh"
 #include "ops/cuda_handlers.h"
+#include "ops/cuda_op.h"
+#include "ops/dispatch/dispatch_cuda.cuh"
+#include "ops/pull_rows/pull_rows_cuda.cuh"
+
+namespace jax_ep {
 
 namespace {
 
-jax_ep::Dict Registrations() {
-  jax_ep::Dict targets;
-  targets["jax_ep.get_dispatch_layout"] = jax_ep::Capsule(jax_ep::JaxEpGetDispatchLayoutCuda);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxEpInstantiateDeviceSite, InstantiateSite<DeviceGroup>,
+                              SiteBinding());
+
+auto site_info = ffi::MakeTypeInfo<DeviceSite>();
+
+Dict Registrations() {
+  Dict targets;
+  targets["jax_ep.combine"] = Collective(JaxEpInstantiateDeviceSite, JaxEpCombineCuda);
+  targets["jax_ep.dispatch"] = Collective(JaxEpInstantiateDeviceSite, JaxEpDispatchCuda);
+  targets["jax_ep.get_dispatch_layout"] = Capsule(JaxEpGetDispatchLayoutCuda);
+  targets["jax_ep.pull_rows"] = Collective(JaxEpInstantiateDeviceSite, JaxEpPullRowsCuda);
   return targets;
 }
 
+Dict Types() { return TypeCapsules("jax_ep.OpSite.cuda", &DeviceSite::id, &site_info); }
+
+void LoadKernels(const DeviceTraits& device) {
+  for (const auto load : {LoadCombineKernels, LoadDispatchKernels, LoadPullRowsKernels}) {
+    const cudaError_t status = load(device);
+    if (status != cudaSuccess) {
+      throw std::runtime_error(std::string("loading kernels: ") + cudaGetErrorString(status));
+    }
+  }
+}
+
+std::shared_ptr<DeviceGroup> OpenGroup(std::string identity, const std::vector<SeatTuple>& seats,
+                                       int num_slices, int num_ranks, int64_t timeout_ms) {
+  return Opened(std::make_shared<DeviceGroup>(std::move(identity), SeatsOf(seats), num_slices,
+                                              num_ranks, std::chrono::milliseconds(timeout_ms),
+                                              LoadKernels));
+}
+
+size_t WorkspaceBytes(int64_t layout, int num_experts, int num_ranks, int64_t num_tokens,
+                      int num_topk) {
+  return DispatchWorkspaceBytes({.layout = static_cast<RecvLayout>(layout),
+                                 .experts = {.num_experts = num_experts, .num_ranks = num_ranks},
+                                 .num_tokens = num_tokens,
+                                 .num_topk = num_topk,
+                                 .recv_capacity = 0,
+                                 .expert_alignment = 1});
+}
+
 }  // namespace
+}  // namespace jax_ep
 
 NB_MODULE(_jax_ep_cuda, m) {
-  m.doc() = "CUDA twins of jax_ep's operations.";
-  m.def("registrations", &Registrations, "Target name to handler capsules.");
+  using jax_ep::DeviceGroup;
+  m.doc() = "CUDA twins of jax_ep's operations, and the native half of groups on GPUs.";
+  m.def("registrations", &jax_ep::Registrations, "Target name to handler capsules.");
+  m.def("types", &jax_ep::Types, "FFI type name to its capsules.");
   m.def("build_info", &jax_ep::BuildInfo, "Compiler and FFI API version of this build.");
+  nanobind::class_<DeviceGroup>(m, "Group", "Who is who in a group, and where they meet.")
+      .def(
+          "error", [](const DeviceGroup& group) { return jax_ep::ErrorDict(group.error()); },
+          "The first failure on a device, or None.")
+      .def("skip_rank", &DeviceGroup::SkipRank, nanobind::arg("rank"),
+           "For tests: keeps the calls of a rank from its peers; -1 ends it.");
+  m.def("open_group", &jax_ep::OpenGroup, nanobind::arg("identity"), nanobind::arg("seats"),
+        nanobind::arg("num_slices"), nanobind::arg("num_ranks"), nanobind::arg("timeout_ms"),
+        "Opens a group. Seats are (CUDA device, slice, rank) in the row-major order of the mesh.");
+  m.def("check_devices", &jax_ep::RequirePeers, nanobind::arg("devices"),
+        "Raises RuntimeError unless the CUDA devices can read one another's memory.");
+  m.def(
+      "close_group",
+      [](const std::string& identity) { jax_ep::Registry<DeviceGroup>::Get().Remove(identity); },
+      nanobind::arg("identity"), "Forgets a group; executables that hold it keep it alive.");
+  m.def("dispatch_workspace_bytes", &jax_ep::WorkspaceBytes, nanobind::arg("layout"),
+        nanobind::arg("num_experts"), nanobind::arg("num_ranks"), nanobind::arg("num_tokens"),
+        nanobind::arg("num_topk"), "Scratch of one dispatch; 0 where it cannot be planned.");
 }

@@ -26,7 +26,9 @@ struct DispatchShape {
   int64_t expert_alignment;
 
   /// Columns of send_row: one per rank, or one per top-k choice.
-  int num_send_slots() const { return layout == RecvLayout::kRank ? experts.num_ranks : num_topk; }
+  JAX_EP_HOST_DEVICE int num_send_slots() const {
+    return layout == RecvLayout::kRank ? experts.num_ranks : num_topk;
+  }
 };
 
 class DispatchPlan {

@@ -6,7 +6,10 @@
 namespace jax_ep {
 
 extern "C" {
+XLA_FFI_Error* JaxEpCombineCuda(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* JaxEpDispatchCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* JaxEpGetDispatchLayoutCuda(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* JaxEpPullRowsCuda(XLA_FFI_CallFrame* call_frame);
 }
 
 }  // namespace jax_ep

@@ -2,44 +2,18 @@
 // exchange.
 #pragma once
 
-#include <memory>
-#include <string>
-#include <string_view>
 #include <utility>
 
-#include "ops/ffi_checks.h"
-#include "runtime/registry.h"
+#include "ops/op_site.h"
+#include "runtime/group.h"
 
 namespace jax_ep {
 
-/// One call site of one executable. XLA makes it when the executable is loaded, shares it between
-/// the devices, and destroys it with the executable.
-struct OpSite {
-  static ffi::TypeId id;
-  std::shared_ptr<Group> group;
-  uint64_t site;
-};
-
-/// The instantiate stage of every collective: finds the group by its attribute.
-inline ffi::ErrorOr<std::unique_ptr<OpSite>> InstantiateSite(ffi::Dictionary attrs) {
-  const ffi::ErrorOr<std::string_view> identity = attrs.get<std::string_view>("group");
-  if (!identity.has_value()) return ffi::Unexpected(identity.error());
-  std::shared_ptr<Group> group = Registry::Get().Find(std::string(*identity));
-  if (group == nullptr) {
-    std::ostringstream message;
-    message << "jax_ep: group " << *identity << " is not open; open groups:";
-    for (const std::string& open : Registry::Get().OpenGroups()) message << " " << open;
-    return ffi::Unexpected(ffi::Error(ffi::ErrorCode::kFailedPrecondition, message.str()));
-  }
-  const uint64_t site = group->NewSite();
-  return std::make_unique<OpSite>(OpSite{std::move(group), site});
-}
-
-inline auto SiteBinding() { return ffi::Ffi::BindInstantiate().Attrs(); }
+using HostSite = OpSite<Group>;
 
 /// What XLA says about the call of one device.
 struct HostContext {
-  OpSite* site;
+  HostSite* site;
   int64_t run_id;
   int64_t device_id;
 };
@@ -67,7 +41,7 @@ inline ffi::Future Failed(ffi::Error error) {
 
 /// The contexts that HostContext is made of, in the order handlers take them.
 inline auto HostBinding() {
-  return ffi::Ffi::Bind().Ctx<ffi::State<OpSite>>().Ctx<ffi::RunId>().Ctx<ffi::DeviceOrdinal>();
+  return ffi::Ffi::Bind().Ctx<ffi::State<HostSite>>().Ctx<ffi::RunId>().Ctx<ffi::DeviceOrdinal>();
 }
 
 }  // namespace jax_ep

@@ -19,30 +19,16 @@
 #include <string>
 #include <vector>
 
-namespace jax_ep {
+#include "runtime/error_record.h"
+#include "runtime/seat.h"
 
-/// Which rank of which slice of the group. Slices are independent of one another.
-struct Member {
-  int slice;
-  int rank;
-};
+namespace jax_ep {
 
 struct Arrival {
   const char* op;
   uint64_t site;
   int64_t run_id;
   Member member;
-};
-
-/// What went wrong first. The field names are those of PeerTimeoutError (jax_ep/errors.py).
-struct ErrorRecord {
-  enum class Kind { kPeerTimeout, kMeshMismatch, kArrivedTwice };
-  Kind kind;
-  std::string op;
-  int rank;
-  int peer;
-  int64_t expected;
-  int64_t seen;
 };
 
 /// One collective call: the operands of all ranks, and what to do with them.

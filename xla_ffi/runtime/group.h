@@ -11,14 +11,9 @@
 #include <vector>
 
 #include "runtime/exchange.h"
+#include "runtime/seat.h"
 
 namespace jax_ep {
-
-/// One device of the group's mesh.
-struct Seat {
-  int64_t device_id;  // what XLA reports as the device ordinal
-  Member member;
-};
 
 class Group {
  public:

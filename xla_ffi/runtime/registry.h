@@ -1,31 +1,61 @@
-// Identity to group, for the executables that are being loaded. The only process-wide state.
+// Identity to group, for the executables that are being loaded. The only process-wide state, one
+// for each kind of group.
 #pragma once
 
+#include <map>
 #include <memory>
+#include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
-
-#include "runtime/group.h"
 
 namespace jax_ep {
 
+template <typename GroupT>
 class Registry {
  public:
-  static Registry& Get();
+  static Registry& Get() {
+    // Never destroyed: worker threads may outlive static destruction.
+    static Registry* registry = new Registry;
+    return *registry;
+  }
 
   /// False when a group of this identity is open.
-  bool Add(std::shared_ptr<Group> group);
+  bool Add(std::shared_ptr<GroupT> group) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    const std::string identity = group->identity();
+    return groups_.emplace(identity, std::move(group)).second;
+  }
+
   /// Forgets the group; executables that hold it keep it alive.
-  void Remove(const std::string& identity);
+  void Remove(const std::string& identity) {
+    std::shared_ptr<GroupT> last;  // destroyed after the lock is released
+    std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = groups_.find(identity);
+    if (found == groups_.end()) return;
+    last = std::move(found->second);
+    groups_.erase(found);
+  }
+
   /// Null when no group of this identity is open.
-  std::shared_ptr<Group> Find(const std::string& identity) const;
-  std::vector<std::string> OpenGroups() const;
+  std::shared_ptr<GroupT> Find(const std::string& identity) const {
+    std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = groups_.find(identity);
+    return found == groups_.end() ? nullptr : found->second;
+  }
+
+  std::vector<std::string> OpenGroups() const {
+    std::lock_guard<std::mutex> lock(mutex_);
+    std::vector<std::string> identities;
+    for (const auto& [identity, group] : groups_) identities.push_back(identity);
+    return identities;
+  }
 
  private:
-  Registry();
-  struct State;
-  // Never destroyed: worker threads may outlive static destruction.
-  State* state_;
+  Registry() = default;
+
+  mutable std::mutex mutex_;
+  std::map<std::string, std::shared_ptr<GroupT>> groups_;
 };
 
 }  // namespace jax_ep

@@ -313,7 +313,7 @@ void TestGroup() {
 }
 
 void TestRegistry() {
-  Registry& registry = Registry::Get();
+  Registry<Group>& registry = Registry<Group>::Get();
   auto group = MakeGroup("a");
   const std::weak_ptr<Group> weak = group;
   CHECK(registry.Add(group), "a");

@@ -21,7 +21,8 @@ auto BindCombine(Binding&& binding) {
       .template Ret<ffi::AnyBuffer>()  // out
       .template Attr<std::string_view>("group")
       .template Attr<int64_t>("has_weights")
-      .template Attr<int64_t>("layout");
+      .template Attr<int64_t>("layout")
+      .template Attr<int64_t>("num_sms");
 }
 
 /// The operands and results as XLA hands them over; the order is that of BindCombine.

@@ -25,13 +25,15 @@ auto BindDispatch(Binding&& binding) {
       .template Ret<I32Buffer>()  // send_row
       .template Ret<I32Buffer>()  // recv_topk_idx, empty in the expert layout
       .template Ret<F32Buffer>()  // recv_weights, empty when absent
+      .template Ret<ffi::AnyBuffer>()  // workspace, of the twins that need one
       .RemainingRets()            // row streams
       .template Attr<int64_t>("expert_alignment")
       .template Attr<int64_t>("fill")
       .template Attr<std::string_view>("group")
       .template Attr<int64_t>("has_weights")
       .template Attr<int64_t>("layout")
-      .template Attr<int64_t>("num_experts");
+      .template Attr<int64_t>("num_experts")
+      .template Attr<int64_t>("num_sms");
 }
 
 /// The operands and results as XLA hands them over; the order is that of BindDispatch.

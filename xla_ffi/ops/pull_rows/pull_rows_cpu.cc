@@ -36,9 +36,9 @@ class PullRowsCall : public CallOf<PullRowsArgs> {
   }
 };
 
-ffi::Future PullRows(OpSite* site, ffi::RunId run_id, int32_t device_id, I32Buffer position,
+ffi::Future PullRows(HostSite* site, ffi::RunId run_id, int32_t device_id, I32Buffer position,
                      I32Buffer index, ffi::AnyBuffer rows, ffi::Result<ffi::AnyBuffer> out,
-                     std::string_view) {
+                     std::string_view, int64_t) {
   PullRowsArgs args;
   ffi::Error error = DecodePullRows(index, rows, *out, site->group->num_ranks(), args);
   if (error.failure()) return Failed(error);

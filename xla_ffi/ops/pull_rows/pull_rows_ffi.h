@@ -16,7 +16,8 @@ auto BindPullRows(Binding&& binding) {
       .template Arg<I32Buffer>()       // index
       .template Arg<ffi::AnyBuffer>()  // rows
       .template Ret<ffi::AnyBuffer>()  // out
-      .template Attr<std::string_view>("group");
+      .template Attr<std::string_view>("group")
+      .template Attr<int64_t>("num_sms");
 }
 
 inline ffi::Error DecodePullRows(I32Buffer index, ffi::AnyBuffer rows, ffi::AnyBuffer out,

@@ -1,0 +1,58 @@
+// How groups of either kind look from Python.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <tuple>
+#include <vector>
+
+#include "bindings/capsules.h"
+#include "runtime/error_record.h"
+#include "runtime/registry.h"
+#include "runtime/seat.h"
+
+namespace jax_ep {
+
+using SeatTuple = std::tuple<int64_t, int, int>;  // device id, slice, rank
+
+inline std::vector<Seat> SeatsOf(const std::vector<SeatTuple>& tuples) {
+  std::vector<Seat> seats;
+  for (const auto& [device_id, slice, rank] : tuples) seats.push_back({device_id, {slice, rank}});
+  return seats;
+}
+
+/// Registers a group; throws when its identity is taken.
+template <typename GroupT>
+std::shared_ptr<GroupT> Opened(std::shared_ptr<GroupT> group) {
+  if (!Registry<GroupT>::Get().Add(group)) {
+    throw std::invalid_argument("a group of this identity is open: " + group->identity());
+  }
+  return group;
+}
+
+inline const char* KindName(ErrorRecord::Kind kind) {
+  switch (kind) {
+    case ErrorRecord::Kind::kPeerTimeout:
+      return "peer_timeout";
+    case ErrorRecord::Kind::kMeshMismatch:
+      return "mesh_mismatch";
+    case ErrorRecord::Kind::kArrivedTwice:
+      return "arrived_twice";
+  }
+  return "unknown";
+}
+
+inline std::optional<Dict> ErrorDict(const std::optional<ErrorRecord>& error) {
+  if (!error) return std::nullopt;
+  Dict record;
+  record["kind"] = KindName(error->kind);
+  record["op"] = error->op;
+  record["rank"] = error->rank;
+  record["peer"] = error->peer;
+  record["expected"] = error->expected;
+  record["seen"] = error->seen;
+  return record;
+}
+
+}  // namespace jax_ep

@@ -1,0 +1,88 @@
+// Every word of GPU memory that one rank writes and another waits for, and the path of a failure.
+//
+// Each rank of a group owns one ControlBlock, zeroed when the group opens and mapped by its peers.
+// A call of a group is one epoch: all ranks make the same calls in the same order, so their epochs
+// agree. The epoch is counted in device memory, which is what a replayed command buffer needs.
+//
+//   word            writer            value                            read by
+//   address[p][a]   rank p            its a-th operand, in two halves  the owner, before it reads p
+//   read_done[p]    rank p            none                             the owner, before the call
+//                                                                      ends
+//   abort           any rank          1, for good                      the owner, in every wait
+//
+// A signal is one 8-byte store that carries its epoch; it is compared for equality, never reset. A
+// rank writes its signals of epoch n + 1 only after all ranks have written read_done of epoch n,
+// which each does after its last look at the signals and operands of epoch n: one cell per writer
+// is enough. Signals are stored with release and loaded with acquire order at system scope, so what
+// a rank's stream wrote before is visible behind them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace jax_ep {
+
+/// A rank, like a choice of a token, is a lane of a warp somewhere.
+inline constexpr int kMaxRanks = 32;
+inline constexpr int kMaxAddresses = 6;
+
+/// Names in failure records; the strings are in runtime/device_group.cc.
+enum class OpId : uint32_t { kDispatch, kCombine, kPullRows };
+
+struct alignas(8) Signal {
+  uint32_t epoch;
+  uint32_t value;
+};
+
+/// A 64-bit address travels as two signals.
+struct AddressCell {
+  Signal low;
+  Signal high;
+};
+
+struct ControlBlock {
+  // Of the owner's kernels.
+  uint32_t epoch;            // of the last call that has ended
+  uint32_t num_blocks_done;  // of the last kernel of the present call
+  uint32_t has_failed;       // whoever sets it writes the failure record
+  // Of the host, for tests: the rank's calls end at once, poisoned, and signal nothing.
+  uint32_t skip;
+  // Of all ranks.
+  uint32_t abort;
+  AddressCell address[kMaxRanks][kMaxAddresses];
+  Signal read_done[kMaxRanks];
+};
+
+/// What went wrong first on a rank, in host memory. Written once; is_set last.
+struct FailureRecord {
+  enum class Kind : uint32_t { kPeerTimeout, kMeshMismatch };
+  uint32_t is_set;
+  Kind kind;
+  OpId op;
+  int32_t peer;
+  int64_t expected;
+  int64_t seen;
+};
+
+/// What a launch must know of the device it runs on.
+struct DeviceTraits {
+  int num_sms;
+  size_t max_shared_bytes;  // of a block
+  bool has_bulk_copy;
+};
+
+/// One rank's view of its group; what kernels get.
+struct Endpoint {
+  int rank;
+  int num_ranks;
+  int32_t position;     // of this device in the group's mesh
+  uint64_t timeout_ns;  // of a single wait
+  ControlBlock* control[kMaxRanks];
+  FailureRecord* record;
+
+#ifdef __CUDACC__
+  __device__ ControlBlock* own() const { return control[rank]; }
+#endif
+};
+
+}  // namespace jax_ep

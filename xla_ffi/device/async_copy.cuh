@@ -1,0 +1,32 @@
+// 16-byte copies from global to shared memory that the copying thread waits for itself.
+#pragma once
+
+#include <cstdint>
+
+namespace jax_ep {
+
+/// Past the L1 cache, which does not see what peers write.
+__device__ inline void AsyncCopy16(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+               "l"(global)
+               : "memory");
+}
+
+__device__ inline void AsyncCommit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+/// Until at most `num_pending` of the thread's groups are on their way; kMax bounds it.
+template <int kMax>
+__device__ void AsyncWait(int num_pending) {
+  if constexpr (kMax == 0) {
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
+  } else {
+    if (num_pending >= kMax) {
+      asm volatile("cp.async.wait_group %0;" ::"n"(kMax) : "memory");
+    } else {
+      AsyncWait<kMax - 1>(num_pending);
+    }
+  }
+}
+
+}  // namespace jax_ep

@@ -1,0 +1,173 @@
+// How the ranks of a call meet and part: bounded waits on the signals of core/protocol.h.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/protocol.h"
+
+namespace jax_ep {
+
+/// The operands of this rank that peers read.
+struct OwnAddresses {
+  const void* at[kMaxAddresses];
+  int count;
+};
+
+/// The operands of every rank, in shared memory.
+struct PeerAddresses {
+  const std::byte* at[kMaxAddresses][kMaxRanks];
+};
+
+__device__ inline void StoreRelease(Signal* cell, Signal signal) {
+  const uint64_t word = uint64_t{signal.value} << 32 | signal.epoch;
+  asm volatile("st.release.sys.global.b64 [%0], %1;" ::"l"(cell), "l"(word) : "memory");
+}
+
+__device__ inline Signal LoadAcquire(const Signal* cell) {
+  uint64_t word;
+  asm volatile("ld.acquire.sys.global.b64 %0, [%1];" : "=l"(word) : "l"(cell) : "memory");
+  return {static_cast<uint32_t>(word), static_cast<uint32_t>(word >> 32)};
+}
+
+__device__ inline uint32_t LoadRelaxed(const uint32_t* word) {
+  uint32_t value;
+  asm volatile("ld.relaxed.sys.global.b32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
+  return value;
+}
+
+__device__ inline void StoreRelaxed(uint32_t* word, uint32_t value) {
+  asm volatile("st.relaxed.sys.global.b32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
+}
+
+__device__ inline uint64_t GlobalTimer() {
+  uint64_t ns;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(ns));
+  return ns;
+}
+
+/// Whether the group has failed, or a test keeps this rank away.
+__device__ inline bool IsAborted(const Endpoint& self) {
+  return (LoadRelaxed(&self.own()->abort) | LoadRelaxed(&self.own()->skip)) != 0;
+}
+
+/// The epoch of the call that is running.
+__device__ inline uint32_t CurrentEpoch(const Endpoint& self) {
+  return LoadRelaxed(&self.own()->epoch) + 1;
+}
+
+/// Keeps the record if it is this rank's first, and ends every wait of the group.
+__device__ inline void Fail(const Endpoint& self, FailureRecord::Kind kind, OpId op, int peer,
+                            int64_t expected, int64_t seen) {
+  if (atomicExch(&self.own()->has_failed, 1) == 0) {
+    volatile FailureRecord& record = *self.record;
+    record.kind = kind;
+    record.op = op;
+    record.peer = peer;
+    record.expected = expected;
+    record.seen = seen;
+    __threadfence_system();
+    record.is_set = 1;
+  }
+  for (int r = 0; r < self.num_ranks; ++r) StoreRelaxed(&self.control[r]->abort, 1);
+}
+
+/// Where the signals of all peers of one kind lie: `stride` bytes apart.
+struct SignalRow {
+  const Signal* first;
+  size_t stride;
+
+  __device__ const Signal* Of(int peer) const {
+    return reinterpret_cast<const Signal*>(reinterpret_cast<const std::byte*>(first) +
+                                           peer * stride);
+  }
+};
+
+/// Waits for the signal of a peer. False when the group fails first, by the time that is up here or
+/// by another's failure.
+__device__ inline bool Wait(const Endpoint& self, OpId op, SignalRow row, int peer, uint32_t epoch,
+                            uint32_t& value) {
+  const uint64_t start = GlobalTimer();
+  for (;;) {
+    const Signal signal = LoadAcquire(row.Of(peer));
+    if (signal.epoch == epoch) {
+      value = signal.value;
+      return true;
+    }
+    if (LoadRelaxed(&self.own()->abort)) return false;
+    if (GlobalTimer() - start > self.timeout_ns) {
+      int num_seen = 0;
+      for (int r = 0; r < self.num_ranks; ++r) num_seen += LoadAcquire(row.Of(r)).epoch == epoch;
+      Fail(self, FailureRecord::Kind::kPeerTimeout, op, peer, self.num_ranks, num_seen);
+      return false;
+    }
+  }
+}
+
+__device__ inline void Publish(const Endpoint& self, const OwnAddresses& own, uint32_t epoch) {
+  for (int i = threadIdx.x; i < self.num_ranks * own.count; i += blockDim.x) {
+    const uint64_t address = reinterpret_cast<uint64_t>(own.at[i % own.count]);
+    AddressCell& cell = self.control[i / own.count]->address[self.rank][i % own.count];
+    StoreRelease(&cell.low, {epoch, static_cast<uint32_t>(address)});
+    StoreRelease(&cell.high, {epoch, static_cast<uint32_t>(address >> 32)});
+  }
+}
+
+/// Every thread of every block of a call's first kernel: tells the peers where this rank's operands
+/// are, and learns where theirs are. The same for the whole block; false when the group has failed,
+/// and then nothing of the peers may be read.
+///
+/// `position` is what the program takes for this device's place in the mesh. A later kernel of the
+/// call passes null: what was published is still there.
+__device__ inline bool Meet(const Endpoint& self, OpId op, const int32_t* position,
+                            const OwnAddresses& own, PeerAddresses& peers) {
+  const uint32_t epoch = CurrentEpoch(self);
+  bool is_good = !IsAborted(self);
+  if (is_good && position != nullptr && blockIdx.x == 0) {
+    if (*position == self.position) {
+      Publish(self, own, epoch);
+    } else if (threadIdx.x == 0) {
+      Fail(self, FailureRecord::Kind::kMeshMismatch, op, self.rank, self.position, *position);
+    }
+  }
+  for (int i = threadIdx.x; is_good && i < self.num_ranks * own.count; i += blockDim.x) {
+    const int peer = i / own.count;
+    const AddressCell& cell = self.own()->address[0][i % own.count];
+    constexpr size_t kStride = sizeof(self.own()->address[0]);
+    uint32_t low = 0;
+    uint32_t high = 0;
+    is_good = Wait(self, op, {&cell.low, kStride}, peer, epoch, low) &&
+              Wait(self, op, {&cell.high, kStride}, peer, epoch, high);
+    peers.at[i % own.count][peer] =
+        reinterpret_cast<const std::byte*>(uint64_t{high} << 32 | uint64_t{low});
+  }
+  return __syncthreads_and(is_good);
+}
+
+/// Every thread of every block of a call's last kernel, when it has read all that it will read: the
+/// last block waits until no peer reads this rank's operands any more, and ends the epoch.
+__device__ inline void Part(const Endpoint& self, OpId op, bool has_met) {
+  __shared__ bool is_last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    is_last = atomicAdd(&self.own()->num_blocks_done, 1) == gridDim.x - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  if (!is_last) return;
+  const uint32_t epoch = CurrentEpoch(self);
+  for (int peer = threadIdx.x; has_met && peer < self.num_ranks; peer += blockDim.x) {
+    StoreRelease(&self.control[peer]->read_done[self.rank], {epoch, 0});
+  }
+  for (int peer = threadIdx.x; has_met && peer < self.num_ranks; peer += blockDim.x) {
+    uint32_t unused;
+    Wait(self, op, {self.own()->read_done, sizeof(Signal)}, peer, epoch, unused);
+  }
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  StoreRelaxed(&self.own()->num_blocks_done, 0);
+  StoreRelaxed(&self.own()->epoch, epoch);
+}
+
+}  // namespace jax_ep

@@ -1,0 +1,23 @@
+// The kernel of combine, for its handler and for tests.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "core/protocol.h"
+#include "ops/combine/combine.h"
+
+namespace jax_ep {
+
+/// What the kernel gets.
+struct CombineLaunch {
+  Endpoint self;
+  const int32_t* position;
+  CombineArgs args;
+};
+
+cudaError_t LaunchCombine(const CombineLaunch& launch, const DeviceTraits& device, int num_sms,
+                          cudaStream_t stream);
+/// Must be called once per device before the first launch.
+cudaError_t LoadCombineKernels(const DeviceTraits& device);
+
+}  // namespace jax_ep

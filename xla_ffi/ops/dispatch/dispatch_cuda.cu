@@ -1,0 +1,95 @@
+#include "ops/dispatch/dispatch_cuda.cuh"
+
+#include <algorithm>
+
+#include "device/move_rows.cuh"
+#include "ops/cuda_handlers.h"
+#include "ops/cuda_op.h"
+#include "ops/dispatch/dispatch_ffi.h"
+#include "ops/dispatch/plan_cuda.cuh"
+
+namespace jax_ep {
+
+size_t DispatchWorkspaceBytes(const DispatchShape& shape) {
+  const PlanShape plan = MakePlanShape(shape);
+  if (plan.num_warps == 0 || shape.num_topk > kWarpSize) return 0;
+  return PlanWorkspace::Bytes(plan);
+}
+
+cudaError_t LoadDispatchKernels(const DeviceTraits& device) {
+  const cudaError_t status = LoadPlanKernels();
+  return status == cudaSuccess ? LoadMoveKernel<TokenItems>(device) : status;
+}
+
+// Three kernels: count, place (plan_cuda.cu), move (move_rows.cuh).
+cudaError_t LaunchDispatch(const DispatchLaunch& launch, const DeviceTraits& device, int num_sms,
+                           cudaStream_t stream) {
+  const DispatchArgs& args = launch.args;
+  const PlanShape shape = MakePlanShape(args.shape);
+  const PlanWorkspace workspace = PlanWorkspace::At(launch.workspace, shape);
+  const PlanArgs plan{.self = launch.self,
+                      .position = launch.position,
+                      .args = args,
+                      .shape = shape,
+                      .workspace = workspace};
+  const cudaError_t status = LaunchPlan(plan, num_sms, stream);
+  if (status != cudaSuccess) return status;
+  MoveArgs<TokenItems> move{
+      .self = launch.self,
+      .op = OpId::kDispatch,
+      .position = nullptr,
+      .own = {.at = {}, .count = kFirstStreamAddress + args.num_streams},
+      .first_address = kFirstStreamAddress,
+      .num_streams = args.num_streams,
+      .streams = {},
+      .geometry = MakeMoveGeometry(args.streams.data(), args.num_streams, device.has_bulk_copy),
+      .items = {.row_of = workspace.row_of,
+                .num_slots = shape.num_slots,
+                .num_ranks = static_cast<uint32_t>(shape.num_ranks()),
+                .num_tokens = static_cast<uint32_t>(args.shape.num_tokens)},
+      .fill = {.source = args.recv_src,
+               .source_end = INT64_MAX,
+               .capacity = args.shape.recv_capacity,
+               .num_recv = args.num_recv,
+               .fill = args.fill}};
+  std::copy_n(args.streams.begin(), args.num_streams, move.streams);
+  return LaunchMove(move, num_sms, stream);
+}
+
+namespace {
+
+ffi::Error Dispatch(DeviceSite* site, cudaStream_t stream, int32_t device_id, I32Buffer position,
+                    I32Buffer topk_idx, F32Buffer topk_weights, ffi::RemainingArgs rows,
+                    I32Result group_sizes, I32Result num_recv, I32Result num_dropped,
+                    I32Result num_invalid, I32Result recv_src, I32Result recv_k,
+                    I32Result send_row, I32Result recv_topk_idx, F32Result recv_weights,
+                    ffi::Result<ffi::AnyBuffer> workspace, ffi::RemainingRets recv_rows,
+                    int64_t expert_alignment, int64_t fill, std::string_view, int64_t has_weights,
+                    int64_t layout, int64_t num_experts, int64_t num_sms) {
+  DispatchLaunch launch;
+  ffi::Error error =
+      DecodeDispatch({topk_idx, topk_weights, rows, group_sizes, num_recv, num_dropped, num_invalid,
+                      recv_src, recv_k, send_row, recv_topk_idx, recv_weights, recv_rows,
+                      expert_alignment, fill, has_weights, layout, num_experts},
+                     site->group->num_ranks(), launch.args);
+  if (error.failure()) return error;
+  DeviceCall call;
+  error = FindDevice("dispatch", site, device_id, num_sms, call);
+  if (error.failure()) return error;
+  const size_t workspace_bytes = DispatchWorkspaceBytes(launch.args.shape);
+  JAX_EP_REQUIRE(workspace_bytes > 0 && workspace->size_bytes() >= workspace_bytes,
+                 "dispatch: the workspace has ", workspace->size_bytes(), " bytes, needs ",
+                 workspace_bytes);
+  launch.self = call.member->endpoint;
+  launch.position = position.typed_data();
+  launch.workspace = workspace->untyped_data();
+  return CudaError("dispatch",
+                   LaunchDispatch(launch, call.member->traits, call.num_sms, stream));
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxEpDispatchCuda, Dispatch, BindDispatch(DeviceBinding()),
+                              {ffi::Traits::kCmdBufferCompatible});
+
+}  // namespace jax_ep

@@ -1,0 +1,23 @@
+// The kernel of pull_rows, for its handler and for tests.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "core/protocol.h"
+#include "ops/pull_rows/pull_rows.h"
+
+namespace jax_ep {
+
+/// What a launch gets.
+struct PullRowsLaunch {
+  Endpoint self;
+  const int32_t* position;
+  PullRowsArgs args;
+};
+
+cudaError_t LaunchPullRows(const PullRowsLaunch& launch, const DeviceTraits& device, int num_sms,
+                           cudaStream_t stream);
+/// Must be called once per device before the first launch.
+cudaError_t LoadPullRowsKernels(const DeviceTraits& device);
+
+}  // namespace jax_ep

@@ -1,0 +1,172 @@
+#include "runtime/device_group.h"
+
+#include <cuda_runtime_api.h>
+
+#include <stdexcept>
+#include <utility>
+
+namespace jax_ep {
+namespace {
+
+void Check(const char* what, cudaError_t status) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // not left behind for whoever asks next
+  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+}
+
+// Makes a device current, and the one before it again at the end.
+class OnDevice {
+ public:
+  explicit OnDevice(int64_t device) {
+    Check("cudaGetDevice", cudaGetDevice(&before_));
+    Check("cudaSetDevice", cudaSetDevice(static_cast<int>(device)));
+  }
+  ~OnDevice() { cudaSetDevice(before_); }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+ private:
+  int before_ = 0;
+};
+
+DeviceTraits TraitsOf(int64_t device) {
+  const auto attribute = [device](cudaDeviceAttr name) {
+    int value = 0;
+    Check("cudaDeviceGetAttribute", cudaDeviceGetAttribute(&value, name, static_cast<int>(device)));
+    return value;
+  };
+  return {.num_sms = attribute(cudaDevAttrMultiProcessorCount),
+          .max_shared_bytes = static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)),
+          .has_bulk_copy = attribute(cudaDevAttrComputeCapabilityMajor) >= 9};
+}
+
+// XLA's own pool is mapped for every device of the process; our blocks need the same.
+void EnablePeerAccess(int64_t device, int64_t peer) {
+  const OnDevice on_device(device);
+  const cudaError_t status = cudaDeviceEnablePeerAccess(static_cast<int>(peer), 0);
+  if (status == cudaErrorPeerAccessAlreadyEnabled) {
+    cudaGetLastError();
+    return;
+  }
+  Check("cudaDeviceEnablePeerAccess", status);
+}
+
+const char* NameOf(OpId op) {
+  switch (op) {
+    case OpId::kDispatch:
+      return "dispatch";
+    case OpId::kCombine:
+      return "combine";
+    case OpId::kPullRows:
+      return "pull_rows";
+  }
+  return "unknown";
+}
+
+}  // namespace
+
+void RequirePeers(const std::vector<int64_t>& devices) {
+  for (const int64_t device : devices) {
+    for (const int64_t peer : devices) {
+      if (device == peer) continue;
+      int can_access = 0;
+      Check("cudaDeviceCanAccessPeer",
+            cudaDeviceCanAccessPeer(&can_access, static_cast<int>(device), static_cast<int>(peer)));
+      if (can_access) continue;
+      throw std::runtime_error("device " + std::to_string(device) +
+                               " cannot read the memory of device " + std::to_string(peer));
+    }
+  }
+}
+
+DeviceGroup::DeviceGroup(std::string identity, std::vector<Seat> seats, int num_slices,
+                         int num_ranks, std::chrono::milliseconds timeout,
+                         const LoadKernels& load_kernels)
+    : identity_(std::move(identity)), num_ranks_(num_ranks), seats_(std::move(seats)) {
+  if (num_ranks > kMaxRanks) {
+    throw std::runtime_error("a group has at most " + std::to_string(kMaxRanks) + " ranks, got " +
+                             std::to_string(num_ranks));
+  }
+  const size_t size = seats_.size();
+  for (const Seat& a : seats_) {
+    for (const Seat& b : seats_) {
+      const bool are_peers = a.member.slice == b.member.slice && a.device_id != b.device_id;
+      if (are_peers) EnablePeerAccess(a.device_id, b.device_id);
+    }
+  }
+  Check("cudaHostAlloc", cudaHostAlloc(reinterpret_cast<void**>(&records_),
+                                       size * sizeof(FailureRecord),
+                                       cudaHostAllocPortable | cudaHostAllocMapped));
+  for (size_t i = 0; i < size; ++i) records_[i] = {};
+  control_.resize(size);
+  for (size_t i = 0; i < size; ++i) {
+    const OnDevice on_device(seats_[i].device_id);
+    Check("cudaMalloc", cudaMalloc(reinterpret_cast<void**>(&control_[i]), sizeof(ControlBlock)));
+    Check("cudaMemset", cudaMemset(control_[i], 0, sizeof(ControlBlock)));
+    Check("cudaDeviceSynchronize", cudaDeviceSynchronize());
+  }
+  members_.resize(size);
+  for (size_t i = 0; i < size; ++i) {
+    const OnDevice on_device(seats_[i].device_id);
+    Member& member = members_[i];
+    member.traits = TraitsOf(seats_[i].device_id);
+    member.endpoint = {.rank = seats_[i].member.rank,
+                       .num_ranks = num_ranks,
+                       .position = static_cast<int32_t>(i),
+                       .timeout_ns = static_cast<uint64_t>(std::chrono::nanoseconds(timeout).count()),
+                       .control = {},
+                       .record = &records_[i]};
+    for (size_t j = 0; j < size; ++j) {
+      if (seats_[j].member.slice == seats_[i].member.slice) {
+        member.endpoint.control[seats_[j].member.rank] = control_[j];
+      }
+    }
+    position_of_device_[seats_[i].device_id] = static_cast<int>(i);
+    load_kernels(member.traits);
+  }
+  static_cast<void>(num_slices);
+}
+
+DeviceGroup::~DeviceGroup() {
+  for (size_t i = 0; i < control_.size(); ++i) {
+    int before = 0;
+    cudaGetDevice(&before);
+    cudaSetDevice(static_cast<int>(seats_[i].device_id));
+    cudaFree(control_[i]);
+    cudaSetDevice(before);
+  }
+  cudaFreeHost(records_);
+}
+
+const DeviceGroup::Member* DeviceGroup::Find(int64_t device_id) const {
+  const auto found = position_of_device_.find(device_id);
+  return found == position_of_device_.end() ? nullptr : &members_[found->second];
+}
+
+std::optional<ErrorRecord> DeviceGroup::error() const {
+  for (size_t i = 0; i < seats_.size(); ++i) {
+    const volatile FailureRecord& record = records_[i];
+    if (record.is_set == 0) continue;
+    std::atomic_thread_fence(std::memory_order_acquire);
+    return ErrorRecord{.kind = record.kind == FailureRecord::Kind::kPeerTimeout
+                                   ? ErrorRecord::Kind::kPeerTimeout
+                                   : ErrorRecord::Kind::kMeshMismatch,
+                       .op = NameOf(record.op),
+                       .rank = seats_[i].member.rank,
+                       .peer = record.peer,
+                       .expected = record.expected,
+                       .seen = record.seen};
+  }
+  return std::nullopt;
+}
+
+void DeviceGroup::SkipRank(int rank) {
+  for (size_t i = 0; i < seats_.size(); ++i) {
+    const OnDevice on_device(seats_[i].device_id);
+    const uint32_t skip = seats_[i].member.rank == rank ? 1 : 0;
+    Check("cudaMemcpy",
+          cudaMemcpy(&control_[i]->skip, &skip, sizeof(skip), cudaMemcpyHostToDevice));
+  }
+}
+
+}  // namespace jax_ep

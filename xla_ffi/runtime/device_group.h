@@ -1,0 +1,69 @@
+// The native half of jax_ep.Group on GPUs: who is who, and the memory they meet in.
+//
+// Executables hold a shared_ptr to it, so a closed group lives until the last of them is gone.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "core/protocol.h"
+#include "runtime/error_record.h"
+#include "runtime/seat.h"
+
+namespace jax_ep {
+
+/// Throws std::runtime_error, saying why, unless every device can read every other one's memory.
+void RequirePeers(const std::vector<int64_t>& devices);
+
+class DeviceGroup {
+ public:
+  /// Loads what kernels the current device will run; they must be there before a peer waits.
+  using LoadKernels = std::function<void(const DeviceTraits&)>;
+
+  /// `seats` in the row-major order of the mesh, over all of its axes; device ids are those of the
+  /// CUDA runtime. Throws std::runtime_error when the devices cannot reach one another, or CUDA
+  /// fails otherwise.
+  DeviceGroup(std::string identity, std::vector<Seat> seats, int num_slices, int num_ranks,
+              std::chrono::milliseconds timeout, const LoadKernels& load_kernels);
+  ~DeviceGroup();
+  DeviceGroup(const DeviceGroup&) = delete;
+  DeviceGroup& operator=(const DeviceGroup&) = delete;
+
+  const std::string& identity() const { return identity_; }
+  int num_ranks() const { return num_ranks_; }
+
+  /// A device of the group as kernels see it; null for a device that is not in it.
+  struct Member {
+    Endpoint endpoint;
+    DeviceTraits traits;
+  };
+  const Member* Find(int64_t device_id) const;
+
+  std::optional<ErrorRecord> error() const;
+
+  /// For tests: calls of `rank` end at once, poisoned, and never reach the peers. kNoIndex undoes
+  /// it.
+  void SkipRank(int rank);
+
+  /// Names one call site of one executable; never reused.
+  uint64_t NewSite() { return next_site_.fetch_add(1); }
+
+ private:
+  std::string identity_;
+  int num_ranks_;
+  std::vector<Seat> seats_;
+  std::vector<Member> members_;                  // by position
+  std::vector<ControlBlock*> control_;           // by position, each in its device's memory
+  FailureRecord* records_ = nullptr;             // by position, in pinned host memory
+  std::unordered_map<int64_t, int> position_of_device_;
+  std::atomic<uint64_t> next_site_ = 0;
+};
+
+}  // namespace jax_ep

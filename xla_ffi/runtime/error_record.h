@@ -1,0 +1,20 @@
+// What went wrong first in a group, on whichever device.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace jax_ep {
+
+/// The field names are those of PeerTimeoutError (jax_ep/errors.py).
+struct ErrorRecord {
+  enum class Kind { kPeerTimeout, kMeshMismatch, kArrivedTwice };
+  Kind kind;
+  std::string op;
+  int rank;
+  int peer;
+  int64_t expected;
+  int64_t seen;
+};
+
+}  // namespace jax_ep

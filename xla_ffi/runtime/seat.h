@@ -1,0 +1,20 @@
+// Who sits where: devices, slices, ranks.
+#pragma once
+
+#include <cstdint>
+
+namespace jax_ep {
+
+/// Which rank of which slice of the group. Slices are independent of one another.
+struct Member {
+  int slice;
+  int rank;
+};
+
+/// One device of the group's mesh.
+struct Seat {
+  int64_t device_id;  // what XLA reports as the device ordinal
+  Member member;
+};
+
+}  // namespace jax_ep

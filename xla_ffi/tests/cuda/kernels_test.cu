@@ -1,0 +1,510 @@
+// The kernels without XLA: R ranks as R streams, on one GPU or spread over all of them, against the
+// host's plan and sums.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "core/numerics.h"
+#include "core/plan.h"
+#include "ops/combine/combine_cuda.cuh"
+#include "ops/combine/sum_rows_cpu.h"
+#include "ops/dispatch/dispatch_cuda.cuh"
+#include "ops/pull_rows/pull_rows_cuda.cuh"
+#include "tests/test.h"
+
+namespace jax_ep {
+namespace {
+
+void Cuda(cudaError_t status) {
+  if (status == cudaSuccess) return;
+  std::fprintf(stderr, "CUDA: %s\n", cudaGetErrorString(status));
+  std::exit(1);
+}
+
+// Device memory that frees itself; poisoned, so that what no kernel writes is seen.
+template <typename T>
+class Device {
+ public:
+  explicit Device(size_t size) : size_(size) {
+    Cuda(cudaMalloc(reinterpret_cast<void**>(&data_), std::max<size_t>(1, size) * sizeof(T)));
+    Cuda(cudaMemset(data_, 0xa5, std::max<size_t>(1, size) * sizeof(T)));
+  }
+  explicit Device(const std::vector<T>& values) : Device(values.size()) {
+    Cuda(cudaMemcpy(data_, values.data(), size_ * sizeof(T), cudaMemcpyHostToDevice));
+  }
+  Device(Device&& other) noexcept : data_(std::exchange(other.data_, nullptr)), size_(other.size_) {}
+  Device& operator=(Device&&) = delete;
+  ~Device() { cudaFree(data_); }
+  T* get() const { return data_; }
+  std::vector<T> Read() const {
+    std::vector<T> values(size_);
+    Cuda(cudaMemcpy(values.data(), data_, size_ * sizeof(T), cudaMemcpyDeviceToHost));
+    return values;
+  }
+
+ private:
+  T* data_ = nullptr;
+  size_t size_;
+};
+
+// R ranks, rank r on device r % num_devices, each with a stream of its own.
+class Ranks {
+ public:
+  Ranks(int num_ranks, int num_devices, std::chrono::milliseconds timeout)
+      : num_devices_(num_devices) {
+    Cuda(cudaHostAlloc(reinterpret_cast<void**>(&records_), num_ranks * sizeof(FailureRecord),
+                       cudaHostAllocPortable | cudaHostAllocMapped));
+    std::fill_n(records_, num_ranks, FailureRecord{});
+    for (int r = 0; r < num_ranks; ++r) {
+      Select(r);
+      for (int d = 0; d < num_devices; ++d) {
+        if (d != r % num_devices) cudaDeviceEnablePeerAccess(d, 0);
+      }
+      cudaGetLastError();
+      ControlBlock* control = nullptr;
+      Cuda(cudaMalloc(reinterpret_cast<void**>(&control), sizeof(ControlBlock)));
+      Cuda(cudaMemset(control, 0, sizeof(ControlBlock)));
+      control_.push_back(control);
+      cudaStream_t stream;
+      Cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+      streams_.push_back(stream);
+      int32_t* position = nullptr;
+      Cuda(cudaMalloc(reinterpret_cast<void**>(&position), sizeof(int32_t)));
+      Cuda(cudaMemcpy(position, &r, sizeof(int32_t), cudaMemcpyHostToDevice));
+      positions_.push_back(position);
+      int shared = 0;
+      Cuda(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                  r % num_devices));
+      int major = 0;
+      Cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, r % num_devices));
+      traits_ = {.num_sms = 132,
+                 .max_shared_bytes = static_cast<size_t>(shared),
+                 .has_bulk_copy = major >= 9};
+      Cuda(LoadDispatchKernels(traits_));
+      Cuda(LoadCombineKernels(traits_));
+      Cuda(LoadPullRowsKernels(traits_));
+      Cuda(cudaDeviceSynchronize());
+    }
+    for (int r = 0; r < num_ranks; ++r) {
+      Endpoint endpoint{.rank = r,
+                        .num_ranks = num_ranks,
+                        .position = r,
+                        .timeout_ns = static_cast<uint64_t>(
+                            std::chrono::nanoseconds(timeout).count()),
+                        .control = {},
+                        .record = &records_[r]};
+      std::copy(control_.begin(), control_.end(), endpoint.control);
+      endpoints_.push_back(endpoint);
+    }
+  }
+  ~Ranks() {
+    for (int r = 0; r < size(); ++r) {
+      Select(r);
+      cudaFree(control_[r]);
+      cudaFree(positions_[r]);
+      cudaStreamDestroy(streams_[r]);
+    }
+    cudaFreeHost(records_);
+  }
+
+  int size() const { return static_cast<int>(control_.size()); }
+  void Select(int r) const { Cuda(cudaSetDevice(r % num_devices_)); }
+  const Endpoint& endpoint(int r) const { return endpoints_[r]; }
+  cudaStream_t stream(int r) const { return streams_[r]; }
+  const int32_t* position(int r) const { return positions_[r]; }
+  const DeviceTraits& traits() const { return traits_; }
+  FailureRecord record(int r) const { return records_[r]; }
+  bool HasFailed() const {
+    return std::any_of(records_, records_ + size(), [](const auto& r) { return r.is_set != 0; });
+  }
+  void Synchronize() const {
+    for (int r = 0; r < size(); ++r) {
+      Select(r);
+      Cuda(cudaStreamSynchronize(streams_[r]));
+    }
+  }
+
+ private:
+  int num_devices_;
+  DeviceTraits traits_;
+  FailureRecord* records_ = nullptr;
+  std::vector<ControlBlock*> control_;
+  std::vector<cudaStream_t> streams_;
+  std::vector<int32_t*> positions_;
+  std::vector<Endpoint> endpoints_;
+};
+
+struct Case {
+  RecvLayout layout;
+  int num_ranks;
+  int64_t num_tokens;
+  int num_topk;
+  int num_local_experts;
+  int64_t capacity;
+  int64_t alignment = 1;
+  size_t row_bytes = 256;
+  Fill fill = Fill::kZeros;
+  double share_masked = 0.1;
+  bool is_skewed = false;
+
+  DispatchShape shape() const {
+    return {.layout = layout,
+            .experts = {.num_experts = num_ranks * num_local_experts, .num_ranks = num_ranks},
+            .num_tokens = num_tokens,
+            .num_topk = num_topk,
+            .recv_capacity = capacity,
+            .expert_alignment = alignment};
+  }
+  std::string Name() const {
+    return std::string(layout == RecvLayout::kRank ? "rank" : "expert") + " R" +
+           std::to_string(num_ranks) + " T" + std::to_string(num_tokens) + " K" +
+           std::to_string(num_topk) + " L" + std::to_string(num_local_experts) + " C" +
+           std::to_string(capacity) + " A" + std::to_string(alignment) + " B" +
+           std::to_string(row_bytes);
+  }
+};
+
+std::vector<int32_t> MakeIds(const Case& c, std::mt19937& rng) {
+  std::vector<int32_t> ids(c.num_tokens * c.num_topk, kNoIndex);
+  const int num_experts = c.num_ranks * c.num_local_experts;
+  std::uniform_real_distribution<double> uniform;
+  for (int64_t t = 0; t < c.num_tokens; ++t) {
+    std::vector<int32_t> chosen;
+    for (int k = 0; k < c.num_topk; ++k) {
+      if (uniform(rng) < c.share_masked) {
+        ids[t * c.num_topk + k] = uniform(rng) < 0.5 ? kNoIndex : num_experts + k;
+        continue;
+      }
+      const double u = uniform(rng);
+      const auto id = static_cast<int32_t>((c.is_skewed ? u * u * u : u) * num_experts);
+      if (std::find(chosen.begin(), chosen.end(), id) != chosen.end()) continue;
+      chosen.push_back(id);
+      ids[t * c.num_topk + k] = id;
+    }
+  }
+  return ids;
+}
+
+template <typename T>
+void Same(const Case& c, const char* what, int rank, const std::vector<T>& got,
+          const std::vector<T>& expected) {
+  for (size_t i = 0; i < expected.size(); ++i) {
+    if (std::memcmp(&got[i], &expected[i], sizeof(T)) != 0) {
+      std::fprintf(stderr, "%s: %s of rank %d differs at %zu\n", c.Name().c_str(), what, rank, i);
+      CHECK(false, i);
+      return;
+    }
+  }
+}
+
+template <typename T>
+struct TestRow {
+  static T Make(std::mt19937& rng) {
+    std::normal_distribution<float> normal;
+    return FromF32<T>(normal(rng));
+  }
+};
+
+// Dispatch, the dispatch's rows pulled once more along recv_src, and combine of other rows.
+template <typename T>
+void TestRoundTrip(const Case& c, DType dtype, const Ranks& ranks, int num_sms, int seed) {
+  std::mt19937 rng(seed);
+  const DispatchShape shape = c.shape();
+  const int num_ranks = c.num_ranks;
+  const int64_t hidden = c.row_bytes / sizeof(T);
+  const bool is_rank = c.layout == RecvLayout::kRank;
+  const int slots = shape.num_send_slots();
+  const size_t scale_bytes = 20;
+
+  std::vector<std::vector<int32_t>> ids;
+  std::vector<std::vector<float>> weights;
+  std::vector<std::vector<T>> x, y;
+  std::vector<std::vector<std::byte>> scales;
+  for (int r = 0; r < num_ranks; ++r) {
+    ids.push_back(MakeIds(c, rng));
+    std::vector<float> w(ids[r].size());
+    for (float& v : w) v = std::uniform_real_distribution<float>(-1, 1)(rng);
+    weights.push_back(w);
+    x.emplace_back(c.num_tokens * hidden);
+    y.emplace_back(c.capacity * hidden);
+    for (T& v : x[r]) v = TestRow<T>::Make(rng);
+    for (T& v : y[r]) v = TestRow<T>::Make(rng);
+    scales.emplace_back(c.num_tokens * scale_bytes);
+    for (std::byte& b : scales[r]) b = static_cast<std::byte>(rng());
+  }
+  DispatchPlan plan(shape);
+  for (int r = 0; r < num_ranks; ++r) plan.List(r, ids[r].data());
+  for (int r = 0; r < num_ranks; ++r) plan.Admit(r);
+
+  struct Buffers {
+    Device<int32_t> ids;
+    Device<float> weights;
+    Device<T> x, y, out, back, again;
+    Device<std::byte> scales, out_scales, workspace;
+    Device<int32_t> group_sizes, counts, recv_src, recv_k, send_row, send_rank, recv_topk_idx;
+    Device<float> recv_weights;
+  };
+  std::vector<Buffers> buffers;
+  const size_t choices = c.capacity * c.num_topk;
+  for (int r = 0; r < num_ranks; ++r) {
+    ranks.Select(r);
+    std::vector<int32_t> send_rank;
+    for (const int32_t id : ids[r]) {
+      send_rank.push_back(shape.experts.IsExpert(id) ? shape.experts.RankOf(id) : kNoIndex);
+    }
+    buffers.push_back({Device(ids[r]), Device(weights[r]), Device(x[r]), Device(y[r]),
+                       Device<T>(c.capacity * hidden), Device<T>(c.num_tokens * hidden),
+                       Device<T>(c.capacity * hidden), Device(scales[r]),
+                       Device<std::byte>(c.capacity * scale_bytes),
+                       Device<std::byte>(DispatchWorkspaceBytes(shape)),
+                       Device<int32_t>(c.num_local_experts), Device<int32_t>(3),
+                       Device<int32_t>(c.capacity), Device<int32_t>(c.capacity),
+                       Device<int32_t>(c.num_tokens * slots), Device(send_rank),
+                       Device<int32_t>(choices), Device<float>(is_rank ? choices : c.capacity)});
+    Cuda(cudaDeviceSynchronize());
+  }
+  for (int r = 0; r < num_ranks; ++r) {
+    const Buffers& b = buffers[r];
+    ranks.Select(r);
+    DispatchLaunch launch{.self = ranks.endpoint(r),
+                          .position = ranks.position(r),
+                          .args = {.shape = shape,
+                                   .fill = c.fill,
+                                   .topk_idx = b.ids.get(),
+                                   .topk_weights = b.weights.get(),
+                                   .num_streams = 2,
+                                   .streams = {},
+                                   .group_sizes = b.group_sizes.get(),
+                                   .num_recv = b.counts.get(),
+                                   .num_dropped = b.counts.get() + 1,
+                                   .num_invalid = b.counts.get() + 2,
+                                   .recv_src = b.recv_src.get(),
+                                   .recv_k = is_rank ? nullptr : b.recv_k.get(),
+                                   .send_row = b.send_row.get(),
+                                   .recv_topk_idx = is_rank ? b.recv_topk_idx.get() : nullptr,
+                                   .recv_weights = b.recv_weights.get()},
+                          .workspace = b.workspace.get()};
+    launch.args.streams[0] = {reinterpret_cast<const std::byte*>(b.x.get()),
+                              reinterpret_cast<std::byte*>(b.out.get()), c.row_bytes};
+    launch.args.streams[1] = {b.scales.get(), b.out_scales.get(), scale_bytes};
+    Cuda(LaunchDispatch(launch, ranks.traits(), num_sms, ranks.stream(r)));
+    const PullRowsLaunch pull{.self = ranks.endpoint(r),
+                              .position = ranks.position(r),
+                              .args = {.num_ranks = num_ranks,
+                                       .num_rows = c.num_tokens,
+                                       .num_pulled = c.capacity,
+                                       .row_bytes = c.row_bytes,
+                                       .index = b.recv_src.get(),
+                                       .rows = launch.args.streams[0].in,
+                                       .out = reinterpret_cast<std::byte*>(b.again.get())}};
+    Cuda(LaunchPullRows(pull, ranks.traits(), num_sms, ranks.stream(r)));
+    CombineLaunch combine{.self = ranks.endpoint(r),
+                          .position = ranks.position(r),
+                          .args = {.layout = c.layout,
+                                   .dtype = dtype,
+                                   .num_ranks = num_ranks,
+                                   .num_slots = slots,
+                                   .num_tokens = c.num_tokens,
+                                   .recv_capacity = c.capacity,
+                                   .hidden = hidden,
+                                   .send_rank = is_rank ? nullptr : b.send_rank.get(),
+                                   .send_row = b.send_row.get(),
+                                   .weights = is_rank ? nullptr : b.recv_weights.get(),
+                                   .rows = b.y.get(),
+                                   .num_biases = 1,
+                                   .biases = {b.x.get()},
+                                   .out = b.back.get()}};
+    Cuda(LaunchCombine(combine, ranks.traits(), num_sms, ranks.stream(r)));
+  }
+  ranks.Synchronize();
+  CHECK(!ranks.HasFailed(), c.Name());
+
+  std::vector<std::vector<float>> recv_weights(num_ranks);
+  for (int dst = 0; dst < num_ranks; ++dst) {
+    const Buffers& b = buffers[dst];
+    std::vector<int32_t> src_of(c.capacity, kNoIndex), k_of(c.capacity, kNoIndex);
+    std::vector<int32_t> topk(choices, kNoIndex);
+    std::vector<float> w(is_rank ? choices : c.capacity, 0.0f);
+    for (int src = 0; src < num_ranks; ++src) {
+      plan.ForEachRow(src, dst, [&](int32_t token, int32_t k, int32_t row) {
+        src_of[row] = static_cast<int32_t>(src * c.num_tokens + token);
+        k_of[row] = k;
+        const int64_t first = int64_t{token} * c.num_topk;
+        if (!is_rank) {
+          w[row] = weights[src][first + k];
+          return;
+        }
+        for (int j = 0; j < c.num_topk; ++j) {
+          const int32_t id = ids[src][first + j];
+          if (!shape.experts.IsExpert(id) || shape.experts.RankOf(id) != dst) continue;
+          topk[int64_t{row} * c.num_topk + j] = shape.experts.LocalOf(id);
+          w[int64_t{row} * c.num_topk + j] = weights[src][first + j];
+        }
+      });
+    }
+    Same(c, "recv_src", dst, b.recv_src.Read(), src_of);
+    if (!is_rank) Same(c, "recv_k", dst, b.recv_k.Read(), k_of);
+    if (is_rank) Same(c, "recv_topk_idx", dst, b.recv_topk_idx.Read(), topk);
+    Same(c, "recv_weights", dst, b.recv_weights.Read(), w);
+    Same(c, "group_sizes", dst, b.group_sizes.Read(), plan.group_sizes(dst));
+    Same(c, "counts", dst, b.counts.Read(),
+         {plan.num_recv(dst), plan.num_dropped(dst), plan.num_invalid(dst)});
+    recv_weights[dst] = w;
+    const std::vector<T> out = b.out.Read();
+    const std::vector<T> again = b.again.Read();
+    const std::vector<std::byte> out_scales = b.out_scales.Read();
+    for (int64_t row = 0; row < c.capacity; ++row) {
+      const int32_t from = src_of[row];
+      std::vector<T> zero(hidden, T{});
+      std::vector<std::byte> no_scales(scale_bytes);
+      const T* wanted = from < 0 ? zero.data() : &x[from / c.num_tokens][from % c.num_tokens * hidden];
+      const std::byte* wanted_scales =
+          from < 0 ? no_scales.data() : &scales[from / c.num_tokens][from % c.num_tokens * scale_bytes];
+      CHECK(std::memcmp(&again[row * hidden], wanted, c.row_bytes) == 0, c.Name(), dst, row);
+      const bool is_open = from < 0 && (c.fill == Fill::kNone ||
+                                        (c.fill == Fill::kPadding && row >= plan.num_recv(dst)));
+      if (is_open) continue;
+      CHECK(std::memcmp(&out[row * hidden], wanted, c.row_bytes) == 0, c.Name(), dst, row);
+      CHECK(std::memcmp(&out_scales[row * scale_bytes], wanted_scales, scale_bytes) == 0, c.Name(),
+            dst, row);
+    }
+  }
+  for (int src = 0; src < num_ranks; ++src) {
+    const Buffers& b = buffers[src];
+    std::vector<int32_t> send_row(c.num_tokens * slots, kNoIndex);
+    for (int dst = 0; dst < num_ranks; ++dst) {
+      plan.ForEachRow(src, dst, [&](int32_t token, int32_t k, int32_t row) {
+        send_row[int64_t{token} * slots + (is_rank ? dst : k)] = row;
+      });
+    }
+    Same(c, "send_row", src, b.send_row.Read(), send_row);
+    const std::vector<T> back = b.back.Read();
+    for (int64_t t = 0; t < c.num_tokens; ++t) {
+      std::vector<std::pair<int, int32_t>> places;
+      for (int s = 0; s < slots; ++s) {
+        const int32_t row = send_row[t * slots + s];
+        if (row < 0) continue;
+        places.emplace_back(is_rank ? s : shape.experts.RankOf(ids[src][t * c.num_topk + s]), row);
+      }
+      std::sort(places.begin(), places.end());
+      std::vector<RowTerm> terms;
+      for (size_t i = 0; i < places.size(); ++i) {
+        const auto& [rank, row] = places[i];
+        terms.push_back({reinterpret_cast<const std::byte*>(&y[rank][row * hidden]),
+                         is_rank ? 1.0f : recv_weights[rank][row],
+                         !is_rank && i > 0 && places[i - 1].first == rank});
+      }
+      terms.push_back({reinterpret_cast<const std::byte*>(&x[src][t * hidden]), 1.0f, false});
+      std::vector<T> sum(hidden);
+      SumRows(dtype, terms, hidden, reinterpret_cast<std::byte*>(sum.data()));
+      CHECK(std::memcmp(&back[t * hidden], sum.data(), c.row_bytes) == 0, c.Name(), src, t);
+    }
+  }
+}
+
+// A rank that does not come: the others give up, the record names it, and the device lives.
+void TestSkippedRank(int num_devices) {
+  const Ranks ranks(3, num_devices, std::chrono::milliseconds(200));
+  std::vector<Device<float>> rows, outs;
+  std::vector<Device<int32_t>> index;
+  for (int r = 0; r < 3; ++r) {
+    ranks.Select(r);
+    rows.emplace_back(std::vector<float>(8, 1.0f));
+    outs.emplace_back(8);
+    index.emplace_back(std::vector<int32_t>{0, 1, 2, 3});
+    Cuda(cudaDeviceSynchronize());
+  }
+  for (int r = 0; r < 2; ++r) {
+    ranks.Select(r);
+    const PullRowsLaunch pull{.self = ranks.endpoint(r),
+                              .position = ranks.position(r),
+                              .args = {.num_ranks = 3,
+                                       .num_rows = 2,
+                                       .num_pulled = 2,
+                                       .row_bytes = 16,
+                                       .index = index[r].get(),
+                                       .rows = reinterpret_cast<const std::byte*>(rows[r].get()),
+                                       .out = reinterpret_cast<std::byte*>(outs[r].get())}};
+    for (int i = 0; i < 3; ++i) Cuda(LaunchPullRows(pull, ranks.traits(), 4, ranks.stream(r)));
+  }
+  ranks.Synchronize();
+  CHECK(ranks.HasFailed(), "no record");
+  int num_records = 0;
+  for (int r = 0; r < 2; ++r) {
+    const FailureRecord record = ranks.record(r);
+    if (!record.is_set) continue;
+    ++num_records;
+    CHECK(record.peer == 2 && record.expected == 3 && record.seen == 2, record.peer);
+    CHECK(record.op == OpId::kPullRows, "op");
+  }
+  CHECK(num_records > 0, num_records);
+  for (int r = 0; r < 2; ++r) {
+    for (const float value : outs[r].Read()) CHECK(std::isnan(value), r);
+  }
+}
+
+void TestMatrix(int num_devices) {
+  int seed = 0;
+  for (const int num_ranks : {1, 2, 3, 4, 8}) {
+    const Ranks ranks(num_ranks, num_devices, std::chrono::seconds(20));
+    const int num_sms = num_ranks > 4 ? 6 : 8;
+    for (const RecvLayout layout : {RecvLayout::kRank, RecvLayout::kExpert}) {
+      for (const int64_t num_tokens : {1, 77, 600}) {
+        for (const int num_topk : {1, 8, 32}) {
+          const int num_local = std::max(2, 64 / num_ranks);
+          Case c{.layout = layout, .num_ranks = num_ranks, .num_tokens = num_tokens,
+                 .num_topk = num_topk, .num_local_experts = num_local, .capacity = 0};
+          c.alignment = layout == RecvLayout::kExpert && seed % 2 ? 8 : 1;
+          const int64_t most =
+              num_tokens * num_ranks *
+                  (layout == RecvLayout::kRank ? 1 : std::min(num_topk, num_local)) +
+              num_local * (c.alignment - 1);
+          c.is_skewed = seed % 3 == 0;
+          c.fill = static_cast<Fill>(seed % 3);
+          for (const double share : {1.0, 0.1}) {
+            c.capacity = std::max<int64_t>(1, static_cast<int64_t>(most * share));
+            c.row_bytes = std::vector<size_t>{16, 528, 2048, 64}[seed % 4];
+            TestRoundTrip<BF16>(c, DType::kBF16, ranks, num_sms, seed++);
+          }
+          c.capacity = most;
+          TestRoundTrip<float>(c, DType::kF32, ranks, num_sms, seed++);
+          TestRoundTrip<F16>(c, DType::kF16, ranks, num_sms, seed++);
+        }
+      }
+    }
+    // Rows of several pieces, many experts.
+    Case wide{.layout = RecvLayout::kExpert, .num_ranks = num_ranks, .num_tokens = 33,
+              .num_topk = 4, .num_local_experts = 8, .capacity = 33 * num_ranks * 4};
+    wide.row_bytes = 40000;
+    TestRoundTrip<BF16>(wide, DType::kBF16, ranks, num_sms, seed++);
+    Case many{.layout = RecvLayout::kExpert, .num_ranks = num_ranks, .num_tokens = 600,
+              .num_topk = 8, .num_local_experts = 4096 / num_ranks, .capacity = 2000};
+    TestRoundTrip<BF16>(many, DType::kBF16, ranks, num_sms, seed++);
+    std::printf("R=%d: %d cases\n", num_ranks, seed);
+    std::fflush(stdout);
+  }
+}
+
+}  // namespace
+}  // namespace jax_ep
+
+int main() {
+  int num_devices = 0;
+  jax_ep::Cuda(cudaGetDeviceCount(&num_devices));
+  for (int d = 1; d <= num_devices; ++d) {
+    std::printf("on %d devices\n", d);
+    jax_ep::TestMatrix(d);
+    jax_ep::TestSkippedRank(d);
+  }
+  std::printf("ok\n");
+  return 0;
+}
