@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 import jax_ep
+from jax_ep.testing.cases import round_trip
 from jax_ep.testing.ranks import make_mesh
 
 BACKENDS = ("cpu", "xla")
@@ -33,6 +34,12 @@ def groups() -> Iterator[Callable[[int], jax_ep.Group]]:
     for group in opened:
         group.check()
         group.close()
+
+
+@pytest.fixture(scope="session")
+def round_trips() -> Callable[..., Callable[..., object]]:
+    """`round_trip`, compiled once for each set of arguments."""
+    return functools.cache(round_trip)
 
 
 @pytest.fixture(params=BACKENDS)
