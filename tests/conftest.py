@@ -3,9 +3,6 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
-# With fewer threads, many launches in flight hang even stock collectives on few cores.
-os.environ.setdefault("PJRT_NPROC", "16")
 
 import functools
 from collections.abc import Callable, Iterator
@@ -14,8 +11,9 @@ import pytest
 
 import jax_ep
 from jax_ep.testing.cases import round_trip
-from jax_ep.testing.ranks import make_mesh
+from jax_ep.testing.ranks import make_mesh, prepare_virtual_devices
 
+prepare_virtual_devices()
 BACKENDS = ("cpu", "xla")
 LAYOUTS = ("rank", "expert")
 

@@ -19,7 +19,7 @@ from jax_ep.errors import LaunchError
 
 _POLL_S = 0.02
 _DUMP_S = 5.0
-_TAIL_BYTES = 6000
+_TAIL_CHARS = 6000
 
 
 def initialize() -> None:
@@ -153,6 +153,6 @@ def _abort(processes: Sequence[_Process]) -> None:
 def _report(process_id: int, process: _Process) -> str:
     code = "killed by launch" if process.is_killed else f"exit code {process.exit_code()}"
     text = process.read()
-    if len(text) > _TAIL_BYTES:
-        text = "...\n" + text[-_TAIL_BYTES:]
+    if len(text) > _TAIL_CHARS:
+        text = "...\n" + text[-_TAIL_CHARS:]
     return f"--- process {process_id}: {code}\n{text.rstrip()}"

@@ -17,7 +17,7 @@ def prepare_virtual_devices(num_ranks: int = 8) -> None:
     if "xla_force_host_platform_device_count" not in flags:
         count = f"--xla_force_host_platform_device_count={num_ranks}"
         os.environ["XLA_FLAGS"] = f"{flags} {count}".strip()
-    # Virtual devices that wait for each other need a thread each, however few the cores.
+    # With fewer threads, many launches in flight hang even stock collectives on few cores.
     os.environ.setdefault("PJRT_NPROC", str(max(16, 2 * num_ranks)))
 
 

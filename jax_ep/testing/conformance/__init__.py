@@ -1,6 +1,6 @@
 """What every back end must do, as named checks: call each with a group and a back end.
 
-`CHECKS` takes a minute or two on a small machine; `FULL` holds every check of it, and many more
+`CHECKS` takes a minute or two for a back end on a small machine; `FULL` holds it and many more
 combinations of sizes. Arguments and the reference are made on the host, alike in every process, and
 each process compares the shards that it has.
 """
