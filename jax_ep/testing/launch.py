@@ -55,7 +55,7 @@ def launch(
     Raises:
       LaunchError: one ended with another code than 0, and the others were killed, or the deadline
         passed, and all were. It holds every exit code, the end of every output, and the Python
-        tracebacks of what was killed.
+        tracebacks of the processes that were killed, their children's left out.
     """
     coordinator = f"localhost:{_free_port()}"
     with ExitStack() as stack:
@@ -142,7 +142,8 @@ def _abort(processes: Sequence[_Process]) -> None:
     for process in processes:
         if process.exit_code() is None:
             process.is_killed = True
-            process.signal_all(signal.SIGABRT)
+            # Not its children, whose tracebacks would be written into the same lines.
+            os.kill(process.popen.pid, signal.SIGABRT)
     end = time.monotonic() + _DUMP_S
     while time.monotonic() < end and any(p.exit_code() is None for p in processes):
         time.sleep(_POLL_S)
