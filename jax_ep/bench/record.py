@@ -156,7 +156,9 @@ def _find_commit() -> tuple[str | None, bool | None]:
     commit = _run("git", "-C", str(here), "rev-parse", "HEAD")
     if commit is None:
         return None, None
-    return commit, bool(_run("git", "-C", str(here), "status", "--porcelain"))
+    # Results of earlier runs are no part of what is measured.
+    paths = ("--", ":/", ":(top,exclude)benchmarks/results")
+    return commit, bool(_run("git", "-C", str(here), "status", "--porcelain", *paths))
 
 
 def _run(*command: str) -> str | None:
