@@ -1,4 +1,7 @@
-"""`python -m jax_ep info` tells what jax_ep finds here; `bench` measures the operations."""
+"""`python -m jax_ep info` tells what jax_ep finds here, `conformance` checks the operations.
+
+`bench` measures them.
+"""
 
 import argparse
 import sys
@@ -11,6 +14,7 @@ import jax_ep
 from jax_ep import _native
 from jax_ep.bench import run as bench
 from jax_ep.errors import GroupError
+from jax_ep.testing import run as conformance
 
 
 def info() -> None:
@@ -46,9 +50,14 @@ def main() -> None:
     bench.add_arguments(
         commands.add_parser("bench", help="time of the operations over floor and stock JAX")
     )
+    conformance.add_arguments(
+        commands.add_parser("conformance", help="the operations against the reference, to the bit")
+    )
     args = parser.parse_args()
     if args.command == "bench":
         bench.main(args)
+    elif args.command == "conformance":
+        sys.exit(min(conformance.main(args), 1))
     else:
         info()
 

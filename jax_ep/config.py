@@ -1,11 +1,15 @@
 """Settings: their values, their defaults, and the environment variables.
 
-Environment variables, read when a group opens:
-  JAX_EP_DEBUG: "1" turns debug mode on (`Group.open(debug=...)` overrides it).
+Environment variables:
+  JAX_EP_DEBUG: "1" turns debug mode on (`Group.open(debug=...)` overrides it); read when a group
+    opens.
+  JAX_EP_COORDINATOR, JAX_EP_NUM_PROCESSES, JAX_EP_PROCESS_ID: what `jax_ep.testing.launch` tells
+    the processes that it starts.
 """
 
 import enum
 import os
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import jax
@@ -81,3 +85,35 @@ def debug_from_environment() -> bool:
     if value not in ("", "0", "1"):
         raise ConfigError(f"JAX_EP_DEBUG must be '0' or '1', got {value!r}")
     return value == "1"
+
+
+@dataclass(frozen=True)
+class ProcessPlace:
+    """One process of a program of several.
+
+    Attributes:
+      coordinator: host:port of JAX's coordination service.
+      num_processes: of the program.
+      process_id: from 0.
+    """
+
+    coordinator: str
+    num_processes: int
+    process_id: int
+
+    def to_environment(self) -> dict[str, str]:
+        """The variables that say it."""
+        values = (self.coordinator, str(self.num_processes), str(self.process_id))
+        return dict(zip(_PLACE_VARIABLES, values, strict=True))
+
+    @classmethod
+    def from_environment(cls) -> "ProcessPlace":
+        """That of this process; ConfigError names a variable that is missing."""
+        missing = [name for name in _PLACE_VARIABLES if name not in os.environ]
+        if missing:
+            raise ConfigError(f"launch: {', '.join(missing)} must be set: start it with launch")
+        coordinator, num_processes, process_id = (os.environ[n] for n in _PLACE_VARIABLES)
+        return cls(coordinator, int(num_processes), int(process_id))
+
+
+_PLACE_VARIABLES = ("JAX_EP_COORDINATOR", "JAX_EP_NUM_PROCESSES", "JAX_EP_PROCESS_ID")

@@ -49,3 +49,7 @@ class PeerTimeoutError(JaxEpError, RuntimeError):
         self.peer = peer
         self.expected = expected
         self.seen = seen
+
+
+class LaunchError(JaxEpError, RuntimeError):
+    """A program of several processes failed, or did not end in time."""

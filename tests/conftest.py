@@ -3,9 +3,6 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
-# With fewer threads, many launches in flight hang even stock collectives on few cores.
-os.environ.setdefault("PJRT_NPROC", "16")
 
 import functools
 from collections.abc import Callable, Iterator
@@ -13,8 +10,10 @@ from collections.abc import Callable, Iterator
 import pytest
 
 import jax_ep
-from jax_ep.testing.ranks import make_mesh
+from jax_ep.testing.cases import round_trip
+from jax_ep.testing.ranks import make_mesh, prepare_virtual_devices
 
+prepare_virtual_devices()
 BACKENDS = ("cpu", "xla")
 LAYOUTS = ("rank", "expert")
 
@@ -33,6 +32,12 @@ def groups() -> Iterator[Callable[[int], jax_ep.Group]]:
     for group in opened:
         group.check()
         group.close()
+
+
+@pytest.fixture(scope="session")
+def round_trips() -> Callable[..., Callable[..., object]]:
+    """`round_trip`, compiled once for each set of arguments."""
+    return functools.cache(round_trip)
 
 
 @pytest.fixture(params=BACKENDS)

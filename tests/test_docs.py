@@ -1,31 +1,134 @@
-"""What the documents show runs, and their links lead somewhere."""
+"""What the documents show runs and prints what they say, and their links lead somewhere.
 
+The ```python blocks of a page run one after another, as one program. A block prints what the
+```text block right behind it shows, or what the comments behind its top-level `print`s say, or
+nothing; `...` stands for anything.
+"""
+
+import argparse
+import doctest
 import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import pytest
-from jax.sharding import PartitionSpec as P
 
-import jax_ep
+from jax_ep import _registry
+from jax_ep.bench import run as bench
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted(p for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+PAGES = sorted(p for folder in ("", "docs/**/", "benchmarks/") for p in ROOT.glob(f"{folder}*.md"))
+COMMAND = "python -m jax_ep "
 
 
-def test_readme_layer_runs(capsys):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    names = {"jax": jax, "jnp": jnp, "P": P, "jax_ep": jax_ep}
-    exec("\n".join(blocks), names)
-    names["group"].check()
-    names["group"].close()
-    assert capsys.readouterr().out == "(512, 32)\n"
-    assert len(blocks[0].splitlines()) <= 10
+class Block(NamedTuple):
+    page: Path
+    line: int  # of its first line
+    language: str
+    source: str
+    expected: str | None
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def _blocks(page: Path) -> Iterator[Block]:
+    text = page.read_text()
+    for found in re.finditer(
+        r"^```(\w*)\n(.*?)^```\n(?:\n*```text\n(.*?)^```\n)?", text, re.DOTALL | re.MULTILINE
+    ):
+        yield Block(page, text[: found.start(2)].count("\n") + 1, *found.groups())
+
+
+BLOCKS = [block for page in PAGES for block in _blocks(page)]
+PROGRAMS = sorted({b.page for b in BLOCKS if b.language == "python"})
+COMMANDS = [
+    (block, line.split("#")[0].strip())
+    for block in BLOCKS
+    if block.language in {"sh", "bash"}
+    for line in block.source.splitlines()
+    if line.startswith(COMMAND)
+]
+
+
+def _name(value):
+    """The ids of tests."""
+    path = value.page if isinstance(value, Block) else value
+    return str(path.relative_to(ROOT)) if isinstance(path, Path) else str(path)
+
+
+@pytest.fixture
+def groups_end():
+    """Closes and checks the groups that a page leaves open."""
+    before = set(_registry.open_groups)
+    yield
+    opened = [_registry.open_groups[i] for i in set(_registry.open_groups) - before]
+    for group in opened:
+        group.close()
+    for group in opened:
+        group.check()
+
+
+def _compare(block: Block, got: str) -> None:
+    expected = block.expected
+    if expected is None:
+        said = re.findall(r"^print\(.*\)  # (.*)$", block.source, re.MULTILINE)
+        expected = "".join(f"{line}\n" for line in said)
+    same = doctest.OutputChecker().check_output(expected, got, doctest.ELLIPSIS)
+    assert same, f"{block.page}:{block.line} should print\n{expected}but prints\n{got}"
+
+
+@pytest.mark.parametrize("page", PROGRAMS, ids=_name)
+@pytest.mark.usefixtures("groups_end")
+def test_python(page, capsys):
+    names = {"__name__": "__main__"}
+    for block in _blocks(page):
+        if block.language == "python":
+            # The newlines give errors the line numbers of the page.
+            code = compile("\n" * (block.line - 1) + block.source, page, "exec")
+            exec(code, names)
+            _compare(block, capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(("block", "command"), COMMANDS, ids=_name)
+def test_commands(block, command):
+    arguments = shlex.split(command.removeprefix(COMMAND))
+    if arguments[0] == "bench":  # that takes minutes: only whether it is understood
+        parser = argparse.ArgumentParser(exit_on_error=False)
+        bench.add_arguments(parser)
+        parser.parse_args(arguments[1:])
+        return
+    done = subprocess.run(
+        [sys.executable, "-m", "jax_ep", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    if block.expected is not None:
+        _compare(block, done.stdout)
+
+
+def test_readme_layer_is_short():
+    layer = next(b for b in _blocks(ROOT / "README.md") if b.language == "python")
+    assert len(layer.source.splitlines()) <= 10
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_name)
 def test_links(page):
-    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
-        if not target.startswith("http"):
-            assert (page.parent / target).exists(), target
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        path, _, heading = target.partition("#")
+        if target.startswith("http"):
+            continue
+        found = page.parent / path if path else page
+        assert found.exists(), target
+        if heading:
+            assert heading in _anchors(found), target
+
+
+def _anchors(page: Path) -> set[str]:
+    """What a heading is called in a link: its words in lower case, joined by hyphens."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}

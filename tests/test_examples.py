@@ -1,10 +1,19 @@
 """The examples run, from their command lines, at a small size."""
 
+import importlib
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+
+import jax_ep
+from jax_ep.testing.compare import assert_same_bits
+from jax_ep.testing.ranks import on_ranks
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SMALL = ["--steps", "2", "--batch", "8", "--seq", "16", "--d-model", "16", "--layers", "1"]
@@ -39,3 +48,86 @@ def test_train_moe_refuses_impossible_sizes(tmp_path):
     done = _run(tmp_path, "--devices", "3")
     assert done.returncode == 1
     assert "must divide --devices 3" in done.stderr
+
+
+def _run_fp8(*flags):
+    small = ["--tokens", "32", "--hidden", "128", "--experts", "4", "--steps", "8"]
+    command = [sys.executable, EXAMPLES / "fp8_moe.py", *small, *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
+
+
+@pytest.mark.parametrize(("scales", "scale_bytes"), [("f32", 8), ("e8m0", 2)])
+def test_fp8_moe(scales, scale_bytes):
+    """It compares the two layers and trains both; the exit status is its verdict."""
+    done = _run_fp8("--scales", scales)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for text in ("outputs", "gradient of x", "gradient of router", "apart", "0 in fp8"):
+        assert text in done.stdout
+    assert f"= 256 + {scale_bytes} of scales" in done.stdout
+
+
+def test_fp8_moe_refuses_impossible_sizes():
+    done = _run_fp8("--devices", "3", "--expert-parallel", "3")
+    assert done.returncode == 1
+    assert "must divide --devices 3" in done.stderr
+
+
+@pytest.mark.parametrize("scales", ["f32", "e8m0"])
+def test_fp8_moe_gradient_is_exact_where_fp8_is(groups, backend, scales, monkeypatch):
+    """On integers that fp8 holds exactly, results and gradients have the bits of the plain layer.
+
+    The largest of each block is 7 = 2**-6 * 448, so the scales are powers of two; every product
+    and sum is an integer that f32 holds. The tolerance is zero.
+    """
+    monkeypatch.syspath_prepend(EXAMPLES)
+    fp8_moe = importlib.import_module("fp8_moe")
+    num_ranks, num_tokens, num_topk, hidden, inner, capacity = 4, 12, 2, 256, 24, 25
+    group = groups(num_ranks)
+    rng = np.random.default_rng(0)
+
+    def integers(largest, *shape):
+        return rng.integers(-largest, largest + 1, (num_ranks, *shape)).astype(np.float32)
+
+    x, w_in = integers(7, num_tokens, hidden), integers(3, 2, hidden, inner)
+    x[..., ::128] = 7
+    weights, topk_idx = np.abs(integers(5, num_tokens, num_topk)), np.zeros((4, 12, 2), np.int32)
+    for token in np.ndindex(num_ranks, num_tokens):
+        topk_idx[token] = rng.choice(2 * num_ranks, num_topk, replace=False)
+    topk_idx[0, 0] = -1
+    cotangents = integers(4, capacity, inner), integers(4, capacity)
+    saved = {}
+
+    def fn(x, weights, topk_idx, w_in, *cotangents):
+        send = partial(
+            jax_ep.dispatch,
+            group=group,
+            num_experts=2 * num_ranks,
+            layout="expert",
+            recv_capacity=capacity,
+            backend=backend,
+        )
+        results = {}
+        for name, up in (
+            ("plain", partial(fp8_moe.bf16_up, send)),
+            ("fp8", partial(fp8_moe.fp8_up, send, scales)),
+        ):
+
+            def run(x, weights, w_in, up=up):
+                hidden, row_weights, handle = up(x, (weights, topk_idx), w_in)
+                return (hidden, row_weights), handle.num_dropped
+
+            y, vjp, dropped = jax.vjp(run, x, weights, w_in, has_aux=True)
+            saved[name] = {(a.dtype.name, a.shape) for a in jax.tree.leaves(vjp)}
+            results[name] = y, vjp(cotangents), dropped
+        return results
+
+    results = on_ranks(fn, group.mesh)(x, weights, topk_idx, w_in, *cotangents)
+    assert jax.tree.leaves(results["plain"])[-1].sum() > 0  # some rows were dropped
+    for a, b in zip(*(jax.tree.leaves(results[name]) for name in ("fp8", "plain")), strict=True):
+        assert np.any(np.asarray(a))
+        assert_same_bits(a, b)
+    # What the backward pass needs is kept as fp8.
+    wide = ("float32", (capacity, hidden))
+    assert wide in saved["plain"]
+    assert wide not in saved["fp8"]
+    assert (jnp.float8_e4m3fn.dtype.name, (capacity, hidden)) in saved["fp8"]

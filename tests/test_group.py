@@ -8,11 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import Case, assert_combined, assert_dispatched, make_data, run
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
+from jax_ep.testing.cases import (
+    Case,
+    assert_combined,
+    assert_dispatched,
+    make_data,
+    round_trip,
+)
 from jax_ep.testing.compare import assert_same_bits
 from jax_ep.testing.ranks import make_mesh, on_ranks
 
@@ -120,7 +126,7 @@ def test_handle_crosses_a_jit_border(groups, layout):
     group = groups(4)
     case = Case(4, layout)
     data = make_data(case, "balanced")
-    out, y = run(case, group, "cpu", data)
+    out, y = round_trip(case, group, "cpu")(*data.operands())
     back = on_ranks(jax_ep.combine, group.mesh)
     np.testing.assert_array_equal(back(data.rows, out.handle), y)
 
@@ -246,6 +252,13 @@ def test_interpreter_exits_cleanly():
     """With an open group and calls in flight."""
     code = """
 import jax, numpy as np, jax_ep
+from jax_ep.testing.cases import (
+    Case,
+    assert_combined,
+    assert_dispatched,
+    make_data,
+    round_trip,
+)
 from jax_ep.testing.compare import assert_same_bits
 from jax_ep.testing.ranks import make_mesh, on_ranks
 group = jax_ep.Group.open(make_mesh(4), "ep")

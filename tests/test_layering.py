@@ -24,9 +24,21 @@ LAYERS = [
     {"_differentiable"},
     {"dispatch", "get_dispatch_layout"},
     {"combine", "dispatch_fp8", "transforms"},
-    {"testing", "bench", "__init__", "__main__"},
+    {"testing"},
+    {"bench"},
+    {"__init__", "__main__"},
+]
+# The same inside jax_ep.testing, except that `import jax_ep` is free.
+TESTING_LAYERS = [
+    {"compare", "routing", "launch"},
+    {"ranks"},
+    {"cases"},
+    {"conformance"},
+    {"run"},
+    {"__init__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+TESTING_LEVEL = {name: level for level, names in enumerate(TESTING_LAYERS) for name in names}
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -57,6 +69,11 @@ def test_imports_go_downwards(path):
         if parts[0] == "jax_ep" and len(parts) > 1:
             level = LEVEL.get(parts[1], LEVEL["__init__"])
             assert level <= LEVEL[own], f"{own} imports {name}"
+            if parts[1] == own == "testing":
+                inner = path.relative_to(PACKAGE).parts[1].removesuffix(".py")
+                level = TESTING_LEVEL.get(parts[2], TESTING_LEVEL["__init__"])
+                assert level <= TESTING_LEVEL[inner], f"testing/{inner} imports {name}"
+        assert parts[0] not in ("pytest", "hypothesis"), f"{own} imports {name}"
         private = ("jax._src", "jax.extend", "jax.interpreters", "jax.core")
         if name.startswith(private):
             assert own == "_jax_compat", f"{own} imports {name}"

@@ -3,10 +3,11 @@
 import functools
 
 import numpy as np
-from cases import Case, assert_dispatched, make_data, round_trip
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+
+from jax_ep.testing.cases import Case, assert_dispatched, make_data
 
 NUM_RANKS, NUM_TOKENS, NUM_TOPK, EXPERTS_PER_RANK = 3, 5, 4, 2
 SHAPE = (NUM_RANKS, NUM_TOKENS, NUM_TOPK)
@@ -31,13 +32,13 @@ def _case(layout, recv_capacity, expert_alignment):
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(ids=IDS, size=st.sampled_from([(3, 1), (17, 1), (17, 4), (200, 3)]))
-def test_rows_never_overlap_nor_leave_the_buffer(groups, layout, backend, ids, size):
+def test_rows_never_overlap_nor_leave_the_buffer(groups, round_trips, layout, backend, ids, size):
     recv_capacity, alignment = size
     case = _case(layout, recv_capacity, 1 if layout == "rank" else alignment)
     data = make_data(case, "all_empty")
     data.topk_idx[:] = ids
-    fn = round_trip(case, groups(NUM_RANKS), backend)
-    out, _ = fn(data.x, data.topk_idx, data.topk_weights, data.rows, ())
+    fn = round_trips(case, groups(NUM_RANKS), backend)
+    out, _ = fn(*data.operands())
     assert_dispatched(case, data, out)
 
     send_row = np.asarray(out.handle.send_row)

@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
-from cases import ROUTINGS
 
 import jax_ep
 from jax_ep import reference
+from jax_ep.testing import routing as routings
 
 
-@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("routing", routings.BY_NAME)
 @pytest.mark.parametrize("layout", ["rank", "expert"])
 @pytest.mark.parametrize("alignment", [1, 8])
 def test_worst_case_never_drops(routing, layout, alignment):
@@ -17,7 +17,7 @@ def test_worst_case_never_drops(routing, layout, alignment):
     capacity = jax_ep.recv_capacity(
         **sizes, layout=layout, expert_alignment=alignment, balance=None
     )
-    ids = ROUTINGS[routing](np.random.default_rng(0), (4, 7, 5), 12)
+    ids = routings.BY_NAME[routing](np.random.default_rng(0), (4, 7, 5), 12)
     plan = reference.make_plan(
         ids, num_experts=12, layout=layout, recv_capacity=capacity, expert_alignment=alignment
     )

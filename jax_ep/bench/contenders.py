@@ -5,6 +5,7 @@ Every function here sees one rank, inside shard_map.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 
 import jax_ep
 from jax_ep.bench.shapes import Point
+from jax_ep.testing.cases import dispatch
 
 
 class Contender(NamedTuple):
@@ -45,25 +47,12 @@ def contenders(point: Point, group: jax_ep.Group, backends: Sequence[str]) -> li
 def ours(point: Point, group: jax_ep.Group, backend: str) -> Contender:
     """jax_ep on one back end."""
 
-    def dispatch(x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax_ep.Dispatched:
-        return jax_ep.dispatch(
-            x,
-            ids,
-            weights,
-            group=group,
-            num_experts=point.experts,
-            layout=point.layout,
-            recv_capacity=point.recv_capacity,
-            fill=point.fill,
-            backend=backend,
-        )
-
     def combine(out: jax_ep.Dispatched) -> jax.Array:
         weights = out.weights if point.layout == "expert" else None
         return jax_ep.combine(out.x, out.handle, weights=weights, backend=backend)
 
-    capacity = point.recv_capacity
-    return Contender("jax_ep", backend, None, point.fill, capacity, dispatch, combine)
+    send = partial(dispatch, point, group, backend)
+    return Contender("jax_ep", backend, None, point.fill, point.capacity, send, combine)
 
 
 class Exchanged(NamedTuple):
@@ -87,14 +76,14 @@ def all_to_all(point: Point, axes: tuple[str, ...]) -> Contender:
 
     def dispatch(x: jax.Array, ids: jax.Array, weights: jax.Array) -> Exchanged:
         order, expert, slot = _pack(point, ids, slots)
-        is_used = expert < point.local_experts
-        send = jnp.where(is_used[:, None], x[order // point.topk], jnp.zeros((), x.dtype))
+        is_used = expert < point.experts_per_rank
+        send = jnp.where(is_used[:, None], x[order // point.num_topk], jnp.zeros((), x.dtype))
         received = _swap(send, point.num_ranks, axes)
         expert = _swap(expert, point.num_ranks, axes)
         by_expert = jnp.argsort(expert, stable=True).astype(jnp.int32)
         numbers = jnp.arange(by_expert.size, dtype=jnp.int32)
         place = jnp.zeros_like(by_expert).at[by_expert].set(numbers, unique_indices=True)
-        sizes = jnp.bincount(expert, length=point.local_experts).astype(jnp.int32)
+        sizes = jnp.bincount(expert, length=point.experts_per_rank).astype(jnp.int32)
         return Exchanged(received[by_expert], sizes, place, slot, weights)
 
     def combine(out: Exchanged) -> jax.Array:
@@ -110,23 +99,25 @@ def all_to_all(point: Point, axes: tuple[str, ...]) -> Contender:
 
 def _slots(point: Point) -> int:
     """Rows for each destination: the same room as jax_ep has, cut into equal parts."""
-    worst = point.tokens * min(point.topk, point.local_experts)
+    worst = point.num_tokens * min(point.num_topk, point.experts_per_rank)
     if point.balance is None:
         return worst
-    return min(worst, math.ceil(point.tokens * point.topk * point.balance / point.num_ranks))
+    return min(
+        worst, math.ceil(point.num_tokens * point.num_topk * point.balance / point.num_ranks)
+    )
 
 
 def _pack(point: Point, ids: jax.Array, slots: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(choice [R * S], its local expert, past the last where unused, slot of choice [T, K])."""
     choice = ids.reshape(-1)
     order = jnp.argsort(choice, stable=True).astype(jnp.int32)
-    to = choice // point.local_experts
+    to = choice // point.experts_per_rank
     count = jnp.bincount(to, length=point.num_ranks).astype(jnp.int32)
     first = jnp.cumsum(count) - count
     nth = jnp.arange(slots, dtype=jnp.int32)
     chosen = order[jnp.minimum(first[:, None] + nth, choice.size - 1)]
-    local = choice[chosen] % point.local_experts
-    expert = jnp.where(nth < count[:, None], local, point.local_experts)
+    local = choice[chosen] % point.experts_per_rank
+    expert = jnp.where(nth < count[:, None], local, point.experts_per_rank)
     numbers = jnp.arange(choice.size, dtype=jnp.int32)
     nth_of = jnp.zeros_like(order).at[order].set(numbers, unique_indices=True) - first[to]
     slot = jnp.where(nth_of < slots, to * slots + nth_of, -1)
@@ -153,8 +144,8 @@ def all_gather(point: Point, axes: tuple[str, ...]) -> Contender:
 
     def dispatch(x: jax.Array, ids: jax.Array, weights: jax.Array) -> Gathered:
         rows, ids, weights = (jax.lax.all_gather(a, axes, tiled=True) for a in (x, ids, weights))
-        local = ids - jax.lax.axis_index(axes) * point.local_experts
-        is_here = (local >= 0) & (local < point.local_experts)
+        local = ids - jax.lax.axis_index(axes) * point.experts_per_rank
+        is_here = (local >= 0) & (local < point.experts_per_rank)
         return Gathered(rows, jnp.where(is_here, local, -1), jnp.where(is_here, weights, 0.0))
 
     def combine(out: Gathered) -> jax.Array:
@@ -164,5 +155,5 @@ def all_gather(point: Point, axes: tuple[str, ...]) -> Contender:
         return summed
 
     algorithm = "all_gather, psum_scatter"
-    capacity = point.tokens * point.num_ranks
+    capacity = point.num_tokens * point.num_ranks
     return Contender("all_gather", "xla", algorithm, None, capacity, dispatch, combine)

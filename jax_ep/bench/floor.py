@@ -66,17 +66,17 @@ def traffic(op: str, point: Point, recv_src: Any) -> Traffic:
     if op == "dispatch":
         wire, read_once, written = remote.sum(axis=0), pairs.sum(axis=0), rows
     else:
-        wire, read_once, written = remote.sum(axis=1), rows, np.full_like(rows, point.tokens)
+        wire, read_once, written = remote.sum(axis=1), rows, np.full_like(rows, point.num_tokens)
     size = point.row_bytes
     return Traffic(wire * size, rows * size, read_once * size, written * size)
 
 
 def _count_pairs(point: Point, recv_src: Bytes) -> Bytes:
     """[source, destination]: tokens that have rows there."""
-    is_pair = np.zeros((point.num_ranks * point.tokens, point.num_ranks), bool)
+    is_pair = np.zeros((point.num_ranks * point.num_tokens, point.num_ranks), bool)
     for dst, sources in enumerate(recv_src):
         is_pair[sources[sources >= 0], dst] = True
-    counts: Bytes = is_pair.reshape(point.num_ranks, point.tokens, -1).sum(axis=1)
+    counts: Bytes = is_pair.reshape(point.num_ranks, point.num_tokens, -1).sum(axis=1)
     return counts
 
 

@@ -119,10 +119,10 @@ def make_record(
         shape=point.shape,
         num_ranks=point.num_ranks,
         num_processes=jax.process_count(),
-        tokens=point.tokens,
+        tokens=point.num_tokens,
         hidden=point.hidden,
-        topk=point.topk,
-        experts=point.experts,
+        topk=point.num_topk,
+        experts=point.num_experts,
         dtype=point.dtype,
         layout=point.layout,
         recv_capacity=contender.recv_capacity,
@@ -156,7 +156,9 @@ def _find_commit() -> tuple[str | None, bool | None]:
     commit = _run("git", "-C", str(here), "rev-parse", "HEAD")
     if commit is None:
         return None, None
-    return commit, bool(_run("git", "-C", str(here), "status", "--porcelain"))
+    # Results of earlier runs are no part of what is measured.
+    paths = ("--", ":/", ":(top,exclude)benchmarks/results")
+    return commit, bool(_run("git", "-C", str(here), "status", "--porcelain", *paths))
 
 
 def _run(*command: str) -> str | None:

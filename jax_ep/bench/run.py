@@ -2,7 +2,6 @@
 
 import argparse
 import itertools
-import os
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,10 +15,11 @@ import jax_ep
 from jax_ep.bench import floor, report, timing
 from jax_ep.bench.contenders import contenders, ours
 from jax_ep.bench.record import Measured, Place, Record, make_record
-from jax_ep.bench.shapes import DTYPES, SHAPES, Point, make_inputs, make_point
+from jax_ep.bench.shapes import SHAPES, Point, make_inputs, make_point
 from jax_ep.config import BACKENDS, Fill
 from jax_ep.errors import ConfigError
-from jax_ep.testing.ranks import make_mesh, on_ranks
+from jax_ep.testing.cases import DTYPES
+from jax_ep.testing.ranks import make_mesh, on_ranks, prepare_virtual_devices
 
 _TIMEOUT_S = 600.0
 
@@ -53,19 +53,9 @@ def _parse_balance(text: str) -> float | str | None:
     return {"none": None, "auto": "auto"}[text] if text in ("none", "auto") else float(text)
 
 
-def prepare_environment(num_ranks: int | None) -> None:
-    """Sets what JAX's CPU client reads when it starts; other platforms ignore it."""
-    flags = os.environ.get("XLA_FLAGS", "")
-    if "xla_force_host_platform_device_count" not in flags:
-        count = f"--xla_force_host_platform_device_count={num_ranks or 8}"
-        os.environ["XLA_FLAGS"] = f"{flags} {count}".strip()
-    # Virtual devices that wait for each other need a thread each, however few the cores.
-    os.environ.setdefault("PJRT_NPROC", str(max(16, 2 * (num_ranks or 8))))
-
-
 def main(args: argparse.Namespace) -> None:
     """Measures, prints a table, writes the records."""
-    prepare_environment(args.ranks)
+    prepare_virtual_devices(args.ranks or 8)
     num_ranks = args.ranks or len(jax.devices())
     points = list(make_points(args, num_ranks))
     place = Place.find()
@@ -122,7 +112,7 @@ class Session:
 
     def measure(self, op: str, point: Point, progress: report.Progress) -> list[report.Row]:
         """All contenders of one operation at one point, interleaved, under one run id."""
-        progress.label(f"{op} {point.shape} {point.tokens} {point.layout}")
+        progress.label(f"{op} {point.shape} {point.num_tokens} {point.layout}")
         mesh = self._group.mesh
         inputs = make_inputs(point, mesh)
         entrants = contenders(point, self._group, self.backends)

@@ -4,14 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 import jax_ep
 from jax_ep.testing import routing
-
-DTYPES = {"bf16": jnp.bfloat16, "f16": jnp.float16, "f32": jnp.float32}
+from jax_ep.testing.cases import DTYPES, Case
+from jax_ep.testing.ranks import place
 
 
 @dataclass(frozen=True)
@@ -32,31 +30,17 @@ SHAPES = {
 }
 
 
-@dataclass(frozen=True)
-class Point:
-    """A shape with everything else that decides what an operation has to do."""
+@dataclass(frozen=True, kw_only=True)
+class Point(Case):
+    """A case that is measured.
+
+    Attributes:
+      shape: its name.
+      balance: that the capacity was computed with.
+    """
 
     shape: str
-    tokens: int
-    hidden: int
-    topk: int
-    experts: int
-    dtype: str
-    layout: str
-    num_ranks: int
     balance: float | None
-    recv_capacity: int
-    fill: str
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row of x."""
-        return self.hidden * jnp.dtype(DTYPES[self.dtype]).itemsize
-
-    @property
-    def local_experts(self) -> int:
-        """Experts of each rank."""
-        return self.experts // self.num_ranks
 
 
 def make_point(
@@ -75,13 +59,13 @@ def make_point(
     )
     return Point(
         shape=name,
-        tokens=shape.tokens,
-        hidden=shape.hidden,
-        topk=shape.topk,
-        experts=shape.experts,
-        dtype=dtype,
-        layout=layout,
         num_ranks=num_ranks,
+        layout=layout,
+        num_tokens=shape.tokens,
+        num_topk=shape.topk,
+        experts_per_rank=shape.experts // num_ranks,
+        hidden=shape.hidden,
+        dtype=dtype,
         balance=balance,
         recv_capacity=capacity,
         fill=fill,
@@ -91,10 +75,10 @@ def make_point(
 def make_inputs(point: Point, mesh: jax.sharding.Mesh, seed: int = 0) -> tuple[jax.Array, ...]:
     """(x, topk_idx, topk_weights) [R, ...] on the mesh: balanced routing, weights that add to 1."""
     rng = np.random.default_rng(seed)
-    tokens = (point.num_ranks, point.tokens)
+    tokens = (point.num_ranks, point.num_tokens)
     x = rng.standard_normal((*tokens, point.hidden), np.float32).astype(DTYPES[point.dtype])
-    ids = routing.balanced(rng, (*tokens, point.topk), point.experts)
+    ids = routing.balanced(rng, (*tokens, point.num_topk), point.num_experts)
     weights = rng.random(ids.shape, np.float32) + 0.1
     weights /= weights.sum(axis=-1, keepdims=True)
-    sharding = NamedSharding(mesh, PartitionSpec(tuple(mesh.axis_names)))
-    return tuple(jax.device_put(a, sharding) for a in (x, ids, weights))
+    arrays: tuple[jax.Array, ...] = place((x, ids, weights), mesh)
+    return arrays

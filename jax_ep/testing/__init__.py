@@ -1,1 +1,6 @@
-"""Tools for testing on top of jax_ep: named routings, and comparison with the reference."""
+"""Tools for testing on top of jax_ep: what every back end must do, and what that is made of.
+
+`conformance` holds the checks; `cases` one problem in both ways, on a group and by the reference;
+`routing` named routings; `compare` and `ranks` comparison and placement for programs of one or
+several processes; `launch` starts such programs.
+"""

@@ -1,25 +1,83 @@
-"""Comparison by value, to the bit."""
+"""Comparison by value of what this process can see of an array."""
 
+from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 
+Index = tuple[Any, ...]
 
-def assert_same_bits(got: Any, expected: Any, *, what: str = "arrays") -> None:
-    """Equal shape, dtype and values. Zeros differ in their sign; any NaN equals any other."""
-    got, expected = np.asarray(got), np.asarray(expected)
+
+def shards(x: Any) -> Iterator[tuple[Index, Any]]:
+    """(index into the whole array, values) of each addressable shard; of a NumPy array: all of it.
+
+    In a program of several processes each one sees its own devices' shards of a jax.Array.
+    """
+    if isinstance(x, jax.Array):
+        for shard in x.addressable_shards:
+            yield (*shard.index, ...), np.asarray(shard.data)
+    else:
+        yield (...,), np.asarray(x)
+
+
+def assert_same_bits(
+    got: Any, expected: Any, *, what: str = "arrays", where: Any = None, nan_bits: bool = False
+) -> None:
+    """Equal shape, dtype and values, in every addressable shard. Zeros differ in their sign.
+
+    Args:
+      got: a jax.Array, which other processes may hold parts of, or a NumPy array.
+      expected: the whole of it.
+      what: name in the message.
+      where: bool, of expected's shape or its leading part; elsewhere any value will do.
+      nan_bits: False: any NaN equals any other.
+
+    Raises: AssertionError, with the place of the first difference.
+    """
+    expected = np.asarray(expected)
+    _require_alike(got, expected, what)
+    for index, values in shards(got):
+        wanted = expected[index]
+        same = values.view(_bits(values)) == wanted.view(_bits(wanted))
+        if not nan_bits and values.dtype.kind not in "iub":
+            same |= np.isnan(values.astype(np.float32)) & np.isnan(wanted.astype(np.float32))
+        if where is not None:
+            is_free = ~where[index[: where.ndim]]
+            same |= is_free.reshape(is_free.shape + (1,) * (same.ndim - is_free.ndim))
+        _require_all(same, values, wanted, index, what)
+
+
+def assert_close(got: Any, expected: Any, *, tolerance: float, what: str = "arrays") -> None:
+    """Equal shape and dtype, and values that differ by at most tolerance * max(1, |largest|).
+
+    Raises: AssertionError, with the place of the first difference.
+    """
+    expected = np.asarray(expected)
+    _require_alike(got, expected, what)
+    largest = np.max(np.abs(expected.astype(np.float64)), initial=1.0)
+    for index, values in shards(got):
+        wanted = expected[index]
+        difference = np.abs(values.astype(np.float64) - wanted.astype(np.float64))
+        _require_all(difference <= tolerance * largest, values, wanted, index, what)
+
+
+def _require_alike(got: Any, expected: Any, what: str) -> None:
     if got.shape != expected.shape or got.dtype != expected.dtype:
         raise AssertionError(
             f"{what}: expected {expected.dtype}{expected.shape}, got {got.dtype}{got.shape}"
         )
-    same = got.view(_bits(got)) == expected.view(_bits(expected))
-    if got.dtype.kind not in "iub":
-        same |= np.isnan(got.astype(np.float32)) & np.isnan(expected.astype(np.float32))
-    if not same.all():
+
+
+def _require_all(same: Any, values: Any, wanted: Any, index: Index, what: str) -> None:
+    if not np.all(same):
         place = tuple(int(i) for i in np.argwhere(~same)[0])
+        starts = [getattr(s, "start", None) or 0 for s in index[: len(place)]]
+        starts += [0] * (len(place) - len(starts))
+        whole = tuple(i + start for i, start in zip(place, starts, strict=True))
         raise AssertionError(
-            f"{what}: {np.sum(~same)} of {same.size} values differ, first at {place}: "
-            f"expected {expected[place]!r}, got {got[place]!r}"
+            f"{what}: {np.sum(~same)} of {same.size} values differ, first at {whole}: "
+            f"expected {wanted[place]!r}, got {values[place]!r}"
         )
 
 

@@ -78,3 +78,4 @@ ALL: tuple[Routing, ...] = (
     all_empty,
     invalid_ids,
 )
+BY_NAME = {routing.__name__: routing for routing in ALL}

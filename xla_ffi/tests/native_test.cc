@@ -1,6 +1,6 @@
 // Tests of the parts that know neither XLA nor Python: core/ and runtime/.
 //
-// Usage: native_test [name]. tests/test_native.py builds it, also with sanitizers.
+// Usage: native_test [name]. tools/sanitize builds it.
 #include <algorithm>
 #include <atomic>
 #include <cfenv>

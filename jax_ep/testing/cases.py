@@ -1,7 +1,7 @@
-"""One problem, three ways: the operations on a mesh, compiled once per shape, and the reference."""
+"""One problem, two ways: the operations on a group's mesh, and the reference."""
 
-import functools
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,14 +11,29 @@ import jax_ep
 from jax_ep import reference
 from jax_ep.testing import routing as routings
 from jax_ep.testing.compare import assert_same_bits
-from jax_ep.testing.ranks import on_ranks
+from jax_ep.testing.ranks import on_group
 
-ROUTINGS = {r.__name__: r for r in routings.ALL}
+DTYPES = {"bf16": jnp.bfloat16, "f16": jnp.float16, "f32": jnp.float32}
 
 
 @dataclass(frozen=True)
 class Case:
-    """The static facts of a round trip."""
+    """The static facts of a dispatch and its combine.
+
+    Attributes:
+      num_ranks: ranks of the group.
+      layout: "rank" or "expert".
+      num_tokens: of each rank.
+      num_topk: choices of each token.
+      experts_per_rank: num_experts / num_ranks.
+      hidden: elements of a row.
+      dtype: of the rows, a key of DTYPES.
+      recv_capacity: None: the worst case, with which nothing is dropped.
+      expert_alignment: as in dispatch.
+      fill: as in dispatch.
+      num_biases: of combine.
+      weights_at: of combine: None, "rows" or "tokens".
+    """
 
     num_ranks: int
     layout: str
@@ -26,19 +41,26 @@ class Case:
     num_topk: int = 3
     experts_per_rank: int = 4
     hidden: int = 24
-    dtype: Any = jnp.bfloat16
+    dtype: str = "bf16"
     recv_capacity: int | None = None
     expert_alignment: int = 1
     fill: str = "zeros"
     num_biases: int = 0
-    weights_at: str | None = field(default=None)  # of combine: None, "rows" or "tokens"
+    weights_at: str | None = None
 
     @property
     def num_experts(self) -> int:
+        """Experts of the whole group."""
         return self.num_ranks * self.experts_per_rank
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes of one row of x."""
+        return self.hidden * jnp.dtype(DTYPES[self.dtype]).itemsize
+
+    @property
     def capacity(self) -> int:
+        """Rows that a rank can receive."""
         if self.recv_capacity is not None:
             return self.recv_capacity
         return jax_ep.recv_capacity(
@@ -54,7 +76,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Data:
-    """Arrays [R, ...] of a case."""
+    """Arrays [R, ...] of a case, of all ranks, on the host."""
 
     topk_idx: Any
     topk_weights: Any
@@ -62,16 +84,26 @@ class Data:
     rows: Any  # what the experts made
     biases: tuple[Any, ...]
 
+    def operands(self) -> tuple[Any, ...]:
+        """What `round_trip` takes."""
+        return self.x, self.topk_idx, self.topk_weights, self.rows, self.biases
+
+
+def make_topk_idx(case: Case, routing: str, seed: int = 0) -> Any:
+    """[R, T, K] int32, by the name of a routing; those of `make_data`."""
+    return _route(case, routing, np.random.default_rng(seed))
+
 
 def make_data(case: Case, routing: str, seed: int = 0) -> Data:
+    """Normal rows, uniform weights; the same in every process."""
     rng = np.random.default_rng(seed)
     tokens = (case.num_ranks, case.num_tokens)
 
     def normal(*shape: int) -> Any:
-        return rng.standard_normal(shape).astype(np.float32).astype(case.dtype)
+        return rng.standard_normal(shape).astype(np.float32).astype(DTYPES[case.dtype])
 
     return Data(
-        topk_idx=ROUTINGS[routing](rng, (*tokens, case.num_topk), case.num_experts),
+        topk_idx=_route(case, routing, rng),
         topk_weights=rng.random((*tokens, case.num_topk), np.float32),
         x=normal(*tokens, case.hidden),
         rows=normal(case.num_ranks, case.capacity, case.hidden),
@@ -79,9 +111,15 @@ def make_data(case: Case, routing: str, seed: int = 0) -> Data:
     )
 
 
-def plan_of(case: Case, data: Data) -> reference.Plan:
+def _route(case: Case, routing: str, rng: np.random.Generator) -> Any:
+    shape = (case.num_ranks, case.num_tokens, case.num_topk)
+    return routings.BY_NAME[routing](rng, shape, case.num_experts)
+
+
+def plan_of(case: Case, topk_idx: Any) -> reference.Plan:
+    """What the reference makes of a routing [R, T, K]."""
     return reference.make_plan(
-        data.topk_idx,
+        topk_idx,
         num_experts=case.num_experts,
         layout=case.layout,
         recv_capacity=case.capacity,
@@ -89,9 +127,13 @@ def plan_of(case: Case, data: Data) -> reference.Plan:
     )
 
 
-def dispatch(case: Case, group: jax_ep.Group, backend: str, *arrays: Any) -> jax_ep.Dispatched:
+def dispatch(
+    case: Case, group: jax_ep.Group, backend: str, x: Any, *routing: Any, **options: Any
+) -> jax_ep.Dispatched:
+    """One rank's dispatch of the case: routing is topk_idx, and topk_weights if wanted."""
     return jax_ep.dispatch(
-        *arrays,
+        x,
+        *routing,
         group=group,
         num_experts=case.num_experts,
         layout=case.layout,
@@ -99,12 +141,14 @@ def dispatch(case: Case, group: jax_ep.Group, backend: str, *arrays: Any) -> jax
         expert_alignment=case.expert_alignment,
         fill=case.fill,
         backend=backend,
+        **options,
     )
 
 
-@functools.cache
-def round_trip(case: Case, group: jax_ep.Group, backend: str, check_vma: bool = True) -> Any:
-    """Compiled: (x, topk_idx, topk_weights, rows, biases) -> (Dispatched, combined)."""
+def round_trip(
+    case: Case, group: jax_ep.Group, backend: str, check_vma: bool = True
+) -> Callable[..., Any]:
+    """(x, topk_idx, topk_weights, rows, biases) -> (Dispatched, combined), compiled when called."""
 
     def run(x: Any, topk_idx: Any, topk_weights: Any, rows: Any, biases: Any) -> Any:
         out = dispatch(case, group, backend, x, topk_idx, topk_weights)
@@ -112,17 +156,12 @@ def round_trip(case: Case, group: jax_ep.Group, backend: str, check_vma: bool = 
         y = jax_ep.combine(rows, out.handle, weights=weights, bias=biases, backend=backend)
         return out, y
 
-    return on_ranks(run, group.mesh, check_vma=check_vma)
-
-
-def run(case: Case, group: jax_ep.Group, backend: str, data: Data, **options: Any) -> Any:
-    fn = round_trip(case, group, backend, **options)
-    return fn(data.x, data.topk_idx, data.topk_weights, data.rows, data.biases)
+    return on_group(run, group, check_vma=check_vma)
 
 
 def assert_dispatched(case: Case, data: Data, out: jax_ep.Dispatched) -> reference.Plan:
     """Every field of a dispatch, to the bit, but for rows of x that `fill` leaves open."""
-    plan = plan_of(case, data)
+    plan = plan_of(case, data.topk_idx)
     is_rank_layout = case.layout == "rank"
     expected = {
         "group_sizes": plan.group_sizes,
@@ -149,21 +188,21 @@ def assert_dispatched(case: Case, data: Data, out: jax_ep.Dispatched) -> referen
         is_defined |= np.arange(case.capacity) < plan.num_recv[:, None]
     if case.fill == "zeros":
         is_defined[:] = True
-    expected_x = reference.dispatch(plan, np.asarray(data.x))
-    assert_same_bits(np.asarray(out.x)[is_defined], expected_x[is_defined], what="x")
+    assert_same_bits(out.x, reference.dispatch(plan, data.x), what="x", where=is_defined)
     return plan
 
 
 def assert_combined(case: Case, data: Data, plan: reference.Plan, y: Any) -> None:
+    """What `round_trip` combined, to the bit."""
     weights = None
     if case.weights_at is not None:
         weights = reference.dispatch_weights(plan, data.topk_weights)
-    expected = reference.combine(plan, np.asarray(data.rows), weights, data.biases)
+    expected = reference.combine(plan, data.rows, weights, data.biases)
     assert_same_bits(y, expected, what="combine")
 
 
 def _assert_field(got: Any, expected: Any, name: str) -> None:
-    if expected is None:
-        assert got is None, name
-    else:
+    if expected is not None:
         assert_same_bits(got, expected, what=name)
+    elif got is not None:
+        raise AssertionError(f"{name}: expected None, got {got.dtype}{got.shape}")

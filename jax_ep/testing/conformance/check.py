@@ -1,0 +1,60 @@
+"""A named claim about a back end."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax_ep
+
+ROUND_TRIP = frozenset({"dispatch", "combine"})
+
+
+@dataclass(frozen=True)
+class Check:
+    """One claim with its parameters; call it with a group and the name of a back end.
+
+    Attributes:
+      run: (group, backend, **params); raises AssertionError.
+      ops: the public operations that the back end must have.
+      params: plain data.
+      exempt: (back end, platform) that is known not to hold, and why.
+    """
+
+    run: Callable[..., None]
+    ops: frozenset[str]
+    params: Mapping[str, Any]
+    exempt: Mapping[tuple[str, str], str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Unique: what is claimed, and for what."""
+        given = ",".join(f"{k}={v}" for k, v in self.params.items() if v is not None)
+        return f"{self.run.__name__}[{given}]"
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __call__(self, group: jax_ep.Group, backend: str) -> None:
+        """Runs it on all ranks of the group; every process of the mesh calls it.
+
+        Raises: AssertionError where this process sees a wrong value; what the operations raise.
+        """
+        self.run(group, backend, **self.params)
+
+    def not_usable(self, group: jax_ep.Group, backend: str) -> str | None:
+        """Why the back end cannot be held to it on this group, or None."""
+        found = group.backends[backend]
+        if not self.ops <= found.ops:
+            return found.reason
+        return self.exempt.get((backend, group.mesh.devices.flat[0].platform))
+
+
+@contextmanager
+def noted(note: str) -> Iterator[None]:
+    """Adds to an error of the block what it was about."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(note)
+        raise

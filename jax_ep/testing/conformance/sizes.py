@@ -1,0 +1,126 @@
+"""The sizes that checks run on, and how few of them hold many combinations."""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+import jax_ep
+from jax_ep.testing import routing as routings
+from jax_ep.testing.cases import DTYPES, Case, make_topk_idx, plan_of
+
+Params = dict[str, Any]
+
+LAYOUTS = ("rank", "expert")
+_BIG_ROW_BYTES = 4096
+
+_SIZES: Params = {
+    "dtype": tuple(DTYPES),
+    "num_topk": (1, 2, 3, 8, 32),
+    "capacity": ("ample", "exact", "short", "half", "one"),
+    "row_bytes": (16, 48, 1040, 16384),
+    "fill": ("zeros", "padding", "none"),
+    "num_biases": (0, 1, 2),
+}
+VALUES: dict[str, Params] = {
+    "rank": _SIZES,
+    "expert": {**_SIZES, "expert_alignment": (1, 4, 32), "weights_at": (None, "rows", "tokens")},
+}
+
+
+def make_case(
+    group: jax_ep.Group,
+    *,
+    dtype: str = "bf16",
+    num_topk: int = 3,
+    row_bytes: int | None = None,
+    capacity: str = "ample",
+    **fields: Any,
+) -> Case:
+    """A case by plain data.
+
+    Args:
+      group: gives the number of ranks.
+      dtype: a key of DTYPES.
+      num_topk: as many experts, and at least four, are on each rank, so that all may go to one.
+      row_bytes: default: hidden 24.
+      capacity: "ample": the worst case's; "exact": what the busiest rank of the skewed routing
+        needs; "short": one row less; "half": half of it; "one": one row.
+      **fields: of Case.
+    """
+    hidden = 24 if row_bytes is None else row_bytes // np.dtype(DTYPES[dtype]).itemsize
+    num_tokens, num_experts = 12, num_topk
+    if (row_bytes or 0) >= _BIG_ROW_BYTES:  # the worst case's rows must fit into a small machine
+        num_tokens, num_experts = 2, -(-num_topk // group.num_ranks)
+    case = Case(
+        num_ranks=group.num_ranks,
+        num_tokens=num_tokens,
+        num_topk=num_topk,
+        experts_per_rank=max(4, num_experts),
+        hidden=hidden,
+        dtype=dtype,
+        **fields,
+    )
+    if capacity == "ample":
+        return case
+    skewed = make_topk_idx(case, "skewed", seed_of("skewed"))
+    needed = int(np.max(plan_of(case, skewed).num_recv))
+    rows = {"exact": needed, "short": needed - 1, "half": needed // 2, "one": 1}[capacity]
+    return replace(case, recv_capacity=max(1, rows))
+
+
+def seed_of(routing: str) -> int:
+    """Of the data that the checks give a routing."""
+    return list(routings.BY_NAME).index(routing)
+
+
+def mix(values: Mapping[str, Sequence[Any]], *, crossed: Sequence[str] = ()) -> list[Params]:
+    """Few combinations of parameters that hold many.
+
+    Args:
+      values: of each parameter.
+      crossed: every combination of these parameters occurs.
+
+    Returns:
+      Combinations in which, besides, every value of every parameter meets every value of every
+      other one.
+    """
+    # A dict, since a set has another order in every process.
+    open_pairs = {
+        (first, second): None
+        for a, b in itertools.combinations(values, 2)
+        for first in ((a, value) for value in values[a])
+        for second in ((b, value) for value in values[b])
+    }
+    num_uses = {(name, value): 0 for name in values for value in values[name]}
+
+    def complete(start: Params) -> Params:
+        row = dict(start)
+        for name in (n for n in values if n not in row):
+            row[name] = max(
+                values[name],
+                key=lambda value, name=name, row=row: (  # type: ignore[misc]
+                    sum(pair in open_pairs for pair in _pairs(values, {**row, name: value})),
+                    -num_uses[name, value],
+                ),
+            )
+        for pair in _pairs(values, row):
+            open_pairs.pop(pair, None)
+        for item in row.items():
+            num_uses[item] += 1
+        return {name: row[name] for name in values}
+
+    rows = [
+        complete(dict(zip(crossed, combination, strict=True)))
+        for combination in itertools.product(*(values[name] for name in crossed))
+    ]
+    while open_pairs:
+        rows.append(complete(dict(next(iter(open_pairs)))))
+    return rows
+
+
+def _pairs(values: Mapping[str, Sequence[Any]], row: Params) -> Iterator[tuple[Any, Any]]:
+    """The pairs of a combination, in the order of `values`."""
+    return itertools.combinations(((name, row[name]) for name in values if name in row), 2)

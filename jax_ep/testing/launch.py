@@ -1,0 +1,159 @@
+"""Starts programs of several processes on this machine, and ends all of them whatever happens."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from typing import IO
+
+import jax
+
+from jax_ep.config import ProcessPlace
+from jax_ep.errors import LaunchError
+
+_POLL_S = 0.02
+_DUMP_S = 5.0
+_TAIL_CHARS = 6000
+
+
+def initialize() -> None:
+    """Joins the program that `launch` started: jax.distributed.initialize with what it told.
+
+    Raises: ConfigError outside such a program.
+    """
+    place = ProcessPlace.from_environment()
+    jax.distributed.initialize(place.coordinator, place.num_processes, place.process_id)
+
+
+def launch(
+    argv: Sequence[str],
+    *,
+    num_processes: int,
+    deadline: float,
+    environment: Mapping[str, str] | None = None,
+) -> list[str]:
+    """Runs one Python program in several processes that find each other by `initialize()`.
+
+    Each process leads a session of its own. None of a session's processes outlives the call.
+
+    Args:
+      argv: arguments of this Python: a script, or "-c" and code, or "-m" and a module, and what
+        they take.
+      num_processes: how many.
+      deadline: seconds for all of them together.
+      environment: on top of this process's.
+
+    Returns:
+      What each process wrote to stdout and stderr, in the order of their ids.
+
+    Raises:
+      LaunchError: one ended with another code than 0, and the others were killed, or the deadline
+        passed, and all were. It holds every exit code, the end of every output, and the Python
+        tracebacks of the processes that were killed, their children's left out.
+    """
+    coordinator = f"localhost:{_free_port()}"
+    with ExitStack() as stack:
+        processes = []
+        for process_id in range(num_processes):
+            place = ProcessPlace(coordinator, num_processes, process_id)
+            output = stack.enter_context(tempfile.TemporaryFile())
+            process = _start(argv, {**(environment or {}), **place.to_environment()}, output)
+            stack.callback(process.end)
+            processes.append(process)
+        problem = _wait(processes, time.monotonic() + deadline, deadline)
+        if problem is not None:
+            _abort(processes)
+            reports = [_report(i, process) for i, process in enumerate(processes)]
+            raise LaunchError("\n".join([f"launch: {problem}", *reports]))
+        return [process.read() for process in processes]
+
+
+@dataclass
+class _Process:
+    """Reaped at the very end: until then its id, and so that of its session, is not given away."""
+
+    popen: "subprocess.Popen[bytes]"
+    output: IO[bytes]
+    is_killed: bool = False
+
+    def exit_code(self) -> int | None:
+        """None while it runs; minus the signal that ended it."""
+        flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        status = os.waitid(os.P_PID, self.popen.pid, flags)
+        if status is None:
+            return None
+        return status.si_status if status.si_code == os.CLD_EXITED else -status.si_status
+
+    def signal_all(self, number: signal.Signals) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.popen.pid, number)
+
+    def end(self) -> None:
+        self.signal_all(signal.SIGKILL)
+        self.popen.wait()
+
+    def read(self) -> str:
+        self.output.seek(0)
+        return self.output.read().decode(errors="replace")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _start(argv: Sequence[str], environment: Mapping[str, str], output: IO[bytes]) -> _Process:
+    popen = subprocess.Popen(
+        [sys.executable, *argv],
+        env={**os.environ, "PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1", **environment},
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    return _Process(popen, output)
+
+
+def _wait(processes: Sequence[_Process], end: float, deadline: float) -> str | None:
+    """Until all have ended well, or for what is wrong."""
+    while True:
+        codes = [process.exit_code() for process in processes]
+        bad = [f"process {i} ended with code {c}" for i, c in enumerate(codes) if c]
+        if bad:
+            return ", ".join(bad)
+        if None not in codes:
+            return None
+        if time.monotonic() > end:
+            late = ", ".join(str(i) for i, code in enumerate(codes) if code is None)
+            return f"processes {late} did not end within {deadline:g} s"
+        time.sleep(_POLL_S)
+
+
+def _abort(processes: Sequence[_Process]) -> None:
+    """Ends what runs, by the signal at which Python's fault handler writes all tracebacks."""
+    for process in processes:
+        if process.exit_code() is None:
+            process.is_killed = True
+            # Not its children, whose tracebacks would be written into the same lines.
+            os.kill(process.popen.pid, signal.SIGABRT)
+    end = time.monotonic() + _DUMP_S
+    while time.monotonic() < end and any(p.exit_code() is None for p in processes):
+        time.sleep(_POLL_S)
+    for process in processes:
+        process.signal_all(signal.SIGKILL)
+
+
+def _report(process_id: int, process: _Process) -> str:
+    code = "killed by launch" if process.is_killed else f"exit code {process.exit_code()}"
+    text = process.read()
+    if len(text) > _TAIL_CHARS:
+        text = "...\n" + text[-_TAIL_CHARS:]
+    return f"--- process {process_id}: {code}\n{text.rstrip()}"

@@ -1,0 +1,233 @@
+"""What every back end must do, on groups of every size; and that the suite sees what is wrong."""
+
+import argparse
+import dataclasses
+import itertools
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+import jax_ep
+from jax_ep.testing import conformance, launch, run
+from jax_ep.testing.compare import assert_close, assert_same_bits
+from jax_ep.testing.conformance import gradients, round_trips
+from jax_ep.testing.conformance.check import Check
+from jax_ep.testing.conformance.sizes import mix
+
+NUM_RANKS = (1, 2, 3, 4, 6, 8)
+# Each check on one size of group in turn; these on others, too, where ranks show.
+ON_MORE = {
+    round_trips.routings_in_one_scan: (1, 8),
+    round_trips.runs_give_equal_bits: (8,),
+    gradients.combine_is_the_transpose_of_dispatch: (1, 3, 8),
+}
+DEALT = {
+    f"{num_ranks}-{check}": (num_ranks, check)
+    for turn, check in enumerate(conformance.CHECKS)
+    for num_ranks in (NUM_RANKS[turn % len(NUM_RANKS)], *ON_MORE.get(check.run, ()))
+}
+BY_NAME = {check.name: check for check in conformance.FULL}
+
+
+@pytest.mark.parametrize(("num_ranks", "check"), DEALT.values(), ids=DEALT)
+def test_conformance(groups, backend, num_ranks, check):
+    _run(check, groups(num_ranks), backend)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", conformance.FULL, ids=str)
+@pytest.mark.parametrize("num_ranks", NUM_RANKS)
+def test_full_matrix(groups, backend, num_ranks, check):
+    _run(check, groups(num_ranks), backend)
+
+
+def _run(check, group, backend):
+    reason = check.not_usable(group, backend)
+    if reason:
+        assert (backend, check.run) == ("xla", round_trips.subnormals_are_kept)
+        pytest.skip(reason)
+    check(group, backend)
+
+
+@pytest.mark.parametrize("axes", [("b", "a"), ("b",)], ids=str)
+def test_other_meshes(backend, axes):
+    """Axes in another order, and several slices side by side."""
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("a", "b"))
+    with jax_ep.Group.open(mesh, axes, name="other") as group:
+        for name in (
+            "routings_in_one_scan[layout=expert,capacity=ample,check_vma=True]",
+            "gradients[layout=rank,dtype=f32,check_vma=True,outside=True]",
+            "gradients[layout=expert,dtype=f32,check_vma=False,outside=False]",
+        ):
+            BY_NAME[name](group, backend)
+
+
+TWO_PROCESSES = """
+import sys
+import jax_ep
+from jax_ep.testing import conformance, launch
+from jax_ep.testing.ranks import make_mesh
+launch.initialize()
+checks = {check.name: check for check in conformance.CHECKS}
+with jax_ep.Group.open(make_mesh(4), "ep", backend="xla") as group:
+    for name in sys.argv[1:]:
+        checks[name](group, "xla")
+print(len(sys.argv) - 1, "checks passed")
+"""
+
+
+def test_checks_run_in_several_processes():
+    """Over stock collectives: each process feeds and compares its own shards."""
+    names = [
+        "repeated_expert[layout=expert]",
+        "gradients[layout=rank,dtype=f32,check_vma=True,outside=True]",
+        "combine_is_the_transpose_of_dispatch[layout=rank,capacity=half]",
+        "get_dispatch_layout[num_tokens=13,num_topk=3,experts_per_rank=4]",
+    ]
+    environment = {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+    }
+    outputs = launch.launch(
+        ["-c", TWO_PROCESSES, *names], num_processes=2, deadline=200, environment=environment
+    )
+    assert all("4 checks passed" in output for output in outputs)
+
+
+def test_names_are_unique_and_full_holds_all():
+    assert len(BY_NAME) == len(conformance.FULL)
+    assert {c.name for c in conformance.CHECKS} <= BY_NAME.keys()
+
+
+def test_mix_holds_every_pair_and_every_crossing():
+    values = {"a": (1, 2, 3), "b": ("x", "y"), "c": (True, False), "d": (0, 1, 2, 3)}
+    rows = mix(values, crossed=("a", "c"))
+    assert {(r["a"], r["c"]) for r in rows[:6]} == set(itertools.product((1, 2, 3), (True, False)))
+    for a, b in itertools.combinations(values, 2):
+        assert {(r[a], r[b]) for r in rows} == set(itertools.product(values[a], values[b]))
+    assert all(list(r) == list(values) for r in rows)
+    assert len(rows) < 24 / 1.5
+
+
+def _last_bit(x):
+    return jnp.nextafter(x, jnp.inf) if x.dtype == jnp.float32 else x * 1.0625
+
+
+def _change(out, **fields):
+    return dataclasses.replace(out, **fields)
+
+
+# What is wrong in a result of dispatch or combine, and a check that must see it.
+WRONG = {
+    "last bit of a sum": ("combine", _last_bit, "round_trip["),
+    "a row moved": ("dispatch", lambda o: _change(o, x=jnp.roll(o.x, 1, 0)), "round_trip["),
+    "a count": ("dispatch", lambda o: _change(o, num_recv=o.num_recv + 1), "round_trip["),
+    "the way back": (
+        "dispatch",
+        lambda o: _change(o, handle=_change(o.handle, send_row=o.handle.send_row[::-1])),
+        "other_rows_along_a_handle[",
+    ),
+    "a NaN made quiet": (
+        "dispatch",
+        lambda o: _change(o, x=jnp.where(jnp.isnan(o.x), jnp.nan, o.x)),
+        "payload_bits_pass_unchanged[",
+    ),
+    "a leak": ("combine", lambda y: y.at[0, 0].set(jnp.nan), "garbage_does_not_leak["),
+    "a sign": ("combine", lambda y: -y, "combine_is_the_transpose_of_dispatch["),
+    "a gradient": (
+        "combine",
+        lambda y: y + jax.lax.stop_gradient(y) - y * 1.0,
+        "gradients[layout=expert,dtype=f32",
+    ),
+    "a layer": ("combine", lambda y: y * 1.001, "gradients_through_layers["),
+    "a step": ("combine", _last_bit, "routings_in_one_scan["),
+    "scales": (
+        "dispatch",
+        lambda o: _change(o, scales=jnp.flip(o.scales, 1)) if o.scales is not None else o,
+        "fp8_pair_and_payload[",
+    ),
+    "a weight": ("combine_weights", lambda w: w.at[0].set(0.0), "combine_weights["),
+    "rounding": ("dispatch_fp8", lambda o: _change(o, x=o.x * 1.125), "dispatch_fp8["),
+    "a mask": (
+        "get_dispatch_layout",
+        lambda o: _change(o, is_token_in_rank=~o.is_token_in_rank),
+        "get_dispatch_layout[",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_the_suite_sees_what_is_wrong(groups, monkeypatch, what):
+    name, spoil, prefix = WRONG[what]
+    right = getattr(jax_ep, name)
+    monkeypatch.setattr(jax_ep, name, lambda *a, **options: spoil(right(*a, **options)))
+    check = next(c for c in conformance.CHECKS if c.name.startswith(prefix))
+    with pytest.raises(AssertionError):
+        check(groups(2), "cpu")
+
+
+def test_comparison_names_the_place_in_the_whole(groups):
+    """In shards, under a mask, and of NaN."""
+    mesh = groups(4).mesh
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("ep"))
+    expected = np.arange(24, dtype=np.float32).reshape(4, 6)
+    wrong = expected.copy()
+    wrong[2, 5] = np.nan
+    got = jax.device_put(wrong, sharding)
+    for compare in (assert_same_bits, lambda *a: assert_close(*a, tolerance=0.1)):
+        with pytest.raises(
+            AssertionError, match=r"first at \(2, 5\): expected .*17.0.*, got .*nan"
+        ):
+            compare(got, expected)
+    assert_same_bits(got, expected, where=np.array([True, True, False, True]))
+    assert_same_bits(got, expected, where=~np.isnan(wrong))
+    other_nan = wrong.copy()
+    other_nan.view(np.uint32)[2, 5] ^= 1
+    assert_same_bits(got, other_nan)
+    with pytest.raises(AssertionError, match=r"1 of 6 values differ"):
+        assert_same_bits(got, other_nan, nan_bits=True)
+    with pytest.raises(AssertionError, match=r"expected float32\(4, 5\), got float32\(4, 6\)"):
+        assert_same_bits(got, expected[:, :5])
+
+
+def _args(*line):
+    parser = argparse.ArgumentParser()
+    run.add_arguments(parser)
+    return parser.parse_args(line)
+
+
+def test_command_prints_what_failed(monkeypatch, capsys):
+    def broken(group, backend, *, layout):
+        assert layout == "rank", "this one is broken"
+
+    checks = [Check(broken, frozenset(), {"layout": layout}) for layout in ("rank", "expert")]
+    monkeypatch.setattr(conformance, "CHECKS", checks)
+    assert run.main(_args("--ranks", "2", "--backend", "xla")) == 1
+    printed = capsys.readouterr()
+    assert "this one is broken" in printed.err
+    lines = printed.out.splitlines()
+    assert lines[0].startswith("2 ranks of")
+    assert "ok" in lines[2]
+    assert "FAILED" in lines[3]
+    assert lines[-1] == "1 passed, 1 FAILED"
+
+
+def test_command_refuses_what_it_cannot_run():
+    with pytest.raises(jax_ep.GroupError, match="conformance: back end 'cuda' is not usable here"):
+        run.main(_args("--ranks", "2", "--backend", "cuda"))
+    with pytest.raises(jax_ep.ConfigError, match="no check's name holds 'tango'"):
+        run.main(_args("--only", "tango"))
+
+
+def test_command():
+    command = [sys.executable, "-m", "jax_ep", "conformance", "--ranks", "2"]
+    done = subprocess.run(
+        [*command, "--only", "subnormals"], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "6 passed, 6 not usable"

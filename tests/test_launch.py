@@ -1,0 +1,118 @@
+"""launch: programs of several processes, those that fail, and those that hang."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from jax_ep.errors import ConfigError, LaunchError
+from jax_ep.testing import launch
+
+TWO_DEVICES = {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+    "PJRT_NPROC": "4",
+}
+
+PSUM = """
+import jax, numpy as np
+from jax.sharding import PartitionSpec as P
+from jax_ep.testing import launch
+from jax_ep.testing.compare import assert_same_bits, shards
+from jax_ep.testing.ranks import make_mesh, on_ranks, place
+launch.initialize()
+assert (jax.process_count(), len(jax.local_devices())) == (2, 2)
+mesh = make_mesh(4)
+x = np.arange(12, dtype=np.float32).reshape(4, 3)
+total = on_ranks(lambda x: jax.lax.psum(x, "ep"), mesh, check_vma=False)(place(x, mesh))
+assert len(list(shards(total))) == 2
+assert_same_bits(total, np.tile(x.sum(0), (4, 1)))
+try:
+    assert_same_bits(total, np.where(np.arange(4)[:, None] == 3, 0, x.sum(0)).astype(np.float32))
+except AssertionError as error:
+    print("process", jax.process_index(), "saw", error)
+print("process", jax.process_index(), "is done")
+"""
+
+
+def test_processes_find_each_other():
+    """And each compares its own shards: only the last process sees the wrong last row."""
+    first, second = launch.launch(
+        ["-c", PSUM], num_processes=2, deadline=120, environment=TWO_DEVICES
+    )
+    assert "process 0 is done" in first
+    assert "saw" not in first
+    assert "process 1 saw arrays: 3 of 3 values differ, first at (3, 0)" in second
+
+
+def test_one_that_fails_ends_all():
+    code = """
+import os, time
+if os.environ["JAX_EP_PROCESS_ID"] == "1":
+    print("about to fail", flush=True)
+    raise SystemExit(7)
+print("waits for ever", flush=True)
+time.sleep(1000)
+"""
+    start = time.monotonic()
+    with pytest.raises(LaunchError) as caught:
+        launch.launch(["-c", code], num_processes=3, deadline=100)
+    assert time.monotonic() - start < 20
+    message = str(caught.value)
+    assert message.startswith("launch: process 1 ended with code 7\n")
+    assert "--- process 1: exit code 7\nabout to fail" in message
+    assert message.count("killed by launch") == 2
+
+
+def _ends(pid):
+    """Whether a process is gone, or a zombie that nobody collects, within seconds."""
+    for _ in range(100):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.05)
+    return False
+
+
+HANG = """
+import os, subprocess, sys, threading, time
+def waits_for_its_peer():
+    time.sleep(1000)
+if os.environ["JAX_EP_PROCESS_ID"] == "1":
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+    print("child", child.pid, "of", os.environ["JAX_EP_NUM_PROCESSES"], flush=True)
+    threading.Thread(target=waits_for_its_peer).start()
+    waits_for_its_peer()
+print("has ended")
+"""
+
+
+def test_one_that_hangs_shows_where():
+    """All of its threads' tracebacks, and its children are gone with it."""
+    with pytest.raises(LaunchError) as caught:
+        launch.launch(["-c", HANG], num_processes=2, deadline=2)
+    message = str(caught.value)
+    assert message.startswith("launch: processes 1 did not end within 2 s\n")
+    assert "--- process 0: exit code 0\nhas ended" in message
+    assert "--- process 1: killed by launch\nchild" in message
+    assert message.count("in waits_for_its_peer") >= 2
+    child = int(message.partition("\nchild ")[2].split()[0])
+    assert _ends(child)
+
+
+def test_children_that_are_left_behind_end_too():
+    code = """
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+print(child.pid)
+"""
+    (output,) = launch.launch(["-c", code], num_processes=1, deadline=60)
+    assert _ends(int(output))
+
+
+def test_initialize_outside_of_a_launch():
+    with pytest.raises(ConfigError, match=r"JAX_EP_COORDINATOR, .* must be set"):
+        launch.initialize()
