@@ -91,9 +91,7 @@ def _dispatch_fwd(
 def _dispatch_bwd(spec: DispatchSpec, residuals: Any, ct: Routed) -> tuple[Any, Any, None]:
     topk_idx, send_row, recv_src = residuals
     index = RowIndex(send_rank(spec, topk_idx, send_row), send_row, recv_src)
-    back = CombineSpec(
-        spec.group, spec.backend, spec.num_sms, spec.layout, spec.recv_capacity
-    )
+    back = CombineSpec(spec.group, spec.backend, spec.num_sms, spec.layout, spec.recv_capacity)
     return _rows_bar(back, index, ct.rows), _weights_bar(spec, residuals, ct.recv_weights), None
 
 

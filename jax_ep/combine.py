@@ -40,7 +40,8 @@ def combine(
         summed, and weighted, its experts.
       bias: one or two arrays [num_tokens, hidden] of the rows' dtype, added to the result.
       num_sms: SMs that the call uses on the `cuda` back end; None: the group's. Static.
-      backend: None (the group's), "cpu", "cuda" or "xla". Any back end takes any handle of its group.
+      backend: None (the group's), "cpu", "cuda" or "xla". Any of them takes any handle of its
+        group.
 
     Returns:
       [num_tokens, hidden] of the rows' dtype.

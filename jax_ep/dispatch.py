@@ -93,7 +93,7 @@ def dispatch(
         extra = ", ".join(name for name, value in given.items() if value is not None)
         if extra:
             raise ConfigError(f"{_OP}: with handle= the routing is known, got also {extra}")
-        return _dispatch_along(x, payload, handle, group, num_sms, backend)
+        return _dispatch_along(x, payload, handle, group=group, num_sms=num_sms, backend=backend)
     group = _checks.require_group(group, op=_OP)
     rows = _require_streams(x, payload)
     spec, topk_idx, topk_weights = prepare(
@@ -204,6 +204,7 @@ def _dispatch_along(
     x: Any,
     payload: Any,
     handle: DispatchHandle,
+    *,
     group: Group | None,
     num_sms: int | None,
     backend: str | None,

@@ -1,6 +1,10 @@
 """On NVIDIA GPUs: JAX_PLATFORMS=cuda,cpu pytest -m gpu."""
 
+import time
+from functools import partial
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
@@ -13,26 +17,24 @@ from jax_ep.testing.ranks import on_ranks
 pytestmark = pytest.mark.gpu
 
 # Back ends that must pass the whole suite.
-COMPLETE = ("xla",)
+COMPLETE = ("cuda", "xla")
+
+
+def _mesh():
+    return Mesh(np.array(jax.devices("gpu")), ("ep",))
 
 
 @pytest.fixture(scope="module")
 def group():
-    mesh = Mesh(np.array(jax.devices("gpu")), ("ep",))
-    with jax_ep.Group.open(mesh, "ep", name="gpu", timeout=120.0) as opened:
+    with jax_ep.Group.open(_mesh(), "ep", name="gpu", timeout=120.0) as opened:
         yield opened
 
 
 def test_info_tells_why(group):
-    backends = group.info().backends
-    assert group.backend == "xla"
-    assert backends["cpu"] == "the mesh's devices are not CPU devices"
-    assert backends["cuda"].startswith("usable for get_dispatch_layout only")
-    with pytest.raises(jax_ep.GroupError, match="backend 'cuda' is not usable here: usable for"):
-        on_ranks(
-            lambda x, i: jax_ep.dispatch(x, i, group=group, num_experts=4, backend="cuda").x,
-            group.mesh,
-        )(np.ones((group.num_ranks, 4, 8), np.float32), np.zeros((group.num_ranks, 4, 1), np.int32))
+    info = group.info()
+    assert info.backend == "cuda"
+    assert info.backends["cuda"] == info.backends["xla"] == "usable"
+    assert info.backends["cpu"] == "the mesh's devices are not CPU devices"
 
 
 @pytest.mark.parametrize("backend", COMPLETE)
@@ -49,3 +51,133 @@ def test_get_dispatch_layout(group, backend, num_tokens, experts_per_rank):
     """Small and large counters, in shared memory and beyond it, in a captured loop."""
     sizes = {"num_tokens": num_tokens, "num_topk": 4, "experts_per_rank": experts_per_rank}
     get_dispatch_layout(group, backend, **sizes)
+
+
+def test_too_many_choices_are_refused(group):
+    x, ids = np.ones((group.num_ranks, 4, 8), np.float32), np.zeros((group.num_ranks, 4, 33), int)
+    call = partial(jax_ep.dispatch, group=group, num_experts=64 * group.num_ranks)
+    with pytest.raises(jax_ep.ConfigError, match=r"at most 32 choices a token.*num_topk=33"):
+        on_ranks(lambda x, i: call(x, i).x, group.mesh)(x, ids.astype(np.int32))
+
+
+def _echo(group, x, ids, num_sms=None):
+    """Every token comes back once for each rank that it was sent to."""
+    options = {"group": group, "num_experts": 8 * group.num_ranks, "num_sms": num_sms}
+    out = jax_ep.dispatch(x, ids, **options)
+    y = jax_ep.combine(out.x, out.handle, num_sms=num_sms)
+    ranks = jnp.where(ids >= 0, ids // 8, -1)
+    sent = jnp.stack([jnp.any(ranks == r, axis=1) for r in range(group.num_ranks)])
+    return y, x * jnp.sum(sent, axis=0, dtype=x.dtype)[:, None]
+
+
+def _random_ids(key, num_tokens, num_topk, num_experts):
+    """A random routing, masked at random; from every rank to every rank, all or none."""
+    key, kind, mask = jax.random.split(key, 3)
+    ids = jax.random.randint(key, (num_tokens, num_topk), 0, num_experts)
+    share = jnp.array([0.0, 0.1, 0.9, 1.0])[jax.random.randint(kind, (), 0, 4)]
+    return jnp.where(jax.random.uniform(mask, ids.shape) < share, -1, ids)
+
+
+@pytest.mark.parametrize(("num_steps", "delayed"), [(50_000, False), (2_000, True)])
+@pytest.mark.timeout(280)
+def test_many_calls(group, num_steps, delayed):
+    """Random routings in a captured loop, two calls a step; ranks late by turns."""
+
+    def run(x):
+        rank = jax.lax.axis_index("ep")
+
+        def step(carry, key):
+            x, num_wrong = carry
+            if delayed:
+                # A loop of random length that x depends on, so that it ends before the call.
+                late = jax.random.randint(jax.random.fold_in(key, 99), (), 0, 2000)
+                extra = jax.lax.fori_loop(0, late, lambda i, a: a + i % 2, jnp.int32(0))
+                x = x + jnp.minimum(extra, 0)
+            ids = _random_ids(key, x.shape[0], 4, 8 * group.num_ranks)
+            y, expected = _echo(group, x, ids)
+            num_wrong += jnp.sum(y != expected)
+            return ((x + 1) % 64, num_wrong), None
+
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(0), rank), num_steps)
+        zero = jax.lax.pcast(jnp.int32(0), "ep", to="varying")
+        return jax.lax.scan(step, (x, zero), keys)[0][1]
+
+    x = np.arange(group.num_ranks * 32 * 128, dtype=np.float32).reshape(-1, 32, 128) % 61
+    num_wrong = on_ranks(run, group.mesh)(x)
+    group.check(num_wrong)
+    assert np.asarray(num_wrong).tolist() == [0] * group.num_ranks
+
+
+@pytest.mark.parametrize("num_sms", [1, 3, 64, 1000])
+def test_any_number_of_sms(group, num_sms):
+    x = np.arange(group.num_ranks * 300 * 256, dtype=np.float32).reshape(-1, 300, 256) % 251
+    ids = np.random.default_rng(0).integers(-1, 8 * group.num_ranks, (group.num_ranks, 300, 5))
+    fn = on_ranks(partial(_echo, group, num_sms=num_sms), group.mesh)
+    y, expected = fn(x, ids.astype(np.int32))
+    np.testing.assert_array_equal(y, expected)
+
+
+def test_two_groups_take_turns(group):
+    x = np.ones((group.num_ranks, 16, 64), np.float32)
+    ids = np.random.default_rng(0).integers(-1, 8 * group.num_ranks, (group.num_ranks, 16, 3))
+    with jax_ep.Group.open(_mesh(), "ep", name="other") as other:
+
+        def fn(x, ids):
+            results = []
+            for _ in range(8):
+                for g in (group, other):
+                    y, expected = _echo(g, x, ids)
+                    results.append(jnp.sum(y != expected))
+                    x = x + 1
+            return jnp.stack(results)
+
+        assert not np.asarray(on_ranks(fn, group.mesh)(x, ids.astype(np.int32))).any()
+
+
+@pytest.mark.parametrize("num_calls", [1, 200], ids=["one_call", "captured_loop"])
+def test_missing_peer_ends_in_an_exception(group, num_calls):
+    """The rank that does not come is named, results are NaN, and a new group works."""
+    if group.num_ranks < 2:
+        pytest.skip("needs two GPUs")
+    x = np.ones((group.num_ranks, 4, 8), np.float32)
+    ids = np.zeros((group.num_ranks, 4, 1), np.int32)
+
+    def run(g, x, ids):
+        return jax.lax.scan(lambda x, _: (_echo(g, x, ids)[0], None), x, length=num_calls)[0]
+
+    failing = jax_ep.Group.open(_mesh(), "ep", name="failing", timeout=1.0)
+    step = on_ranks(partial(run, failing), failing.mesh)
+    np.testing.assert_array_equal(step(x, ids), x)
+    failing.check()
+
+    failing._native.skip_rank(1)
+    start = time.monotonic()
+    y = step(x, ids)
+    with pytest.raises(jax_ep.PeerTimeoutError, match="waited for rank 1") as caught:
+        failing.check()
+    assert time.monotonic() - start < failing.timeout + 1.0
+    assert np.isnan(np.asarray(y)).all()
+    error = caught.value
+    ranks = group.num_ranks
+    assert (error.op, error.peer, error.expected, error.seen) == ("dispatch", 1, ranks, ranks - 1)
+
+    # Later launches end at once, nothing new is traced, and the devices live.
+    start = time.monotonic()
+    assert np.isnan(np.asarray(step(x, ids))).all()
+    assert time.monotonic() - start < failing.timeout
+    with pytest.raises(jax_ep.PeerTimeoutError):
+        on_ranks(partial(run, failing), failing.mesh)(x, ids)
+    failing.close()
+    with jax_ep.Group.open(_mesh(), "ep", name="next") as fresh:
+        np.testing.assert_array_equal(on_ranks(partial(run, fresh), fresh.mesh)(x, ids), x)
+
+
+def test_another_device_order_is_an_error(group):
+    """A program over the same devices in another order does not misroute."""
+    if group.num_ranks < 2:
+        pytest.skip("needs two GPUs")
+    x = np.ones((group.num_ranks, 4, 8), np.float32)
+    ids = np.zeros((group.num_ranks, 4, 1), np.int32)
+    backwards = Mesh(np.array(jax.devices("gpu")[::-1]), ("ep",))
+    with pytest.raises(jax_ep.GroupError, match=r"jax\.shard_map runs over the mesh"):
+        on_ranks(partial(_echo, group), backwards)(x, ids)

@@ -96,18 +96,22 @@ def test_one_op_one_stem():
         assert (PACKAGE / f"{stem}.py").exists() == (stem != "pull_rows")  # not public
         assert (PACKAGE / "_primitives" / f"{stem}.py").exists()
         assert (Path(__file__).parent / f"test_{stem}.py").exists()
-        for suffix in (".h", "_ffi.h", "_cpu.cc"):
+        for suffix in (".h", "_ffi.h", "_cpu.cc", "_cuda.cu"):
             assert (ffi / stem / f"{stem}{suffix}").exists()
 
 
 NATIVE = Path(__file__).parent.parent / "xla_ffi"
 # What a folder's files may include, besides the standard library.
-MAY_INCLUDE = {"core": {"core"}, "runtime": {"core", "runtime"}}
+MAY_INCLUDE = {
+    "core": {"core"},
+    "runtime": {"core", "runtime"},
+    "device": {"core", "runtime", "device", "cuda_runtime_api.h"},
+}
 
 
 @pytest.mark.parametrize("folder", MAY_INCLUDE)
 def test_native_includes_go_downwards(folder):
-    """core and runtime know neither XLA, nor CUDA, nor Python."""
+    """core and runtime know neither XLA, nor CUDA, nor Python; device knows CUDA alone."""
     for path in (NATIVE / folder).iterdir():
         for name in re.findall(r'#include [<"](.*?)[>"]', path.read_text()):
             is_standard = "/" not in name and not name.endswith((".h", ".cuh"))

@@ -78,8 +78,8 @@ def _workspace_bytes(spec: DispatchSpec, shape: tuple[int, ...]) -> int:
     )
     if size == 0:
         raise ConfigError(
-            f"dispatch: backend 'cuda' takes at most {config.MAX_TOPK} choices a token, and as many "
-            f"experts as fit into an SM's shared memory; got num_topk={num_topk}, "
+            f"dispatch: backend 'cuda' takes at most {config.MAX_TOPK} choices a token, and as "
+            f"many experts as fit into an SM's shared memory; got num_topk={num_topk}, "
             f"num_experts={spec.num_experts}"
         )
     return size

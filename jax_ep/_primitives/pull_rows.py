@@ -13,7 +13,9 @@ def _results(position: Any, index: Any, rows: Any, **_: Any) -> list[tuple[tuple
     return [((index.shape[0], *rows.shape[1:]), rows.dtype)]
 
 
-_bind = make_primitive("pull_rows", _results, platforms=("cpu", "cuda"), attributes=("group", "num_sms"))
+_bind = make_primitive(
+    "pull_rows", _results, platforms=("cpu", "cuda"), attributes=("group", "num_sms")
+)
 
 
 def pull_rows(spec: CallSpec, index: jax.Array, rows: jax.Array) -> jax.Array:

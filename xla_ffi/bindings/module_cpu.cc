@@ -64,6 +64,7 @@ NB_MODULE(_jax_ep_cpu, m) {
         nanobind::arg("num_slices"), nanobind::arg("num_ranks"), nanobind::arg("timeout_ms"),
         "Opens a group. Seats are (device id, slice, rank) in the row-major order of the mesh.");
   m.def(
-      "close_group", [](const std::string& identity) { jax_ep::Registry<Group>::Get().Remove(identity); },
+      "close_group",
+      [](const std::string& identity) { jax_ep::Registry<Group>::Get().Remove(identity); },
       nanobind::arg("identity"), "Forgets a group; executables that hold it keep it alive.");
 }

@@ -26,7 +26,7 @@ namespace jax_ep {
 inline constexpr int kMaxRanks = 32;
 inline constexpr int kMaxAddresses = 6;
 
-/// Names in failure records; the strings are in runtime/device_group.cc.
+/// Names in failure records; the strings are in device/device_group.cc.
 enum class OpId : uint32_t { kDispatch, kCombine, kPullRows };
 
 struct alignas(8) Signal {

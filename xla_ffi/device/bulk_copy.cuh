@@ -23,10 +23,10 @@ class BulkBarrier {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __device__ void Expect(uint32_t bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                     SharedAddress(&word_)),
-                 "r"(bytes)
-                 : "memory");
+    asm volatile(
+        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(SharedAddress(&word_)),
+        "r"(bytes)
+        : "memory");
   }
   __device__ void Wait(uint32_t parity) {
     asm volatile(

@@ -14,11 +14,12 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/row_stream.h"
 #include "core/types.h"
 #include "device/bulk_copy.cuh"
+#include "device/launch.cuh"
 #include "device/rows.cuh"
 #include "device/signals.cuh"
-#include "ops/dispatch/dispatch.h"
 
 namespace jax_ep {
 
@@ -70,8 +71,8 @@ struct SourceRow {
   int64_t row;
 };
 
-/// Spreads items over sources in a fixed but irregular order: a warp that takes every n-th item meets
-/// all sources alike, whatever n is, and all links are busy at all times.
+/// Spreads items over sources in a fixed but irregular order: a warp that takes every n-th item
+/// meets all sources alike, whatever n is, and all links are busy at all times.
 __device__ inline uint32_t Rotation(uint32_t n) { return n * 0x9e3779b1u >> 16; }
 
 /// Items are the tokens of all ranks, the ranks in turns.
@@ -122,7 +123,7 @@ struct IndexItems {
 
 /// Rows that may hold no token, and which of them are zeroed.
 struct FillRows {
-  const int32_t* source;    // [capacity] negative: no token; more than `source_end`: none either
+  const int32_t* source;  // [capacity] negative: no token; more than `source_end`: none either
   int64_t source_end;
   int64_t capacity;
   const int32_t* num_recv;  // read for Fill::kPadding
@@ -148,7 +149,7 @@ struct MoveArgs {
 /// What a warp remembers of the piece in a stage.
 struct BulkStage {
   BulkBarrier arrived;
-  uint32_t offset;             // in its row
+  uint32_t offset;           // in its row
   int32_t place[kWarpSize];  // of its row, by slot
 };
 
@@ -357,6 +358,7 @@ template <typename Items>
 __global__ void __launch_bounds__(kWarpSize* kLaneWarpsAlone)
     MoveKernel(const __grid_constant__ MoveArgs<Items> args) {
   __shared__ PeerAddresses peers;
+  WaitForPrevious();
   const bool has_met = Meet(args.self, args.op, args.position, args.own, peers);
   const int warp = threadIdx.x / kWarpSize;
   const int num_bulk_warps = args.geometry.num_bulk_warps;
@@ -374,9 +376,8 @@ __global__ void __launch_bounds__(kWarpSize* kLaneWarpsAlone)
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     extern __shared__ __align__(128) std::byte ring[];
     __shared__ BulkStage stages[kMaxBulkWarps][kMoveStages];
-    BulkMover<Items> mover(args, peers,
-                           ring + size_t(warp) * kMoveStages * args.geometry.piece_bytes,
-                           stages[warp]);
+    BulkMover<Items> mover(
+        args, peers, ring + size_t(warp) * kMoveStages * args.geometry.piece_bytes, stages[warp]);
     for (int i = 0; i < args.num_streams; ++i) {
       if (!args.geometry.is_bulk[i]) continue;
       mover.Run(args.streams[i], args.first_address + i, warp * gridDim.x + blockIdx.x,
@@ -398,8 +399,11 @@ cudaError_t LoadMoveKernel(const DeviceTraits& device) {
 
 template <typename Items>
 cudaError_t LaunchMove(const MoveArgs<Items>& args, int num_sms, cudaStream_t stream) {
-  MoveKernel<Items>
-      <<<num_sms, args.geometry.num_threads(), args.geometry.shared_bytes, stream>>>(args);
+  const MoveGeometry& g = args.geometry;
+  if (args.position == nullptr) {
+    return LaunchBehind(MoveKernel<Items>, num_sms, g.num_threads(), g.shared_bytes, stream, args);
+  }
+  MoveKernel<Items><<<num_sms, g.num_threads(), g.shared_bytes, stream>>>(args);
   return cudaGetLastError();
 }
 

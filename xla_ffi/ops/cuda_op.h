@@ -5,8 +5,8 @@
 
 #include <string>
 
+#include "device/device_group.h"
 #include "ops/op_site.h"
-#include "runtime/device_group.h"
 
 namespace jax_ep {
 

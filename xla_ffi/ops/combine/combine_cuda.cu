@@ -1,5 +1,3 @@
-#include "ops/combine/combine_cuda.cuh"
-
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -10,6 +8,7 @@
 #include "device/bulk_copy.cuh"
 #include "device/rows.cuh"
 #include "device/signals.cuh"
+#include "ops/combine/combine_cuda.cuh"
 #include "ops/combine/combine_ffi.h"
 #include "ops/cuda_handlers.h"
 #include "ops/cuda_op.h"
@@ -107,7 +106,8 @@ class TokenSums {
       consumed_ = n;
       Refill();
       const int num_terms = state_.num_terms[n % kTokensAhead];
-      for (int64_t piece = 0; piece < row_bytes_; piece += kPieceBytes) AddPiece(n, piece, num_terms);
+      for (int64_t piece = 0; piece < row_bytes_; piece += kPieceBytes)
+        AddPiece(n, piece, num_terms);
     }
   }
 
@@ -131,7 +131,8 @@ class TokenSums {
       rank = args_.send_rank ? args_.send_rank[slot] : Lane();
       row = args_.send_row[slot];
     }
-    const bool is_valid = rank >= 0 && rank < args_.num_ranks && row >= 0 && row < args_.recv_capacity;
+    const bool is_valid =
+        rank >= 0 && rank < args_.num_ranks && row >= 0 && row < args_.recv_capacity;
     const uint64_t key = is_valid ? uint64_t(rank) << 32 | uint32_t(row) : ~uint64_t{0};
     int place = 0;
     bool is_first_of_rank = true;
@@ -228,7 +229,7 @@ class TokenSums {
       const bool is_alone = term.is_alone;
       const bool is_last_of_rank = term.is_last_of_rank;
       WaitForCopy();
-      const uint4 (*stage)[kWarpSize] = state_.stage[num_consumed_ % kStages];
+      const uint4(*stage)[kWarpSize] = state_.stage[num_consumed_ % kStages];
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
         float values[kSize];
@@ -352,9 +353,9 @@ int NumWarps(const DeviceTraits& device) {
 cudaError_t LoadCombineKernels(const DeviceTraits& device) {
   const size_t shared_bytes = NumWarps(device) * sizeof(WarpState);
   for (const DType dtype : {DType::kBF16, DType::kF16, DType::kF32}) {
-    const cudaError_t status = cudaFuncSetAttribute(
-        KernelOf(dtype), cudaFuncAttributeMaxDynamicSharedMemorySize,
-        static_cast<int>(shared_bytes));
+    const cudaError_t status =
+        cudaFuncSetAttribute(KernelOf(dtype), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(shared_bytes));
     if (status != cudaSuccess) return status;
   }
   return cudaSuccess;
@@ -363,8 +364,9 @@ cudaError_t LoadCombineKernels(const DeviceTraits& device) {
 cudaError_t LaunchCombine(const CombineLaunch& launch, const DeviceTraits& device, int num_sms,
                           cudaStream_t stream) {
   const int num_warps = NumWarps(device);
-  KernelOf(launch.args.dtype)<<<num_sms, num_warps * kWarpSize, num_warps * sizeof(WarpState),
-                                stream>>>(launch);
+  KernelOf(
+      launch.args.dtype)<<<num_sms, num_warps * kWarpSize, num_warps * sizeof(WarpState), stream>>>(
+      launch);
   return cudaGetLastError();
 }
 

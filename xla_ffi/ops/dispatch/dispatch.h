@@ -6,21 +6,12 @@
 #pragma once
 
 #include <array>
-#include <cstddef>
 #include <cstdint>
 
 #include "core/plan.h"
+#include "core/row_stream.h"
 
 namespace jax_ep {
-
-/// Rows that travel unread: the tokens, and whatever goes along with them.
-struct RowStream {
-  const std::byte* in;  // [num_tokens, row_bytes]
-  std::byte* out;       // [recv_capacity, row_bytes]
-  size_t row_bytes;
-};
-
-inline constexpr int kMaxRowStreams = 4;
 
 /// The operands and results of one rank. `L` = num_local_experts, `C` = recv_capacity.
 struct DispatchArgs {

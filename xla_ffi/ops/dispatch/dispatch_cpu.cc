@@ -148,8 +148,9 @@ ffi::Future Dispatch(HostSite* site, ffi::RunId run_id, int32_t device_id, I32Bu
                      I32Result group_sizes, I32Result num_recv, I32Result num_dropped,
                      I32Result num_invalid, I32Result recv_src, I32Result recv_k,
                      I32Result send_row, I32Result recv_topk_idx, F32Result recv_weights,
-                     ffi::Result<ffi::AnyBuffer>, ffi::RemainingRets recv_rows, int64_t expert_alignment, int64_t fill,
-                     std::string_view, int64_t has_weights, int64_t layout, int64_t num_experts, int64_t) {
+                     ffi::Result<ffi::AnyBuffer>, ffi::RemainingRets recv_rows,
+                     int64_t expert_alignment, int64_t fill, std::string_view, int64_t has_weights,
+                     int64_t layout, int64_t num_experts, int64_t) {
   DispatchArgs args;
   ffi::Error error =
       DecodeDispatch({topk_idx, topk_weights, rows, group_sizes, num_recv, num_dropped, num_invalid,

@@ -1,10 +1,9 @@
-#include "ops/dispatch/dispatch_cuda.cuh"
-
 #include <algorithm>
 
 #include "device/move_rows.cuh"
 #include "ops/cuda_handlers.h"
 #include "ops/cuda_op.h"
+#include "ops/dispatch/dispatch_cuda.cuh"
 #include "ops/dispatch/dispatch_ffi.h"
 #include "ops/dispatch/plan_cuda.cuh"
 
@@ -61,8 +60,8 @@ namespace {
 ffi::Error Dispatch(DeviceSite* site, cudaStream_t stream, int32_t device_id, I32Buffer position,
                     I32Buffer topk_idx, F32Buffer topk_weights, ffi::RemainingArgs rows,
                     I32Result group_sizes, I32Result num_recv, I32Result num_dropped,
-                    I32Result num_invalid, I32Result recv_src, I32Result recv_k,
-                    I32Result send_row, I32Result recv_topk_idx, F32Result recv_weights,
+                    I32Result num_invalid, I32Result recv_src, I32Result recv_k, I32Result send_row,
+                    I32Result recv_topk_idx, F32Result recv_weights,
                     ffi::Result<ffi::AnyBuffer> workspace, ffi::RemainingRets recv_rows,
                     int64_t expert_alignment, int64_t fill, std::string_view, int64_t has_weights,
                     int64_t layout, int64_t num_experts, int64_t num_sms) {
@@ -83,8 +82,7 @@ ffi::Error Dispatch(DeviceSite* site, cudaStream_t stream, int32_t device_id, I3
   launch.self = call.member->endpoint;
   launch.position = position.typed_data();
   launch.workspace = workspace->untyped_data();
-  return CudaError("dispatch",
-                   LaunchDispatch(launch, call.member->traits, call.num_sms, stream));
+  return CudaError("dispatch", LaunchDispatch(launch, call.member->traits, call.num_sms, stream));
 }
 
 }  // namespace

@@ -12,21 +12,21 @@ namespace jax_ep {
 template <typename Binding>
 auto BindDispatch(Binding&& binding) {
   return std::forward<Binding>(binding)
-      .template Arg<I32Buffer>()  // position [1]
-      .template Arg<I32Buffer>()  // topk_idx
-      .template Arg<F32Buffer>()  // topk_weights, read if has_weights
-      .RemainingArgs()            // row streams
-      .template Ret<I32Buffer>()  // group_sizes
-      .template Ret<I32Buffer>()  // num_recv
-      .template Ret<I32Buffer>()  // num_dropped
-      .template Ret<I32Buffer>()  // num_invalid
-      .template Ret<I32Buffer>()  // recv_src
-      .template Ret<I32Buffer>()  // recv_k, empty in the rank layout
-      .template Ret<I32Buffer>()  // send_row
-      .template Ret<I32Buffer>()  // recv_topk_idx, empty in the expert layout
-      .template Ret<F32Buffer>()  // recv_weights, empty when absent
+      .template Arg<I32Buffer>()       // position [1]
+      .template Arg<I32Buffer>()       // topk_idx
+      .template Arg<F32Buffer>()       // topk_weights, read if has_weights
+      .RemainingArgs()                 // row streams
+      .template Ret<I32Buffer>()       // group_sizes
+      .template Ret<I32Buffer>()       // num_recv
+      .template Ret<I32Buffer>()       // num_dropped
+      .template Ret<I32Buffer>()       // num_invalid
+      .template Ret<I32Buffer>()       // recv_src
+      .template Ret<I32Buffer>()       // recv_k, empty in the rank layout
+      .template Ret<I32Buffer>()       // send_row
+      .template Ret<I32Buffer>()       // recv_topk_idx, empty in the expert layout
+      .template Ret<F32Buffer>()       // recv_weights, empty when absent
       .template Ret<ffi::AnyBuffer>()  // workspace, of the twins that need one
-      .RemainingRets()            // row streams
+      .RemainingRets()                 // row streams
       .template Attr<int64_t>("expert_alignment")
       .template Attr<int64_t>("fill")
       .template Attr<std::string_view>("group")

@@ -1,9 +1,9 @@
-#include "ops/dispatch/plan_cuda.cuh"
-
 #include <cuda_runtime.h>
 
+#include "device/launch.cuh"
 #include "device/rows.cuh"
 #include "device/signals.cuh"
+#include "ops/dispatch/plan_cuda.cuh"
 
 namespace jax_ep {
 namespace {
@@ -53,10 +53,10 @@ __device__ int32_t ColumnOf(const PlanShape& shape, const int32_t* ids, int32_t 
   return dst;
 }
 
-// Copies words that may be a peer's to shared memory, and calls also(i, word) for each. Many loads
-// are on their way at once: a peer's answer takes microseconds.
-template <typename Word, typename Also>
-__device__ void CopyWords(Word* shared, const Word* in, int32_t count, Also&& also) {
+// Calls use(i, word) for words that may be a peer's. Many loads are on their way at once: an answer
+// takes microseconds.
+template <typename Word, typename Use>
+__device__ void ForEachWord(const Word* in, int32_t count, Use&& use) {
   constexpr int kUnroll = 8;
   for (int32_t first = threadIdx.x; first < count; first += kUnroll * blockDim.x) {
     Word words[kUnroll];
@@ -68,9 +68,7 @@ __device__ void CopyWords(Word* shared, const Word* in, int32_t count, Also&& al
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int32_t i = first + u * blockDim.x;
-      if (i >= count) continue;
-      shared[i] = words[u];
-      also(i, words[u]);
+      if (i < count) use(i, words[u]);
     }
   }
 }
@@ -86,17 +84,18 @@ __device__ int64_t BlockSum(int64_t value) {
   return sum;
 }
 
-// Copies every rank's ids and counts the rows of each slice and column.
+// Copies every rank's ids and weights and counts the rows of each slice and column.
 //
 // Geometry   a block per slice, at most kPlanBlocksPerSm for each SM of the budget; one thread per
 //            choice.
 // Protocol   publishes this rank's operands, waits for every peer's.
-// Traffic    per token of any rank: 4 * num_topk bytes read, over NVLink if remote.
-// Floor      remote tokens * 4 * num_topk / NVLink pull.
+// Traffic    per token of any rank: 8 * num_topk bytes read, over NVLink if remote, and written.
+// Floor      remote tokens * 8 * num_topk / NVLink pull.
 __global__ void __launch_bounds__(kPlanWarps* kWarpSize)
     CountKernel(const __grid_constant__ PlanArgs plan) {
   extern __shared__ int32_t shared[];
   __shared__ PeerAddresses peers;
+  LetNextStart();
   const PlanShape& shape = plan.shape;
   const int num_topk = shape.dispatch.num_topk;
   if (!Meet(plan.self, OpId::kDispatch, plan.position, OperandsOf(plan.args), peers)) return;
@@ -110,11 +109,18 @@ __global__ void __launch_bounds__(kPlanWarps* kWarpSize)
   for (int32_t s = blockIdx.x; s < shape.num_slices(); s += gridDim.x) {
     const Slice slice(shape, s);
     const int32_t num_ids = slice.num_tokens * num_topk;
-    const int32_t* in = reinterpret_cast<const int32_t*>(peers.at[kTopkIdxAddress][slice.src]) +
-                        slice.first_token * num_topk;
-    int32_t* copy = plan.workspace.ids +
-                    (slice.src * shape.dispatch.num_tokens + slice.first_token) * num_topk;
-    CopyWords(ids, in, num_ids, [&](int32_t i, int32_t id) { copy[i] = id; });
+    const int64_t first_id = slice.first_token * num_topk;
+    const int64_t first_copy = slice.src * shape.dispatch.num_tokens * num_topk + first_id;
+    const auto* in = reinterpret_cast<const int32_t*>(peers.at[kTopkIdxAddress][slice.src]);
+    ForEachWord(in + first_id, num_ids,
+                [&](int32_t i, int32_t id) { plan.workspace.ids[first_copy + i] = ids[i] = id; });
+    if (plan.args.recv_weights) {
+      const auto* weights =
+          reinterpret_cast<const float*>(peers.at[kTopkWeightsAddress][slice.src]);
+      ForEachWord(weights + first_id, num_ids, [&](int32_t i, float weight) {
+        plan.workspace.weights[first_copy + i] = weight;
+      });
+    }
     for (int32_t c = threadIdx.x; c < shape.num_counts(); c += blockDim.x) counts[c] = 0;
     __syncthreads();
     // Whole warps, so that equal columns are added at once: a few columns would be a long queue.
@@ -138,14 +144,13 @@ __global__ void __launch_bounds__(kPlanWarps* kWarpSize)
 // The block's copy of the plan, in shared memory (PlanBytes).
 class Placement {
  public:
-  __device__ Placement(const PlanArgs& plan, const PeerAddresses& peers, int64_t* end,
-                       int32_t* shared)
+  __device__ Placement(const PlanArgs& plan, int64_t* end, int32_t* shared)
       : plan_(plan),
         shape_(plan.shape),
-        peers_(peers),
         end_(end),
         ids_(shared),
-        weights_(reinterpret_cast<float*>(ids_ + shape_.tokens_per_slice * shape_.dispatch.num_topk)),
+        weights_(
+            reinterpret_cast<float*>(ids_ + shape_.tokens_per_slice * shape_.dispatch.num_topk)),
         first_row_(ids_ + 2 * shape_.tokens_per_slice * shape_.dispatch.num_topk),
         num_rows_(first_row_ + shape_.num_counts()),
         before_(num_rows_ + shape_.num_counts()),
@@ -354,21 +359,19 @@ class Placement {
 
   // Expert layout: rows of a group of this rank, padding included.
   __device__ int32_t GroupSize(int e) const {
-    return static_cast<int32_t>(
-        AlignUp(num_rows_[plan_.self.rank * num_local() + e], alignment()));
+    return static_cast<int32_t>(AlignUp(num_rows_[plan_.self.rank * num_local() + e], alignment()));
   }
 
   __device__ void WriteChoice(const Slice& slice, int32_t i, int dst, int32_t row);
 
   const PlanArgs& plan_;
   const PlanShape& shape_;
-  const PeerAddresses& peers_;
-  int64_t* end_;  // expert layout: [num_ranks] tokens from here on are dropped by that rank
-  int32_t* ids_;      // of the slice
-  float* weights_;    // of the slice, if there are any
-  int32_t* first_row_;     // [num_columns] where the column begins at its rank
-  int32_t* num_rows_;      // [num_columns] kept
-  int32_t* before_;        // [num_columns] of earlier slices
+  int64_t* end_;        // expert layout: [num_ranks] tokens from here on are dropped by that rank
+  int32_t* ids_;        // of the slice
+  float* weights_;      // of the slice, if there are any
+  int32_t* first_row_;  // [num_columns] where the column begins at its rank
+  int32_t* num_rows_;   // [num_columns] kept
+  int32_t* before_;     // [num_columns] of earlier slices
   int32_t* group_counts_;  // [num_local_experts] kept choices of this block's slices
   int32_t* scratch_;
   int64_t num_wanted_ = 0;  // of this rank
@@ -415,12 +418,11 @@ __device__ void Placement::PlaceSlice(int32_t s) {
   for (int32_t c = threadIdx.x; c < shape_.num_columns; c += blockDim.x) {
     before_[c] = SumOfSlices(0, s, c);
   }
-  const auto nothing_else = [](int32_t, auto) {};
-  CopyWords(ids_, plan_.workspace.ids + first_token * d.num_topk, num_ids, nothing_else);
+  ForEachWord(plan_.workspace.ids + first_token * d.num_topk, num_ids,
+              [&](int32_t i, int32_t id) { ids_[i] = id; });
   if (plan_.args.recv_weights) {
-    const float* weights =
-        reinterpret_cast<const float*>(peers_.at[kTopkWeightsAddress][slice.src]);
-    CopyWords(weights_, weights + slice.first_token * d.num_topk, num_ids, nothing_else);
+    ForEachWord(plan_.workspace.weights + first_token * d.num_topk, num_ids,
+                [&](int32_t i, float weight) { weights_[i] = weight; });
   }
   for (int32_t i = threadIdx.x; i < slice.num_tokens * shape_.num_slots; i += blockDim.x) {
     plan_.workspace.row_of[first_token * shape_.num_slots + i] = kNoIndex;
@@ -470,8 +472,8 @@ __device__ void Placement::PlaceSlice(int32_t s) {
   for_each_choice([&](int32_t i, int32_t column, int32_t row) {
     row += first_row_[column] + before_[column];
     const int dst = RankOf(column);
-    const bool is_kept = shape_.is_rank_layout() ? row < capacity()
-                                                 : first_token + i / d.num_topk < end_[dst];
+    const bool is_kept =
+        shape_.is_rank_layout() ? row < capacity() : first_token + i / d.num_topk < end_[dst];
     WriteChoice(slice, i, dst, is_kept ? row : kNoIndex);
   });
 }
@@ -499,19 +501,20 @@ __device__ void PoisonIndices(const PlanArgs& plan) {
 //
 // Geometry   as CountKernel.
 // Protocol   none of its own; the ranks have met.
-// Traffic    per token of any rank: 4 * num_topk bytes read from HBM, 4 * num_slots written; per row
-//            of the result: its indices written, its weights read, over NVLink if remote.
-// Floor      remote weights / NVLink pull, or all bytes / HBM.
+// Traffic    per token of any rank: 8 * num_topk bytes read, 4 * num_slots written; per row of the
+//            result: its indices and weights written.
+// Floor      all bytes / HBM.
 __global__ void __launch_bounds__(kPlanWarps* kWarpSize)
     PlaceKernel(const __grid_constant__ PlanArgs plan) {
   extern __shared__ int32_t shared[];
-  __shared__ PeerAddresses peers;
   __shared__ int64_t end[kMaxRanks];
-  if (!Meet(plan.self, OpId::kDispatch, nullptr, OperandsOf(plan.args), peers)) {
+  LetNextStart();
+  WaitForPrevious();
+  if (__syncthreads_or(IsAborted(plan.self))) {
     PoisonIndices(plan);
     return;
   }
-  Placement placement(plan, peers, end, shared);
+  Placement placement(plan, end, shared);
   placement.Admit();
   for (int32_t s = blockIdx.x; s < plan.shape.num_slices(); s += gridDim.x) placement.PlaceSlice(s);
   placement.AddGroupSizes();
@@ -523,8 +526,8 @@ __global__ void __launch_bounds__(kPlanWarps* kWarpSize)
 
 cudaError_t LoadPlanKernels() {
   for (const auto kernel : {CountKernel, PlaceKernel}) {
-    const cudaError_t status = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kPlanSharedBytes);
+    const cudaError_t status =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kPlanSharedBytes);
     if (status != cudaSuccess) return status;
   }
   return cudaSuccess;
@@ -535,8 +538,9 @@ cudaError_t LaunchPlan(const PlanArgs& plan, int num_sms, cudaStream_t stream) {
   // Blocks wait for peers at most, never for one another: it does not matter how many run at once.
   const int num_blocks = std::min(num_sms * kPlanBlocksPerSm, plan.shape.num_slices());
   CountKernel<<<num_blocks, num_threads, plan.shape.shared_bytes, stream>>>(plan);
-  PlaceKernel<<<num_blocks, num_threads, plan.shape.shared_bytes, stream>>>(plan);
-  return cudaGetLastError();
+  const cudaError_t status = cudaGetLastError();
+  if (status != cudaSuccess) return status;
+  return LaunchBehind(PlaceKernel, num_blocks, num_threads, plan.shape.shared_bytes, stream, plan);
 }
 
 }  // namespace jax_ep

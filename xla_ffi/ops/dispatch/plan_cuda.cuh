@@ -4,8 +4,8 @@
 // before the rows do. Positions come from prefix sums in token order: no atomics decide them.
 //
 // The tokens of all ranks, in (rank, token) order, are cut into slices; a slice is counted, and
-// later placed, by one block, each of its warps taking an equal part. A *column* is what positions are
-// counted for: a destination rank (rank layout) or an expert.
+// later placed, by one block, each of its warps taking an equal part. A *column* is what positions
+// are counted for: a destination rank (rank layout) or an expert.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -51,9 +51,9 @@ struct PlanShape {
   JAX_EP_HOST_DEVICE int32_t num_counts() const { return num_columns + 1; }
 };
 
-/// Shared memory of a block: the ids and the weights of a slice; the first row, the number of rows and the rows of
-/// earlier slices of each column; the choices of each local expert; and scratch, which holds the
-/// columns of each warp, or one count per local expert.
+/// Shared memory of a block: the ids and the weights of a slice; the first row, the number of rows
+/// and the rows of earlier slices of each column; the choices of each local expert; and scratch,
+/// which holds the columns of each warp, or one count per local expert.
 inline size_t PlanBytes(const DispatchShape& d, int64_t num_columns, int num_warps,
                         int tokens_per_warp) {
   const size_t choices = num_warps * tokens_per_warp * d.num_topk;
@@ -93,16 +93,21 @@ inline PlanShape MakePlanShape(const DispatchShape& d) {
 /// Scratch of one call, in a result that nobody reads.
 struct PlanWorkspace {
   int32_t* ids;     // [num_ranks, num_tokens, num_topk], a copy of every rank's
+  float* weights;   // as ids, if there are any
   int32_t* row_of;  // [num_ranks, num_tokens, num_slots] row on this rank, or kNoIndex
   int32_t* counts;  // [num_slices, num_counts]
 
   static size_t Bytes(const PlanShape& shape) {
-    return sizeof(int32_t) * (shape.num_ids() + shape.num_places() +
+    return sizeof(int32_t) * (2 * shape.num_ids() + shape.num_places() +
                               int64_t{shape.num_slices()} * shape.num_counts());
   }
   static PlanWorkspace At(void* base, const PlanShape& shape) {
     int32_t* ids = static_cast<int32_t*>(base);
-    return {ids, ids + shape.num_ids(), ids + shape.num_ids() + shape.num_places()};
+    int32_t* row_of = ids + 2 * shape.num_ids();
+    return {.ids = ids,
+            .weights = reinterpret_cast<float*>(ids + shape.num_ids()),
+            .row_of = row_of,
+            .counts = row_of + shape.num_places()};
   }
 };
 

@@ -1,8 +1,7 @@
-#include "ops/pull_rows/pull_rows_cuda.cuh"
-
 #include "device/move_rows.cuh"
 #include "ops/cuda_handlers.h"
 #include "ops/cuda_op.h"
+#include "ops/pull_rows/pull_rows_cuda.cuh"
 #include "ops/pull_rows/pull_rows_ffi.h"
 
 namespace jax_ep {
@@ -15,24 +14,23 @@ cudaError_t LaunchPullRows(const PullRowsLaunch& launch, const DeviceTraits& dev
                            cudaStream_t stream) {
   const PullRowsArgs& args = launch.args;
   const RowStream rows{.in = args.rows, .out = args.out, .row_bytes = args.row_bytes};
-  const MoveArgs<IndexItems> move{
-      .self = launch.self,
-      .op = OpId::kPullRows,
-      .position = launch.position,
-      .own = {.at = {args.rows}, .count = 1},
-      .first_address = 0,
-      .num_streams = 1,
-      .streams = {rows},
-      .geometry = MakeMoveGeometry(&rows, 1, device.has_bulk_copy),
-      .items = {.index = args.index,
-                .num_pulled = static_cast<uint32_t>(args.num_pulled),
-                .num_ranks = static_cast<uint32_t>(args.num_ranks),
-                .num_rows = static_cast<uint32_t>(args.num_rows)},
-      .fill = {.source = args.index,
-               .source_end = args.num_ranks * args.num_rows,
-               .capacity = args.num_pulled,
-               .num_recv = nullptr,
-               .fill = Fill::kZeros}};
+  const MoveArgs<IndexItems> move{.self = launch.self,
+                                  .op = OpId::kPullRows,
+                                  .position = launch.position,
+                                  .own = {.at = {args.rows}, .count = 1},
+                                  .first_address = 0,
+                                  .num_streams = 1,
+                                  .streams = {rows},
+                                  .geometry = MakeMoveGeometry(&rows, 1, device.has_bulk_copy),
+                                  .items = {.index = args.index,
+                                            .num_pulled = static_cast<uint32_t>(args.num_pulled),
+                                            .num_ranks = static_cast<uint32_t>(args.num_ranks),
+                                            .num_rows = static_cast<uint32_t>(args.num_rows)},
+                                  .fill = {.source = args.index,
+                                           .source_end = args.num_ranks * args.num_rows,
+                                           .capacity = args.num_pulled,
+                                           .num_recv = nullptr,
+                                           .fill = Fill::kZeros}};
   return LaunchMove(move, num_sms, stream);
 }
 
@@ -49,8 +47,7 @@ ffi::Error PullRows(DeviceSite* site, cudaStream_t stream, int32_t device_id, I3
   if (error.failure()) return error;
   launch.self = call.member->endpoint;
   launch.position = position.typed_data();
-  return CudaError("pull_rows",
-                   LaunchPullRows(launch, call.member->traits, call.num_sms, stream));
+  return CudaError("pull_rows", LaunchPullRows(launch, call.member->traits, call.num_sms, stream));
 }
 
 }  // namespace

@@ -41,7 +41,8 @@ class Device {
   explicit Device(const std::vector<T>& values) : Device(values.size()) {
     Cuda(cudaMemcpy(data_, values.data(), size_ * sizeof(T), cudaMemcpyHostToDevice));
   }
-  Device(Device&& other) noexcept : data_(std::exchange(other.data_, nullptr)), size_(other.size_) {}
+  Device(Device&& other) noexcept
+      : data_(std::exchange(other.data_, nullptr)), size_(other.size_) {}
   Device& operator=(Device&&) = delete;
   ~Device() { cudaFree(data_); }
   T* get() const { return data_; }
@@ -95,13 +96,13 @@ class Ranks {
       Cuda(cudaDeviceSynchronize());
     }
     for (int r = 0; r < num_ranks; ++r) {
-      Endpoint endpoint{.rank = r,
-                        .num_ranks = num_ranks,
-                        .position = r,
-                        .timeout_ns = static_cast<uint64_t>(
-                            std::chrono::nanoseconds(timeout).count()),
-                        .control = {},
-                        .record = &records_[r]};
+      Endpoint endpoint{
+          .rank = r,
+          .num_ranks = num_ranks,
+          .position = r,
+          .timeout_ns = static_cast<uint64_t>(std::chrono::nanoseconds(timeout).count()),
+          .control = {},
+          .record = &records_[r]};
       std::copy(control_.begin(), control_.end(), endpoint.control);
       endpoints_.push_back(endpoint);
     }
@@ -366,9 +367,11 @@ void TestRoundTrip(const Case& c, DType dtype, const Ranks& ranks, int num_sms, 
       const int32_t from = src_of[row];
       std::vector<T> zero(hidden, T{});
       std::vector<std::byte> no_scales(scale_bytes);
-      const T* wanted = from < 0 ? zero.data() : &x[from / c.num_tokens][from % c.num_tokens * hidden];
+      const T* wanted =
+          from < 0 ? zero.data() : &x[from / c.num_tokens][from % c.num_tokens * hidden];
       const std::byte* wanted_scales =
-          from < 0 ? no_scales.data() : &scales[from / c.num_tokens][from % c.num_tokens * scale_bytes];
+          from < 0 ? no_scales.data()
+                   : &scales[from / c.num_tokens][from % c.num_tokens * scale_bytes];
       CHECK(std::memcmp(&again[row * hidden], wanted, c.row_bytes) == 0, c.Name(), dst, row);
       const bool is_open = from < 0 && (c.fill == Fill::kNone ||
                                         (c.fill == Fill::kPadding && row >= plan.num_recv(dst)));
@@ -461,8 +464,12 @@ void TestMatrix(int num_devices) {
       for (const int64_t num_tokens : {1, 77, 600}) {
         for (const int num_topk : {1, 8, 32}) {
           const int num_local = std::max(2, 64 / num_ranks);
-          Case c{.layout = layout, .num_ranks = num_ranks, .num_tokens = num_tokens,
-                 .num_topk = num_topk, .num_local_experts = num_local, .capacity = 0};
+          Case c{.layout = layout,
+                 .num_ranks = num_ranks,
+                 .num_tokens = num_tokens,
+                 .num_topk = num_topk,
+                 .num_local_experts = num_local,
+                 .capacity = 0};
           c.alignment = layout == RecvLayout::kExpert && seed % 2 ? 8 : 1;
           const int64_t most =
               num_tokens * num_ranks *
@@ -482,12 +489,20 @@ void TestMatrix(int num_devices) {
       }
     }
     // Rows of several pieces, many experts.
-    Case wide{.layout = RecvLayout::kExpert, .num_ranks = num_ranks, .num_tokens = 33,
-              .num_topk = 4, .num_local_experts = 8, .capacity = 33 * num_ranks * 4};
+    Case wide{.layout = RecvLayout::kExpert,
+              .num_ranks = num_ranks,
+              .num_tokens = 33,
+              .num_topk = 4,
+              .num_local_experts = 8,
+              .capacity = 33 * num_ranks * 4};
     wide.row_bytes = 40000;
     TestRoundTrip<BF16>(wide, DType::kBF16, ranks, num_sms, seed++);
-    Case many{.layout = RecvLayout::kExpert, .num_ranks = num_ranks, .num_tokens = 600,
-              .num_topk = 8, .num_local_experts = 4096 / num_ranks, .capacity = 2000};
+    Case many{.layout = RecvLayout::kExpert,
+              .num_ranks = num_ranks,
+              .num_tokens = 600,
+              .num_topk = 8,
+              .num_local_experts = 4096 / num_ranks,
+              .capacity = 2000};
     TestRoundTrip<BF16>(many, DType::kBF16, ranks, num_sms, seed++);
     std::printf("R=%d: %d cases\n", num_ranks, seed);
     std::fflush(stdout);

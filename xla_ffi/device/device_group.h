@@ -59,9 +59,9 @@ class DeviceGroup {
   std::string identity_;
   int num_ranks_;
   std::vector<Seat> seats_;
-  std::vector<Member> members_;                  // by position
-  std::vector<ControlBlock*> control_;           // by position, each in its device's memory
-  FailureRecord* records_ = nullptr;             // by position, in pinned host memory
+  std::vector<Member> members_;         // by position
+  std::vector<ControlBlock*> control_;  // by position, each in its device's memory
+  FailureRecord* records_ = nullptr;    // by position, in pinned host memory
   std::unordered_map<int64_t, int> position_of_device_;
   std::atomic<uint64_t> next_site_ = 0;
 };

@@ -1,4 +1,4 @@
-#include "runtime/device_group.h"
+#include "device/device_group.h"
 
 #include <cuda_runtime_api.h>
 
@@ -35,9 +35,10 @@ DeviceTraits TraitsOf(int64_t device) {
     Check("cudaDeviceGetAttribute", cudaDeviceGetAttribute(&value, name, static_cast<int>(device)));
     return value;
   };
-  return {.num_sms = attribute(cudaDevAttrMultiProcessorCount),
-          .max_shared_bytes = static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)),
-          .has_bulk_copy = attribute(cudaDevAttrComputeCapabilityMajor) >= 9};
+  return {
+      .num_sms = attribute(cudaDevAttrMultiProcessorCount),
+      .max_shared_bytes = static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)),
+      .has_bulk_copy = attribute(cudaDevAttrComputeCapabilityMajor) >= 9};
 }
 
 // XLA's own pool is mapped for every device of the process; our blocks need the same.
@@ -94,9 +95,9 @@ DeviceGroup::DeviceGroup(std::string identity, std::vector<Seat> seats, int num_
       if (are_peers) EnablePeerAccess(a.device_id, b.device_id);
     }
   }
-  Check("cudaHostAlloc", cudaHostAlloc(reinterpret_cast<void**>(&records_),
-                                       size * sizeof(FailureRecord),
-                                       cudaHostAllocPortable | cudaHostAllocMapped));
+  Check("cudaHostAlloc",
+        cudaHostAlloc(reinterpret_cast<void**>(&records_), size * sizeof(FailureRecord),
+                      cudaHostAllocPortable | cudaHostAllocMapped));
   for (size_t i = 0; i < size; ++i) records_[i] = {};
   control_.resize(size);
   for (size_t i = 0; i < size; ++i) {
@@ -110,12 +111,13 @@ DeviceGroup::DeviceGroup(std::string identity, std::vector<Seat> seats, int num_
     const OnDevice on_device(seats_[i].device_id);
     Member& member = members_[i];
     member.traits = TraitsOf(seats_[i].device_id);
-    member.endpoint = {.rank = seats_[i].member.rank,
-                       .num_ranks = num_ranks,
-                       .position = static_cast<int32_t>(i),
-                       .timeout_ns = static_cast<uint64_t>(std::chrono::nanoseconds(timeout).count()),
-                       .control = {},
-                       .record = &records_[i]};
+    member.endpoint = {
+        .rank = seats_[i].member.rank,
+        .num_ranks = num_ranks,
+        .position = static_cast<int32_t>(i),
+        .timeout_ns = static_cast<uint64_t>(std::chrono::nanoseconds(timeout).count()),
+        .control = {},
+        .record = &records_[i]};
     for (size_t j = 0; j < size; ++j) {
       if (seats_[j].member.slice == seats_[i].member.slice) {
         member.endpoint.control[seats_[j].member.rank] = control_[j];
