@@ -86,16 +86,18 @@ def _cuda(mesh: jax.sharding.Mesh) -> Usability:
     if _platforms(mesh) != {"gpu"}:
         return Usability(_NO_OPS, "the mesh's devices are not GPUs")
     if any(d.process_index != jax.process_index() for d in mesh.devices.flat):
-        return Usability(_NO_OPS, "the mesh spans processes, the kernels exchange inside one")
+        why_not: str | None = "the mesh spans processes, the kernels exchange inside one"
+    else:
+        why_not = config.why_no_kernel_exchange()
     try:
         native = _native.load("cuda")
     except GroupError as e:
         return Usability(_NO_OPS, str(e))
-    why_not = config.why_no_kernel_exchange()
-    try:
-        native.check_devices([d.local_hardware_id for d in mesh.devices.flat])
-    except RuntimeError as e:
-        why_not = str(e)
+    if why_not is None:
+        try:
+            native.check_devices([d.local_hardware_id for d in mesh.devices.flat])
+        except RuntimeError as e:
+            why_not = str(e)
     if why_not is None:
         return Usability(_OPS, "usable")
     return Usability(_LOCAL_OPS, f"usable for {', '.join(_LOCAL_OPS)} only: {why_not}")

@@ -30,7 +30,7 @@ def open_group(identity: str, seats: Sequence[tuple[int, int, int]], num_slices:
 
 def check_devices(devices: Sequence[int]) -> None:
     """
-    Raises RuntimeError unless the CUDA devices can read one another's memory.
+    Raises RuntimeError, saying why, unless the CUDA devices can form a group.
     """
 
 def close_group(identity: str) -> None:

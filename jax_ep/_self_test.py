@@ -33,6 +33,7 @@ def run(group: "Group") -> None:
         pull_one_each, mesh=group.mesh, in_specs=(), out_specs=partition, check_vma=False
     )
     result = jax.jit(test)()
+    group.check(result)
     for shard in result.addressable_shards:
         rank = group.spec.rank_of(shard.device.id)
         got = np.asarray(shard.data)[:, 0]

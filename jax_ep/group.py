@@ -269,6 +269,11 @@ class Group:
                     f"group: the device of mesh position {record['seen']} is at "
                     f"{record['expected']} in the group's mesh (-1: not in it)"
                 )
+            if kind == "call_mismatch":
+                raise GroupError(
+                    f"{record['op']}: rank {record['rank']} met rank {record['peer']} at another "
+                    "call: the ranks of a group must make the same calls in the same order"
+                )
             raise GroupError(
                 f"{record['op']}: rank {record['rank']} arrived twice at one call: {record}"
             )

@@ -107,7 +107,7 @@ def test_stock_contender_computes_the_same(groups, layout):
 
         return on_ranks(both, group.mesh, check_vma=False)(*inputs)
 
-    us, stock = contenders(point, group, ["cpu"])
+    us, stock = contenders(point, group, [("cpu", None)])
     (out, y), (other, other_y) = run(us), run(stock)
     assert not np.any(out.num_dropped)
     if layout == "expert":
@@ -127,7 +127,7 @@ def test_stock_contender_computes_the_same(groups, layout):
 def test_chain_computes_the_operation(groups, op, layout):
     """Links of a chain do what they are timed for, and the empty chain changes nothing."""
     group, point = groups(2), _point(layout, num_ranks=2)
-    program = timing.make_program(op, ours(point, group, "cpu"))
+    program = timing.make_program(op, ours(point, group, "cpu", None))
     inputs = make_inputs(point, group.mesh)
 
     def run(link, count):
@@ -152,7 +152,7 @@ def test_nothing_is_hoisted_out_of_a_chain(groups, op, layout):
     """Every collective is inside the loop, not in the entry computation."""
     group, point = groups(2), _point(layout, num_ranks=2)
     inputs = make_inputs(point, group.mesh)
-    for contender in contenders(point, group, ["xla"]):
+    for contender in contenders(point, group, [("xla", None)]):
         program = timing.make_program(op, contender)
         start = on_ranks(program.start, group.mesh, check_vma=False)(*inputs)
         chain = on_ranks(timing.make_chain(op, program.run, 4), group.mesh, check_vma=False)

@@ -78,7 +78,7 @@ def _random_ids(key, num_tokens, num_topk, num_experts):
     return jnp.where(jax.random.uniform(mask, ids.shape) < share, -1, ids)
 
 
-@pytest.mark.parametrize(("num_steps", "delayed"), [(50_000, False), (2_000, True)])
+@pytest.mark.parametrize(("num_steps", "delayed"), [(50_000, False), (300, True)])
 @pytest.mark.timeout(280)
 def test_many_calls(group, num_steps, delayed):
     """Random routings in a captured loop, two calls a step; ranks late by turns."""
@@ -170,6 +170,35 @@ def test_missing_peer_ends_in_an_exception(group, num_calls):
     failing.close()
     with jax_ep.Group.open(_mesh(), "ep", name="next") as fresh:
         np.testing.assert_array_equal(on_ranks(partial(run, fresh), fresh.mesh)(x, ids), x)
+
+
+def test_ranks_at_different_calls_are_an_error(group):
+    """One rank dispatches where the other combines: an exception, and the devices live."""
+    if group.num_ranks < 2:
+        pytest.skip("needs two GPUs")
+    x = np.ones((group.num_ranks, 4, 8), np.float32)
+    ids = np.zeros((group.num_ranks, 4, 1), np.int32)
+    failing = jax_ep.Group.open(_mesh(), "ep", name="diverging", timeout=5.0)
+
+    def diverge(x, ids):
+        out = jax_ep.dispatch(x, ids, group=failing, num_experts=8 * group.num_ranks)
+        is_first = jax.lax.axis_index("ep") == 0
+
+        def combine_first():
+            y = jax_ep.combine(out.x, out.handle)
+            return y + jax_ep.dispatch(y, handle=out.handle).x[:4]
+
+        def dispatch_first():
+            rows = jax_ep.dispatch(x, handle=out.handle).x
+            return jax_ep.combine(rows, out.handle) + x
+
+        return jax.lax.cond(is_first, combine_first, dispatch_first)
+
+    jax.block_until_ready(on_ranks(diverge, failing.mesh)(x, ids))
+    with pytest.raises(jax_ep.GroupError, match="at another call"):
+        failing.check()
+    failing.close()
+    np.testing.assert_array_equal(on_ranks(partial(_echo, group), group.mesh)(x, ids)[0], x)
 
 
 def test_another_device_order_is_an_error(group):

@@ -6,9 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jax_ep import config
 from jax_ep._primitives._base import absent, make_primitive
 from jax_ep._primitives.check_mesh import check_mesh
 from jax_ep._spec import CombineSpec, RowIndex
+from jax_ep.errors import ConfigError
 
 
 def _results(
@@ -33,6 +35,11 @@ def combine(
     biases: Sequence[jax.Array],
 ) -> jax.Array:
     """The custom call: [num_tokens, hidden] from rows [recv_capacity, hidden]."""
+    if spec.backend == "cuda" and index.send_row.shape[1] > config.MAX_TOPK:
+        raise ConfigError(
+            f"combine: backend 'cuda' takes at most {config.MAX_TOPK} choices a token, got "
+            f"{index.send_row.shape[1]}"
+        )
     position = check_mesh(spec.group.position(), spec.group, op="combine")
     return _bind(
         position,

@@ -25,6 +25,7 @@ class Contender(NamedTuple):
       algorithm: what a stock contender is made of.
       fill: which rows without a token are zero; None: there is no such promise.
       recv_capacity: rows of the buffer that the experts get.
+      sms: the SM budget, where there is one.
       dispatch: (x, topk_idx, topk_weights) to a pytree that holds the rows and the way back.
       combine: that pytree to [tokens, hidden].
     """
@@ -34,25 +35,28 @@ class Contender(NamedTuple):
     algorithm: str | None
     fill: str | None
     recv_capacity: int
+    sms: int | None
     dispatch: Callable[..., Any]
     combine: Callable[[Any], jax.Array]
 
 
-def contenders(point: Point, group: jax_ep.Group, backends: Sequence[str]) -> list[Contender]:
-    """All contenders of a point, ours first."""
+def contenders(
+    point: Point, group: jax_ep.Group, entries: Sequence[tuple[str, int | None]]
+) -> list[Contender]:
+    """All contenders of a point, ours first: one for each back end and SM budget."""
     stock = all_to_all if point.layout == "expert" else all_gather
-    return [*(ours(point, group, backend) for backend in backends), stock(point, group.axes)]
+    return [*(ours(point, group, *entry) for entry in entries), stock(point, group.axes)]
 
 
-def ours(point: Point, group: jax_ep.Group, backend: str) -> Contender:
-    """jax_ep on one back end."""
+def ours(point: Point, group: jax_ep.Group, backend: str, sms: int | None) -> Contender:
+    """jax_ep on one back end, with an SM budget where the back end takes one."""
 
     def combine(out: jax_ep.Dispatched) -> jax.Array:
         weights = out.weights if point.layout == "expert" else None
-        return jax_ep.combine(out.x, out.handle, weights=weights, backend=backend)
+        return jax_ep.combine(out.x, out.handle, weights=weights, num_sms=sms, backend=backend)
 
-    send = partial(dispatch, point, group, backend)
-    return Contender("jax_ep", backend, None, point.fill, point.capacity, send, combine)
+    send = partial(dispatch, point, group, backend, num_sms=sms)
+    return Contender("jax_ep", backend, None, point.fill, point.capacity, sms, send, combine)
 
 
 class Exchanged(NamedTuple):
@@ -94,7 +98,7 @@ def all_to_all(point: Point, axes: tuple[str, ...]) -> Contender:
 
     algorithm = "sort, all_to_all, sort"
     capacity = slots * point.num_ranks
-    return Contender("all_to_all", "xla", algorithm, "zeros", capacity, dispatch, combine)
+    return Contender("all_to_all", "xla", algorithm, "zeros", capacity, None, dispatch, combine)
 
 
 def _slots(point: Point) -> int:
@@ -156,4 +160,4 @@ def all_gather(point: Point, axes: tuple[str, ...]) -> Contender:
 
     algorithm = "all_gather, psum_scatter"
     capacity = point.num_tokens * point.num_ranks
-    return Contender("all_gather", "xla", algorithm, None, capacity, dispatch, combine)
+    return Contender("all_gather", "xla", algorithm, None, capacity, None, dispatch, combine)

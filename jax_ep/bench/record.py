@@ -74,9 +74,9 @@ class Place:
     time: str
 
     @classmethod
-    def find(cls) -> "Place":
-        """The present one."""
-        commit, dirty = _find_commit()
+    def find(cls, commit: str | None = None) -> "Place":
+        """The present one; `commit` is what the caller says where there is no git to ask."""
+        found, dirty = _find_commit()
         return cls(
             device=_name_device(),
             versions={
@@ -85,7 +85,7 @@ class Place:
                 "driver": _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
                 "nccl": None,
             },
-            commit=commit,
+            commit=found or commit,
             dirty=dirty,
             command=shlex.join(["python", "-m", "jax_ep", *sys.argv[1:]]),
             time=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -127,7 +127,7 @@ def make_record(
         layout=point.layout,
         recv_capacity=contender.recv_capacity,
         fill=contender.fill,
-        sms=None,
+        sms=contender.sms,
         cached=False,
         timing="chain",
         run=run,

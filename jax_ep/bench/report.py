@@ -71,6 +71,7 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "tokens": lambda r: str(r.record.tokens),
     "layout": lambda r: str(r.record.layout),
     "contender": lambda r: f"{r.record.contender} {r.record.backend}",
+    "sms": lambda r: "" if r.record.sms is None else str(r.record.sms),
     "chain us": lambda r: f"{_median(r.timing.chain):.1f}",
     "empty us": lambda r: f"{_median(r.timing.empty):.1f}",
     "us p50": lambda r: f"{r.record.us['p50']:.1f}",
@@ -82,7 +83,7 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "extra MiB": lambda r: _mebibytes(r.record.extra_memory_bytes),
     "count": lambda r: str(r.timing.count),
 }
-_NUM_TEXT_COLUMNS = 5
+_NUM_TEXT_COLUMNS = 6
 
 
 def format_table(rows: Sequence[Row]) -> str:

@@ -43,9 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--fill", choices=[f.name.lower() for f in Fill], default="zeros", help="as in dispatch")
     add("--backends", nargs="+", choices=BACKENDS, help="of ours; default: all that are usable")
+    add("--sms", nargs="+", type=int, help="SM budgets of the cuda back end; default: the group's")
     add("--ranks", type=int, help="use the first of jax.devices(); default: all, 8 on CPU")
     add("--repeats", type=int, default=20)
     add("--out", type=Path, default=Path("benchmarks/results"), help="folder of the results")
+    add("--commit", help="what to record where the package lies in no git checkout")
     add("--plot", action="store_true", help="draw time over floor; needs matplotlib")
 
 
@@ -58,7 +60,7 @@ def main(args: argparse.Namespace) -> None:
     prepare_virtual_devices(args.ranks or 8)
     num_ranks = args.ranks or len(jax.devices())
     points = list(make_points(args, num_ranks))
-    place = Place.find()
+    place = Place.find(args.commit)
     is_cpu = jax.devices()[0].platform == "cpu"
     copy_rate = floor.measure_copy_rate() if is_cpu else None
     print(f"{num_ranks} ranks of {place.device}, jax {place.versions['jax']}")
@@ -68,7 +70,7 @@ def main(args: argparse.Namespace) -> None:
     rows = []
     with jax_ep.Group.open(mesh, "ep", name="bench", timeout=_TIMEOUT_S) as group:
         session = Session(group, place, copy_rate, args)
-        total = len(points) * len(args.ops) * args.repeats * (len(session.backends) + 1)
+        total = len(points) * len(args.ops) * args.repeats * (len(session.entries) + 1)
         with report.Progress(total) as progress:
             for point, op in itertools.product(points, args.ops):
                 rows += session.measure(op, point, progress)
@@ -106,7 +108,13 @@ class Session:
         self, group: jax_ep.Group, place: Place, copy_rate: float | None, args: argparse.Namespace
     ):
         usable = [b for b, reason in group.info().backends.items() if reason == "usable"]
-        self.backends: list[str] = args.backends or usable
+        backends: list[str] = args.backends or usable
+        budgets: list[int] = args.sms or [group.num_sms]
+        self.entries: list[tuple[str, int | None]] = [
+            (backend, sms)
+            for backend in backends
+            for sms in (budgets if backend == "cuda" else [None])
+        ]
         self._group, self._place, self._copy_rate = group, place, copy_rate
         self._repeats: int = args.repeats
 
@@ -115,7 +123,7 @@ class Session:
         progress.label(f"{op} {point.shape} {point.num_tokens} {point.layout}")
         mesh = self._group.mesh
         inputs = make_inputs(point, mesh)
-        entrants = contenders(point, self._group, self.backends)
+        entrants = contenders(point, self._group, self.entries)
         programs = [timing.make_program(op, entrant) for entrant in entrants]
         chains = [timing.Chain(program, mesh, inputs) for program in programs]
         extra = [chain.extra_memory() for chain in chains]
@@ -125,7 +133,7 @@ class Session:
             repeats=self._repeats,
             tick=progress.tick,
         )
-        recv_src = _route(point, self._group, self.backends[0], inputs)
+        recv_src = _route(point, self._group, self.entries[0][0], inputs)
         moved = floor.traffic(op, point, recv_src)
         run = uuid.uuid4().hex
         rows = []
@@ -149,7 +157,7 @@ class Session:
 
 def _route(point: Point, group: jax_ep.Group, backend: str, inputs: Any) -> Any:
     """recv_src [R, C] of a dispatch at the point."""
-    dispatch = ours(point, group, backend).dispatch
+    dispatch = ours(point, group, backend, None).dispatch
     return on_ranks(lambda *own: dispatch(*own).handle.recv_src, group.mesh)(*inputs)
 
 

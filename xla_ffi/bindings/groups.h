@@ -39,6 +39,8 @@ inline const char* KindName(ErrorRecord::Kind kind) {
       return "mesh_mismatch";
     case ErrorRecord::Kind::kArrivedTwice:
       return "arrived_twice";
+    case ErrorRecord::Kind::kCallMismatch:
+      return "call_mismatch";
   }
   return "unknown";
 }

@@ -17,6 +17,7 @@
 #include "ops/cuda_handlers.h"
 #include "ops/cuda_op.h"
 #include "ops/dispatch/dispatch_cuda.cuh"
+#include "ops/get_dispatch_layout/get_dispatch_layout_cuda.cuh"
 #include "ops/pull_rows/pull_rows_cuda.cuh"
 
 namespace jax_ep {
@@ -39,8 +40,9 @@ Dict Registrations() {
 
 Dict Types() { return TypeCapsules("jax_ep.OpSite.cuda", &DeviceSite::id, &site_info); }
 
-void LoadKernels(const DeviceTraits& device) {
-  for (const auto load : {LoadCombineKernels, LoadDispatchKernels, LoadPullRowsKernels}) {
+void LoadKernels(DeviceTraits& device) {
+  for (const auto load : {LoadCombineKernels, LoadDispatchKernels, LoadGetDispatchLayoutKernels,
+                          LoadPullRowsKernels}) {
     const cudaError_t status = load(device);
     if (status != cudaSuccess) {
       throw std::runtime_error(std::string("loading kernels: ") + cudaGetErrorString(status));
@@ -49,10 +51,14 @@ void LoadKernels(const DeviceTraits& device) {
 }
 
 std::shared_ptr<DeviceGroup> OpenGroup(std::string identity, const std::vector<SeatTuple>& seats,
-                                       int num_slices, int num_ranks, int64_t timeout_ms) {
-  return Opened(std::make_shared<DeviceGroup>(std::move(identity), SeatsOf(seats), num_slices,
-                                              num_ranks, std::chrono::milliseconds(timeout_ms),
-                                              LoadKernels));
+                                       int, int num_ranks, int64_t timeout_ms) {
+  return Opened(std::make_shared<DeviceGroup>(std::move(identity), SeatsOf(seats), num_ranks,
+                                              std::chrono::milliseconds(timeout_ms), LoadKernels));
+}
+
+void CheckDevices(const std::vector<int64_t>& devices) {
+  RequirePeers(devices);
+  LoadKernelsOn(devices, LoadKernels);
 }
 
 size_t WorkspaceBytes(int64_t layout, int num_experts, int num_ranks, int64_t num_tokens,
@@ -82,13 +88,17 @@ NB_MODULE(_jax_ep_cuda, m) {
            "For tests: keeps the calls of a rank from its peers; -1 ends it.");
   m.def("open_group", &jax_ep::OpenGroup, nanobind::arg("identity"), nanobind::arg("seats"),
         nanobind::arg("num_slices"), nanobind::arg("num_ranks"), nanobind::arg("timeout_ms"),
+        nanobind::call_guard<nanobind::gil_scoped_release>(),
         "Opens a group. Seats are (CUDA device, slice, rank) in the row-major order of the mesh.");
-  m.def("check_devices", &jax_ep::RequirePeers, nanobind::arg("devices"),
-        "Raises RuntimeError unless the CUDA devices can read one another's memory.");
+  // Without the GIL: what runs on the devices meanwhile may call back into Python.
+  using NoGil = nanobind::call_guard<nanobind::gil_scoped_release>;
+  m.def("check_devices", &jax_ep::CheckDevices, nanobind::arg("devices"), NoGil(),
+        "Raises RuntimeError, saying why, unless the CUDA devices can form a group.");
   m.def(
       "close_group",
       [](const std::string& identity) { jax_ep::Registry<DeviceGroup>::Get().Remove(identity); },
-      nanobind::arg("identity"), "Forgets a group; executables that hold it keep it alive.");
+      nanobind::arg("identity"), NoGil(),
+      "Forgets a group; executables that hold it keep it alive.");
   m.def("dispatch_workspace_bytes", &jax_ep::WorkspaceBytes, nanobind::arg("layout"),
         nanobind::arg("num_experts"), nanobind::arg("num_ranks"), nanobind::arg("num_tokens"),
         nanobind::arg("num_topk"), "Scratch of one dispatch; 0 where it cannot be planned.");

@@ -5,7 +5,8 @@
 // agree. The epoch is counted in device memory, which is what a replayed command buffer needs.
 //
 //   word            writer            value                            read by
-//   address[p][a]   rank p            its a-th operand, in two halves  the owner, before it reads p
+//   address[p][a]   rank p            its a-th operand, in two halves, the owner, before it reads p
+//                                     and the tag of the call
 //   read_done[p]    rank p            none                             the owner, before the call
 //                                                                      ends
 //   abort           any rank          1, for good                      the owner, in every wait
@@ -34,10 +35,11 @@ struct alignas(8) Signal {
   uint32_t value;
 };
 
-/// A 64-bit address travels as two signals.
+/// An address, of at most 48 bits, travels as two signals, and with it a tag of the call that it is
+/// an operand of: ranks whose calls differ must not take one's operands for the other's.
 struct AddressCell {
-  Signal low;
-  Signal high;
+  Signal low;   // address bits 0 to 31
+  Signal high;  // address bits 32 to 47, tag
 };
 
 struct ControlBlock {
@@ -45,6 +47,7 @@ struct ControlBlock {
   uint32_t epoch;            // of the last call that has ended
   uint32_t num_blocks_done;  // of the last kernel of the present call
   uint32_t has_failed;       // whoever sets it writes the failure record
+  uint32_t is_busy;          // a call is running
   // Of the host, for tests: the rank's calls end at once, poisoned, and signal nothing.
   uint32_t skip;
   // Of all ranks.
@@ -55,7 +58,7 @@ struct ControlBlock {
 
 /// What went wrong first on a rank, in host memory. Written once; is_set last.
 struct FailureRecord {
-  enum class Kind : uint32_t { kPeerTimeout, kMeshMismatch };
+  enum class Kind : uint32_t { kPeerTimeout, kMeshMismatch, kCallMismatch, kOverlap };
   uint32_t is_set;
   Kind kind;
   OpId op;
@@ -76,6 +79,7 @@ struct Endpoint {
   int rank;
   int num_ranks;
   int32_t position;     // of this device in the group's mesh
+  uint32_t site;        // of the call in its program; equal on all ranks
   uint64_t timeout_ns;  // of a single wait
   ControlBlock* control[kMaxRanks];
   FailureRecord* record;

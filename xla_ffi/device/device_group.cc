@@ -52,6 +52,20 @@ void EnablePeerAccess(int64_t device, int64_t peer) {
   Check("cudaDeviceEnablePeerAccess", status);
 }
 
+ErrorRecord::Kind KindOf(FailureRecord::Kind kind) {
+  switch (kind) {
+    case FailureRecord::Kind::kPeerTimeout:
+      return ErrorRecord::Kind::kPeerTimeout;
+    case FailureRecord::Kind::kMeshMismatch:
+      return ErrorRecord::Kind::kMeshMismatch;
+    case FailureRecord::Kind::kCallMismatch:
+      return ErrorRecord::Kind::kCallMismatch;
+    case FailureRecord::Kind::kOverlap:
+      return ErrorRecord::Kind::kArrivedTwice;
+  }
+  return ErrorRecord::Kind::kArrivedTwice;
+}
+
 const char* NameOf(OpId op) {
   switch (op) {
     case OpId::kDispatch:
@@ -65,6 +79,14 @@ const char* NameOf(OpId op) {
 }
 
 }  // namespace
+
+void LoadKernelsOn(const std::vector<int64_t>& devices, const LoadKernels& load_kernels) {
+  for (const int64_t device : devices) {
+    const OnDevice on_device(device);
+    DeviceTraits traits = TraitsOf(device);
+    load_kernels(traits);
+  }
+}
 
 void RequirePeers(const std::vector<int64_t>& devices) {
   for (const int64_t device : devices) {
@@ -80,14 +102,24 @@ void RequirePeers(const std::vector<int64_t>& devices) {
   }
 }
 
-DeviceGroup::DeviceGroup(std::string identity, std::vector<Seat> seats, int num_slices,
-                         int num_ranks, std::chrono::milliseconds timeout,
-                         const LoadKernels& load_kernels)
+DeviceGroup::DeviceGroup(std::string identity, std::vector<Seat> seats, int num_ranks,
+                         std::chrono::milliseconds timeout, const LoadKernels& load_kernels)
     : identity_(std::move(identity)), num_ranks_(num_ranks), seats_(std::move(seats)) {
   if (num_ranks > kMaxRanks) {
     throw std::runtime_error("a group has at most " + std::to_string(kMaxRanks) + " ranks, got " +
                              std::to_string(num_ranks));
   }
+  try {
+    Open(std::chrono::nanoseconds(timeout).count(), load_kernels);
+  } catch (...) {
+    Release();
+    throw;
+  }
+}
+
+DeviceGroup::~DeviceGroup() { Release(); }
+
+void DeviceGroup::Open(int64_t timeout_ns, const LoadKernels& load_kernels) {
   const size_t size = seats_.size();
   for (const Seat& a : seats_) {
     for (const Seat& b : seats_) {
@@ -111,13 +143,13 @@ DeviceGroup::DeviceGroup(std::string identity, std::vector<Seat> seats, int num_
     const OnDevice on_device(seats_[i].device_id);
     Member& member = members_[i];
     member.traits = TraitsOf(seats_[i].device_id);
-    member.endpoint = {
-        .rank = seats_[i].member.rank,
-        .num_ranks = num_ranks,
-        .position = static_cast<int32_t>(i),
-        .timeout_ns = static_cast<uint64_t>(std::chrono::nanoseconds(timeout).count()),
-        .control = {},
-        .record = &records_[i]};
+    member.endpoint = {.rank = seats_[i].member.rank,
+                       .num_ranks = num_ranks_,
+                       .position = static_cast<int32_t>(i),
+                       .site = 0,
+                       .timeout_ns = static_cast<uint64_t>(timeout_ns),
+                       .control = {},
+                       .record = &records_[i]};
     for (size_t j = 0; j < size; ++j) {
       if (seats_[j].member.slice == seats_[i].member.slice) {
         member.endpoint.control[seats_[j].member.rank] = control_[j];
@@ -126,10 +158,9 @@ DeviceGroup::DeviceGroup(std::string identity, std::vector<Seat> seats, int num_
     position_of_device_[seats_[i].device_id] = static_cast<int>(i);
     load_kernels(member.traits);
   }
-  static_cast<void>(num_slices);
 }
 
-DeviceGroup::~DeviceGroup() {
+void DeviceGroup::Release() {
   for (size_t i = 0; i < control_.size(); ++i) {
     int before = 0;
     cudaGetDevice(&before);
@@ -137,7 +168,9 @@ DeviceGroup::~DeviceGroup() {
     cudaFree(control_[i]);
     cudaSetDevice(before);
   }
+  control_.clear();
   cudaFreeHost(records_);
+  records_ = nullptr;
 }
 
 const DeviceGroup::Member* DeviceGroup::Find(int64_t device_id) const {
@@ -150,9 +183,7 @@ std::optional<ErrorRecord> DeviceGroup::error() const {
     const volatile FailureRecord& record = records_[i];
     if (record.is_set == 0) continue;
     std::atomic_thread_fence(std::memory_order_acquire);
-    return ErrorRecord{.kind = record.kind == FailureRecord::Kind::kPeerTimeout
-                                   ? ErrorRecord::Kind::kPeerTimeout
-                                   : ErrorRecord::Kind::kMeshMismatch,
+    return ErrorRecord{.kind = KindOf(record.kind),
                        .op = NameOf(record.op),
                        .rank = seats_[i].member.rank,
                        .peer = record.peer,

@@ -19,18 +19,22 @@
 
 namespace jax_ep {
 
+/// Loads what kernels the current device will run, and lowers the traits to what they were compiled
+/// for. They must be there before a peer waits.
+using LoadKernels = std::function<void(DeviceTraits&)>;
+
+/// The same on each device. Throws what load_kernels throws.
+void LoadKernelsOn(const std::vector<int64_t>& devices, const LoadKernels& load_kernels);
+
 /// Throws std::runtime_error, saying why, unless every device can read every other one's memory.
 void RequirePeers(const std::vector<int64_t>& devices);
 
 class DeviceGroup {
  public:
-  /// Loads what kernels the current device will run; they must be there before a peer waits.
-  using LoadKernels = std::function<void(const DeviceTraits&)>;
-
   /// `seats` in the row-major order of the mesh, over all of its axes; device ids are those of the
   /// CUDA runtime. Throws std::runtime_error when the devices cannot reach one another, or CUDA
   /// fails otherwise.
-  DeviceGroup(std::string identity, std::vector<Seat> seats, int num_slices, int num_ranks,
+  DeviceGroup(std::string identity, std::vector<Seat> seats, int num_ranks,
               std::chrono::milliseconds timeout, const LoadKernels& load_kernels);
   ~DeviceGroup();
   DeviceGroup(const DeviceGroup&) = delete;
@@ -56,6 +60,9 @@ class DeviceGroup {
   uint64_t NewSite() { return next_site_.fetch_add(1); }
 
  private:
+  void Open(int64_t timeout_ns, const LoadKernels& load_kernels);
+  void Release();
+
   std::string identity_;
   int num_ranks_;
   std::vector<Seat> seats_;

@@ -142,6 +142,7 @@ struct MoveArgs {
   MoveGeometry geometry;
   Items items;
   FillRows fill;
+  Results results;  // of the whole call
 };
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -364,10 +365,7 @@ __global__ void __launch_bounds__(kWarpSize* kLaneWarpsAlone)
   const int num_bulk_warps = args.geometry.num_bulk_warps;
   const int num_lane_warps = args.geometry.num_lane_warps;
   if (!has_met) {
-    for (int i = 0; i < args.num_streams; ++i) {
-      SetBytes(args.streams[i].out, args.fill.capacity * args.streams[i].row_bytes, 0xff,
-               blockIdx.x * blockDim.x + threadIdx.x, gridDim.x * blockDim.x);
-    }
+    // Part fills the results.
   } else if (warp >= num_bulk_warps) {
     // Neighbouring rows go to different SMs: a short call is spread over all of them.
     MoveByLanes(args, peers, (warp - num_bulk_warps) * gridDim.x + blockIdx.x,
@@ -386,13 +384,18 @@ __global__ void __launch_bounds__(kWarpSize* kLaneWarpsAlone)
     BulkStoreWait();
 #endif
   }
-  Part(args.self, args.op, has_met);
+  Part(args.self, args.op, has_met, args.results);
 }
 
 /// Must be called once per device before the first launch: a kernel that is loaded while a peer
 /// waits would wait for that peer.
 template <typename Items>
-cudaError_t LoadMoveKernel(const DeviceTraits& device) {
+cudaError_t LoadMoveKernel(DeviceTraits& device) {
+  cudaFuncAttributes found{};
+  const cudaError_t status = cudaFuncGetAttributes(&found, MoveKernel<Items>);
+  if (status != cudaSuccess) return status;
+  // What was compiled for an older device does not use the engine of a newer one.
+  device.has_bulk_copy = device.has_bulk_copy && found.ptxVersion >= 90;
   return cudaFuncSetAttribute(MoveKernel<Items>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                               device.has_bulk_copy ? kMoveSharedBytes : 0);
 }

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "core/protocol.h"
+#include "device/rows.cuh"
 
 namespace jax_ep {
 
@@ -83,6 +84,11 @@ struct SignalRow {
   }
 };
 
+/// Names a call, in 16 bits.
+__device__ inline uint32_t TagOf(const Endpoint& self, OpId op) {
+  return (static_cast<uint32_t>(op) << 13 | (self.site & 0x1fff)) & 0xffff;
+}
+
 /// Waits for the signal of a peer. False when the group fails first, by the time that is up here or
 /// by another's failure.
 __device__ inline bool Wait(const Endpoint& self, OpId op, SignalRow row, int peer, uint32_t epoch,
@@ -104,12 +110,13 @@ __device__ inline bool Wait(const Endpoint& self, OpId op, SignalRow row, int pe
   }
 }
 
-__device__ inline void Publish(const Endpoint& self, const OwnAddresses& own, uint32_t epoch) {
+__device__ inline void Publish(const Endpoint& self, const OwnAddresses& own, uint32_t tag,
+                               uint32_t epoch) {
   for (int i = threadIdx.x; i < self.num_ranks * own.count; i += blockDim.x) {
     const uint64_t address = reinterpret_cast<uint64_t>(own.at[i % own.count]);
     AddressCell& cell = self.control[i / own.count]->address[self.rank][i % own.count];
     StoreRelease(&cell.low, {epoch, static_cast<uint32_t>(address)});
-    StoreRelease(&cell.high, {epoch, static_cast<uint32_t>(address >> 32)});
+    StoreRelease(&cell.high, {epoch, static_cast<uint32_t>(address >> 32) | tag << 16});
   }
 }
 
@@ -122,10 +129,14 @@ __device__ inline void Publish(const Endpoint& self, const OwnAddresses& own, ui
 __device__ inline bool Meet(const Endpoint& self, OpId op, const int32_t* position,
                             const OwnAddresses& own, PeerAddresses& peers) {
   const uint32_t epoch = CurrentEpoch(self);
+  const uint32_t tag = TagOf(self, op);
   bool is_good = !IsAborted(self);
   if (is_good && position != nullptr && blockIdx.x == 0) {
+    if (threadIdx.x == 0 && atomicExch(&self.own()->is_busy, 1) != 0) {
+      Fail(self, FailureRecord::Kind::kOverlap, op, self.rank, 0, 1);
+    }
     if (*position == self.position) {
-      Publish(self, own, epoch);
+      Publish(self, own, tag, epoch);
     } else if (threadIdx.x == 0) {
       Fail(self, FailureRecord::Kind::kMeshMismatch, op, self.rank, self.position, *position);
     }
@@ -138,15 +149,39 @@ __device__ inline bool Meet(const Endpoint& self, OpId op, const int32_t* positi
     uint32_t high = 0;
     is_good = Wait(self, op, {&cell.low, kStride}, peer, epoch, low) &&
               Wait(self, op, {&cell.high, kStride}, peer, epoch, high);
+    if (is_good && high >> 16 != tag) {
+      Fail(self, FailureRecord::Kind::kCallMismatch, op, peer, tag, high >> 16);
+      is_good = false;
+    }
     peers.at[i % own.count][peer] =
-        reinterpret_cast<const std::byte*>(uint64_t{high} << 32 | uint64_t{low});
+        reinterpret_cast<const std::byte*>(uint64_t{high & 0xffff} << 32 | uint64_t{low});
   }
   return __syncthreads_and(is_good);
 }
 
+/// All results of a call, and what they are filled with when it fails: 0xff in every byte is a NaN
+/// of every type, and kNoIndex.
+struct Results {
+  static constexpr int kMax = 16;
+  struct Span {
+    void* data;
+    int64_t bytes;
+    uint8_t value;
+  };
+  Span spans[kMax];
+  int count = 0;
+
+  void Add(void* data, int64_t bytes, uint8_t value = 0xff) {
+    if (data != nullptr) spans[count++] = {data, bytes, value};
+  }
+};
+
 /// Every thread of every block of a call's last kernel, when it has read all that it will read: the
 /// last block waits until no peer reads this rank's operands any more, and ends the epoch.
-__device__ inline void Part(const Endpoint& self, OpId op, bool has_met) {
+///
+/// The last block also has the verdict of the call: after a failure seen by any block, or meanwhile
+/// by a peer, no result is left as it is.
+__device__ inline void Part(const Endpoint& self, OpId op, bool has_met, const Results& results) {
   __shared__ bool is_last;
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -160,13 +195,21 @@ __device__ inline void Part(const Endpoint& self, OpId op, bool has_met) {
   for (int peer = threadIdx.x; has_met && peer < self.num_ranks; peer += blockDim.x) {
     StoreRelease(&self.control[peer]->read_done[self.rank], {epoch, 0});
   }
-  for (int peer = threadIdx.x; has_met && peer < self.num_ranks; peer += blockDim.x) {
+  bool is_good = has_met;
+  for (int peer = threadIdx.x; is_good && peer < self.num_ranks; peer += blockDim.x) {
     uint32_t unused;
-    Wait(self, op, {self.own()->read_done, sizeof(Signal)}, peer, epoch, unused);
+    is_good = Wait(self, op, {self.own()->read_done, sizeof(Signal)}, peer, epoch, unused);
+  }
+  if (__syncthreads_or(!is_good || IsAborted(self))) {
+    for (int i = 0; i < results.count; ++i) {
+      const Results::Span& span = results.spans[i];
+      SetBytes(static_cast<std::byte*>(span.data), span.bytes, span.value, threadIdx.x, blockDim.x);
+    }
   }
   __syncthreads();
   if (threadIdx.x != 0) return;
   StoreRelaxed(&self.own()->num_blocks_done, 0);
+  StoreRelaxed(&self.own()->is_busy, 0);
   StoreRelaxed(&self.own()->epoch, epoch);
 }
 

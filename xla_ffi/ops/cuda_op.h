@@ -29,6 +29,7 @@ inline ffi::Error CudaError(const char* op, cudaError_t status) {
 /// The device of a call, and the SMs it may use: `num_sms`, or all where the device has fewer.
 struct DeviceCall {
   const DeviceGroup::Member* member = nullptr;
+  Endpoint endpoint;
   int num_sms = 0;
 };
 
@@ -38,6 +39,8 @@ inline ffi::Error FindDevice(const char* op, const DeviceSite* site, int32_t dev
   JAX_EP_REQUIRE(call.member != nullptr, op, ": device ", device_id, " is not in group ",
                  site->group->identity());
   JAX_EP_REQUIRE(num_sms > 0, op, ": num_sms=", num_sms, " must be positive");
+  call.endpoint = call.member->endpoint;
+  call.endpoint.site = static_cast<uint32_t>(site->site);
   call.num_sms = static_cast<int>(std::min<int64_t>(num_sms, call.member->traits.num_sms));
   return ffi::Error::Success();
 }

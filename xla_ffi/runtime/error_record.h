@@ -8,7 +8,7 @@ namespace jax_ep {
 
 /// The field names are those of PeerTimeoutError (jax_ep/errors.py).
 struct ErrorRecord {
-  enum class Kind { kPeerTimeout, kMeshMismatch, kArrivedTwice };
+  enum class Kind { kPeerTimeout, kMeshMismatch, kArrivedTwice, kCallMismatch };
   Kind kind;
   std::string op;
   int rank;

@@ -304,7 +304,8 @@ class TokenSums {
 // Floor      remote rows * row_bytes / NVLink pull, or all bytes / HBM, whichever takes longer.
 template <typename Element>
 __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
-    CombineKernel(const __grid_constant__ CombineLaunch launch) {
+    CombineKernel(const __grid_constant__ CombineLaunch launch,
+                  const __grid_constant__ Results results) {
   extern __shared__ __align__(128) std::byte shared[];
   __shared__ PeerAddresses peers;
   const CombineArgs& args = launch.args;
@@ -320,15 +321,11 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
     TokenSums<Element> sums(args, peers, reinterpret_cast<WarpState*>(shared)[warp],
                             warp * gridDim.x + blockIdx.x, num_warps * gridDim.x);
     sums.Run();
-  } else {
-    SetBytes(static_cast<std::byte*>(args.out),
-             args.num_tokens * args.hidden * (16 / Vector<Element>::kSize), 0xff,
-             blockIdx.x * blockDim.x + threadIdx.x, gridDim.x * blockDim.x);
   }
-  Part(launch.self, OpId::kCombine, has_met);
+  Part(launch.self, OpId::kCombine, has_met, results);
 }
 
-using Kernel = void (*)(CombineLaunch);
+using Kernel = void (*)(CombineLaunch, Results);
 
 Kernel KernelOf(DType dtype) {
   switch (dtype) {
@@ -350,12 +347,15 @@ int NumWarps(const DeviceTraits& device) {
 
 }  // namespace
 
-cudaError_t LoadCombineKernels(const DeviceTraits& device) {
+cudaError_t LoadCombineKernels(DeviceTraits& device) {
   const size_t shared_bytes = NumWarps(device) * sizeof(WarpState);
   for (const DType dtype : {DType::kBF16, DType::kF16, DType::kF32}) {
-    const cudaError_t status =
-        cudaFuncSetAttribute(KernelOf(dtype), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(shared_bytes));
+    cudaFuncAttributes found{};
+    cudaError_t status = cudaFuncGetAttributes(&found, KernelOf(dtype));
+    if (status == cudaSuccess) {
+      status = cudaFuncSetAttribute(KernelOf(dtype), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(shared_bytes));
+    }
     if (status != cudaSuccess) return status;
   }
   return cudaSuccess;
@@ -364,9 +364,11 @@ cudaError_t LoadCombineKernels(const DeviceTraits& device) {
 cudaError_t LaunchCombine(const CombineLaunch& launch, const DeviceTraits& device, int num_sms,
                           cudaStream_t stream) {
   const int num_warps = NumWarps(device);
-  KernelOf(
-      launch.args.dtype)<<<num_sms, num_warps * kWarpSize, num_warps * sizeof(WarpState), stream>>>(
-      launch);
+  Results results;
+  results.Add(launch.args.out, launch.out_bytes());
+  const Kernel kernel = KernelOf(launch.args.dtype);
+  kernel<<<num_sms, num_warps * kWarpSize, num_warps * sizeof(WarpState), stream>>>(launch,
+                                                                                    results);
   return cudaGetLastError();
 }
 
@@ -383,10 +385,13 @@ ffi::Error Combine(DeviceSite* site, cudaStream_t stream, int32_t device_id, I32
   if (error.failure()) return error;
   JAX_EP_REQUIRE(launch.args.num_slots <= kMaxSlots, "combine: num_topk=", launch.args.num_slots,
                  " must be at most ", kMaxSlots);
+  JAX_EP_REQUIRE(
+      launch.args.hidden > 0 && launch.out_bytes() % (int64_t{16} * launch.args.num_tokens) == 0,
+      "combine: a row must be a multiple of 16 bytes");
   DeviceCall call;
   error = FindDevice("combine", site, device_id, num_sms, call);
   if (error.failure()) return error;
-  launch.self = call.member->endpoint;
+  launch.self = call.endpoint;
   launch.position = position.typed_data();
   return CudaError("combine", LaunchCombine(launch, call.member->traits, call.num_sms, stream));
 }

@@ -15,7 +15,30 @@ size_t DispatchWorkspaceBytes(const DispatchShape& shape) {
   return PlanWorkspace::Bytes(plan);
 }
 
-cudaError_t LoadDispatchKernels(const DeviceTraits& device) {
+namespace {
+
+Results ResultsOf(const DispatchArgs& a) {
+  const DispatchShape& d = a.shape;
+  const int64_t rows = d.recv_capacity;
+  const int64_t choices = d.layout == RecvLayout::kRank ? rows * d.num_topk : rows;
+  constexpr int64_t kWord = sizeof(int32_t);
+  Results results;
+  for (int i = 0; i < a.num_streams; ++i) {
+    results.Add(a.streams[i].out, rows * static_cast<int64_t>(a.streams[i].row_bytes));
+  }
+  results.Add(a.recv_weights, choices * kWord);
+  results.Add(a.recv_topk_idx, choices * kWord);
+  results.Add(a.recv_src, rows * kWord);
+  results.Add(a.recv_k, rows * kWord);
+  results.Add(a.send_row, d.num_tokens * d.num_send_slots() * kWord);
+  results.Add(a.group_sizes, d.experts.num_local_experts() * kWord, 0);
+  for (int32_t* count : {a.num_recv, a.num_dropped, a.num_invalid}) results.Add(count, kWord, 0);
+  return results;
+}
+
+}  // namespace
+
+cudaError_t LoadDispatchKernels(DeviceTraits& device) {
   const cudaError_t status = LoadPlanKernels();
   return status == cudaSuccess ? LoadMoveKernel<TokenItems>(device) : status;
 }
@@ -50,7 +73,8 @@ cudaError_t LaunchDispatch(const DispatchLaunch& launch, const DeviceTraits& dev
                .source_end = INT64_MAX,
                .capacity = args.shape.recv_capacity,
                .num_recv = args.num_recv,
-               .fill = args.fill}};
+               .fill = args.fill},
+      .results = ResultsOf(args)};
   std::copy_n(args.streams.begin(), args.num_streams, move.streams);
   return LaunchMove(move, num_sms, stream);
 }
@@ -72,6 +96,7 @@ ffi::Error Dispatch(DeviceSite* site, cudaStream_t stream, int32_t device_id, I3
                       expert_alignment, fill, has_weights, layout, num_experts},
                      site->group->num_ranks(), launch.args);
   if (error.failure()) return error;
+  JAX_EP_REQUIRE(launch.args.shape.num_tokens > 0, "dispatch: there are no tokens");
   DeviceCall call;
   error = FindDevice("dispatch", site, device_id, num_sms, call);
   if (error.failure()) return error;
@@ -79,7 +104,7 @@ ffi::Error Dispatch(DeviceSite* site, cudaStream_t stream, int32_t device_id, I3
   JAX_EP_REQUIRE(workspace_bytes > 0 && workspace->size_bytes() >= workspace_bytes,
                  "dispatch: the workspace has ", workspace->size_bytes(), " bytes, needs ",
                  workspace_bytes);
-  launch.self = call.member->endpoint;
+  launch.self = call.endpoint;
   launch.position = position.typed_data();
   launch.workspace = workspace->untyped_data();
   return CudaError("dispatch", LaunchDispatch(launch, call.member->traits, call.num_sms, stream));

@@ -21,6 +21,6 @@ size_t DispatchWorkspaceBytes(const DispatchShape& shape);
 cudaError_t LaunchDispatch(const DispatchLaunch& launch, const DeviceTraits& device, int num_sms,
                            cudaStream_t stream);
 /// Must be called once per device before the first launch.
-cudaError_t LoadDispatchKernels(const DeviceTraits& device);
+cudaError_t LoadDispatchKernels(DeviceTraits& device);
 
 }  // namespace jax_ep

@@ -86,8 +86,7 @@ __device__ int64_t BlockSum(int64_t value) {
 
 // Copies every rank's ids and weights and counts the rows of each slice and column.
 //
-// Geometry   a block per slice, at most kPlanBlocksPerSm for each SM of the budget; one thread per
-//            choice.
+// Geometry   one block per SM of the budget, a slice at a time; one thread per choice.
 // Protocol   publishes this rank's operands, waits for every peer's.
 // Traffic    per token of any rank: 8 * num_topk bytes read, over NVLink if remote, and written.
 // Floor      remote tokens * 8 * num_topk / NVLink pull.
@@ -239,17 +238,17 @@ class Placement {
   }
 
   // The indices of a row of the result that holds no token.
-  __device__ static void ClearRow(const DispatchArgs& args, int64_t row, float weight = 0.0f) {
+  __device__ static void ClearRow(const DispatchArgs& args, int64_t row) {
     const int num_topk = args.shape.num_topk;
     args.recv_src[row] = kNoIndex;
     if (args.recv_k) {
       args.recv_k[row] = kNoIndex;
-      if (args.recv_weights) args.recv_weights[row] = weight;
+      if (args.recv_weights) args.recv_weights[row] = 0.0f;
       return;
     }
     for (int64_t choice = row * num_topk; choice < (row + 1) * num_topk; ++choice) {
       args.recv_topk_idx[choice] = kNoIndex;
-      if (args.recv_weights) args.recv_weights[choice] = weight;
+      if (args.recv_weights) args.recv_weights[choice] = 0.0f;
     }
   }
 
@@ -478,28 +477,9 @@ __device__ void Placement::PlaceSlice(int32_t s) {
   });
 }
 
-__device__ void PoisonIndices(const PlanArgs& plan) {
-  const DispatchArgs& args = plan.args;
-  const int64_t first = blockIdx.x * blockDim.x + threadIdx.x;
-  const int64_t stride = gridDim.x * blockDim.x;
-  for (int64_t row = first; row < args.shape.recv_capacity; row += stride) {
-    Placement::ClearRow(args, row, __int_as_float(-1));
-  }
-  for (int64_t i = first; i < args.shape.num_tokens * args.shape.num_send_slots(); i += stride) {
-    args.send_row[i] = kNoIndex;
-  }
-  for (int64_t i = first; i < plan.shape.num_places(); i += stride) {
-    plan.workspace.row_of[i] = kNoIndex;
-  }
-  for (int64_t e = first; e < args.shape.experts.num_local_experts(); e += stride) {
-    args.group_sizes[e] = 0;
-  }
-  if (first == 0) args.num_recv[0] = args.num_dropped[0] = args.num_invalid[0] = 0;
-}
-
 // Turns the counts into rows: every index result of the dispatch, and row_of.
 //
-// Geometry   as CountKernel.
+// Geometry   a block per slice, at most kPlanBlocksPerSm for each SM of the budget.
 // Protocol   none of its own; the ranks have met.
 // Traffic    per token of any rank: 8 * num_topk bytes read, 4 * num_slots written; per row of the
 //            result: its indices and weights written.
@@ -510,10 +490,8 @@ __global__ void __launch_bounds__(kPlanWarps* kWarpSize)
   __shared__ int64_t end[kMaxRanks];
   LetNextStart();
   WaitForPrevious();
-  if (__syncthreads_or(IsAborted(plan.self))) {
-    PoisonIndices(plan);
-    return;
-  }
+  // There may be no counts then; the kernel that ends the call fills the results.
+  if (__syncthreads_or(IsAborted(plan.self))) return;
   Placement placement(plan, end, shared);
   placement.Admit();
   for (int32_t s = blockIdx.x; s < plan.shape.num_slices(); s += gridDim.x) placement.PlaceSlice(s);
@@ -535,11 +513,14 @@ cudaError_t LoadPlanKernels() {
 
 cudaError_t LaunchPlan(const PlanArgs& plan, int num_sms, cudaStream_t stream) {
   const int num_threads = plan.shape.num_warps * kWarpSize;
-  // Blocks wait for peers at most, never for one another: it does not matter how many run at once.
-  const int num_blocks = std::min(num_sms * kPlanBlocksPerSm, plan.shape.num_slices());
-  CountKernel<<<num_blocks, num_threads, plan.shape.shared_bytes, stream>>>(plan);
+  // Blocks that wait for peers are no more than the SMs, so that with several ranks on one GPU all
+  // find a place. Those that wait for nobody may be more.
+  const int num_slices = plan.shape.num_slices();
+  CountKernel<<<std::min(num_sms, num_slices), num_threads, plan.shape.shared_bytes, stream>>>(
+      plan);
   const cudaError_t status = cudaGetLastError();
   if (status != cudaSuccess) return status;
+  const int num_blocks = std::min(num_sms * kPlanBlocksPerSm, num_slices);
   return LaunchBehind(PlaceKernel, num_blocks, num_threads, plan.shape.shared_bytes, stream, plan);
 }
 

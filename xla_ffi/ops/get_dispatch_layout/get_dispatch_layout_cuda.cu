@@ -1,8 +1,9 @@
-#include <cuda_runtime_api.h>
+#include <cuda_runtime.h>
 
 #include <algorithm>
 
 #include "ops/cuda_handlers.h"
+#include "ops/get_dispatch_layout/get_dispatch_layout_cuda.cuh"
 #include "ops/get_dispatch_layout/get_dispatch_layout_ffi.h"
 
 namespace jax_ep {
@@ -83,6 +84,11 @@ ffi::Error GetDispatchLayout(cudaStream_t stream, I32Buffer topk_idx, I32Result 
 }
 
 }  // namespace
+
+cudaError_t LoadGetDispatchLayoutKernels(DeviceTraits&) {
+  cudaFuncAttributes found{};
+  return cudaFuncGetAttributes(&found, GetDispatchLayoutKernel);
+}
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     JaxEpGetDispatchLayoutCuda, GetDispatchLayout,

@@ -6,13 +6,13 @@
 
 namespace jax_ep {
 
-cudaError_t LoadPullRowsKernels(const DeviceTraits& device) {
-  return LoadMoveKernel<IndexItems>(device);
-}
+cudaError_t LoadPullRowsKernels(DeviceTraits& device) { return LoadMoveKernel<IndexItems>(device); }
 
 cudaError_t LaunchPullRows(const PullRowsLaunch& launch, const DeviceTraits& device, int num_sms,
                            cudaStream_t stream) {
   const PullRowsArgs& args = launch.args;
+  Results results;
+  results.Add(args.out, args.num_pulled * static_cast<int64_t>(args.row_bytes));
   const RowStream rows{.in = args.rows, .out = args.out, .row_bytes = args.row_bytes};
   const MoveArgs<IndexItems> move{.self = launch.self,
                                   .op = OpId::kPullRows,
@@ -30,7 +30,8 @@ cudaError_t LaunchPullRows(const PullRowsLaunch& launch, const DeviceTraits& dev
                                            .source_end = args.num_ranks * args.num_rows,
                                            .capacity = args.num_pulled,
                                            .num_recv = nullptr,
-                                           .fill = Fill::kZeros}};
+                                           .fill = Fill::kZeros},
+                                  .results = results};
   return LaunchMove(move, num_sms, stream);
 }
 
@@ -45,7 +46,7 @@ ffi::Error PullRows(DeviceSite* site, cudaStream_t stream, int32_t device_id, I3
   DeviceCall call;
   error = FindDevice("pull_rows", site, device_id, num_sms, call);
   if (error.failure()) return error;
-  launch.self = call.member->endpoint;
+  launch.self = call.endpoint;
   launch.position = position.typed_data();
   return CudaError("pull_rows", LaunchPullRows(launch, call.member->traits, call.num_sms, stream));
 }

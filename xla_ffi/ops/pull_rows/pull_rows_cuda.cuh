@@ -18,6 +18,6 @@ struct PullRowsLaunch {
 cudaError_t LaunchPullRows(const PullRowsLaunch& launch, const DeviceTraits& device, int num_sms,
                            cudaStream_t stream);
 /// Must be called once per device before the first launch.
-cudaError_t LoadPullRowsKernels(const DeviceTraits& device);
+cudaError_t LoadPullRowsKernels(DeviceTraits& device);
 
 }  // namespace jax_ep

@@ -100,6 +100,7 @@ class Ranks {
           .rank = r,
           .num_ranks = num_ranks,
           .position = r,
+          .site = 0,
           .timeout_ns = static_cast<uint64_t>(std::chrono::nanoseconds(timeout).count()),
           .control = {},
           .record = &records_[r]};

@@ -1,0 +1,13 @@
+// The kernel of get_dispatch_layout, for whoever loads kernels.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "core/protocol.h"
+
+namespace jax_ep {
+
+/// Must be called once per device before a peer of any group waits.
+cudaError_t LoadGetDispatchLayoutKernels(DeviceTraits& device);
+
+}  // namespace jax_ep
