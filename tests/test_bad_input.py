@@ -47,6 +47,7 @@ DISPATCH = {
     "capacity_huge": ({"recv_capacity": 2**30}, jax_ep.ConfigError, "dispatch: num_ranks * num_topk * max(recv_capacity, num_tokens) must be at most 2147483647"),
     "alignment": ({"layout": "expert", "recv_capacity": 8, "expert_alignment": 0}, jax_ep.ConfigError, "dispatch: expert_alignment must be at least 1, got 0"),
     "alignment_huge": ({"layout": "expert", "recv_capacity": 8, "expert_alignment": 2**62}, jax_ep.ConfigError, "dispatch: num_experts * expert_alignment must be at most 2147483647, got 4 * 4611686018427387904"),
+    "num_sms": ({"num_sms": 0}, jax_ep.ConfigError, "dispatch: num_sms must be at least 1, got 0"),
     "alignment_rank": ({"expert_alignment": 8}, jax_ep.ConfigError, "dispatch: expert_alignment needs layout='expert', got 8"),
     "backend": ({"backend": "nccl"}, jax_ep.ConfigError, "dispatch: backend must be one of 'cpu', 'cuda', 'xla' or None, got 'nccl'"),
     "backend_cuda": ({"backend": "cuda"}, jax_ep.GroupError, "dispatch: backend 'cuda' is not usable here: the mesh's devices are not GPUs"),
@@ -253,6 +254,7 @@ OPEN = {
     "name": (lambda: jax_ep.Group.open(make_mesh(2), "ep", name=3), "name must be a string, got 3"),
     "timeout_text": (lambda: jax_ep.Group.open(make_mesh(2), "ep", timeout="1"), "timeout must be positive seconds, at most 86400, got '1'"),
     "node_text": (lambda: jax_ep.Group.open(make_mesh(4), "ep", ranks_per_node="2"), "ranks_per_node must be a static integer, got '2'"),
+    "num_sms": (lambda: jax_ep.Group.open(make_mesh(4), "ep", num_sms=0), "num_sms must be at least 1, got 0"),
     "node": (lambda: jax_ep.Group.open(make_mesh(4), "ep", ranks_per_node=3), "ranks_per_node must divide num_ranks=4, got 3"),
 }  # fmt: skip
 

@@ -105,7 +105,7 @@ NATIVE = Path(__file__).parent.parent / "xla_ffi"
 MAY_INCLUDE = {
     "core": {"core"},
     "runtime": {"core", "runtime"},
-    "device": {"core", "runtime", "device", "cuda_runtime_api.h"},
+    "device": {"core", "runtime", "device", "cuda_runtime.h", "cuda_runtime_api.h"},
 }
 
 

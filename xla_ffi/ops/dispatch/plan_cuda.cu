@@ -53,8 +53,7 @@ __device__ int32_t ColumnOf(const PlanShape& shape, const int32_t* ids, int32_t 
   return dst;
 }
 
-// Calls use(i, word) for words that may be a peer's. Many loads are on their way at once: an answer
-// takes microseconds.
+// Calls use(i, word) for each word, many loads being on their way at once.
 template <typename Word, typename Use>
 __device__ void ForEachWord(const Word* in, int32_t count, Use&& use) {
   constexpr int kUnroll = 8;
@@ -84,6 +83,45 @@ __device__ int64_t BlockSum(int64_t value) {
   return sum;
 }
 
+// Copies the ids and weights of this block's slices. All loads are started before any is waited
+// for: a peer's answer takes microseconds.
+__device__ void CopyChoices(const PlanArgs& plan, const PeerAddresses& peers) {
+  constexpr int kUnroll = 8;
+  const PlanShape& shape = plan.shape;
+  const int num_topk = shape.dispatch.num_topk;
+  const bool has_weights = plan.args.recv_weights != nullptr;
+  const int32_t per_slice = shape.tokens_per_slice * num_topk;
+  const int32_t num_slices = (shape.num_slices() - blockIdx.x + gridDim.x - 1) / gridDim.x;
+  for (int32_t first = threadIdx.x; first < num_slices * per_slice; first += kUnroll * blockDim.x) {
+    int32_t ids[kUnroll];
+    float weights[kUnroll];
+    int64_t to[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int32_t i = first + u * blockDim.x;
+      to[u] = kNoIndex;
+      if (i >= num_slices * per_slice) continue;
+      const Slice slice(shape, blockIdx.x + i / per_slice * gridDim.x);
+      if (i % per_slice >= slice.num_tokens * num_topk) continue;
+      const int64_t from = slice.first_token * num_topk + i % per_slice;
+      to[u] = slice.src * shape.dispatch.num_tokens * num_topk + from;
+      ids[u] =
+          __ldcg(reinterpret_cast<const int32_t*>(peers.at[kTopkIdxAddress][slice.src]) + from);
+      if (has_weights) {
+        weights[u] =
+            __ldcg(reinterpret_cast<const float*>(peers.at[kTopkWeightsAddress][slice.src]) + from);
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (to[u] == kNoIndex) continue;
+      plan.workspace.ids[to[u]] = ids[u];
+      if (has_weights) plan.workspace.weights[to[u]] = weights[u];
+    }
+  }
+  __syncthreads();
+}
+
 // Copies every rank's ids and weights and counts the rows of each slice and column.
 //
 // Geometry   one block per SM of the budget, a slice at a time; one thread per choice.
@@ -103,23 +141,15 @@ __global__ void __launch_bounds__(kPlanWarps* kWarpSize)
       plan.args.group_sizes[e] = 0;
     }
   }
+  CopyChoices(plan, peers);
   int32_t* ids = shared;
   int32_t* counts = ids + shape.tokens_per_slice * num_topk;
   for (int32_t s = blockIdx.x; s < shape.num_slices(); s += gridDim.x) {
     const Slice slice(shape, s);
     const int32_t num_ids = slice.num_tokens * num_topk;
-    const int64_t first_id = slice.first_token * num_topk;
-    const int64_t first_copy = slice.src * shape.dispatch.num_tokens * num_topk + first_id;
-    const auto* in = reinterpret_cast<const int32_t*>(peers.at[kTopkIdxAddress][slice.src]);
-    ForEachWord(in + first_id, num_ids,
-                [&](int32_t i, int32_t id) { plan.workspace.ids[first_copy + i] = ids[i] = id; });
-    if (plan.args.recv_weights) {
-      const auto* weights =
-          reinterpret_cast<const float*>(peers.at[kTopkWeightsAddress][slice.src]);
-      ForEachWord(weights + first_id, num_ids, [&](int32_t i, float weight) {
-        plan.workspace.weights[first_copy + i] = weight;
-      });
-    }
+    const int64_t first_token = slice.src * shape.dispatch.num_tokens + slice.first_token;
+    ForEachWord(plan.workspace.ids + first_token * num_topk, num_ids,
+                [&](int32_t i, int32_t id) { ids[i] = id; });
     for (int32_t c = threadIdx.x; c < shape.num_counts(); c += blockDim.x) counts[c] = 0;
     __syncthreads();
     // Whole warps, so that equal columns are added at once: a few columns would be a long queue.
