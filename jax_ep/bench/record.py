@@ -75,8 +75,8 @@ class Place:
 
     @classmethod
     def find(cls, commit: str | None = None) -> "Place":
-        """The present one; `commit` is what the caller says where there is no git to ask."""
-        found, dirty = _find_commit()
+        """The present one; `commit` names a tree of which the caller knows more than git here."""
+        found, dirty = (commit, None) if commit else _find_commit()
         return cls(
             device=_name_device(),
             versions={
@@ -85,7 +85,7 @@ class Place:
                 "driver": _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
                 "nccl": None,
             },
-            commit=found or commit,
+            commit=found,
             dirty=dirty,
             command=shlex.join(["python", "-m", "jax_ep", *sys.argv[1:]]),
             time=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -116,12 +116,12 @@ def plot(records: Sequence[Record], path: Path) -> None:
     from matplotlib.figure import Figure
 
     points = list(dict.fromkeys(_point_label(r) for r in records))
-    names = list(dict.fromkeys(f"{r.contender} {r.backend}" for r in records))
+    names = list(dict.fromkeys(map(_contender_label, records)))
     figure = Figure(figsize=(max(6.0, 2.0 * len(points)), 4.0), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(names)
     for i, name in enumerate(names):
-        own = [r for r in records if f"{r.contender} {r.backend}" == name]
+        own = [r for r in records if _contender_label(r) == name]
         places = [points.index(_point_label(r)) + (i + 0.5) * width - 0.4 for r in own]
         axes.bar(places, [r.us["p50"] / r.floor_us for r in own], width, label=name)
     axes.axhline(1.0, color="black", linewidth=0.8)
@@ -130,6 +130,11 @@ def plot(records: Sequence[Record], path: Path) -> None:
     axes.set_title(records[0].device, fontsize="medium")
     axes.legend()
     figure.savefig(path)
+
+
+def _contender_label(record: Record) -> str:
+    budget = "" if record.sms is None else f", {record.sms} SMs"
+    return f"{record.contender} {record.backend}{budget}"
 
 
 def _point_label(record: Record) -> str:

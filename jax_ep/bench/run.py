@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ranks", type=int, help="use the first of jax.devices(); default: all, 8 on CPU")
     add("--repeats", type=int, default=20)
     add("--out", type=Path, default=Path("benchmarks/results"), help="folder of the results")
-    add("--commit", help="what to record where the package lies in no git checkout")
+    add("--commit", help="what to record in place of what git says here")
     add("--plot", action="store_true", help="draw time over floor; needs matplotlib")
 
 
