@@ -171,13 +171,17 @@ class Group:
             if not _backends.is_complete(self.backends[backend]):
                 continue
             self._native_backend = backend
-            self._native = _native.register(backend).open_group(
-                identity=self.identity,
-                seats=self._seats(),
-                num_slices=self.mesh.size // self.num_ranks,
-                num_ranks=self.num_ranks,
-                timeout_ms=math.ceil(self.timeout * 1000),
-            )
+            open_group = _native.register(backend).open_group
+            try:
+                self._native = open_group(
+                    identity=self.identity,
+                    seats=self._seats(),
+                    num_slices=self.mesh.size // self.num_ranks,
+                    num_ranks=self.num_ranks,
+                    timeout_ms=math.ceil(self.timeout * 1000),
+                )
+            except RuntimeError as e:
+                raise GroupError(f"Group.open: back end {backend!r}: {e}") from e
         _registry.open_groups[self.identity] = self
         try:
             _self_test.run(self)
