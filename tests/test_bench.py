@@ -26,8 +26,8 @@ OPS = ["dispatch", "combine", "round_trip"]
 TINY = ["--tokens", "16", "--hidden", "32", "--repeats", "2", "--backends", "cpu"]
 
 
-def _point(layout, *, num_ranks=4, dtype="f32", balance="auto"):
-    shape = Shape(tokens=48, hidden=32, topk=3, experts=num_ranks * 4)
+def _point(layout, *, num_ranks=4, dtype="f32", hidden=32, balance="auto"):
+    shape = Shape(tokens=48, hidden=hidden, topk=3, experts=num_ranks * 4)
     return make_point(
         "test",
         shape,
@@ -120,6 +120,22 @@ def test_stock_contender_computes_the_same(groups, layout):
         for got, expected, src in zip(other.rows, out.x, out.handle.recv_src, strict=True):
             assert_same_bits(got[src[src >= 0]], expected[src >= 0], what="rows")
     np.testing.assert_allclose(other_y, y, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["expert", "rank"])
+def test_fp8_rows_and_scales_arrive_alike(groups, layout):
+    group, point = groups(4), _point(layout, dtype="fp8", hidden=256, balance=None)
+    assert point.row_bytes == 256 + 8
+    inputs = make_inputs(point, group.mesh)
+    us, stock = contenders(point, group, [("cpu", None)])
+    out, other = (on_ranks(c.dispatch, group.mesh, check_vma=False)(*inputs) for c in (us, stock))
+    for ours_, theirs in zip((out.x, out.scales), other.rows, strict=True):
+        for got, expected, src in zip(theirs, ours_, out.handle.recv_src, strict=True):
+            if layout == "rank":
+                assert_same_bits(got[src[src >= 0]], expected[src >= 0])
+            else:
+                n = int(np.sum(src >= 0))
+                assert_same_bits(got[:n], expected[:n])
 
 
 @pytest.mark.parametrize("op", OPS)

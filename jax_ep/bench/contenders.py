@@ -62,7 +62,7 @@ def ours(point: Point, group: jax_ep.Group, backend: str, sms: int | None) -> Co
 class Exchanged(NamedTuple):
     """What the hand-written exchange returns: S = rows for each destination, R = ranks."""
 
-    rows: jax.Array  # [R * S, hidden], grouped by local expert; feeds ragged_dot
+    rows: Any  # [R * S, hidden], or a pair with scales, grouped by local expert; feeds ragged_dot
     group_sizes: jax.Array  # [local experts]
     place: jax.Array  # [R * S] the row that each received slot became
     slot: jax.Array  # [tokens, topk] the slot that each choice was sent in, -1 = dropped
@@ -78,17 +78,23 @@ def all_to_all(point: Point, axes: tuple[str, ...]) -> Contender:
     """
     slots = _slots(point)
 
-    def dispatch(x: jax.Array, ids: jax.Array, weights: jax.Array) -> Exchanged:
+    def dispatch(x: Any, ids: jax.Array, weights: jax.Array) -> Exchanged:
         order, expert, slot = _pack(point, ids, slots)
         is_used = expert < point.experts_per_rank
-        send = jnp.where(is_used[:, None], x[order // point.num_topk], jnp.zeros((), x.dtype))
-        received = _swap(send, point.num_ranks, axes)
+
+        def exchange(rows: jax.Array) -> jax.Array:
+            chosen = rows[order // point.num_topk]
+            send = jnp.where(is_used[:, None], chosen, jnp.zeros((), rows.dtype))
+            return _swap(send, point.num_ranks, axes)
+
+        received = jax.tree.map(exchange, x)
         expert = _swap(expert, point.num_ranks, axes)
         by_expert = jnp.argsort(expert, stable=True).astype(jnp.int32)
         numbers = jnp.arange(by_expert.size, dtype=jnp.int32)
         place = jnp.zeros_like(by_expert).at[by_expert].set(numbers, unique_indices=True)
         sizes = jnp.bincount(expert, length=point.experts_per_rank).astype(jnp.int32)
-        return Exchanged(received[by_expert], sizes, place, slot, weights)
+        rows = jax.tree.map(lambda r: r[by_expert], received)
+        return Exchanged(rows, sizes, place, slot, weights)
 
     def combine(out: Exchanged) -> jax.Array:
         back = _swap(out.rows[out.place], point.num_ranks, axes)
@@ -138,7 +144,7 @@ def _swap(x: jax.Array, num_ranks: int, axes: tuple[str, ...]) -> jax.Array:
 class Gathered(NamedTuple):
     """What the plain exchange of the rank layout returns, for all ranks' tokens."""
 
-    rows: jax.Array  # [R * T, hidden]
+    rows: Any  # [R * T, hidden], or a pair with scales
     topk_idx: jax.Array  # [R * T, topk] local expert ids, -1 = an expert of another rank
     weights: jax.Array  # [R * T, topk]
 
@@ -146,8 +152,10 @@ class Gathered(NamedTuple):
 def all_gather(point: Point, axes: tuple[str, ...]) -> Contender:
     """Every rank gets every token and picks its own; the sums are scattered back."""
 
-    def dispatch(x: jax.Array, ids: jax.Array, weights: jax.Array) -> Gathered:
-        rows, ids, weights = (jax.lax.all_gather(a, axes, tiled=True) for a in (x, ids, weights))
+    def dispatch(x: Any, ids: jax.Array, weights: jax.Array) -> Gathered:
+        rows, ids, weights = jax.tree.map(
+            lambda a: jax.lax.all_gather(a, axes, tiled=True), (x, ids, weights)
+        )
         local = ids - jax.lax.axis_index(axes) * point.experts_per_rank
         is_here = (local >= 0) & (local < point.experts_per_rank)
         return Gathered(rows, jnp.where(is_here, local, -1), jnp.where(is_here, weights, 0.0))

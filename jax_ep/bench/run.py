@@ -15,10 +15,9 @@ import jax_ep
 from jax_ep.bench import floor, report, timing
 from jax_ep.bench.contenders import contenders, ours
 from jax_ep.bench.record import Measured, Place, Record, make_record
-from jax_ep.bench.shapes import SHAPES, Point, make_inputs, make_point
+from jax_ep.bench.shapes import BENCH_DTYPES, FP8, SHAPES, Point, make_inputs, make_point
 from jax_ep.config import BACKENDS, Fill
 from jax_ep.errors import ConfigError
-from jax_ep.testing.cases import DTYPES
 from jax_ep.testing.ranks import make_mesh, on_ranks, prepare_virtual_devices
 
 _TIMEOUT_S = 600.0
@@ -32,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokens", nargs="+", type=int, help="tokens of each rank; several make a sweep")
     for name in ("hidden", "topk", "experts"):
         add(f"--{name}", type=int, help="instead of the shape's")
-    add("--dtype", choices=DTYPES, default="bf16")
+    add("--dtype", choices=BENCH_DTYPES, default="bf16", help="fp8: dispatch only")
     add("--layout", choices=["rank", "expert", "both"], default="expert")
     add(
         "--balance",
@@ -84,6 +83,8 @@ def make_points(args: argparse.Namespace, num_ranks: int) -> Iterator[Point]:
     unknown = [op for op in args.ops if op not in timing.OPS]
     if unknown:
         raise ConfigError(f"bench: ops must be of {', '.join(timing.OPS)}, got {unknown[0]!r}")
+    if args.dtype == FP8 and args.ops != ["dispatch"]:
+        raise ConfigError(f"bench: fp8 rows are dispatched only, got {' '.join(args.ops)}")
     given = {n: getattr(args, n) for n in ("hidden", "topk", "experts")}
     changes = {name: value for name, value in given.items() if value is not None}
     layouts = ("rank", "expert") if args.layout == "both" else (args.layout,)

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 import jax_ep
+from jax_ep.config import FP8_BLOCK
 from jax_ep.testing import routing
 from jax_ep.testing.cases import DTYPES, Case
 from jax_ep.testing.ranks import place
@@ -30,9 +31,13 @@ SHAPES = {
 }
 
 
+FP8 = "fp8"  # e4m3 rows with an f32 scale for each block of 128; dispatched only
+BENCH_DTYPES = (*DTYPES, FP8)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Point(Case):
-    """A case that is measured.
+    """A case that is measured; dtype may be "fp8" as well.
 
     Attributes:
       shape: its name.
@@ -41,6 +46,13 @@ class Point(Case):
 
     shape: str
     balance: float | None
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row of x, scales included."""
+        if self.dtype == FP8:
+            return self.hidden + 4 * (self.hidden // FP8_BLOCK)
+        return super().row_bytes
 
 
 def make_point(
@@ -72,13 +84,21 @@ def make_point(
     )
 
 
-def make_inputs(point: Point, mesh: jax.sharding.Mesh, seed: int = 0) -> tuple[jax.Array, ...]:
-    """(x, topk_idx, topk_weights) [R, ...] on the mesh: balanced routing, weights that add to 1."""
+def make_inputs(point: Point, mesh: jax.sharding.Mesh, seed: int = 0) -> tuple[Any, ...]:
+    """(x, topk_idx, topk_weights) [R, ...] on the mesh: balanced routing, weights that add to 1.
+
+    With fp8, x is a pair of rows and scales.
+    """
     rng = np.random.default_rng(seed)
     tokens = (point.num_ranks, point.num_tokens)
-    x = rng.standard_normal((*tokens, point.hidden), np.float32).astype(DTYPES[point.dtype])
+    x: Any = rng.standard_normal((*tokens, point.hidden), np.float32)
+    if point.dtype == FP8:
+        pair = jax_ep.quantize_fp8(x.reshape(-1, point.hidden))
+        x = tuple(np.asarray(a).reshape(*tokens, -1) for a in pair)
+    else:
+        x = x.astype(DTYPES[point.dtype])
     ids = routing.balanced(rng, (*tokens, point.num_topk), point.num_experts)
     weights = rng.random(ids.shape, np.float32) + 0.1
     weights /= weights.sum(axis=-1, keepdims=True)
-    arrays: tuple[jax.Array, ...] = place((x, ids, weights), mesh)
+    arrays: tuple[Any, ...] = place((x, ids, weights), mesh)
     return arrays
