@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
+from jax_ep import config
 from jax_ep.testing.cases import (
     Case,
     assert_combined,
@@ -112,6 +113,24 @@ def test_open_and_close_many_times():
     for _ in range(30):
         with jax_ep.Group.open(make_mesh(3), "ep") as group:
             assert group.backend == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "reason"),
+    [
+        ("XLA_PYTHON_CLIENT_ALLOCATOR", "cuda_async", "cuda_async is not mapped for peers"),
+        ("XLA_PYTHON_CLIENT_ALLOCATOR", "platform", None),
+        ("XLA_FLAGS", "--xla_gpu_command_buffer_scheduling_mode=CONCURRENT", "need one order"),
+        ("XLA_FLAGS", "--xla_gpu_command_buffer_scheduling_mode=SERIALIZE", None),
+    ],
+)
+def test_what_keeps_kernels_apart_is_named(monkeypatch, variable, value, reason):
+    for name in ("XLA_PYTHON_CLIENT_ALLOCATOR", "TF_GPU_ALLOCATOR", "XLA_FLAGS"):
+        monkeypatch.delenv(name, raising=False)
+    assert config.why_no_kernel_exchange() is None
+    monkeypatch.setenv(variable, value)
+    found = config.why_no_kernel_exchange()
+    assert found is None if reason is None else reason in found
 
 
 def test_eager_shard_map(groups, backend):
