@@ -1,0 +1,141 @@
+// R ranks without XLA, as R streams, on one GPU or spread over all of them.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <utility>
+#include <vector>
+
+#include "core/protocol.h"
+#include "ops/combine/combine_cuda.cuh"
+#include "ops/dispatch/dispatch_cuda.cuh"
+#include "ops/pull_rows/pull_rows_cuda.cuh"
+
+namespace jax_ep {
+
+inline void Cuda(cudaError_t status) {
+  if (status == cudaSuccess) return;
+  std::fprintf(stderr, "CUDA: %s\n", cudaGetErrorString(status));
+  std::exit(1);
+}
+
+// Device memory that frees itself; poisoned, so that what no kernel writes is seen.
+template <typename T>
+class Device {
+ public:
+  explicit Device(size_t size) : size_(size) {
+    Cuda(cudaMalloc(reinterpret_cast<void**>(&data_), std::max<size_t>(1, size) * sizeof(T)));
+    Cuda(cudaMemset(data_, 0xa5, std::max<size_t>(1, size) * sizeof(T)));
+  }
+  explicit Device(const std::vector<T>& values) : Device(values.size()) {
+    Cuda(cudaMemcpy(data_, values.data(), size_ * sizeof(T), cudaMemcpyHostToDevice));
+  }
+  Device(Device&& other) noexcept
+      : data_(std::exchange(other.data_, nullptr)), size_(other.size_) {}
+  Device& operator=(Device&&) = delete;
+  ~Device() { cudaFree(data_); }
+  T* get() const { return data_; }
+  std::vector<T> Read() const {
+    std::vector<T> values(size_);
+    Cuda(cudaMemcpy(values.data(), data_, size_ * sizeof(T), cudaMemcpyDeviceToHost));
+    return values;
+  }
+
+ private:
+  T* data_ = nullptr;
+  size_t size_;
+};
+
+// R ranks, rank r on device r % num_devices, each with a stream of its own.
+class Ranks {
+ public:
+  Ranks(int num_ranks, int num_devices, std::chrono::milliseconds timeout)
+      : num_devices_(num_devices) {
+    Cuda(cudaHostAlloc(reinterpret_cast<void**>(&records_), num_ranks * sizeof(FailureRecord),
+                       cudaHostAllocPortable | cudaHostAllocMapped));
+    std::fill_n(records_, num_ranks, FailureRecord{});
+    for (int r = 0; r < num_ranks; ++r) {
+      Select(r);
+      for (int d = 0; d < num_devices; ++d) {
+        if (d != r % num_devices) cudaDeviceEnablePeerAccess(d, 0);
+      }
+      cudaGetLastError();
+      ControlBlock* control = nullptr;
+      Cuda(cudaMalloc(reinterpret_cast<void**>(&control), sizeof(ControlBlock)));
+      Cuda(cudaMemset(control, 0, sizeof(ControlBlock)));
+      control_.push_back(control);
+      cudaStream_t stream;
+      Cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+      streams_.push_back(stream);
+      int32_t* position = nullptr;
+      Cuda(cudaMalloc(reinterpret_cast<void**>(&position), sizeof(int32_t)));
+      Cuda(cudaMemcpy(position, &r, sizeof(int32_t), cudaMemcpyHostToDevice));
+      positions_.push_back(position);
+      int shared = 0;
+      Cuda(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                  r % num_devices));
+      int major = 0;
+      Cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, r % num_devices));
+      traits_ = {.num_sms = 132,
+                 .max_shared_bytes = static_cast<size_t>(shared),
+                 .has_bulk_copy = major >= 9};
+      Cuda(LoadDispatchKernels(traits_));
+      Cuda(LoadCombineKernels(traits_));
+      Cuda(LoadPullRowsKernels(traits_));
+      Cuda(cudaDeviceSynchronize());
+    }
+    for (int r = 0; r < num_ranks; ++r) {
+      Endpoint endpoint{
+          .rank = r,
+          .num_ranks = num_ranks,
+          .position = r,
+          .site = 0,
+          .timeout_ns = static_cast<uint64_t>(std::chrono::nanoseconds(timeout).count()),
+          .control = {},
+          .record = &records_[r]};
+      std::copy(control_.begin(), control_.end(), endpoint.control);
+      endpoints_.push_back(endpoint);
+    }
+  }
+  ~Ranks() {
+    for (int r = 0; r < size(); ++r) {
+      Select(r);
+      cudaFree(control_[r]);
+      cudaFree(positions_[r]);
+      cudaStreamDestroy(streams_[r]);
+    }
+    cudaFreeHost(records_);
+  }
+
+  int size() const { return static_cast<int>(control_.size()); }
+  void Select(int r) const { Cuda(cudaSetDevice(r % num_devices_)); }
+  const Endpoint& endpoint(int r) const { return endpoints_[r]; }
+  cudaStream_t stream(int r) const { return streams_[r]; }
+  const int32_t* position(int r) const { return positions_[r]; }
+  const DeviceTraits& traits() const { return traits_; }
+  FailureRecord record(int r) const { return records_[r]; }
+  bool HasFailed() const {
+    return std::any_of(records_, records_ + size(), [](const auto& r) { return r.is_set != 0; });
+  }
+  void Synchronize() const {
+    for (int r = 0; r < size(); ++r) {
+      Select(r);
+      Cuda(cudaStreamSynchronize(streams_[r]));
+    }
+  }
+
+ private:
+  int num_devices_;
+  DeviceTraits traits_;
+  FailureRecord* records_ = nullptr;
+  std::vector<ControlBlock*> control_;
+  std::vector<cudaStream_t> streams_;
+  std::vector<int32_t*> positions_;
+  std::vector<Endpoint> endpoints_;
+};
+
+}  // namespace jax_ep
