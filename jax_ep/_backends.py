@@ -9,7 +9,7 @@ from jax_ep import _native, _xla, config
 from jax_ep._primitives.combine import combine
 from jax_ep._primitives.dispatch import dispatch
 from jax_ep._primitives.pull_rows import pull_rows
-from jax_ep._spec import CallSpec, CombineSpec, DispatchSpec, Routed, RowIndex
+from jax_ep._spec import CombineSpec, DispatchSpec, Routed, RowIndex
 from jax_ep.errors import ConfigError, GroupError
 
 _OPS = frozenset({"dispatch", "dispatch_fp8", "combine", "combine_weights", "get_dispatch_layout"})
@@ -30,7 +30,7 @@ class Backend(NamedTuple):
     dispatch: Callable[
         [DispatchSpec, jax.Array, jax.Array | None, Sequence[jax.Array]], Routed
     ]  # spec, topk_idx, topk_weights, rows
-    pull_rows: Callable[[CallSpec, jax.Array, jax.Array], jax.Array]  # spec, index, rows
+    pull_rows: Callable[..., jax.Array]  # spec, index, rows, *, slot, num_slots
     combine: Callable[
         [CombineSpec, RowIndex, jax.Array, jax.Array | None, Sequence[jax.Array]], jax.Array
     ]  # spec, index, rows, weights, biases

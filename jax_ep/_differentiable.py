@@ -90,7 +90,7 @@ def _dispatch_fwd(
 
 def _dispatch_bwd(spec: DispatchSpec, residuals: Any, ct: Routed) -> tuple[Any, Any, None]:
     topk_idx, send_row, recv_src = residuals
-    index = RowIndex(send_rank(spec, topk_idx, send_row), send_row, recv_src)
+    index = RowIndex(send_rank(spec, topk_idx, send_row), send_row, recv_src, None)
     back = CombineSpec(spec.group, spec.backend, spec.num_sms, spec.layout, spec.recv_capacity)
     return _rows_bar(back, index, ct.rows), _weights_bar(spec, residuals, ct.recv_weights), None
 
@@ -166,9 +166,15 @@ dispatch_fp8.defvjp(_dispatch_fp8_fwd, _dispatch_fp8_bwd)
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def dispatch_along(spec: CombineSpec, rows: Rows, index: RowIndex) -> Rows:
     """Moves other rows to where a dispatch has put the tokens; zeros elsewhere."""
-    pull = _backends.get(spec.backend).pull_rows
-    moved = tuple(pull(spec, index.recv_src, r) for r in rows)
+    moved = tuple(_pull_along(spec, index, r) for r in rows)
     return tuple(checkpoint_name(m, config.DISPATCH_NAME) for m in moved)
+
+
+def _pull_along(spec: CombineSpec, index: RowIndex, rows: jax.Array) -> jax.Array:
+    """Each token's row to its rows at the destinations."""
+    pull = _backends.get(spec.backend).pull_rows
+    num_topk = index.send_row.shape[1]
+    return pull(spec, index.recv_src, rows, slot=index.recv_k, num_slots=num_topk)
 
 
 def _dispatch_along_fwd(spec: CombineSpec, rows: Rows, index: RowIndex) -> tuple[Rows, RowIndex]:
@@ -200,19 +206,19 @@ def _combine_fwd(
 ) -> tuple[jax.Array, Any]:
     out = combine.fun(spec, rows, weights, biases, index)
     saved_rows = None if weights is None else rows
-    return out, (saved_rows, weights, len(biases), index.recv_src)
+    return out, (saved_rows, weights, len(biases), index)
 
 
 def _combine_bwd(spec: CombineSpec, residuals: Any, ct: jax.Array) -> tuple[Any, Any, Any, None]:
-    rows, weights, num_biases, recv_src = residuals
-    rows_bar = _backends.get(spec.backend).pull_rows(spec, recv_src, ct)
+    rows, weights, num_biases, index = residuals
+    rows_bar = _pull_along(spec, index, ct)
     bias_bars = (ct,) * num_biases
     if weights is None:
         return rows_bar, None, bias_bars, None
     wide = rows_bar.astype(jnp.float32)
     dot = jnp.sum(rows.astype(jnp.float32) * wide, axis=-1)
     # A row without a token may hold anything, NaN included, and so may its weight.
-    has_token = recv_src >= 0
+    has_token = index.recv_src >= 0
     weighted = jnp.where(has_token[:, None], wide * weights[:, None], 0.0)
     return weighted.astype(ct.dtype), jnp.where(has_token, dot, 0.0), bias_bars, None
 

@@ -124,3 +124,4 @@ class RowIndex(NamedTuple):
     send_rank: jax.Array | None  # expert layout: [num_tokens, num_topk] destination, -1 = none
     send_row: jax.Array
     recv_src: jax.Array
+    recv_k: jax.Array | None  # expert layout: [C] which choice of its token a row is

@@ -115,9 +115,15 @@ def _route_experts(
 
 
 def pull_rows(
-    spec: CallSpec, index: jax.Array, rows: jax.Array, *, op: str = "pull_rows"
+    spec: CallSpec,
+    index: jax.Array,
+    rows: jax.Array,
+    *,
+    slot: jax.Array | None = None,
+    num_slots: int = 0,
+    op: str = "pull_rows",
 ) -> jax.Array:
-    """Rows of the peers' arrays, [N, ...]; the contract of the custom call."""
+    """Rows of the peers' arrays, [N, ...]; the contract of the custom call. Needs no slots."""
     rows = check_mesh(rows, spec.group, op=op)
     # As integers: XLA:CPU selects fp8 through a wider type, which changes the bits of a NaN.
     is_float = jnp.issubdtype(rows.dtype, jnp.floating)

@@ -71,10 +71,10 @@ def combine(
         layout=layout,
         recv_capacity=handle.recv_capacity,
     )
-    operands = (rows, weights, biases, handle.index(), handle.recv_k)
-    rows, weights, biases, index, recv_k = vary_alike(operands, group)
+    operands = (rows, weights, biases, handle.index())
+    rows, weights, biases, index = vary_alike(operands, group)
     if weights is not None and weights.ndim == 2:
-        weights = _to_rows(spec, weights, index, recv_k)
+        weights = _to_rows(spec, weights, index)
     return _differentiable.combine(spec, rows, weights, biases, index)
 
 
@@ -109,27 +109,24 @@ def _require_weights(weights: jax.Array | None, handle: DispatchHandle, layout: 
     _checks.require_dtype(weights, (jnp.float32,), op=_OP, argument="weights")
 
 
-def _to_rows(
-    spec: CombineSpec, weights: jax.Array, index: RowIndex, recv_k: jax.Array
-) -> jax.Array:
+def _to_rows(spec: CombineSpec, weights: jax.Array, index: RowIndex) -> jax.Array:
     """Weights [T, K] at the tokens, moved to the rows: [C]."""
-    from_tokens, from_rows = _places(spec, index, recv_k, weights.shape[1])
+    from_tokens, from_rows = _places(spec, index)
     moved = _differentiable.pull_rows(
         spec, weights.reshape(-1, 1), from_tokens, from_rows.reshape(-1)
     )
     return moved[:, 0]
 
 
-def _places(
-    spec: CombineSpec, index: RowIndex, recv_k: jax.Array, num_topk: int
-) -> tuple[jax.Array, jax.Array]:
+def _places(spec: CombineSpec, index: RowIndex) -> tuple[jax.Array, jax.Array]:
     """Expert layout: [C] the choice that each row is, [T, K] the row of each choice; -1 = none.
 
     Both count over all ranks, as pull_rows does; one is the inverse of the other.
     """
-    send_rank, send_row, recv_src = index.send_rank, index.send_row, index.recv_src
+    send_rank, send_row, recv_src, recv_k = index
     assert send_rank is not None
-    choice = jnp.where(recv_src >= 0, recv_src * num_topk + recv_k, -1)
+    assert recv_k is not None
+    choice = jnp.where(recv_src >= 0, recv_src * send_row.shape[1] + recv_k, -1)
     row = jnp.where(send_row >= 0, send_rank * spec.recv_capacity + send_row, -1)
     return choice, row
 
@@ -167,7 +164,7 @@ def combine_weights(
         layout=layout,
         recv_capacity=handle.recv_capacity,
     )
-    w, index, recv_k = vary_alike((w, handle.index(), handle.recv_k), group)
+    w, index = vary_alike((w, handle.index()), group)
     if layout is Layout.RANK:
         if w.ndim != 2 or w.shape[0] != handle.recv_capacity or w.shape[1] < 1:
             raise ShapeError(
@@ -179,6 +176,6 @@ def combine_weights(
         w = jnp.pad(w, ((0, 0), (0, -num_topk % (config.ROW_BYTES_MULTIPLE // w.dtype.itemsize))))
         return _differentiable.combine(spec, w, None, (), index)[:, :num_topk]
     _checks.require_shape(w, (handle.recv_capacity,), op=op, argument="w")
-    from_tokens, from_rows = _places(spec, index, recv_k, handle.send_row.shape[1])
+    from_tokens, from_rows = _places(spec, index)
     back = _differentiable.pull_rows(spec, w[:, None], from_rows.reshape(-1), from_tokens)
     return back.reshape(handle.send_row.shape)

@@ -44,7 +44,7 @@ class DispatchHandle:
 
     def index(self) -> RowIndex:
         """The arrays that combine needs."""
-        return RowIndex(send_rank=self.send_rank, send_row=self.send_row, recv_src=self.recv_src)
+        return RowIndex(self.send_rank, self.send_row, self.recv_src, self.recv_k)
 
 
 @jax.tree_util.register_dataclass

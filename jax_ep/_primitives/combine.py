@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_ep import config
+from jax_ep import _native, config
 from jax_ep._primitives._base import absent, make_primitive
 from jax_ep._primitives.check_mesh import check_mesh
 from jax_ep._spec import CombineSpec, RowIndex
@@ -14,9 +14,19 @@ from jax_ep.errors import ConfigError
 
 
 def _results(
-    position: Any, send_rank: Any, send_row: Any, weights: Any, rows: Any, *biases: Any, **_: Any
+    position: Any,
+    send_rank: Any,
+    send_row: Any,
+    weights: Any,
+    rows: Any,
+    *biases: Any,
+    workspace_bytes: int,
+    **_: Any,
 ) -> list[tuple[tuple[int, ...], Any]]:
-    return [((send_row.shape[0], *rows.shape[1:]), rows.dtype)]
+    return [
+        ((send_row.shape[0], *rows.shape[1:]), rows.dtype),
+        ((workspace_bytes,), jnp.uint8),
+    ]
 
 
 _bind = make_primitive(
@@ -25,6 +35,20 @@ _bind = make_primitive(
     platforms=("cpu", "cuda"),
     attributes=("group", "has_weights", "layout", "num_sms"),
 )
+
+
+def _workspace_bytes(spec: CombineSpec, index: RowIndex, rows: jax.Array) -> int:
+    if spec.backend != "cuda":
+        return 0
+    num_tokens, num_slots = index.send_row.shape
+    size: int = _native.load("cuda").combine_workspace_bytes(
+        layout=spec.layout.value,
+        num_ranks=spec.group.num_ranks,
+        num_tokens=num_tokens,
+        num_slots=num_slots,
+        row_bytes=rows.shape[1] * rows.dtype.itemsize,
+    )
+    return size
 
 
 def combine(
@@ -52,4 +76,5 @@ def combine(
         has_weights=weights is not None,
         layout=spec.layout.value,
         num_sms=spec.num_sms,
+        workspace_bytes=_workspace_bytes(spec, index, rows),
     )[0]

@@ -71,6 +71,13 @@ size_t WorkspaceBytes(int64_t layout, int num_experts, int num_ranks, int64_t nu
                                  .expert_alignment = 1});
 }
 
+size_t RingBytes(int64_t layout, int num_ranks, int64_t num_tokens, int num_slots,
+                 size_t row_bytes) {
+  return PartialRing::Of(static_cast<RecvLayout>(layout), num_ranks, num_tokens, num_slots,
+                         row_bytes)
+      .Bytes(num_ranks, row_bytes);
+}
+
 }  // namespace
 }  // namespace jax_ep
 
@@ -102,4 +109,7 @@ NB_MODULE(_jax_ep_cuda, m) {
   m.def("dispatch_workspace_bytes", &jax_ep::WorkspaceBytes, nanobind::arg("layout"),
         nanobind::arg("num_experts"), nanobind::arg("num_ranks"), nanobind::arg("num_tokens"),
         nanobind::arg("num_topk"), "Scratch of one dispatch; 0 where it cannot be planned.");
+  m.def("combine_workspace_bytes", &jax_ep::RingBytes, nanobind::arg("layout"),
+        nanobind::arg("num_ranks"), nanobind::arg("num_tokens"), nanobind::arg("num_slots"),
+        nanobind::arg("row_bytes"), "Scratch of one combine: the rings of partial sums.");
 }

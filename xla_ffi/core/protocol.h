@@ -9,17 +9,26 @@
 //                                     and the tag of the call
 //   read_done[p]    rank p            none                             the owner, before the call
 //                                                                      ends
+//   filled[p, i]    rank p            the token whose partial sum is   the owner, before it reads
+//   it
+//                                     in place i of p's ring
+//   emptied[p, i]   rank p            the token whose partial sum it   the owner, before it fills
+//   it
+//                                     has read out of place i          again
 //   abort           any rank          1, for good                      the owner, in every wait
 //
 // A signal is one 8-byte store that carries its epoch; it is compared for equality, never reset. A
 // rank writes its signals of epoch n + 1 only after all ranks have written read_done of epoch n,
 // which each does after its last look at the signals and operands of epoch n: one cell per writer
-// is enough. Signals are stored with release and loaded with acquire order at system scope, so what
-// a rank's stream wrote before is visible behind them.
+// is enough, and per place of a ring, which is filled and emptied by turns. Signals are stored with
+// release and loaded with acquire order at system scope, so what a rank's stream wrote before is
+// visible behind them.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+
+#include "core/row_stream.h"
 
 namespace jax_ep {
 
@@ -42,9 +51,18 @@ struct AddressCell {
   Signal high;  // address bits 32 to 47, tag
 };
 
+/// Signals of the rings of a combine (ops/combine/combine_cuda.cuh): [num_ranks, places, parts].
+inline constexpr int kMaxPartialCells = 16 * 1024;
+struct PartialCells {
+  Signal filled[kMaxPartialCells];
+  Signal emptied[kMaxPartialCells];
+};
+
 struct ControlBlock {
   // Of the owner's kernels.
-  uint32_t epoch;            // of the last call that has ended
+  uint32_t epoch;                      // of the last call that has ended
+  uint32_t next_item[kMaxRowStreams];  // what no warp has claimed yet, less the first claims
+  uint32_t num_blocks_met;   // of the present call's kernel whose blocks wait for one another
   uint32_t num_blocks_done;  // of the last kernel of the present call
   uint32_t has_failed;       // whoever sets it writes the failure record
   uint32_t is_busy;          // a call is running
@@ -54,6 +72,7 @@ struct ControlBlock {
   uint32_t abort;
   AddressCell address[kMaxRanks][kMaxAddresses];
   Signal read_done[kMaxRanks];
+  PartialCells partials;
 };
 
 /// What went wrong first on a rank, in host memory. Written once; is_set last.
@@ -72,6 +91,7 @@ struct DeviceTraits {
   int num_sms;
   size_t max_shared_bytes;  // of a block
   bool has_bulk_copy;
+  int highest_priority;  // of a kernel
 };
 
 /// One rank's view of its group; what kernels get.

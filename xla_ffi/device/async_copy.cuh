@@ -1,4 +1,4 @@
-// 16-byte copies from global to shared memory that the copying thread waits for itself.
+// Copies from global to shared memory that the copying thread waits for itself.
 #pragma once
 
 #include <cstdint>
@@ -8,6 +8,14 @@ namespace jax_ep {
 /// Past the L1 cache, which does not see what peers write.
 __device__ inline void AsyncCopy16(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+               "l"(global)
+               : "memory");
+}
+
+/// Of words that nobody writes while the kernel runs.
+__device__ inline void AsyncCopy4(void* shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(
                    static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
                "l"(global)
                : "memory");

@@ -55,6 +55,21 @@ __device__ inline void BulkLoad(void* shared, const void* global, uint32_t bytes
       : "memory");
 }
 
+/// Expect and BulkLoad where `does`, which one lane of a warp says; without a branch.
+__device__ inline void ExpectAndLoadIf(bool does, void* shared, const void* global, uint32_t bytes,
+                                       const BulkBarrier& barrier) {
+  asm volatile(
+      "{\n"
+      ".reg .pred does;\n"
+      "setp.ne.u32 does, %4, 0;\n"
+      "@does mbarrier.arrive.expect_tx.shared::cta.b64 _, [%3], %2;\n"
+      "@does cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+      "[%3];\n"
+      "}\n" ::"r"(SharedAddress(shared)),
+      "l"(global), "r"(bytes), "r"(barrier.address()), "r"(static_cast<uint32_t>(does))
+      : "memory");
+}
+
 /// Shared to global memory, in the open group of stores of the calling thread.
 __device__ inline void BulkStore(void* global, const void* shared, uint32_t bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global),

@@ -35,10 +35,14 @@ DeviceTraits TraitsOf(int64_t device) {
     Check("cudaDeviceGetAttribute", cudaDeviceGetAttribute(&value, name, static_cast<int>(device)));
     return value;
   };
+  int lowest = 0;
+  int highest = 0;
+  Check("cudaDeviceGetStreamPriorityRange", cudaDeviceGetStreamPriorityRange(&lowest, &highest));
   return {
       .num_sms = attribute(cudaDevAttrMultiProcessorCount),
       .max_shared_bytes = static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)),
-      .has_bulk_copy = attribute(cudaDevAttrComputeCapabilityMajor) >= 9};
+      .has_bulk_copy = attribute(cudaDevAttrComputeCapabilityMajor) >= 9,
+      .highest_priority = highest};
 }
 
 // XLA's own pool is mapped for every device of the process; our blocks need the same.

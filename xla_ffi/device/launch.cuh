@@ -3,9 +3,11 @@
 
 #include <cuda_runtime.h>
 
+#include <cstddef>
+
 namespace jax_ep {
 
-/// First in a kernel that LaunchBehind launches: until the kernel before it has ended.
+/// First in a kernel that is launched behind another: until the kernel before it has ended.
 __device__ inline void WaitForPrevious() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();
@@ -19,20 +21,33 @@ __device__ inline void LetNextStart() {
 #endif
 }
 
-template <typename Args>
-cudaError_t LaunchBehind(void (*kernel)(Args), int num_blocks, int num_threads, size_t shared_bytes,
-                         cudaStream_t stream, const Args& args) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+/// How a kernel is launched. `is_behind`: another kernel of the call is before it on the stream.
+/// `priority`: that of the device's traits, so that blocks get the next SMs that are free. Peers
+/// wait for them, and they are few.
+struct LaunchConfig {
+  int num_blocks;
+  int num_threads;
+  size_t shared_bytes;
+  bool is_behind;
+  int priority;
+  cudaStream_t stream;
+};
+
+template <typename... Args>
+cudaError_t Launch(void (*kernel)(Args...), const LaunchConfig& launch, const Args&... args) {
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributePriority;
+  attributes[0].val.priority = launch.priority;
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(num_blocks);
-  config.blockDim = dim3(num_threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, args);
+  config.gridDim = dim3(launch.num_blocks);
+  config.blockDim = dim3(launch.num_threads);
+  config.dynamicSmemBytes = launch.shared_bytes;
+  config.stream = launch.stream;
+  config.attrs = attributes;
+  config.numAttrs = launch.is_behind ? 2 : 1;
+  return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
 }  // namespace jax_ep

@@ -31,6 +31,21 @@ __device__ inline Signal LoadAcquire(const Signal* cell) {
   return {static_cast<uint32_t>(word), static_cast<uint32_t>(word >> 32)};
 }
 
+/// Without order: for a signal whose neighbour is loaded with acquire order behind it.
+__device__ inline Signal LoadRelaxed(const Signal* cell) {
+  uint64_t word;
+  asm volatile("ld.relaxed.sys.global.b64 %0, [%1];" : "=l"(word) : "l"(cell) : "memory");
+  return {static_cast<uint32_t>(word), static_cast<uint32_t>(word >> 32)};
+}
+
+__device__ inline void StoreRelaxed(Signal* cell, Signal signal) {
+  const uint64_t word = uint64_t{signal.value} << 32 | signal.epoch;
+  asm volatile("st.relaxed.sys.global.b64 [%0], %1;" ::"l"(cell), "l"(word) : "memory");
+}
+
+/// Gives the relaxed stores of signals behind it release order.
+__device__ inline void ReleaseFence() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
+
 __device__ inline uint32_t LoadRelaxed(const uint32_t* word) {
   uint32_t value;
   asm volatile("ld.relaxed.sys.global.b32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
@@ -89,17 +104,15 @@ __device__ inline uint32_t TagOf(const Endpoint& self, OpId op) {
   return (static_cast<uint32_t>(op) << 13 | (self.site & 0x1fff)) & 0xffff;
 }
 
-/// Waits for the signal of a peer. False when the group fails first, by the time that is up here or
-/// by another's failure.
-__device__ inline bool Wait(const Endpoint& self, OpId op, SignalRow row, int peer, uint32_t epoch,
-                            uint32_t& value) {
+/// Waits until `is_there()`, which looks at a signal of a peer. False when the group fails first,
+/// by the time that is up here or by another's failure. The signals that all peers owe are in
+/// `row`.
+template <typename IsThere>
+__device__ bool WaitUntil(const Endpoint& self, OpId op, SignalRow row, int peer, uint32_t epoch,
+                          IsThere&& is_there) {
+  if (is_there()) return true;
   const uint64_t start = GlobalTimer();
-  for (;;) {
-    const Signal signal = LoadAcquire(row.Of(peer));
-    if (signal.epoch == epoch) {
-      value = signal.value;
-      return true;
-    }
+  while (!is_there()) {
     if (LoadRelaxed(&self.own()->abort)) return false;
     if (GlobalTimer() - start > self.timeout_ns) {
       int num_seen = 0;
@@ -108,6 +121,7 @@ __device__ inline bool Wait(const Endpoint& self, OpId op, SignalRow row, int pe
       return false;
     }
   }
+  return true;
 }
 
 __device__ inline void Publish(const Endpoint& self, const OwnAddresses& own, uint32_t tag,
@@ -115,46 +129,92 @@ __device__ inline void Publish(const Endpoint& self, const OwnAddresses& own, ui
   for (int i = threadIdx.x; i < self.num_ranks * own.count; i += blockDim.x) {
     const uint64_t address = reinterpret_cast<uint64_t>(own.at[i % own.count]);
     AddressCell& cell = self.control[i / own.count]->address[self.rank][i % own.count];
-    StoreRelease(&cell.low, {epoch, static_cast<uint32_t>(address)});
-    StoreRelease(&cell.high, {epoch, static_cast<uint32_t>(address >> 32) | tag << 16});
+    ReleaseFence();
+    StoreRelaxed(&cell.low, {epoch, static_cast<uint32_t>(address)});
+    StoreRelaxed(&cell.high, {epoch, static_cast<uint32_t>(address >> 32) | tag << 16});
   }
 }
 
 /// Every thread of every block of a call's first kernel: tells the peers where this rank's operands
 /// are, and learns where theirs are. The same for the whole block; false when the group has failed,
-/// and then nothing of the peers may be read.
-///
-/// `position` is what the program takes for this device's place in the mesh. A later kernel of the
-/// call passes null: what was published is still there.
+/// and then nothing of the peers may be read. `position` is what the program takes for this
+/// device's place in the mesh.
 __device__ inline bool Meet(const Endpoint& self, OpId op, const int32_t* position,
                             const OwnAddresses& own, PeerAddresses& peers) {
+  const bool publishes = blockIdx.x == 0;
+  // All loads are under way before the first is looked at.
   const uint32_t epoch = CurrentEpoch(self);
+  const bool is_aborted = IsAborted(self);
+  const int32_t found_position = publishes ? *position : self.position;
+  // Not by a thread that publishes.
+  const bool is_busy = publishes && !is_aborted && threadIdx.x == blockDim.x - 1 &&
+                       atomicExch(&self.own()->is_busy, 1) != 0;
   const uint32_t tag = TagOf(self, op);
-  bool is_good = !IsAborted(self);
-  if (is_good && position != nullptr && blockIdx.x == 0) {
-    if (threadIdx.x == 0 && atomicExch(&self.own()->is_busy, 1) != 0) {
-      Fail(self, FailureRecord::Kind::kOverlap, op, self.rank, 0, 1);
-    }
-    if (*position == self.position) {
+  bool is_good = !is_aborted;
+  if (is_busy) Fail(self, FailureRecord::Kind::kOverlap, op, self.rank, 0, 1);
+  if (is_good && publishes) {
+    if (found_position == self.position) {
       Publish(self, own, tag, epoch);
     } else if (threadIdx.x == 0) {
-      Fail(self, FailureRecord::Kind::kMeshMismatch, op, self.rank, self.position, *position);
+      Fail(self, FailureRecord::Kind::kMeshMismatch, op, self.rank, self.position, found_position);
     }
   }
   for (int i = threadIdx.x; is_good && i < self.num_ranks * own.count; i += blockDim.x) {
     const int peer = i / own.count;
-    const AddressCell& cell = self.own()->address[0][i % own.count];
+    const AddressCell* cells = self.own()->address[0] + i % own.count;
     constexpr size_t kStride = sizeof(self.own()->address[0]);
-    uint32_t low = 0;
-    uint32_t high = 0;
-    is_good = Wait(self, op, {&cell.low, kStride}, peer, epoch, low) &&
-              Wait(self, op, {&cell.high, kStride}, peer, epoch, high);
-    if (is_good && high >> 16 != tag) {
-      Fail(self, FailureRecord::Kind::kCallMismatch, op, peer, tag, high >> 16);
+    const SignalRow lows{&cells->low, kStride};
+    const SignalRow highs{&cells->high, kStride};
+    Signal low, high;
+    is_good = WaitUntil(self, op, highs, peer, epoch, [&] {
+      low = LoadRelaxed(lows.Of(peer));
+      high = LoadAcquire(highs.Of(peer));
+      return low.epoch == epoch && high.epoch == epoch;
+    });
+    if (is_good && high.value >> 16 != tag) {
+      Fail(self, FailureRecord::Kind::kCallMismatch, op, peer, tag, high.value >> 16);
       is_good = false;
     }
     peers.at[i % own.count][peer] =
-        reinterpret_cast<const std::byte*>(uint64_t{high & 0xffff} << 32 | uint64_t{low});
+        reinterpret_cast<const std::byte*>(uint64_t{high.value & 0xffff} << 32 | low.value);
+  }
+  return __syncthreads_and(is_good);
+}
+
+/// The same in a later kernel of the call, for which everything is there.
+__device__ inline bool Rejoin(const Endpoint& self, int num_addresses, PeerAddresses& peers) {
+  const uint32_t epoch = CurrentEpoch(self);
+  bool is_good = !IsAborted(self);
+  for (int i = threadIdx.x; i < self.num_ranks * num_addresses; i += blockDim.x) {
+    const AddressCell& cell = self.own()->address[i / num_addresses][i % num_addresses];
+    const Signal low = LoadRelaxed(&cell.low);
+    const Signal high = LoadRelaxed(&cell.high);
+    is_good = is_good && low.epoch == epoch && high.epoch == epoch;
+    peers.at[i % num_addresses][i / num_addresses] =
+        reinterpret_cast<const std::byte*>(uint64_t{high.value & 0xffff} << 32 | low.value);
+  }
+  return __syncthreads_and(is_good);
+}
+
+/// Every thread of every block of a kernel that has met and that is no larger than the SM budget:
+/// what each block has written is seen by all. False when the group has failed. Once in a call.
+__device__ inline bool MeetBlocks(const Endpoint& self, OpId op) {
+  bool is_good = true;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    uint32_t* num_met = &self.own()->num_blocks_met;
+    __threadfence();
+    uint32_t met = atomicAdd(num_met, 1) + 1;
+    const uint64_t start = GlobalTimer();
+    while (is_good && met < gridDim.x) {
+      met = LoadRelaxed(num_met);
+      is_good = LoadRelaxed(&self.own()->abort) == 0;
+      if (is_good && GlobalTimer() - start > self.timeout_ns) {
+        Fail(self, FailureRecord::Kind::kPeerTimeout, op, self.rank, gridDim.x, met);
+        is_good = false;
+      }
+    }
+    __threadfence();
   }
   return __syncthreads_and(is_good);
 }
@@ -197,8 +257,9 @@ __device__ inline void Part(const Endpoint& self, OpId op, bool has_met, const R
   }
   bool is_good = has_met;
   for (int peer = threadIdx.x; is_good && peer < self.num_ranks; peer += blockDim.x) {
-    uint32_t unused;
-    is_good = Wait(self, op, {self.own()->read_done, sizeof(Signal)}, peer, epoch, unused);
+    const SignalRow done{self.own()->read_done, sizeof(Signal)};
+    is_good = WaitUntil(self, op, done, peer, epoch,
+                        [&] { return LoadAcquire(done.Of(peer)).epoch == epoch; });
   }
   if (__syncthreads_or(!is_good || IsAborted(self))) {
     for (int i = 0; i < results.count; ++i) {
@@ -208,6 +269,8 @@ __device__ inline void Part(const Endpoint& self, OpId op, bool has_met, const R
   }
   __syncthreads();
   if (threadIdx.x != 0) return;
+  for (uint32_t& next : self.own()->next_item) StoreRelaxed(&next, 0);
+  StoreRelaxed(&self.own()->num_blocks_met, 0);
   StoreRelaxed(&self.own()->num_blocks_done, 0);
   StoreRelaxed(&self.own()->is_busy, 0);
   StoreRelaxed(&self.own()->epoch, epoch);

@@ -75,8 +75,9 @@ class CombineCall : public CallOf<CombineArgs> {
 
 ffi::Future Combine(HostSite* site, ffi::RunId run_id, int32_t device_id, I32Buffer position,
                     I32Buffer send_rank, I32Buffer send_row, F32Buffer weights, ffi::AnyBuffer rows,
-                    ffi::RemainingArgs biases, ffi::Result<ffi::AnyBuffer> out, std::string_view,
-                    int64_t has_weights, int64_t layout, int64_t) {
+                    ffi::RemainingArgs biases, ffi::Result<ffi::AnyBuffer> out,
+                    ffi::Result<ffi::AnyBuffer>, std::string_view, int64_t has_weights,
+                    int64_t layout, int64_t) {
   CombineArgs args;
   ffi::Error error =
       DecodeCombine({send_rank, send_row, weights, rows, biases, *out, has_weights, layout},

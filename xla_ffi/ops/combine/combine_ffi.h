@@ -19,6 +19,7 @@ auto BindCombine(Binding&& binding) {
       .template Arg<ffi::AnyBuffer>()  // rows
       .RemainingArgs()                 // biases
       .template Ret<ffi::AnyBuffer>()  // out
+      .template Ret<ffi::AnyBuffer>()  // workspace, of the twins that need one
       .template Attr<std::string_view>("group")
       .template Attr<int64_t>("has_weights")
       .template Attr<int64_t>("layout")

@@ -1,6 +1,6 @@
 #include <algorithm>
 
-#include "device/move_rows.cuh"
+#include "device/move_kernel.cuh"
 #include "ops/cuda_handlers.h"
 #include "ops/cuda_op.h"
 #include "ops/dispatch/dispatch_cuda.cuh"
@@ -16,6 +16,60 @@ size_t DispatchWorkspaceBytes(const DispatchShape& shape) {
 }
 
 namespace {
+
+// The tokens of all ranks, and what a result says of those that come here. The weights cross the
+// link on the way.
+struct RoutedItems : TokenItems {
+  int rank;
+  DispatchShape shape;
+  const int32_t* ids;      // of all ranks
+  int32_t* recv_topk_idx;  // these as in DispatchArgs
+  int32_t* recv_k;
+  float* recv_weights;
+  int32_t* group_sizes;  // rank layout: counted here, from 0
+
+  __device__ void DoChores(const PeerAddresses& peers, int thread, int num_threads) const {
+    constexpr int kUnroll = 4;
+    const int num_local = shape.experts.num_local_experts();
+    const uint32_t num_topk = shape.num_topk;
+    const uint32_t per_rank = num_tokens * num_topk;
+    const uint32_t num_choices = num_ranks * per_rank;
+    for (uint32_t first = thread; first < num_choices; first += kUnroll * num_threads) {
+      int32_t row[kUnroll];
+      int32_t local[kUnroll];
+      float weight[kUnroll];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const uint32_t i = first + u * num_threads;
+        row[u] = i < num_choices ? row_of[recv_k ? i : i / num_topk] : kNoIndex;
+        local[u] = row[u] >= 0 ? ids[i] - rank * num_local : kNoIndex;
+      }
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const uint32_t i = first + u * num_threads;
+        if (local[u] < 0 || local[u] >= num_local) local[u] = kNoIndex;
+        weight[u] = 0.0f;
+        if (local[u] < 0 || recv_weights == nullptr) continue;
+        const std::byte* weights = peers.at[kTopkWeightsAddress][i / per_rank];
+        weight[u] = __ldcg(reinterpret_cast<const float*>(weights) + i % per_rank);
+      }
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        if (row[u] < 0) continue;
+        const uint32_t k = (first + u * num_threads) % num_topk;
+        if (recv_k) {
+          recv_k[row[u]] = static_cast<int32_t>(k);
+          if (recv_weights) recv_weights[row[u]] = weight[u];
+          continue;
+        }
+        const int64_t choice = int64_t{row[u]} * num_topk + k;
+        recv_topk_idx[choice] = local[u];
+        if (recv_weights) recv_weights[choice] = weight[u];
+        if (local[u] >= 0) atomicAdd(&group_sizes[local[u]], 1);
+      }
+    }
+  }
+};
 
 Results ResultsOf(const DispatchArgs& a) {
   const DispatchShape& d = a.shape;
@@ -40,10 +94,10 @@ Results ResultsOf(const DispatchArgs& a) {
 
 cudaError_t LoadDispatchKernels(DeviceTraits& device) {
   const cudaError_t status = LoadPlanKernels();
-  return status == cudaSuccess ? LoadMoveKernel<TokenItems>(device) : status;
+  return status == cudaSuccess ? LoadMoveKernel<RoutedItems>(device) : status;
 }
 
-// Three kernels: count, place (plan_cuda.cu), move (move_rows.cuh).
+// Two kernels: plan (plan_cuda.cu), then move (move_rows.cu).
 cudaError_t LaunchDispatch(const DispatchLaunch& launch, const DeviceTraits& device, int num_sms,
                            cudaStream_t stream) {
   const DispatchArgs& args = launch.args;
@@ -54,29 +108,34 @@ cudaError_t LaunchDispatch(const DispatchLaunch& launch, const DeviceTraits& dev
                       .args = args,
                       .shape = shape,
                       .workspace = workspace};
-  const cudaError_t status = LaunchPlan(plan, num_sms, stream);
+  const cudaError_t status = LaunchPlan(plan, device, num_sms, stream);
   if (status != cudaSuccess) return status;
-  MoveArgs<TokenItems> move{
-      .self = launch.self,
-      .op = OpId::kDispatch,
-      .position = nullptr,
-      .own = {.at = {}, .count = kFirstStreamAddress + args.num_streams},
-      .first_address = kFirstStreamAddress,
-      .num_streams = args.num_streams,
-      .streams = {},
-      .geometry = MakeMoveGeometry(args.streams.data(), args.num_streams, device.has_bulk_copy),
-      .items = {.row_of = workspace.row_of,
-                .num_slots = shape.num_slots,
-                .num_ranks = static_cast<uint32_t>(shape.num_ranks()),
-                .num_tokens = static_cast<uint32_t>(args.shape.num_tokens)},
-      .fill = {.source = args.recv_src,
-               .source_end = INT64_MAX,
-               .capacity = args.shape.recv_capacity,
-               .num_recv = args.num_recv,
-               .fill = args.fill},
-      .results = ResultsOf(args)};
+  MoveArgs<RoutedItems> move{.self = launch.self,
+                             .op = OpId::kDispatch,
+                             .position = nullptr,
+                             .own = {.at = {}, .count = kFirstStreamAddress + args.num_streams},
+                             .first_address = kFirstStreamAddress,
+                             .num_streams = args.num_streams,
+                             .streams = {},
+                             .items = {{.row_of = workspace.row_of,
+                                        .num_slots = shape.num_slots,
+                                        .num_ranks = static_cast<uint32_t>(shape.num_ranks()),
+                                        .num_tokens = static_cast<uint32_t>(args.shape.num_tokens)},
+                                       launch.self.rank,
+                                       args.shape,
+                                       workspace.ids,
+                                       args.recv_topk_idx,
+                                       args.recv_k,
+                                       args.recv_weights,
+                                       args.group_sizes},
+                             .fill = {.source = args.recv_src,
+                                      .source_end = INT64_MAX,
+                                      .capacity = args.shape.recv_capacity,
+                                      .num_recv = args.num_recv,
+                                      .fill = args.fill},
+                             .results = ResultsOf(args)};
   std::copy_n(args.streams.begin(), args.num_streams, move.streams);
-  return LaunchMove(move, num_sms, stream);
+  return LaunchMove(move, device, num_sms, /*is_behind=*/true, stream);
 }
 
 namespace {

@@ -20,23 +20,33 @@
 namespace jax_ep {
 
 inline constexpr int kPlanWarps = 16;
-inline constexpr int kMaxTokensPerWarp = 32;
-inline constexpr int kMinTokensPerWarp = 8;
-inline constexpr int kManySlices = 64;
-inline constexpr int kPlanBlocksPerSm = 4;
+inline constexpr int kMaxTokensPerWarp = 64;
+inline constexpr int kFewSlices = 16;                   // one for each block of a usual SM budget
 inline constexpr size_t kPlanSharedBytes = 160 * 1024;  // on every device
 
-/// Sizes of a plan, the same in all its kernels.
+/// Where the parts of a block's shared memory begin, in words.
+struct PlanOffsets {
+  uint32_t places;     // behind the ids of a slice; expert layout: the row that each choice becomes
+  uint32_t tokens;     // rank layout: of each token, a mask of ranks
+  uint32_t first_row;  // of each column at its rank
+  uint32_t num_rows;   // of each column, kept
+  uint32_t before;     // of each column, in earlier slices
+  uint32_t scratch;    // 16-bit columns of each warp, or one count for each local expert
+  uint32_t masks;      // expert layout: of each warp and column, the tokens that name it
+  uint32_t end;
+};
+
+/// Sizes of a plan.
 struct PlanShape {
   DispatchShape dispatch;
   int num_warps = 0;  // of a slice
   int32_t tokens_per_warp = 0;
   int32_t num_local_experts = 0;
-  size_t shared_bytes = 0;
   int32_t num_columns = 0;
   int num_slots = 0;  // places of a token on one rank
   int32_t tokens_per_slice = 0;
   int32_t slices_per_rank = 0;
+  PlanOffsets shared = {};
 
   JAX_EP_HOST_DEVICE int num_ranks() const { return dispatch.experts.num_ranks; }
   JAX_EP_HOST_DEVICE int32_t num_slices() const { return slices_per_rank * num_ranks(); }
@@ -49,21 +59,27 @@ struct PlanShape {
   }
   /// A row of counts: one for each column, and the invalid ids.
   JAX_EP_HOST_DEVICE int32_t num_counts() const { return num_columns + 1; }
+  size_t shared_bytes() const { return sizeof(int32_t) * shared.end; }
 };
 
-/// Shared memory of a block: the ids and the weights of a slice; the first row, the number of rows
-/// and the rows of earlier slices of each column; the choices of each local expert; and scratch,
-/// which holds the columns of each warp, or one count per local expert.
-inline size_t PlanBytes(const DispatchShape& d, int64_t num_columns, int num_warps,
-                        int tokens_per_warp) {
-  const size_t choices = num_warps * tokens_per_warp * d.num_topk;
-  const size_t columns = 3 * (num_columns + 1);
-  const size_t num_local = d.experts.num_local_experts();
-  const size_t scratch = std::max<size_t>((num_warps * num_columns + 1) / 2, num_local);
-  return sizeof(int32_t) * (2 * choices + columns + num_local + scratch);
+inline PlanOffsets MakePlanOffsets(const PlanShape& shape) {
+  const uint32_t num_tokens = shape.num_warps * shape.tokens_per_warp;
+  const uint32_t num_ids = num_tokens * shape.dispatch.num_topk;
+  const uint32_t num_counts = shape.num_counts();
+  const uint32_t num_local = shape.num_local_experts;
+  PlanOffsets o;
+  o.places = num_ids;
+  o.tokens = o.places + (shape.is_rank_layout() ? 0 : num_ids);
+  o.first_row = o.tokens + (shape.is_rank_layout() ? num_tokens : 0);
+  o.num_rows = o.first_row + num_counts;
+  o.before = o.num_rows + num_counts;
+  o.scratch = o.before + num_counts;
+  o.masks = o.scratch + std::max<uint32_t>((shape.num_warps * num_counts + 1) / 2, num_local);
+  o.end = o.masks + (shape.is_rank_layout() ? 0 : shape.num_warps * num_counts);
+  return o;
 }
 
-/// num_warps is 0 where not even a slice of one warp fits.
+/// num_warps is 0 where not even a slice of one warp and one token fits.
 inline PlanShape MakePlanShape(const DispatchShape& d) {
   PlanShape shape;
   shape.dispatch = d;
@@ -71,19 +87,25 @@ inline PlanShape MakePlanShape(const DispatchShape& d) {
   shape.num_columns = is_rank_layout ? d.experts.num_ranks : d.experts.num_experts;
   shape.num_slots = is_rank_layout ? 1 : d.num_topk;
   shape.num_local_experts = d.experts.num_local_experts();
-  // Small slices are done sooner, but every block adds up the counts of all slices.
-  shape.tokens_per_warp = kMinTokensPerWarp;
+  // Few slices: every block adds up the counts of all, and one that has a single slice keeps it.
+  shape.tokens_per_warp = 1;
   while (shape.tokens_per_warp < kMaxTokensPerWarp &&
          d.num_tokens * d.experts.num_ranks >
-             int64_t{kManySlices} * kPlanWarps * shape.tokens_per_warp) {
+             int64_t{kFewSlices} * kPlanWarps * shape.tokens_per_warp) {
     shape.tokens_per_warp *= 2;
   }
   shape.num_warps = kPlanWarps;
-  const auto bytes = [&] {
-    return PlanBytes(d, shape.num_columns, shape.num_warps, shape.tokens_per_warp);
-  };
-  while (shape.num_warps > 0 && bytes() > kPlanSharedBytes) --shape.num_warps;
-  shape.shared_bytes = bytes();
+  for (;;) {
+    shape.shared = MakePlanOffsets(shape);
+    if (shape.shared_bytes() <= kPlanSharedBytes || shape.num_warps == 0) break;
+    // What grows with the columns grows with the warps.
+    const size_t columns = sizeof(int32_t) * (shape.shared.end - shape.shared.scratch);
+    if (shape.tokens_per_warp > 1 && columns <= kPlanSharedBytes / 2) {
+      shape.tokens_per_warp /= 2;
+    } else {
+      --shape.num_warps;
+    }
+  }
   shape.tokens_per_slice = std::max(1, shape.num_warps) * shape.tokens_per_warp;
   shape.slices_per_rank =
       static_cast<int32_t>((d.num_tokens + shape.tokens_per_slice - 1) / shape.tokens_per_slice);
@@ -93,25 +115,21 @@ inline PlanShape MakePlanShape(const DispatchShape& d) {
 /// Scratch of one call, in a result that nobody reads.
 struct PlanWorkspace {
   int32_t* ids;     // [num_ranks, num_tokens, num_topk], a copy of every rank's
-  float* weights;   // as ids, if there are any
   int32_t* row_of;  // [num_ranks, num_tokens, num_slots] row on this rank, or kNoIndex
   int32_t* counts;  // [num_slices, num_counts]
 
   static size_t Bytes(const PlanShape& shape) {
-    return sizeof(int32_t) * (2 * shape.num_ids() + shape.num_places() +
+    return sizeof(int32_t) * (shape.num_ids() + shape.num_places() +
                               int64_t{shape.num_slices()} * shape.num_counts());
   }
   static PlanWorkspace At(void* base, const PlanShape& shape) {
     int32_t* ids = static_cast<int32_t*>(base);
-    int32_t* row_of = ids + 2 * shape.num_ids();
-    return {.ids = ids,
-            .weights = reinterpret_cast<float*>(ids + shape.num_ids()),
-            .row_of = row_of,
-            .counts = row_of + shape.num_places()};
+    int32_t* row_of = ids + shape.num_ids();
+    return {.ids = ids, .row_of = row_of, .counts = row_of + shape.num_places()};
   }
 };
 
-/// What the kernels of the plan get.
+/// What the kernel of the plan gets.
 struct PlanArgs {
   Endpoint self;
   const int32_t* position;
@@ -120,8 +138,10 @@ struct PlanArgs {
   PlanWorkspace workspace;
 };
 
-/// Two kernels: count, then place. Whoever moves the rows reads workspace.row_of and ends the call.
-cudaError_t LaunchPlan(const PlanArgs& plan, int num_sms, cudaStream_t stream);
+/// Writes what later kernels need to know: send_row, recv_src, the counts, all indices of rows
+/// without a token, and the workspace. Whoever moves the rows writes the rest, and ends the call.
+cudaError_t LaunchPlan(const PlanArgs& plan, const DeviceTraits& device, int num_sms,
+                       cudaStream_t stream);
 /// Must be called once per device before the first launch.
 cudaError_t LoadPlanKernels();
 

@@ -16,7 +16,12 @@ struct PullRowsArgs {
   int64_t num_pulled;
   size_t row_bytes;
 
-  const int32_t* index;   // [num_pulled] rank * num_rows + row, or kNoIndex
+  const int32_t* index;  // [num_pulled] rank * num_rows + row, or kNoIndex
+  // Which of its source's num_slots copies each pulled row is, or null: a row that is pulled
+  // several times, in slots of its own, may then cross the link once.
+  const int32_t* slot;
+  int num_slots;
+  int32_t* places;  // scratch [num_ranks * num_rows, num_slots], or null: pull each row by itself
   const std::byte* rows;  // [num_rows, row_bytes]
   std::byte* out;         // [num_pulled, row_bytes], zero where the index is kNoIndex
 };

@@ -37,10 +37,11 @@ class PullRowsCall : public CallOf<PullRowsArgs> {
 };
 
 ffi::Future PullRows(HostSite* site, ffi::RunId run_id, int32_t device_id, I32Buffer position,
-                     I32Buffer index, ffi::AnyBuffer rows, ffi::Result<ffi::AnyBuffer> out,
-                     std::string_view, int64_t) {
+                     I32Buffer index, I32Buffer slot, ffi::AnyBuffer rows,
+                     ffi::Result<ffi::AnyBuffer> out, I32Result places, std::string_view, int64_t) {
   PullRowsArgs args;
-  ffi::Error error = DecodePullRows(index, rows, *out, site->group->num_ranks(), args);
+  ffi::Error error =
+      DecodePullRows(index, slot, rows, *out, *places, site->group->num_ranks(), args);
   if (error.failure()) return Failed(error);
   return JoinGroup<PullRowsCall>("pull_rows", {site, run_id.run_id, device_id}, position, args);
 }

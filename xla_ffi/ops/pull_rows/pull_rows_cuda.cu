@@ -1,48 +1,114 @@
-#include "device/move_rows.cuh"
+#include <algorithm>
+
+#include "device/launch.cuh"
+#include "device/move_kernel.cuh"
 #include "ops/cuda_handlers.h"
 #include "ops/cuda_op.h"
 #include "ops/pull_rows/pull_rows_cuda.cuh"
 #include "ops/pull_rows/pull_rows_ffi.h"
 
 namespace jax_ep {
+namespace {
 
-cudaError_t LoadPullRowsKernels(DeviceTraits& device) { return LoadMoveKernel<IndexItems>(device); }
+// Turns the index around: where the rows of each source go.
+//
+// Geometry   a thread per row of the result, not more blocks than SMs of the budget.
+// Protocol   none; reads and writes this rank's memory only.
+// Traffic    8 bytes read for each row of the result, 4 written.
+// Floor      that over HBM; a launch.
+__global__ void InvertKernel(const __grid_constant__ PullRowsArgs args) {
+  LetNextStart();
+  for (int64_t row = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; row < args.num_pulled;
+       row += int64_t{gridDim.x} * blockDim.x) {
+    const int64_t from = args.index[row];
+    const int32_t slot = args.slot[row];
+    if (from < 0 || from >= args.num_ranks * args.num_rows) continue;
+    if (slot < 0 || slot >= args.num_slots) continue;
+    args.places[from * args.num_slots + slot] = static_cast<int32_t>(row);
+  }
+}
+
+cudaError_t Invert(const PullRowsArgs& args, const DeviceTraits& device, int num_sms,
+                   cudaStream_t stream) {
+  constexpr int kThreads = 512;
+  const int64_t num_places = args.num_ranks * args.num_rows * args.num_slots;
+  // kNoIndex in every place.
+  const cudaError_t status =
+      cudaMemsetAsync(args.places, 0xff, num_places * sizeof(int32_t), stream);
+  if (status != cudaSuccess) return status;
+  const int64_t num_blocks = (args.num_pulled + kThreads - 1) / kThreads;
+  const LaunchConfig config{.num_blocks = static_cast<int>(std::min<int64_t>(num_sms, num_blocks)),
+                            .num_threads = kThreads,
+                            .shared_bytes = 0,
+                            .is_behind = false,
+                            .priority = device.highest_priority,
+                            .stream = stream};
+  return Launch(InvertKernel, config, args);
+}
+
+// What both ways of pulling have in common.
+template <typename Items>
+MoveArgs<Items> MakeMove(const PullRowsLaunch& launch, const Items& items) {
+  const PullRowsArgs& args = launch.args;
+  Results results;
+  results.Add(args.out, args.num_pulled * static_cast<int64_t>(args.row_bytes));
+  return {.self = launch.self,
+          .op = OpId::kPullRows,
+          .position = launch.position,
+          .own = {.at = {args.rows}, .count = 1},
+          .first_address = 0,
+          .num_streams = 1,
+          .streams = {{.in = args.rows, .out = args.out, .row_bytes = args.row_bytes}},
+          .items = items,
+          .fill = {.source = args.index,
+                   .source_end = args.num_ranks * args.num_rows,
+                   .capacity = args.num_pulled,
+                   .num_recv = nullptr,
+                   .fill = Fill::kZeros},
+          .results = results};
+}
+
+}  // namespace
+
+cudaError_t LoadPullRowsKernels(DeviceTraits& device) {
+  cudaFuncAttributes found{};
+  cudaError_t status = cudaFuncGetAttributes(&found, InvertKernel);
+  if (status == cudaSuccess) status = LoadMoveKernel<IndexItems>(device);
+  if (status == cudaSuccess) status = LoadMoveKernel<TokenItems>(device);
+  return status;
+}
 
 cudaError_t LaunchPullRows(const PullRowsLaunch& launch, const DeviceTraits& device, int num_sms,
                            cudaStream_t stream) {
   const PullRowsArgs& args = launch.args;
-  Results results;
-  results.Add(args.out, args.num_pulled * static_cast<int64_t>(args.row_bytes));
-  const RowStream rows{.in = args.rows, .out = args.out, .row_bytes = args.row_bytes};
-  const MoveArgs<IndexItems> move{.self = launch.self,
-                                  .op = OpId::kPullRows,
-                                  .position = launch.position,
-                                  .own = {.at = {args.rows}, .count = 1},
-                                  .first_address = 0,
-                                  .num_streams = 1,
-                                  .streams = {rows},
-                                  .geometry = MakeMoveGeometry(&rows, 1, device.has_bulk_copy),
-                                  .items = {.index = args.index,
-                                            .num_pulled = static_cast<uint32_t>(args.num_pulled),
-                                            .num_ranks = static_cast<uint32_t>(args.num_ranks),
-                                            .num_rows = static_cast<uint32_t>(args.num_rows)},
-                                  .fill = {.source = args.index,
-                                           .source_end = args.num_ranks * args.num_rows,
-                                           .capacity = args.num_pulled,
-                                           .num_recv = nullptr,
-                                           .fill = Fill::kZeros},
-                                  .results = results};
-  return LaunchMove(move, num_sms, stream);
+  if (args.places == nullptr) {
+    const IndexItems items{.index = args.index,
+                           .num_pulled = static_cast<uint32_t>(args.num_pulled),
+                           .num_ranks = static_cast<uint32_t>(args.num_ranks),
+                           .num_rows = static_cast<uint32_t>(args.num_rows)};
+    return LaunchMove(MakeMove(launch, items), device, num_sms, /*is_behind=*/false, stream);
+  }
+  const cudaError_t status = Invert(args, device, num_sms, stream);
+  if (status != cudaSuccess) return status;
+  const TokenItems items{.row_of = args.places,
+                         .num_slots = args.num_slots,
+                         .num_ranks = static_cast<uint32_t>(args.num_ranks),
+                         .num_tokens = static_cast<uint32_t>(args.num_rows)};
+  return LaunchMove(MakeMove(launch, items), device, num_sms, /*is_behind=*/true, stream);
 }
 
 namespace {
 
 ffi::Error PullRows(DeviceSite* site, cudaStream_t stream, int32_t device_id, I32Buffer position,
-                    I32Buffer index, ffi::AnyBuffer rows, ffi::Result<ffi::AnyBuffer> out,
-                    std::string_view, int64_t num_sms) {
+                    I32Buffer index, I32Buffer slot, ffi::AnyBuffer rows,
+                    ffi::Result<ffi::AnyBuffer> out, I32Result places, std::string_view,
+                    int64_t num_sms) {
   PullRowsLaunch launch;
-  ffi::Error error = DecodePullRows(index, rows, *out, site->group->num_ranks(), launch.args);
+  ffi::Error error =
+      DecodePullRows(index, slot, rows, *out, *places, site->group->num_ranks(), launch.args);
   if (error.failure()) return error;
+  JAX_EP_REQUIRE(launch.args.num_slots <= kWarpSize, "pull_rows: num_slots=", launch.args.num_slots,
+                 " must be at most ", kWarpSize);
   DeviceCall call;
   error = FindDevice("pull_rows", site, device_id, num_sms, call);
   if (error.failure()) return error;

@@ -7,6 +7,7 @@
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -82,7 +83,8 @@ class Ranks {
       Cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, r % num_devices));
       traits_ = {.num_sms = 132,
                  .max_shared_bytes = static_cast<size_t>(shared),
-                 .has_bulk_copy = major >= 9};
+                 .has_bulk_copy = major >= 9,
+                 .highest_priority = -1};
       Cuda(LoadDispatchKernels(traits_));
       Cuda(LoadCombineKernels(traits_));
       Cuda(LoadPullRowsKernels(traits_));
@@ -118,6 +120,18 @@ class Ranks {
   const int32_t* position(int r) const { return positions_[r]; }
   const DeviceTraits& traits() const { return traits_; }
   FailureRecord record(int r) const { return records_[r]; }
+  // The first record, for messages.
+  std::string Failure() const {
+    for (int r = 0; r < size(); ++r) {
+      const FailureRecord& f = records_[r];
+      if (f.is_set == 0) continue;
+      return "rank " + std::to_string(r) + " op " + std::to_string(static_cast<int>(f.op)) +
+             " kind " + std::to_string(static_cast<int>(f.kind)) + " peer " +
+             std::to_string(f.peer) + " expected " + std::to_string(f.expected) + " seen " +
+             std::to_string(f.seen);
+    }
+    return "";
+  }
   bool HasFailed() const {
     return std::any_of(records_, records_ + size(), [](const auto& r) { return r.is_set != 0; });
   }

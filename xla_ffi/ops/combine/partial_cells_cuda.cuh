@@ -1,0 +1,91 @@
+// What the ranks tell one another of the rings of partial sums (PartialRing, PartialCells).
+#pragma once
+
+#include <cstdint>
+
+#include "device/bulk_copy.cuh"
+#include "device/rows.cuh"
+#include "device/signals.cuh"
+#include "ops/combine/combine_cuda.cuh"
+#include "ops/combine/terms_cuda.cuh"
+
+namespace jax_ep {
+
+// One warp's view. All functions are for the whole warp.
+class OwnCells {
+ public:
+  __device__ OwnCells(const Endpoint& self, PartialRing ring, RowParts parts)
+      : self_(self), ring_(ring), num_parts_(parts.count), epoch_(CurrentEpoch(self)) {}
+
+  // Whether the holder of a partial sum has filled its part of a place. `waits` for it: false only
+  // when the group fails.
+  __device__ bool IsFilled(const TermList& list, int holder, bool waits) {
+    if (waits) Tell();
+    const SignalRow filled = CellsOf(list, self_.own()->partials.filled);
+    bool is_filled = false;
+    if (Lane() == 0) {
+      const auto look = [&] { return Is(LoadAcquire(filled.Of(holder)), list.token); };
+      is_filled = waits ? WaitUntil(self_, OpId::kCombine, filled, holder, epoch_, look) : look();
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+      ProxyFence();
+#endif
+    }
+    __syncwarp();
+    return __shfl_sync(~0u, is_filled, 0);
+  }
+
+  // Until the owner has read what the part of a place held before. False when the group fails.
+  __device__ bool WaitUntilEmptied(const TermList& list) {
+    if (list.token < ring_.num_tokens) return true;
+    Tell();
+    const SignalRow emptied = CellsOf(list, self_.own()->partials.emptied);
+    bool is_empty = false;
+    if (Lane() == 0) {
+      is_empty = WaitUntil(self_, OpId::kCombine, emptied, list.owner, epoch_, [&] {
+        return Is(LoadAcquire(emptied.Of(list.owner)), list.token - ring_.num_tokens);
+      });
+    }
+    __syncwarp();
+    return __shfl_sync(~0u, is_empty, 0);
+  }
+
+  // A sum that is stored: its owner shall know that the part of the place is filled, or, of an own
+  // token, all peers that it is empty. It is told later, when the stores have long been made, since
+  // a release waits for them, but before this warp waits for anyone.
+  __device__ void Owe(const TermList& list) {
+    __syncwarp();
+    const auto owe = [&](const Signal* cells) {
+      owed_ = const_cast<Signal*>(CellsOf(list, cells).Of(self_.rank));
+      owed_token_ = list.token;
+    };
+    if (list.owner != self_.rank) {
+      if (Lane() == 0) owe(self_.control[list.owner]->partials.filled);
+    } else if (Lane() < self_.num_ranks && Lane() != self_.rank) {
+      owe(self_.control[Lane()]->partials.emptied);
+    }
+  }
+  __device__ void Tell() {
+    if (owed_ != nullptr) StoreRelease(owed_, {epoch_, owed_token_});
+    owed_ = nullptr;
+  }
+
+ private:
+  static __device__ int Lane() { return threadIdx.x % kWarpSize; }
+  __device__ bool Is(Signal signal, uint32_t token) const {
+    return signal.epoch == epoch_ && signal.value == token;
+  }
+  // The signals of a part of a place, of all ranks.
+  __device__ SignalRow CellsOf(const TermList& list, const Signal* cells) const {
+    return {cells + list.token % ring_.num_tokens * num_parts_ + list.part,
+            ring_.num_tokens * num_parts_ * sizeof(Signal)};
+  }
+
+  const Endpoint& self_;
+  const PartialRing ring_;
+  const int num_parts_;
+  const uint32_t epoch_;
+  Signal* owed_ = nullptr;
+  uint32_t owed_token_ = 0;
+};
+
+}  // namespace jax_ep
