@@ -1,5 +1,6 @@
 """Expert-parallel communication for JAX: dispatch and combine as custom calls."""
 
+from jax_ep.beside import beside as beside
 from jax_ep.capacity import recv_capacity as recv_capacity
 from jax_ep.combine import combine as combine
 from jax_ep.combine import combine_weights as combine_weights

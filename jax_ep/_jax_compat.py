@@ -3,12 +3,16 @@
 Nothing else in the package imports jax._src, jax.extend or jax.interpreters.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import jax
+from jax.experimental import compute_on as compute_on_module
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 __all__ = [
     "Primitive",
@@ -17,6 +21,7 @@ __all__ = [
     "lowering_mesh",
     "manual_axes",
     "mlir",
+    "on_second_stream",
     "result_aval",
     "vary_alike",
     "varying_axes",
@@ -56,6 +61,16 @@ def vary_alike(arrays: Sequence[jax.Array], axes: Sequence[str]) -> tuple[jax.Ar
         return jax.lax.pcast(array, missing, to="varying") if missing else array
 
     return tuple(cast(a) for a in arrays)
+
+
+def on_second_stream(fn: Callable[P, T]) -> Callable[P, T]:
+    """`fn`, whose kernels XLA:GPU launches on a second compute stream. Ignored elsewhere."""
+    # compute_on2 took the place of compute_on in 0.11, and then its name.
+    annotate = getattr(compute_on_module, "compute_on2", compute_on_module.compute_on)
+    on_stream: Callable[P, T] = annotate(
+        fn, compute_type="gpu_stream:1", out_memory_spaces=jax.memory.Space.Device
+    )
+    return on_stream
 
 
 def result_aval(shape: Sequence[int], dtype: Any, operands: Sequence[Any]) -> Any:

@@ -38,3 +38,6 @@ def close_group(identity: str) -> None:
 
 def dispatch_workspace_bytes(layout: int, num_experts: int, num_ranks: int, num_tokens: int, num_topk: int) -> int:
     """Scratch of one dispatch; 0 where it cannot be planned."""
+
+def combine_workspace_bytes(layout: int, num_ranks: int, num_tokens: int, num_slots: int, row_bytes: int) -> int:
+    """Scratch of one combine: the rings of partial sums."""

@@ -23,7 +23,7 @@ LAYERS = [
     {"_checks"},
     {"_differentiable"},
     {"dispatch", "get_dispatch_layout"},
-    {"combine", "dispatch_fp8", "transforms"},
+    {"beside", "combine", "dispatch_fp8", "transforms"},
     {"testing"},
     {"bench"},
     {"__init__", "__main__"},

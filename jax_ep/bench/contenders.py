@@ -28,6 +28,7 @@ class Contender(NamedTuple):
       sms: the SM budget, where there is one.
       dispatch: (x, topk_idx, topk_weights) to a pytree that holds the rows and the way back.
       combine: that pytree to [tokens, hidden].
+      again: (x, handle) to what dispatch gives, along known routing; None: there is no such thing.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Contender(NamedTuple):
     sms: int | None
     dispatch: Callable[..., Any]
     combine: Callable[[Any], jax.Array]
+    again: Callable[[Any, Any], Any] | None = None
 
 
 def contenders(
@@ -56,7 +58,17 @@ def ours(point: Point, group: jax_ep.Group, backend: str, sms: int | None) -> Co
         return jax_ep.combine(out.x, out.handle, weights=weights, num_sms=sms, backend=backend)
 
     send = partial(dispatch, point, group, backend, num_sms=sms)
-    return Contender("jax_ep", backend, None, point.fill, point.capacity, sms, send, combine)
+    return Contender(
+        "jax_ep",
+        backend,
+        None,
+        point.fill,
+        point.capacity,
+        sms,
+        send,
+        combine,
+        lambda x, handle: jax_ep.dispatch(x, handle=handle, num_sms=sms, backend=backend),
+    )
 
 
 class Exchanged(NamedTuple):

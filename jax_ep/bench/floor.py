@@ -63,7 +63,7 @@ def traffic(op: str, point: Point, recv_src: Any) -> Traffic:
     rows = np.sum(recv_src >= 0, axis=1)
     pairs = _count_pairs(point, recv_src)
     remote = pairs * ~np.eye(point.num_ranks, dtype=bool)
-    if op == "dispatch":
+    if op in ("dispatch", "cached_dispatch"):
         wire, read_once, written = remote.sum(axis=0), pairs.sum(axis=0), rows
     else:
         wire, read_once, written = remote.sum(axis=1), rows, np.full_like(rows, point.num_tokens)

@@ -128,7 +128,7 @@ def make_record(
         recv_capacity=contender.recv_capacity,
         fill=contender.fill,
         sms=contender.sms,
-        cached=False,
+        cached=op == "cached_dispatch",
         timing="chain",
         run=run,
         **asdict(measured),

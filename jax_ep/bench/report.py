@@ -80,6 +80,7 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "p99": lambda r: f"{r.record.us['p99']:.1f}",
     "floor us": lambda r: f"{r.record.floor_us:.1f}",
     "x floor": lambda r: f"{r.record.us['p50'] / r.record.floor_us:.2f}",
+    "wire GB/s": lambda r: f"{r.record.wire_bytes / r.record.us['p50'] / 1e3:.0f}",
     "extra MiB": lambda r: _mebibytes(r.record.extra_memory_bytes),
     "count": lambda r: str(r.timing.count),
 }

@@ -19,7 +19,7 @@ from jax_ep.bench import memory
 from jax_ep.bench.contenders import Contender
 from jax_ep.testing.ranks import on_ranks
 
-OPS = ("dispatch", "combine", "round_trip")
+OPS = ("dispatch", "cached_dispatch", "combine", "round_trip")
 PERCENTILES = (50, 10, 90, 99)
 _CHAIN_SECONDS = 0.25
 _MIN_COUNT, _MAX_COUNT = 4, 64
@@ -66,10 +66,18 @@ def make_program(op: str, contender: Contender) -> Program:
     A link of `round_trip` starts in the middle, combine then dispatch, so that the rows between
     the two are written to memory as experts would need them.
     """
-    dispatch, combine = contender.dispatch, contender.combine
+    dispatch, combine, again = contender.dispatch, contender.combine, contender.again
 
     def start_dispatch(*inputs: jax.Array) -> Carry:
         return Carry(inputs, dispatch(*inputs))
+
+    def start_cached(x: Any, *routing: jax.Array) -> Carry:
+        out = dispatch(x, *routing)
+        return Carry((x, out.handle), run_cached((x, out.handle), None))
+
+    def run_cached(given: Any, made: Any) -> Any:
+        assert again is not None
+        return again(*given)
 
     def start_combine(*inputs: jax.Array) -> Carry:
         out = dispatch(*inputs)
@@ -80,6 +88,7 @@ def make_program(op: str, contender: Contender) -> Program:
 
     return {
         "dispatch": Program(op, start_dispatch, lambda given, made: dispatch(*given)),
+        "cached_dispatch": Program(op, start_cached, run_cached),
         "combine": Program(op, start_combine, lambda given, made: combine(given)),
         "round_trip": Program(
             op, start_round_trip, lambda given, made: dispatch(combine(made), *given)

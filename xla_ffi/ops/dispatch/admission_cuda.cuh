@@ -36,8 +36,8 @@ class Admission {
   __device__ const int64_t* end() const { return end_; }
 
   // Which rows of each column are kept, and where each column begins; of slice `index`, the rows
-  // before it.
-  __device__ void Admit(int32_t index) {
+  // before it. True if a rank drops tokens: then nothing is left in scratch of what was counted.
+  __device__ bool Admit(int32_t index) {
     for (int r = threadIdx.x; r < shape_.num_ranks(); r += blockDim.x) end_[r] = INT64_MAX;
     AddSlices(index, shared_.num_rows);
     if (shape_.is_rank_layout()) {
@@ -47,7 +47,7 @@ class Admission {
         shared_.num_rows[r] = static_cast<int32_t>(min(int64_t{shared_.num_rows[r]}, capacity()));
       }
       __syncthreads();
-      return;
+      return false;
     }
     SizeGroups();
     bool must_cut = false;
@@ -55,13 +55,14 @@ class Admission {
       must_cut = must_cut || PlaceGroups(dst) > capacity();
     }
     num_wanted_ = RowsOfRank(plan_.self.rank, 1);
-    if (!__syncthreads_or(must_cut)) return;
+    if (!__syncthreads_or(must_cut)) return false;
     for (int dst = 0; dst < shape_.num_ranks(); ++dst) {
       if (RowsOfRank(dst, alignment()) > capacity()) CutRank(dst);
     }
     SizeGroups();
     for (int dst = Warp(); dst < shape_.num_ranks(); dst += num_warps()) PlaceGroups(dst);
     __syncthreads();
+    return true;
   }
 
   // The rows of each column in the slices before `index`, and in all, if `all` is not null.

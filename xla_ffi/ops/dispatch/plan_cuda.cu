@@ -52,11 +52,11 @@ __global__ void __launch_bounds__(kPlanWarps* kWarpSize)
   // There may be no counts then; the kernel that ends the call fills the results.
   if (!MeetBlocks(plan.self, OpId::kDispatch)) return;
   Admission admission(plan, shared, end);
-  admission.Admit(blockIdx.x);
+  const bool counts_again = admission.Admit(blockIdx.x) || shape.num_slices() > gridDim.x;
   if (blockIdx.x == gridDim.x - 1) admission.WriteCounts();
   for (int32_t s = blockIdx.x; s < shape.num_slices(); s += gridDim.x) {
     SlicePlan slice(plan, shared, s);
-    if (shape.num_slices() > gridDim.x) {
+    if (counts_again) {
       slice.LoadAgain();
       slice.Count(nullptr);
       admission.AddSlices(s, nullptr);

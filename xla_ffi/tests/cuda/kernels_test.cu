@@ -361,7 +361,7 @@ void TestSkippedRank(int num_devices) {
 void TestMatrix(int num_devices, bool is_small) {
   int seed = 0;
   const std::vector<int> all_num_ranks = {1, 2, 3, 4, 8};
-  const std::vector<int64_t> all_num_tokens = {1, 77, 600};
+  const std::vector<int64_t> all_num_tokens = {1, 12, 77, 600};
   const std::vector<int> all_num_topk = {1, 8, 32};
   const auto some = [is_small](const auto& all, size_t first, size_t count) {
     const auto begin = all.begin() + (is_small ? first : 0);
@@ -371,7 +371,7 @@ void TestMatrix(int num_devices, bool is_small) {
     const Ranks ranks(num_ranks, num_devices, std::chrono::seconds(20));
     const int num_sms = num_ranks > 4 ? 6 : 8;
     for (const RecvLayout layout : {RecvLayout::kRank, RecvLayout::kExpert}) {
-      for (const int64_t num_tokens : some(all_num_tokens, 1, 1)) {
+      for (const int64_t num_tokens : some(all_num_tokens, 1, 2)) {
         for (const int num_topk : some(all_num_topk, 1, 1)) {
           const int num_local = std::max(2, 64 / num_ranks);
           Case c{.layout = layout,

@@ -1,0 +1,34 @@
+"""beside: computes on a second GPU stream, while communication runs on the first."""
+
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+from jax_ep import _jax_compat
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def beside(fn: Callable[P, T]) -> Callable[P, T]:
+    """`fn`, computed at the same time as a dispatch or combine that it does not depend on.
+
+        out = jax_ep.dispatch(x, topk_idx, group=group, num_experts=num_experts)
+        shared = jax_ep.beside(shared_expert)(x, weights)  # on the second stream
+        y = jax_ep.combine(experts(out), out.handle) + shared
+
+    The communication keeps its place on XLA's first stream, whose order all ranks share; what
+    moves to the second one is the computation. Kernels of jax_ep take their SMs before those of
+    `fn` that have not begun; how many is the `num_sms` of the call.
+
+    XLA 0.11 runs what it has captured into a command buffer one after the other, whatever its
+    stream: set `XLA_FLAGS=--xla_gpu_enable_command_buffer=` for programs that overlap.
+
+    Args:
+      fn: of arrays to arrays, without communication. Must not contain another `beside`.
+
+    Returns:
+      A function with the arguments and results of `fn`. On other platforms it is `fn`.
+
+    Gradient: that of `fn`, on the second stream as well.
+    """
+    return _jax_compat.on_second_stream(fn)
