@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax
+from jax._src import distributed
 from jax.experimental import compute_on as compute_on_module
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -18,6 +19,7 @@ __all__ = [
     "Primitive",
     "ad",
     "batching",
+    "distributed_client",
     "lowering_mesh",
     "manual_axes",
     "mlir",
@@ -61,6 +63,11 @@ def vary_alike(arrays: Sequence[jax.Array], axes: Sequence[str]) -> tuple[jax.Ar
         return jax.lax.pcast(array, missing, to="varying") if missing else array
 
     return tuple(cast(a) for a in arrays)
+
+
+def distributed_client() -> Any:
+    """The client of jax.distributed's key-value store; None where it was not initialised."""
+    return distributed.global_state.client
 
 
 def on_second_stream(fn: Callable[P, T]) -> Callable[P, T]:

@@ -1,5 +1,6 @@
-"""The only mutable state of a process: which groups are open, which modules are registered."""
+"""The only mutable state of a process: groups open, groups ever opened, modules registered."""
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from jax_ep.errors import GroupError
@@ -9,6 +10,13 @@ if TYPE_CHECKING:
 
 open_groups: "dict[str, Group]" = {}
 registered_backends: set[str] = set()
+openings: Counter[str] = Counter()
+
+
+def count_opening(identity: str) -> int:
+    """How many times a group of this identity was opened before; equal in every process."""
+    openings[identity] += 1
+    return openings[identity] - 1
 
 
 def find_group(identity: str, *, op: str) -> "Group":

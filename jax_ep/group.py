@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import jax
 
-from jax_ep import _backends, _jax_compat, _native, _registry, _self_test, config
+from jax_ep import _backends, _bootstrap, _jax_compat, _native, _registry, _self_test, config
 from jax_ep._backends import Usability
 from jax_ep._spec import GroupSpec
 from jax_ep.errors import ConfigError, GroupError, PeerTimeoutError, RoutingError
@@ -103,8 +103,9 @@ class Group:
         Returns:
           The open group, after a self-test that moved data between every pair of ranks.
 
-        Collective: every process of the mesh opens it.
-        Raises: GroupError, ConfigError.
+        Collective: every process of the mesh opens it, with the same arguments.
+        Raises: ConfigError; GroupError, also where the processes disagree, or one does not come
+          within `timeout`.
         Source: DeepEP's Buffer (DeepSeek, 2025), with the mesh in the place of a process group.
         """
         axes = _check_mesh(mesh, axis)
@@ -156,6 +157,7 @@ class Group:
             spec=spec,
             backends=usability,
         )
+        group._agree()
         group._start()
         return group
 
@@ -163,6 +165,20 @@ class Group:
     def identity(self) -> str:
         """Name and fingerprint: what compiled code and handles carry, equal in every process."""
         return self.spec.identity
+
+    def _agree(self) -> None:
+        """Between the processes of the mesh: the collective calls that follow rely on it."""
+        processes = sorted({d.process_index for d in self.mesh.devices.flat})
+        if len(processes) == 1:
+            return
+        settings = {
+            "backend": self.backend,
+            "num_sms": self.num_sms,
+            "ranks_per_node": self.ranks_per_node,
+            "timeout": self.timeout,
+            "debug": self.debug,
+        }
+        _bootstrap.agree(self.identity, settings, processes, timeout=self.timeout)
 
     def _start(self) -> None:
         if self.backends["cuda"].ops:

@@ -15,7 +15,7 @@ PACKAGE = Path(jax_ep.__file__).parent
 LAYERS = [
     {"errors", "config"},
     {"_jax_compat", "_registry", "_spec", "reference", "capacity"},
-    {"_native", "_primitives"},
+    {"_bootstrap", "_native", "_primitives"},
     {"_xla", "handle", "fp8"},
     {"_backends"},
     {"_self_test"},
