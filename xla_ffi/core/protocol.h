@@ -9,12 +9,10 @@
 //                                     and the tag of the call
 //   read_done[p]    rank p            none                             the owner, before the call
 //                                                                      ends
-//   filled[p, i]    rank p            the token whose partial sum is   the owner, before it reads
-//   it
-//                                     in place i of p's ring
-//   emptied[p, i]   rank p            the token whose partial sum it   the owner, before it fills
-//   it
-//                                     has read out of place i          again
+//   filled[p, i]    rank p            token whose partial sum is in    the owner, before it reads
+//                                     place i of p's ring              the place
+//   emptied[p, i]   rank p            token whose partial sum it has   the owner, before it fills
+//                                     read out of place i              the place again
 //   abort           any rank          1, for good                      the owner, in every wait
 //
 // A signal is one 8-byte store that carries its epoch; it is compared for equality, never reset. A
@@ -52,7 +50,7 @@ struct AddressCell {
 };
 
 /// Signals of the rings of a combine (ops/combine/combine_cuda.cuh): [num_ranks, places, parts].
-inline constexpr int kMaxPartialCells = 16 * 1024;
+inline constexpr int kMaxPartialCells = 64 * 1024;
 struct PartialCells {
   Signal filled[kMaxPartialCells];
   Signal emptied[kMaxPartialCells];

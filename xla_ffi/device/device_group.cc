@@ -2,6 +2,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <utility>
 
@@ -161,6 +162,18 @@ void DeviceGroup::Open(int64_t timeout_ns, const LoadKernels& load_kernels) {
     }
     position_of_device_[seats_[i].device_id] = static_cast<int>(i);
     load_kernels(member.traits);
+  }
+  // Ranks share work by what a device can do: all of them count on the least.
+  DeviceTraits least = members_.front().traits;
+  for (const Member& member : members_) {
+    const DeviceTraits& t = member.traits;
+    least.num_sms = std::min(least.num_sms, t.num_sms);
+    least.max_shared_bytes = std::min(least.max_shared_bytes, t.max_shared_bytes);
+    least.has_bulk_copy = least.has_bulk_copy && t.has_bulk_copy;
+  }
+  for (Member& member : members_) {
+    least.highest_priority = member.traits.highest_priority;
+    member.traits = least;
   }
 }
 

@@ -344,7 +344,8 @@ cudaError_t LaunchMove(const MoveArgs<Items>& args, const DeviceTraits& device, 
   const LaunchConfig config{.num_blocks = num_sms,
                             .num_threads = g.num_threads(),
                             .shared_bytes = g.shared_bytes,
-                            .is_behind = is_behind,
+                            // Older kernels do not wait for the one before them themselves.
+                            .is_behind = is_behind && device.has_bulk_copy,
                             .priority = device.highest_priority,
                             .stream = stream};
   return Launch(MoveKernel<Items>, config, args, g);

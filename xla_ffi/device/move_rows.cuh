@@ -75,7 +75,7 @@ struct IndexItems {
 
 /// Rows that may hold no token, and which of them are zeroed.
 struct FillRows {
-  const int32_t* source;  // [capacity] negative: no token; more than `source_end`: none either
+  const int32_t* source;  // [capacity] negative: no token; `source_end` or more: none either
   int64_t source_end;
   int64_t capacity;
   const int32_t* num_recv;  // read for Fill::kPadding

@@ -154,9 +154,8 @@ ffi::Error Combine(DeviceSite* site, cudaStream_t stream, int32_t device_id, I32
   if (error.failure()) return error;
   JAX_EP_REQUIRE(launch.args.num_slots <= kMaxTerms, "combine: num_topk=", launch.args.num_slots,
                  " must be at most ", kMaxTerms);
-  JAX_EP_REQUIRE(
-      launch.args.hidden > 0 && launch.out_bytes() % (int64_t{16} * launch.args.num_tokens) == 0,
-      "combine: a row must be a multiple of 16 bytes");
+  JAX_EP_REQUIRE(launch.row_bytes() > 0 && launch.row_bytes() % 16 == 0,
+                 "combine: a row must be a multiple of 16 bytes");
   JAX_EP_REQUIRE(launch.row_bytes() < (1u << 30), "combine: a row has ", launch.row_bytes(),
                  " bytes, at most 1 GiB");
   launch.workspace = workspace->untyped_data();

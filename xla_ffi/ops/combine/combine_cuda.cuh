@@ -12,7 +12,8 @@
 
 namespace jax_ep {
 
-inline constexpr size_t kPartialRingBytes = 32 * 1024 * 1024;
+inline constexpr size_t kFewRingBytes = 32 * 1024 * 1024;
+inline constexpr size_t kMaxRingBytes = 2 * kFewRingBytes;
 /// A row is summed in up to so many parts, by different warps.
 inline constexpr int kMaxRowParts = 4;
 
@@ -27,9 +28,17 @@ struct PartialRing {
   static PartialRing Of(RecvLayout layout, int num_ranks, int64_t num_tokens, int num_slots,
                         size_t row_bytes) {
     if (layout == RecvLayout::kRank || num_ranks == 1 || num_slots == 1) return {};
-    const size_t room = kPartialRingBytes / ((num_ranks - 1) * row_bytes);
-    const int64_t most = std::min<int64_t>(room, kMaxPartialCells / (num_ranks * kMaxRowParts));
-    return {static_cast<int32_t>(std::min(num_tokens, std::max<int64_t>(1, most)))};
+    const auto fits = [&](int64_t places, size_t bytes) {
+      return (num_ranks - 1) * places * row_bytes <= bytes &&
+             num_ranks * kMaxRowParts * places <= kMaxPartialCells;
+    };
+    // A place is filled twice at most: nothing orders two own tokens that empty the same place.
+    for (const int64_t places : {num_tokens, (num_tokens + 1) / 2}) {
+      if (fits(places, places == num_tokens ? kFewRingBytes : kMaxRingBytes)) {
+        return {static_cast<int32_t>(places)};
+      }
+    }
+    return {};
   }
   /// The rings of one rank.
   size_t Bytes(int num_ranks, size_t row_bytes) const {
@@ -47,7 +56,7 @@ struct CombineLaunch {
   Endpoint self;
   const int32_t* position;
   CombineArgs args;
-  void* workspace;  // CombineWorkspaceBytes(args)
+  void* workspace;  // workspace_bytes()
 
   size_t row_bytes() const { return args.hidden * (args.dtype == DType::kF32 ? 4 : 2); }
   int64_t out_bytes() const { return args.num_tokens * static_cast<int64_t>(row_bytes()); }

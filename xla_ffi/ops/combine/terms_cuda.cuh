@@ -62,9 +62,10 @@ inline constexpr int kChoicesAhead = 2;
 // adds what it holds of each peer's token of one number, and its own rank's token of the number
 // `lag` turns before, for which the peers have added theirs by then.
 //
-// In this order no warp waits for ever. A sum of a peer's token waits until a place is empty, which
-// is a ring's length, at least two turns, back; an own token waits for sums that are `lag` turns
-// back, or in the same turn and before it.
+// In this order no warp waits for ever. With a lag of 1 a ring is at least two turns long: a sum of
+// a peer's token waits for a place that an earlier turn empties, and an own token for sums of the
+// turn before. Without, both wait for smaller numbers, or for sums of peers' tokens of the same
+// one.
 //
 // What a list needs is read while the lists before it are worked on: under load every answer takes
 // microseconds. First where the choices went, then their weights.

@@ -97,7 +97,7 @@ cudaError_t LoadDispatchKernels(DeviceTraits& device) {
   return status == cudaSuccess ? LoadMoveKernel<RoutedItems>(device) : status;
 }
 
-// Two kernels: plan (plan_cuda.cu), then move (move_rows.cu).
+// Two kernels: plan (plan_cuda.cu), then move (move_kernel.cuh).
 cudaError_t LaunchDispatch(const DispatchLaunch& launch, const DeviceTraits& device, int num_sms,
                            cudaStream_t stream) {
   const DispatchArgs& args = launch.args;

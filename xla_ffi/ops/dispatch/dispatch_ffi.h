@@ -1,6 +1,7 @@
 // The border of dispatch: operands, results and attributes in their order, for all twins.
 #pragma once
 
+#include <algorithm>
 #include <utility>
 
 #include "ops/dispatch/dispatch.h"
@@ -68,6 +69,10 @@ inline ffi::Error DecodeDispatch(DispatchBuffers b, int num_ranks, DispatchArgs&
                 .num_topk = static_cast<int>(num_topk),
                 .recv_capacity = recv_capacity,
                 .expert_alignment = b.expert_alignment};
+  JAX_EP_REQUIRE(num_topk == 0 || std::max(recv_capacity, num_tokens) <=
+                                      INT32_MAX / (int64_t{num_ranks} * num_topk),
+                 "dispatch: choices of all ranks must be countable in int32, got recv_capacity=",
+                 recv_capacity, ", num_tokens=", num_tokens, ", num_topk=", num_topk);
   args.fill = static_cast<Fill>(b.fill);
   const bool is_rank_layout = args.shape.layout == RecvLayout::kRank;
   const size_t recv_choices = recv_capacity * num_topk;

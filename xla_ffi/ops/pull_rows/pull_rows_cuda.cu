@@ -107,6 +107,8 @@ ffi::Error PullRows(DeviceSite* site, cudaStream_t stream, int32_t device_id, I3
   ffi::Error error =
       DecodePullRows(index, slot, rows, *out, *places, site->group->num_ranks(), launch.args);
   if (error.failure()) return error;
+  JAX_EP_REQUIRE(launch.args.num_rows > 0 && launch.args.num_pulled > 0,
+                 "pull_rows: there are no rows");
   JAX_EP_REQUIRE(launch.args.num_slots <= kWarpSize, "pull_rows: num_slots=", launch.args.num_slots,
                  " must be at most ", kWarpSize);
   DeviceCall call;
