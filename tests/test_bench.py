@@ -23,10 +23,11 @@ from jax_ep.testing.compare import assert_same_bits
 from jax_ep.testing.ranks import on_ranks
 
 OPS = ["dispatch", "combine", "round_trip"]
+ALL_OPS = [*OPS, "cached_dispatch"]
 TINY = ["--tokens", "16", "--hidden", "32", "--repeats", "2", "--backends", "cpu"]
 
 
-def _point(layout, *, num_ranks=4, dtype="f32", hidden=32, balance="auto"):
+def _point(layout, *, num_ranks=4, dtype="f32", hidden=32, balance="auto", alignment=1):
     shape = Shape(tokens=48, hidden=hidden, topk=3, experts=num_ranks * 4)
     return make_point(
         "test",
@@ -36,6 +37,7 @@ def _point(layout, *, num_ranks=4, dtype="f32", hidden=32, balance="auto"):
         num_ranks=num_ranks,
         balance=balance,
         fill="zeros",
+        alignment=alignment,
     )
 
 
@@ -138,7 +140,7 @@ def test_fp8_rows_and_scales_arrive_alike(groups, layout):
                 assert_same_bits(got[:n], expected[:n])
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", ALL_OPS)
 @pytest.mark.parametrize("layout", ["expert", "rank"])
 def test_chain_computes_the_operation(groups, op, layout):
     """Links of a chain do what they are timed for, and the empty chain changes nothing."""
@@ -162,13 +164,15 @@ def test_chain_computes_the_operation(groups, op, layout):
             assert_same_bits(got, want)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", ALL_OPS)
 @pytest.mark.parametrize("layout", ["expert", "rank"])
 def test_nothing_is_hoisted_out_of_a_chain(groups, op, layout):
     """Every collective is inside the loop, not in the entry computation."""
     group, point = groups(2), _point(layout, num_ranks=2)
     inputs = make_inputs(point, group.mesh)
     for contender in contenders(point, group, [("xla", None)]):
+        if op == "cached_dispatch" and contender.again is None:
+            continue
         program = timing.make_program(op, contender)
         start = on_ranks(program.start, group.mesh, check_vma=False)(*inputs)
         chain = on_ranks(timing.make_chain(op, program.run, 4), group.mesh, check_vma=False)
@@ -193,6 +197,7 @@ def test_floor_arithmetic():
     expected = {
         # rows: wire, read, read_once, written
         "dispatch": ([1, 2], [2, 4], [2, 3], [2, 4]),
+        "cached_dispatch": ([1, 2], [2, 4], [2, 3], [2, 4]),
         "combine": ([2, 1], [2, 4], [2, 4], [2, 2]),
         "round_trip": ([3, 3], [4, 8], [4, 7], [4, 6]),
     }
@@ -211,4 +216,7 @@ def test_capacity_defaults():
     assert _point("rank").recv_capacity == 48 * 4
     assert _point("expert").recv_capacity == 48 * 3 * 5 // 4
     assert _point("expert", balance=None).recv_capacity == 48 * 4 * 3
+    assert _point("expert", alignment=8).recv_capacity == 48 * 3 * 5 // 4 + 4 * 7
+    assert _point("expert", alignment=8).expert_alignment == 8
+    assert _point("rank", alignment=8).expert_alignment == 1
     assert _point("expert", dtype="bf16").row_bytes == 32 * jnp.dtype(jnp.bfloat16).itemsize

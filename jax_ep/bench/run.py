@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="room to receive over a balanced routing's, or none for the worst case; default: "
         "1.25 in the expert layout, none in the rank layout",
     )
+    add("--alignment", type=int, default=1, help="expert layout: rows of a group, a multiple of it")
     add("--fill", choices=[f.name.lower() for f in Fill], default="zeros", help="as in dispatch")
     add("--backends", nargs="+", choices=BACKENDS, help="of ours; default: all that are usable")
     add("--sms", nargs="+", type=int, help="SM budgets of the cuda back end; default: the group's")
@@ -98,6 +99,7 @@ def make_points(args: argparse.Namespace, num_ranks: int) -> Iterator[Point]:
                 layout=layout,
                 num_ranks=num_ranks,
                 balance=args.balance,
+                alignment=args.alignment,
                 fill=args.fill,
             )
 

@@ -56,9 +56,21 @@ class Point(Case):
 
 
 def make_point(
-    name: str, shape: Shape, *, dtype: str, layout: str, num_ranks: int, balance: Any, fill: str
+    name: str,
+    shape: Shape,
+    *,
+    dtype: str,
+    layout: str,
+    num_ranks: int,
+    balance: Any,
+    fill: str,
+    alignment: int = 1,
 ) -> Point:
-    """A point; `balance` "auto" is 1.25 in the expert layout, the worst case in the rank layout."""
+    """A point; `balance` "auto" is 1.25 in the expert layout, the worst case in the rank layout.
+
+    The alignment is that of the expert layout; room for its padding is part of the capacity.
+    """
+    expert_alignment = alignment if layout == "expert" else 1
     if balance == "auto":
         balance = 1.25 if layout == "expert" else None
     capacity = jax_ep.recv_capacity(
@@ -67,6 +79,7 @@ def make_point(
         num_experts=shape.experts,
         num_ranks=num_ranks,
         layout=layout,
+        expert_alignment=expert_alignment,
         balance=balance,
     )
     return Point(
@@ -80,6 +93,7 @@ def make_point(
         dtype=dtype,
         balance=balance,
         recv_capacity=capacity,
+        expert_alignment=expert_alignment,
         fill=fill,
     )
 
