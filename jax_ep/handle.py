@@ -12,6 +12,9 @@ from jax_ep._spec import RowIndex
 class DispatchHandle:
     """The routing of one dispatch on one rank, as arrays. A pytree: save it, rematerialise it.
 
+    Not to be edited: where two rows claim to be the same choice of a token, one of them may hold
+    anything after a dispatch along the handle on the `cuda` back end.
+
     `T` = tokens of each rank, `C` = recv_capacity, `K` = num_topk, `R` = num_ranks, -1 = none.
 
     Attributes:
