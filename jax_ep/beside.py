@@ -17,8 +17,8 @@ def beside(fn: Callable[P, T]) -> Callable[P, T]:
         y = jax_ep.combine(experts(out), out.handle) + shared
 
     The communication keeps its place on XLA's first stream, whose order all ranks share; what
-    moves to the second one is the computation. Kernels of jax_ep take their SMs before those of
-    `fn` that have not begun; how many is the `num_sms` of the call.
+    moves to the second one is the computation. Kernels of jax_ep are launched with the highest
+    priority, to get SMs before blocks of `fn` that have not begun; how many is `num_sms`.
 
     XLA 0.11 runs what it has captured into a command buffer one after the other, whatever its
     stream: set `XLA_FLAGS=--xla_gpu_enable_command_buffer=` for programs that overlap.
