@@ -104,24 +104,34 @@ __device__ inline uint32_t TagOf(const Endpoint& self, OpId op) {
   return (static_cast<uint32_t>(op) << 13 | (self.site & 0x1fff)) & 0xffff;
 }
 
-/// Waits until `is_there()`, which looks at a signal of a peer. False when the group fails first,
-/// by the time that is up here or by another's failure. The signals that all peers owe are in
-/// `row`.
-template <typename IsThere>
-__device__ bool WaitUntil(const Endpoint& self, OpId op, SignalRow row, int peer, uint32_t epoch,
-                          IsThere&& is_there) {
+/// Waits until `is_there()`, which looks at what `peer` owes. False when the group fails first, by
+/// the time that is up here, when `count_seen()` ranks were there, or by another's failure.
+template <typename IsThere, typename CountSeen>
+__device__ bool WaitUntil(const Endpoint& self, OpId op, int peer, IsThere&& is_there,
+                          CountSeen&& count_seen) {
   if (is_there()) return true;
   const uint64_t start = GlobalTimer();
   while (!is_there()) {
     if (LoadRelaxed(&self.own()->abort)) return false;
     if (GlobalTimer() - start > self.timeout_ns) {
-      int num_seen = 0;
-      for (int r = 0; r < self.num_ranks; ++r) num_seen += LoadAcquire(row.Of(r)).epoch == epoch;
-      Fail(self, FailureRecord::Kind::kPeerTimeout, op, peer, self.num_ranks, num_seen);
+      Fail(self, FailureRecord::Kind::kPeerTimeout, op, peer, self.num_ranks, count_seen());
       return false;
     }
   }
   return true;
+}
+
+/// The same for what not all peers owe at once: no more is known than who is late.
+template <typename IsThere>
+__device__ bool WaitUntil(const Endpoint& self, OpId op, int peer, IsThere&& is_there) {
+  return WaitUntil(self, op, peer, is_there, [&] { return self.num_ranks - 1; });
+}
+
+/// How many ranks have sent the signal of `row` in a call.
+__device__ inline int CountSeen(const Endpoint& self, SignalRow row, uint32_t epoch) {
+  int num_seen = 0;
+  for (int r = 0; r < self.num_ranks; ++r) num_seen += LoadAcquire(row.Of(r)).epoch == epoch;
+  return num_seen;
 }
 
 __device__ inline void Publish(const Endpoint& self, const OwnAddresses& own, uint32_t tag,
@@ -166,11 +176,14 @@ __device__ inline bool Meet(const Endpoint& self, OpId op, const int32_t* positi
     const SignalRow lows{&cells->low, kStride};
     const SignalRow highs{&cells->high, kStride};
     Signal low, high;
-    is_good = WaitUntil(self, op, highs, peer, epoch, [&] {
-      low = LoadRelaxed(lows.Of(peer));
-      high = LoadAcquire(highs.Of(peer));
-      return low.epoch == epoch && high.epoch == epoch;
-    });
+    is_good = WaitUntil(
+        self, op, peer,
+        [&] {
+          low = LoadRelaxed(lows.Of(peer));
+          high = LoadAcquire(highs.Of(peer));
+          return low.epoch == epoch && high.epoch == epoch;
+        },
+        [&] { return CountSeen(self, highs, epoch); });
     if (is_good && high.value >> 16 != tag) {
       Fail(self, FailureRecord::Kind::kCallMismatch, op, peer, tag, high.value >> 16);
       is_good = false;
@@ -204,16 +217,10 @@ __device__ inline bool MeetBlocks(const Endpoint& self, OpId op) {
   if (threadIdx.x == 0) {
     uint32_t* num_met = &self.own()->num_blocks_met;
     __threadfence();
-    uint32_t met = atomicAdd(num_met, 1) + 1;
-    const uint64_t start = GlobalTimer();
-    while (is_good && met < gridDim.x) {
-      met = LoadRelaxed(num_met);
-      is_good = LoadRelaxed(&self.own()->abort) == 0;
-      if (is_good && GlobalTimer() - start > self.timeout_ns) {
-        Fail(self, FailureRecord::Kind::kPeerTimeout, op, self.rank, gridDim.x, met);
-        is_good = false;
-      }
-    }
+    atomicAdd(num_met, 1);
+    is_good = WaitUntil(self, op, self.rank, [&] { return LoadRelaxed(num_met) >= gridDim.x; });
+    // Also when all had come already.
+    is_good = is_good && LoadRelaxed(&self.own()->abort) == 0;
     __threadfence();
   }
   return __syncthreads_and(is_good);
@@ -258,8 +265,9 @@ __device__ inline void Part(const Endpoint& self, OpId op, bool has_met, const R
   bool is_good = has_met;
   for (int peer = threadIdx.x; is_good && peer < self.num_ranks; peer += blockDim.x) {
     const SignalRow done{self.own()->read_done, sizeof(Signal)};
-    is_good = WaitUntil(self, op, done, peer, epoch,
-                        [&] { return LoadAcquire(done.Of(peer)).epoch == epoch; });
+    is_good = WaitUntil(
+        self, op, peer, [&] { return LoadAcquire(done.Of(peer)).epoch == epoch; },
+        [&] { return CountSeen(self, done, epoch); });
   }
   if (__syncthreads_or(!is_good || IsAborted(self))) {
     for (int i = 0; i < results.count; ++i) {

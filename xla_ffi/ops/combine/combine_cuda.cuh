@@ -12,8 +12,7 @@
 
 namespace jax_ep {
 
-inline constexpr size_t kFewRingBytes = 32 * 1024 * 1024;
-inline constexpr size_t kMaxRingBytes = 2 * kFewRingBytes;
+inline constexpr size_t kMaxRingBytes = 32 * 1024 * 1024;
 /// A row is summed in up to so many parts, by different warps.
 inline constexpr int kMaxRowParts = 4;
 
@@ -28,17 +27,9 @@ struct PartialRing {
   static PartialRing Of(RecvLayout layout, int num_ranks, int64_t num_tokens, int num_slots,
                         size_t row_bytes) {
     if (layout == RecvLayout::kRank || num_ranks == 1 || num_slots == 1) return {};
-    const auto fits = [&](int64_t places, size_t bytes) {
-      return (num_ranks - 1) * places * row_bytes <= bytes &&
-             num_ranks * kMaxRowParts * places <= kMaxPartialCells;
-    };
-    // A place is filled twice at most: nothing orders two own tokens that empty the same place.
-    for (const int64_t places : {num_tokens, (num_tokens + 1) / 2}) {
-      if (fits(places, places == num_tokens ? kFewRingBytes : kMaxRingBytes)) {
-        return {static_cast<int32_t>(places)};
-      }
-    }
-    return {};
+    const int64_t room = kMaxRingBytes / ((num_ranks - 1) * row_bytes);
+    const int64_t most = std::min<int64_t>(room, kMaxPartialCells / (num_ranks * kMaxRowParts));
+    return {static_cast<int32_t>(std::min(num_tokens, most))};
   }
   /// The rings of one rank.
   size_t Bytes(int num_ranks, size_t row_bytes) const {

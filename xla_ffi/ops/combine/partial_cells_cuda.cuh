@@ -25,7 +25,7 @@ class OwnCells {
     bool is_filled = false;
     if (Lane() == 0) {
       const auto look = [&] { return Is(LoadAcquire(filled.Of(holder)), list.token); };
-      is_filled = waits ? WaitUntil(self_, OpId::kCombine, filled, holder, epoch_, look) : look();
+      is_filled = waits ? WaitUntil(self_, OpId::kCombine, holder, look) : look();
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
       ProxyFence();
 #endif
@@ -34,14 +34,15 @@ class OwnCells {
     return __shfl_sync(~0u, is_filled, 0);
   }
 
-  // Until the owner has read what the part of a place held before. False when the group fails.
+  // Until the owner has read what the part of a place held before; of an own token, until this rank
+  // has said so, which keeps what it says of a place in order. False when the group fails.
   __device__ bool WaitUntilEmptied(const TermList& list) {
     if (list.token < ring_.num_tokens) return true;
     Tell();
     const SignalRow emptied = CellsOf(list, self_.own()->partials.emptied);
     bool is_empty = false;
     if (Lane() == 0) {
-      is_empty = WaitUntil(self_, OpId::kCombine, emptied, list.owner, epoch_, [&] {
+      is_empty = WaitUntil(self_, OpId::kCombine, list.owner, [&] {
         return Is(LoadAcquire(emptied.Of(list.owner)), list.token - ring_.num_tokens);
       });
     }
@@ -60,13 +61,18 @@ class OwnCells {
     };
     if (list.owner != self_.rank) {
       if (Lane() == 0) owe(self_.control[list.owner]->partials.filled);
-    } else if (Lane() < self_.num_ranks && Lane() != self_.rank) {
+    } else if (Lane() < self_.num_ranks) {
       owe(self_.control[Lane()]->partials.emptied);
+      owes_self_ = Lane() == self_.rank;
     }
   }
   __device__ void Tell() {
-    if (owed_ != nullptr) StoreRelease(owed_, {epoch_, owed_token_});
+    // This rank last: whoever of it has the place next tells the peers after this warp has.
+    if (owed_ != nullptr && !owes_self_) StoreRelease(owed_, {epoch_, owed_token_});
+    __syncwarp();
+    if (owed_ != nullptr && owes_self_) StoreRelease(owed_, {epoch_, owed_token_});
     owed_ = nullptr;
+    owes_self_ = false;
   }
 
  private:
@@ -86,6 +92,7 @@ class OwnCells {
   const uint32_t epoch_;
   Signal* owed_ = nullptr;
   uint32_t owed_token_ = 0;
+  bool owes_self_ = false;
 };
 
 }  // namespace jax_ep

@@ -74,7 +74,7 @@ class RowSums {
         term_ = 0;
       }
       if (HasRing()) {
-        has_failed_ = is_first_ && !is_own_ && !cells_.WaitUntilEmptied(list);
+        has_failed_ = is_first_ && !cells_.WaitUntilEmptied(list);
         if (has_failed_) break;
         is_first_ = false;
         cells_.Tell();

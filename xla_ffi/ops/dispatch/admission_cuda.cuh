@@ -191,13 +191,13 @@ class Admission {
     int32_t* rows = shared_.num_rows + dst * num_local();
     for (int e = threadIdx.x; e < num_local(); e += blockDim.x) rows[e] = 0;
     int32_t s = 0;
-    for (;; ++s) {
+    for (; s < shape_.num_slices() - 1; ++s) {
       __syncthreads();
       int64_t sum = 0;
       for (int e = threadIdx.x; e < num_local(); e += blockDim.x) {
         sum += RoundUp(rows[e] + CountOf(s, dst * num_local() + e), alignment());
       }
-      if (BlockSum(sum) > capacity()) break;  // as it does in the end: all of them did not fit
+      if (BlockSum(sum) > capacity()) break;
       for (int e = threadIdx.x; e < num_local(); e += blockDim.x) {
         rows[e] += CountOf(s, dst * num_local() + e);
       }

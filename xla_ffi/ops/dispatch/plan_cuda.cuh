@@ -21,8 +21,8 @@ namespace jax_ep {
 
 inline constexpr int kPlanWarps = 16;
 inline constexpr int kMaxTokensPerWarp = 64;
-inline constexpr int kFewSlices = 16;                   // one for each block of a usual SM budget
-inline constexpr size_t kPlanSharedBytes = 160 * 1024;  // on every device
+inline constexpr int kFewSlices = 16;                  // one for each block of a usual SM budget
+inline constexpr size_t kPlanSharedBytes = 96 * 1024;  // every device has them
 
 /// Where the parts of a block's shared memory begin, in words.
 struct PlanOffsets {

@@ -90,9 +90,9 @@ void Same(const Case& c, const char* what, int rank, const std::vector<T>& got,
 
 template <typename T>
 struct TestRow {
+  // In [-2, 2), of all magnitudes that matter to a sum, and quickly.
   static T Make(std::mt19937& rng) {
-    std::normal_distribution<float> normal;
-    return FromF32<T>(normal(rng));
+    return FromF32<T>(static_cast<float>(static_cast<int32_t>(rng())) * 0x1p-30f);
   }
 };
 
@@ -106,6 +106,8 @@ void TestRoundTrip(const Case& c, DType dtype, const Ranks& ranks, int num_sms, 
   const bool is_rank = c.layout == RecvLayout::kRank;
   const int slots = shape.num_send_slots();
   const size_t scale_bytes = 20;
+  const int num_biases = seed % 3;
+  const bool has_weights = !is_rank && seed % 5 != 0;
 
   std::vector<std::vector<int32_t>> ids;
   std::vector<std::vector<float>> weights;
@@ -217,10 +219,10 @@ void TestRoundTrip(const Case& c, DType dtype, const Ranks& ranks, int num_sms, 
                                    .hidden = hidden,
                                    .send_rank = is_rank ? nullptr : b.send_rank.get(),
                                    .send_row = b.send_row.get(),
-                                   .weights = is_rank ? nullptr : b.recv_weights.get(),
+                                   .weights = has_weights ? b.recv_weights.get() : nullptr,
                                    .rows = b.y.get(),
-                                   .num_biases = 1,
-                                   .biases = {b.x.get()},
+                                   .num_biases = num_biases,
+                                   .biases = {b.x.get(), b.x.get()},
                                    .out = b.back.get()},
                           .workspace = b.partials.get()};
     Cuda(LaunchCombine(combine, ranks.traits(), num_sms, ranks.stream(r)));
@@ -302,10 +304,12 @@ void TestRoundTrip(const Case& c, DType dtype, const Ranks& ranks, int num_sms, 
       for (size_t i = 0; i < places.size(); ++i) {
         const auto& [rank, row] = places[i];
         terms.push_back({reinterpret_cast<const std::byte*>(&y[rank][row * hidden]),
-                         is_rank ? 1.0f : recv_weights[rank][row],
+                         has_weights ? recv_weights[rank][row] : 1.0f,
                          !is_rank && i > 0 && places[i - 1].first == rank});
       }
-      terms.push_back({reinterpret_cast<const std::byte*>(&x[src][t * hidden]), 1.0f, false});
+      for (int i = 0; i < num_biases; ++i) {
+        terms.push_back({reinterpret_cast<const std::byte*>(&x[src][t * hidden]), 1.0f, false});
+      }
       std::vector<T> sum(hidden);
       SumRows(dtype, terms, hidden, reinterpret_cast<std::byte*>(sum.data()));
       CHECK(std::memcmp(&back[t * hidden], sum.data(), c.row_bytes) == 0, c.Name(), src, t);
@@ -369,7 +373,8 @@ void TestMatrix(int num_devices, bool is_small) {
   };
   for (const int num_ranks : some(all_num_ranks, 1, 2)) {
     const Ranks ranks(num_ranks, num_devices, std::chrono::seconds(20));
-    const int num_sms = num_ranks > 4 ? 6 : 8;
+    const int most_sms = num_ranks > 4 ? 6 : 8;
+    const auto num_sms = [&] { return 1 + seed * 7 % most_sms; };
     for (const RecvLayout layout : {RecvLayout::kRank, RecvLayout::kExpert}) {
       for (const int64_t num_tokens : some(all_num_tokens, 1, 2)) {
         for (const int num_topk : some(all_num_topk, 1, 1)) {
@@ -390,15 +395,15 @@ void TestMatrix(int num_devices, bool is_small) {
           for (const double share : {1.0, 0.1}) {
             c.capacity = std::max<int64_t>(1, static_cast<int64_t>(most * share));
             c.row_bytes = std::vector<size_t>{16, 528, 2048, 64}[seed % 4];
-            TestRoundTrip<BF16>(c, DType::kBF16, ranks, num_sms, seed++);
+            TestRoundTrip<BF16>(c, DType::kBF16, ranks, num_sms(), seed++);
           }
           c.capacity = most;
-          TestRoundTrip<float>(c, DType::kF32, ranks, num_sms, seed++);
-          TestRoundTrip<F16>(c, DType::kF16, ranks, num_sms, seed++);
+          TestRoundTrip<float>(c, DType::kF32, ranks, num_sms(), seed++);
+          TestRoundTrip<F16>(c, DType::kF16, ranks, num_sms(), seed++);
         }
       }
     }
-    // Rows of several pieces, many experts.
+    // Rows of several pieces, many experts, a ring whose places are filled many times.
     Case wide{.layout = RecvLayout::kExpert,
               .num_ranks = num_ranks,
               .num_tokens = 33,
@@ -406,14 +411,24 @@ void TestMatrix(int num_devices, bool is_small) {
               .num_local_experts = 8,
               .capacity = 33 * num_ranks * 4};
     wide.row_bytes = 40000;
-    TestRoundTrip<BF16>(wide, DType::kBF16, ranks, num_sms, seed++);
+    TestRoundTrip<BF16>(wide, DType::kBF16, ranks, num_sms(), seed++);
     Case many{.layout = RecvLayout::kExpert,
               .num_ranks = num_ranks,
               .num_tokens = 600,
               .num_topk = 8,
               .num_local_experts = 4096 / num_ranks,
               .capacity = 2000};
-    TestRoundTrip<BF16>(many, DType::kBF16, ranks, num_sms, seed++);
+    TestRoundTrip<BF16>(many, DType::kBF16, ranks, num_sms(), seed++);
+    Case deep{.layout = RecvLayout::kExpert,
+              .num_ranks = num_ranks,
+              .num_tokens = 300,
+              .num_topk = 4,
+              .num_local_experts = 4,
+              .capacity = 1200};
+    deep.row_bytes = 64 * 1024;
+    deep.share_masked = 0.3;
+    const bool is_deep = num_ranks > 3 && !is_small;
+    if (is_deep) TestRoundTrip<BF16>(deep, DType::kBF16, ranks, num_sms(), seed++);
     std::printf("R=%d: %d cases\n", num_ranks, seed);
     std::fflush(stdout);
   }
