@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from jax_ep.bench import floor, timing
-from jax_ep.bench.contenders import contenders, ours
+from jax_ep.bench.contenders import contenders, ours, ragged_all_to_all
 from jax_ep.bench.record import Record
 from jax_ep.bench.shapes import Shape, make_inputs, make_point
 from jax_ep.testing.compare import assert_same_bits
@@ -97,8 +97,25 @@ def test_refuses_unknown_operations():
     assert "got 'tango'" in done.stderr
 
 
-@pytest.mark.parametrize("layout", ["expert", "rank"])
-def test_stock_contender_computes_the_same(groups, layout):
+def _ragged_all_to_all(rows, out, first_in, send, first_out, recv, *, axis_name):
+    """lax.ragged_all_to_all, which XLA does not have for CPUs."""
+    me = jax.lax.axis_index(axis_name)
+    rows, first_in, send, first_out = (
+        jax.lax.all_gather(a, axis_name) for a in (rows, first_in, send, first_out)
+    )
+    i = jnp.arange(out.shape[0])
+    for src in range(rows.shape[0]):
+        nth = i - first_out[src, me]
+        is_sent = (nth >= 0) & (nth < send[src, me])
+        sent = rows[src, jnp.clip(first_in[src, me] + nth, 0, rows.shape[1] - 1)]
+        out = jnp.where(is_sent[:, None], sent, out)
+    return out
+
+
+@pytest.mark.parametrize("contender", ["all_to_all", "ragged_all_to_all", "all_gather"])
+def test_stock_contender_computes_the_same(groups, contender, monkeypatch):
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", _ragged_all_to_all)
+    layout = "rank" if contender == "all_gather" else "expert"
     group, point = groups(4), _point(layout, balance=None)
     inputs = make_inputs(point, group.mesh)
 
@@ -110,7 +127,11 @@ def test_stock_contender_computes_the_same(groups, layout):
         return on_ranks(both, group.mesh, check_vma=False)(*inputs)
 
     us, stock = contenders(point, group, [("cpu", None)])
+    if contender.startswith("ragged"):
+        stock = ragged_all_to_all(point, group.axes)
+    assert stock.name == contender
     (out, y), (other, other_y) = run(us), run(stock)
+    other = other.exchanged if contender.startswith("ragged") else other
     assert not np.any(out.num_dropped)
     if layout == "expert":
         assert_same_bits(other.group_sizes, out.group_sizes, what="group_sizes")

@@ -210,3 +210,30 @@ def test_another_device_order_is_an_error(group):
     backwards = Mesh(np.array(jax.devices("gpu")[::-1]), ("ep",))
     with pytest.raises(jax_ep.GroupError, match=r"jax\.shard_map runs over the mesh"):
         on_ranks(partial(_echo, group), backwards)(x, ids)
+
+
+def test_beside_gives_the_same(group):
+    """Value and gradient of a computation beside a dispatch and a combine."""
+    rng = np.random.default_rng(0)
+    ranks, hidden = group.num_ranks, 256
+    x = rng.standard_normal((ranks, 512, hidden), np.float32)
+    w = rng.standard_normal((ranks, hidden, hidden), np.float32)
+    ids = rng.integers(0, 8 * ranks, (ranks, 512, 4)).astype(np.int32)
+
+    def loss(x, w, ids, is_beside):
+        def shared(a, w):
+            return jnp.tanh(a @ w)
+
+        out = jax_ep.dispatch(x, ids, group=group, num_experts=8 * ranks)
+        aside = (jax_ep.beside(shared) if is_beside else shared)(x, w)
+        return jnp.sum(jax_ep.combine(out.x, out.handle) * aside)
+
+    def run(is_beside):
+        def both(x, w, ids):
+            values = jax.value_and_grad(partial(loss, is_beside=is_beside), (0, 1))(x, w, ids)
+            return jax.tree.map(jnp.atleast_1d, values)
+
+        return on_ranks(both, group.mesh)(x, w, ids)
+
+    for got, expected in zip(jax.tree.leaves(run(True)), jax.tree.leaves(run(False)), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)  # fused in other ways

@@ -46,8 +46,14 @@ def contenders(
     point: Point, group: jax_ep.Group, entries: Sequence[tuple[str, int | None]]
 ) -> list[Contender]:
     """All contenders of a point, ours first: one for each back end and SM budget."""
-    stock = all_to_all if point.layout == "expert" else all_gather
-    return [*(ours(point, group, *entry) for entry in entries), stock(point, group.axes)]
+    stock = [all_gather] if point.layout == "rank" else [all_to_all]
+    # XLA has it for GPUs only.
+    if point.layout == "expert" and group.mesh.devices.flat[0].platform == "gpu":
+        stock.append(ragged_all_to_all)
+    return [
+        *(ours(point, group, *entry) for entry in entries),
+        *(make(point, group.axes) for make in stock),
+    ]
 
 
 def ours(point: Point, group: jax_ep.Group, backend: str, sms: int | None) -> Contender:
@@ -102,17 +108,12 @@ def all_to_all(point: Point, axes: tuple[str, ...]) -> Contender:
         received = jax.tree.map(exchange, x)
         expert = _swap(expert, point.num_ranks, axes)
         by_expert = jnp.argsort(expert, stable=True).astype(jnp.int32)
-        numbers = jnp.arange(by_expert.size, dtype=jnp.int32)
-        place = jnp.zeros_like(by_expert).at[by_expert].set(numbers, unique_indices=True)
         sizes = jnp.bincount(expert, length=point.experts_per_rank).astype(jnp.int32)
         rows = jax.tree.map(lambda r: r[by_expert], received)
-        return Exchanged(rows, sizes, place, slot, weights)
+        return Exchanged(rows, sizes, _inverse(by_expert), slot, weights)
 
     def combine(out: Exchanged) -> jax.Array:
-        back = _swap(out.rows[out.place], point.num_ranks, axes)
-        chosen = back[jnp.maximum(out.slot, 0)].astype(jnp.float32)
-        weights = jnp.where(out.slot >= 0, out.weights, 0.0)
-        return jnp.sum(chosen * weights[:, :, None], axis=1).astype(out.rows.dtype)
+        return _weighted_sum(_swap(out.rows[out.place], point.num_ranks, axes), out)
 
     algorithm = "sort, all_to_all, sort"
     capacity = slots * point.num_ranks
@@ -140,10 +141,21 @@ def _pack(point: Point, ids: jax.Array, slots: int) -> tuple[jax.Array, jax.Arra
     chosen = order[jnp.minimum(first[:, None] + nth, choice.size - 1)]
     local = choice[chosen] % point.experts_per_rank
     expert = jnp.where(nth < count[:, None], local, point.experts_per_rank)
-    numbers = jnp.arange(choice.size, dtype=jnp.int32)
-    nth_of = jnp.zeros_like(order).at[order].set(numbers, unique_indices=True) - first[to]
+    nth_of = _inverse(order) - first[to]
     slot = jnp.where(nth_of < slots, to * slots + nth_of, -1)
     return chosen.reshape(-1), expert.reshape(-1), slot.reshape(ids.shape)
+
+
+def _inverse(order: jax.Array) -> jax.Array:
+    numbers = jnp.arange(order.size, dtype=jnp.int32)
+    return jnp.zeros_like(order).at[order].set(numbers, unique_indices=True)
+
+
+def _weighted_sum(back: jax.Array, out: Exchanged) -> jax.Array:
+    """Of the rows that came back to a token, in f32."""
+    chosen = back[jnp.maximum(out.slot, 0)].astype(jnp.float32)
+    weights = jnp.where(out.slot >= 0, out.weights, 0.0)
+    return jnp.sum(chosen * weights[:, :, None], axis=1).astype(back.dtype)
 
 
 def _swap(x: jax.Array, num_ranks: int, axes: tuple[str, ...]) -> jax.Array:
@@ -151,6 +163,76 @@ def _swap(x: jax.Array, num_ranks: int, axes: tuple[str, ...]) -> jax.Array:
     swapped = jax.lax.all_to_all(parts, axes, split_axis=0, concat_axis=0)
     back: jax.Array = swapped.reshape(x.shape)
     return back
+
+
+class Ragged(NamedTuple):
+    """What the ragged exchange returns."""
+
+    exchanged: Exchanged
+    sent: jax.Array  # [R, R] rows from each rank to each
+
+
+def ragged_all_to_all(point: Point, axes: tuple[str, ...]) -> Contender:
+    """The exchange without padding: as many rows as there are, with lax.ragged_all_to_all.
+
+    Counts are gathered first; rows are sorted by expert before they are sent and again where they
+    arrive. Rows beyond the room are undefined, so the routing must be balanced.
+    """
+    num_ranks, num_local = point.num_ranks, point.experts_per_rank
+
+    def exchange(rows: jax.Array, room: int, sent: jax.Array) -> jax.Array:
+        """Each rank's rows, in the order of destinations, to [room, ...] in the order of ranks."""
+        me = jax.lax.axis_index(axes)
+        first_in = jnp.cumsum(sent, axis=1) - sent  # of each destination in what a rank sends
+        first_out = jnp.cumsum(sent, axis=0) - sent  # of each rank in what a destination gets
+        out: jax.Array = jax.lax.ragged_all_to_all(
+            rows,
+            jnp.zeros((room, *rows.shape[1:]), rows.dtype),
+            first_in[me],
+            sent[me],
+            first_out[me],
+            sent[:, me],
+            axis_name=axes,
+        )
+        return out
+
+    def dispatch(x: Any, ids: jax.Array, weights: jax.Array) -> Ragged:
+        choice = ids.reshape(-1)
+        order = jnp.argsort(choice, stable=True).astype(jnp.int32)
+        own = jnp.bincount(choice, length=point.num_experts).astype(jnp.int32)
+        counts = jax.lax.all_gather(own, axes).reshape(num_ranks, num_ranks, num_local)
+        sent = jnp.sum(counts, axis=2)
+        here = counts[:, jax.lax.axis_index(axes)]
+        received = jax.tree.map(
+            lambda rows: exchange(rows[order // point.num_topk], point.capacity, sent), x
+        )
+        unused = point.capacity - jnp.sum(here)
+        expert = jnp.repeat(
+            jnp.append(jnp.tile(jnp.arange(num_local), num_ranks), num_local),
+            jnp.append(here.reshape(-1), unused),
+            total_repeat_length=point.capacity,
+        )
+        by_expert = jnp.argsort(expert, stable=True).astype(jnp.int32)
+        rows = jax.tree.map(lambda r: r[by_expert], received)
+        slot = _inverse(order).reshape(ids.shape)
+        sizes = jnp.sum(here, axis=0)
+        return Ragged(Exchanged(rows, sizes, _inverse(by_expert), slot, weights), sent)
+
+    def combine(out: Ragged) -> jax.Array:
+        rows = out.exchanged.rows[out.exchanged.place]
+        back = exchange(rows, point.num_tokens * point.num_topk, out.sent.T)
+        return _weighted_sum(back, out.exchanged)
+
+    return Contender(
+        "ragged_all_to_all",
+        "xla",
+        "sort, ragged_all_to_all, sort",
+        "zeros",
+        point.capacity,
+        None,
+        dispatch,
+        combine,
+    )
 
 
 class Gathered(NamedTuple):

@@ -13,7 +13,7 @@ import jax
 
 import jax_ep
 from jax_ep.bench import floor, report, timing
-from jax_ep.bench.contenders import contenders, ours
+from jax_ep.bench.contenders import Contender, contenders, ours
 from jax_ep.bench.record import Measured, Place, Record, make_record
 from jax_ep.bench.shapes import BENCH_DTYPES, FP8, SHAPES, Point, make_inputs, make_point
 from jax_ep.config import BACKENDS, Fill
@@ -70,9 +70,10 @@ def main(args: argparse.Namespace) -> None:
     rows = []
     with jax_ep.Group.open(mesh, "ep", name="bench", timeout=_TIMEOUT_S) as group:
         session = Session(group, place, copy_rate, args)
-        total = len(points) * len(args.ops) * args.repeats * (len(session.entries) + 1)
+        pairs = list(itertools.product(points, args.ops))
+        total = sum(len(session.entrants(op, point)) for point, op in pairs) * args.repeats
         with report.Progress(total) as progress:
-            for point, op in itertools.product(points, args.ops):
+            for point, op in pairs:
                 rows += session.measure(op, point, progress)
         group.check()
     print(report.format_table(rows))
@@ -121,14 +122,17 @@ class Session:
         self._group, self._place, self._copy_rate = group, place, copy_rate
         self._repeats: int = args.repeats
 
+    def entrants(self, op: str, point: Point) -> list[Contender]:
+        """Who can do the operation."""
+        everyone = contenders(point, self._group, self.entries)
+        return [e for e in everyone if op != "cached_dispatch" or e.again is not None]
+
     def measure(self, op: str, point: Point, progress: report.Progress) -> list[report.Row]:
         """All contenders of one operation at one point, interleaved, under one run id."""
         progress.label(f"{op} {point.shape} {point.num_tokens} {point.layout}")
         mesh = self._group.mesh
         inputs = make_inputs(point, mesh)
-        entrants = contenders(point, self._group, self.entries)
-        if op == "cached_dispatch":
-            entrants = [e for e in entrants if e.again is not None]
+        entrants = self.entrants(op, point)
         programs = [timing.make_program(op, entrant) for entrant in entrants]
         chains = [timing.Chain(program, mesh, inputs) for program in programs]
         extra = [chain.extra_memory() for chain in chains]
