@@ -1,12 +1,13 @@
 """A dispatch and a matmul that do not need each other: in turn, and beside each other.
 
-    python benchmarks/overlap.py --sms 16 20 24 --out benchmarks/results
+    python benchmarks/overlap.py --width 4096 16384 --sms 16 20 24 --out benchmarks/results
 
 What cannot be beaten is the longer of the two. Command buffers are off: inside one, XLA runs
 everything in turn.
 """
 
 import argparse
+import itertools
 import json
 import os
 import shlex
@@ -24,13 +25,14 @@ os.environ.setdefault("XLA_FLAGS", "--xla_gpu_enable_command_buffer=")
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import jax_ep
 from jax_ep.bench.record import Place
 from jax_ep.bench.shapes import SHAPES, make_inputs, make_point
 from jax_ep.testing.ranks import make_mesh, on_ranks, place
 
-STEPS = 8  # of one program
+STEPS = 16  # of one program
 RUNS = 9
 
 
@@ -44,7 +46,8 @@ def chain(make: Callable[..., list[jax.Array]], *own: Any) -> jax.Array:
     x, ids, a, w = own
     zero = jnp.int32(0)
     for _ in range(STEPS):
-        made = make(x, ids + zero, a.at[0, 0].add(zero.astype(a.dtype)), w)
+        a = a.at[0, 0].add(zero.astype(a.dtype))  # in place, but for the first
+        made = make(x, ids + zero, a, w)
         zero = sum((jnp.isnan(m[0, 0]).astype(jnp.int32) for m in made), jnp.int32(0))
     return zero[None]
 
@@ -67,7 +70,7 @@ def main() -> None:
     """Measures, prints, writes the records."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="deepseek-v3")
-    parser.add_argument("--width", type=int, default=2048, help="columns of the matmul")
+    parser.add_argument("--width", nargs="+", type=int, default=[4096, 16384], help="of the matmul")
     parser.add_argument("--sms", nargs="+", type=int, default=[16, 20, 24])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--commit", help="what to record in place of what git says here")
@@ -85,11 +88,11 @@ def main() -> None:
         fill="none",
     )
     x, ids, _ = make_inputs(point, mesh)
-    w = place((jnp.full((num_ranks, point.hidden, args.width), 1e-3, jnp.bfloat16),), mesh)[0]
-    operands = (x, ids, jnp.copy(x), w)
     records = []
     with jax_ep.Group.open(mesh, "ep", name="overlap", timeout=60.0) as group:
-        for sms in args.sms:
+        for width, sms in itertools.product(args.width, args.sms):
+            w = np.full((num_ranks, point.hidden, width), 1e-3, jnp.bfloat16)
+            operands = (x, ids, jnp.copy(x), *place((w,), mesh))
 
             def send(x: Any, ids: Any, sms: int = sms) -> jax.Array:
                 return jax_ep.dispatch(
@@ -105,12 +108,12 @@ def main() -> None:
             us = {name: microseconds(make, mesh, operands) for name, make in ways.items()}
             longer = max(us["dispatch"], us["matmul"])
             print(
-                f"{sms} SMs: "
+                f"width {width}, {sms} SMs: "
                 + ", ".join(f"{name} {t:.0f} us" for name, t in us.items())
                 + f"; beside over the longer {us['beside'] / longer:.2f}",
                 flush=True,
             )
-            records.append({"op": "overlap", "sms": sms, "us": us, "width": args.width})
+            records.append({"op": "overlap", "sms": sms, "us": us, "width": width})
     shared = {
         "shape": args.shape,
         "num_ranks": num_ranks,

@@ -136,12 +136,7 @@ class Session:
         programs = [timing.make_program(op, entrant) for entrant in entrants]
         chains = [timing.Chain(program, mesh, inputs) for program in programs]
         extra = [chain.extra_memory() for chain in chains]
-        taken = timing.measure(
-            chains,
-            count=timing.choose_count(chains[0]),
-            repeats=self._repeats,
-            tick=progress.tick,
-        )
+        taken = timing.measure(chains, repeats=self._repeats, tick=progress.tick)
         recv_src = _route(point, self._group, self.entries[0][0], inputs)
         moved = floor.traffic(op, point, recv_src)
         run = uuid.uuid4().hex

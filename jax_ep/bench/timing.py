@@ -185,16 +185,18 @@ def choose_count(chain: Chain) -> int:
     return int(np.clip(_CHAIN_SECONDS / seconds, _MIN_COUNT, _MAX_COUNT))
 
 
-def measure(
-    chains: Sequence[Chain], *, count: int, repeats: int, tick: Callable[[], None]
-) -> list[Timing]:
+def measure(chains: Sequence[Chain], *, repeats: int, tick: Callable[[], None]) -> list[Timing]:
     """Times all chains of a point, interleaved repeat by repeat."""
-    for chain in chains:
+    counts = [choose_count(chain) for chain in chains]
+    for chain, count in zip(chains, counts, strict=True):
         chain.compile(count)
     taken: list[tuple[list[float], list[float]]] = [([], []) for _ in chains]
     for _ in range(repeats):
-        for chain, columns in zip(chains, taken, strict=True):
+        for chain, count, columns in zip(chains, counts, taken, strict=True):
             for is_empty, column in zip((False, True), columns, strict=True):
                 column.append(chain.seconds(count, is_empty=is_empty) * 1e6 / count)
             tick()
-    return [Timing(tuple(full), tuple(empty), count) for full, empty in taken]
+    return [
+        Timing(tuple(full), tuple(empty), count)
+        for (full, empty), count in zip(taken, counts, strict=True)
+    ]
