@@ -19,6 +19,7 @@ import sys
 import sysconfig
 import time
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,7 @@ import jax.numpy as jnp  # noqa: E402
 import matplotlib  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
+from jax.experimental.multihost_utils import process_allgather  # noqa: E402
 from jax.sharding import Mesh, NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 from tqdm import tqdm  # noqa: E402
@@ -333,7 +335,8 @@ def train(text: np.ndarray, config: Config, group: jax_ep.Group) -> tuple[dict, 
     print(f"compiled in {time.perf_counter() - started:.1f} s; {group}")
     losses = []
     started = time.perf_counter()
-    progress = tqdm(range(config.steps), unit="step", mininterval=1.0)
+    is_quiet = jax.process_index() > 0
+    progress = tqdm(range(config.steps), unit="step", mininterval=1.0, disable=is_quiet)
     for i in progress:
         state, metrics = step(state, next_batch())
         losses.append(float(metrics["bits"]))
@@ -363,7 +366,7 @@ def generate(params: dict, held_out: np.ndarray, config: Config, group: jax_ep.G
         out_specs=P(AXES),
     )
 
-    @jax.jit
+    @partial(jax.jit, out_shardings=NamedSharding(group.mesh, P()))
     def sample(params: dict, window: jax.Array, keys: jax.Array) -> jax.Array:
         def next_byte(window: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
             byte = jax.random.categorical(key, last_logits(params, window) / TEMPERATURE)
@@ -406,7 +409,8 @@ def compare(text: np.ndarray, config: Config, mesh: Mesh) -> int:
     for backend in (config.backend, config.compare):
         with jax_ep.Group.open(mesh, "expert", backend=backend) as group:
             params, losses = train(text, config, group)
-            results.append((group.backend, losses, jax.tree.leaves(jax.device_get(params))))
+            whole = process_allgather(params, tiled=True)
+            results.append((group.backend, losses, jax.tree.leaves(whole)))
     (name, losses, params), (other_name, other_losses, other_params) = results
     loss = max(abs(a - b) for a, b in zip(losses, other_losses, strict=True))
     param = max(np.max(np.abs(a - b)) for a, b in zip(params, other_params, strict=True))
@@ -428,6 +432,8 @@ def main(config: Config) -> int:
         params, losses = train(text, config, group)
         held_out_loss = evaluate(params, held_out, config, group)
         samples = generate(params, held_out, config, group)
+    if jax.process_index() > 0:
+        return 0
     path = Path(config.out) / "train_moe.png"
     plot(losses, held_out_loss, unigram, bigram, path)
     for sample in samples[:2]:

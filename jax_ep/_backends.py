@@ -45,12 +45,21 @@ def get(backend: str) -> Backend:
     return _STOCK_COLLECTIVES if backend == "xla" else _CUSTOM_CALLS
 
 
-def resolve(mesh: jax.sharding.Mesh, requested: str) -> tuple[str, dict[str, Usability]]:
-    """The back end of a group over `mesh`, and of each one what it can do here, and why."""
+def resolve(
+    mesh: jax.sharding.Mesh, requested: str, why_not_linked: str | None
+) -> tuple[str, dict[str, Usability]]:
+    """The back end of a group over `mesh`, and of each one what it can do here, and why.
+
+    `why_not_linked`: why the processes of the mesh cannot reach one another, if they cannot.
+    """
     if requested not in ("auto", *config.BACKENDS):
         names = ", ".join(repr(b) for b in ("auto", *config.BACKENDS))
         raise ConfigError(f"Group.open: backend must be one of {names}, got {requested!r}")
-    found = {"cpu": _cpu(mesh), "cuda": _cuda(mesh), "xla": Usability(_OPS, "usable")}
+    found = {
+        "cpu": _cpu(mesh, why_not_linked),
+        "cuda": _cuda(mesh, why_not_linked),
+        "xla": Usability(_OPS, "usable"),
+    }
     complete = [b for b in config.BACKENDS if is_complete(found[b])]
     if requested == "auto":
         return complete[0], found
@@ -70,11 +79,11 @@ def _platforms(mesh: jax.sharding.Mesh) -> set[str]:
     return {d.platform for d in mesh.devices.flat}
 
 
-def _cpu(mesh: jax.sharding.Mesh) -> Usability:
+def _cpu(mesh: jax.sharding.Mesh, why_not_linked: str | None) -> Usability:
     if _platforms(mesh) != {"cpu"}:
         return Usability(_NO_OPS, "the mesh's devices are not CPU devices")
-    if any(d.process_index != jax.process_index() for d in mesh.devices.flat):
-        return Usability(_NO_OPS, "the mesh spans processes, the host twins exchange inside one")
+    if why_not_linked is not None:
+        return Usability(_NO_OPS, why_not_linked)
     try:
         _native.load("cpu")
     except GroupError as e:
@@ -82,20 +91,19 @@ def _cpu(mesh: jax.sharding.Mesh) -> Usability:
     return Usability(_OPS, "usable")
 
 
-def _cuda(mesh: jax.sharding.Mesh) -> Usability:
+def _cuda(mesh: jax.sharding.Mesh, why_not_linked: str | None) -> Usability:
     if _platforms(mesh) != {"gpu"}:
         return Usability(_NO_OPS, "the mesh's devices are not GPUs")
-    if any(d.process_index != jax.process_index() for d in mesh.devices.flat):
-        why_not: str | None = "the mesh spans processes, the kernels exchange inside one"
-    else:
-        why_not = config.why_no_kernel_exchange()
+    own = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+    spans_processes = len(own) < mesh.size
+    why_not = why_not_linked or config.why_no_kernel_exchange(spans_processes=spans_processes)
     try:
         native = _native.load("cuda")
     except GroupError as e:
         return Usability(_NO_OPS, str(e))
     if why_not is None:
         try:
-            native.check_devices([d.local_hardware_id for d in mesh.devices.flat])
+            native.check_devices([_native.cuda_device_of(d) for d in own])
         except RuntimeError as e:
             why_not = str(e)
     if why_not is None:

@@ -3,6 +3,7 @@
 Nothing else in the package imports jax._src, jax.extend or jax.interpreters.
 """
 
+import ctypes
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
@@ -17,6 +18,7 @@ T = TypeVar("T")
 
 __all__ = [
     "Primitive",
+    "abandon_distributed_runtime",
     "ad",
     "batching",
     "distributed_client",
@@ -68,6 +70,19 @@ def vary_alike(arrays: Sequence[jax.Array], axes: Sequence[str]) -> tuple[jax.Ar
 def distributed_client() -> Any:
     """The client of jax.distributed's key-value store; None where it was not initialised."""
     return distributed.global_state.client
+
+
+def abandon_distributed_runtime() -> None:
+    """Keeps JAX from waiting for all processes when this one exits, and so for those that are gone.
+
+    Neither the client nor the service is destroyed: that would wait, too.
+    """
+    state = distributed.global_state
+    for name in ("preemption_sync_manager", "client", "service"):
+        held = getattr(state, name)
+        if held is not None:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(held))
+            setattr(state, name, None)
 
 
 def on_second_stream(fn: Callable[P, T]) -> Callable[P, T]:

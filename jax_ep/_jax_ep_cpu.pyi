@@ -18,12 +18,27 @@ class Group:
     def error(self) -> dict[str, object] | None:
         """The first failure on a device, or None."""
 
+    def has_other_processes(self) -> bool:
+        """
+        Whether another process of the group is still there, as far as is known.
+        """
+
     def skip_rank(self, rank: int) -> None:
         """For tests: keeps the calls of a rank from its peers; -1 ends it."""
 
-def open_group(identity: str, seats: Sequence[tuple[int, int, int]], num_slices: int, num_ranks: int, timeout_ms: int) -> Group:
+def open_group(identity: str, seats: Sequence[tuple[int, int, int]], num_slices: int, num_ranks: int, timeout_ms: int, processes: Sequence[int] = [], own_process: int = 0, links: Sequence[tuple[int, int, int]] = []) -> Group:
     """
-    Opens a group. Seats are (device id, slice, rank) in the row-major order of the mesh.
+    Opens a group. Seats are (device id, slice, rank) in the row-major order of the mesh, and
+    processes whose they are. Links are (process, pid, descriptor of a stream socket), which
+    the group takes over.
+    """
+
+def allow_readers() -> None:
+    """Lets other processes of the user read the memory of this one."""
+
+def try_reading(pid: int, address: int, expected: int) -> str | None:
+    """
+    Why 8 bytes of another process cannot be read, or None if they are as expected.
     """
 
 def close_group(identity: str) -> None:

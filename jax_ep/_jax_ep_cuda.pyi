@@ -20,13 +20,29 @@ class Group:
     def error(self) -> dict[str, object] | None:
         """The first failure on a device, or None."""
 
+    def export_seat(self, position: int, address: int) -> tuple[list[int], int, int]:
+        """
+        What another process needs to reach a device of this one: numbers, and descriptors of
+        its signals and of the pool that an address of it lies in.
+        """
+
+    def import_seat(self, position: int, numbers: Sequence[int], control: int, pool: int) -> None:
+        """The same of a device elsewhere; takes the descriptors over."""
+
+    def complete(self) -> None:
+        """After all imports: the group may be used."""
+
     def skip_rank(self, rank: int) -> None:
         """For tests: keeps the calls of a rank from its peers; -1 ends it."""
 
-def open_group(identity: str, seats: Sequence[tuple[int, int, int]], num_slices: int, num_ranks: int, timeout_ms: int) -> Group:
+def open_group(identity: str, seats: Sequence[tuple[int, int, int]], num_slices: int, num_ranks: int, timeout_ms: int, is_here: Sequence[bool] = []) -> Group:
     """
     Opens a group. Seats are (CUDA device, slice, rank) in the row-major order of the mesh.
+    is_here says which of them are this process's; empty: all.
     """
+
+def device_of(address: int) -> int:
+    """The CUDA device that an address lies on."""
 
 def check_devices(devices: Sequence[int]) -> None:
     """

@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import jax
+import numpy as np
 
 from jax_ep import _registry
 from jax_ep.errors import GroupError
@@ -43,3 +44,10 @@ def register(backend: str) -> ModuleType:
 def targets(backend: str) -> list[str]:
     """Names of the operations that a back end's module holds."""
     return [name.removeprefix("jax_ep.") for name in load(backend).registrations()]
+
+
+def cuda_device_of(device: jax.Device) -> int:
+    """What CUDA calls a GPU of this process. JAX may count those it was given from 0."""
+    buffer = jax.device_put(np.zeros(1, np.float32), device)
+    found: int = load("cuda").device_of(buffer.unsafe_buffer_pointer())
+    return found

@@ -18,6 +18,7 @@ from jax_ep.errors import ConfigError
 
 DEFAULT_TIMEOUT_S = 60.0
 MAX_TIMEOUT_S = 86400.0
+JAX_HEARTBEAT_TIMEOUT_S = 100.0  # of jax.distributed.initialize, unless it is told otherwise
 BACKENDS = ("cpu", "cuda", "xla")
 ROW_BYTES_MULTIPLE = 16
 FP8_BLOCK = 128
@@ -68,8 +69,17 @@ def require_int(value: Any, *, minimum: int, op: str, argument: str) -> int:
     return number
 
 
-def why_no_kernel_exchange() -> str | None:
-    """What in XLA's environment variables keeps kernels of a group from meeting, or None."""
+def why_no_kernel_exchange(*, spans_processes: bool) -> str | None:
+    """What in XLA's environment variables keeps kernels of a group from meeting, or None.
+
+    Between processes one allocation of each device is mapped: the pool that XLA begins with.
+    """
+    grows = os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "true").lower() in ("false", "0")
+    if spans_processes and grows:
+        return "XLA_PYTHON_CLIENT_PREALLOCATE=false allocates memory that peers have not mapped"
+    for name in ("XLA_PYTHON_CLIENT_ALLOCATOR", "TF_GPU_ALLOCATOR"):
+        if spans_processes and os.environ.get(name) in ("platform", "vmm"):
+            return f"{name}={os.environ[name]} allocates memory that peers have not mapped"
     for name in ("XLA_PYTHON_CLIENT_ALLOCATOR", "TF_GPU_ALLOCATOR"):
         if os.environ.get(name) in ("cuda_async", "cuda_malloc_async"):
             return f"memory of {name}={os.environ[name]} is not mapped for peers"

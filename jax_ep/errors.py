@@ -3,6 +3,8 @@
 Messages name the operation, the argument, what was expected and what came.
 """
 
+from typing import Any
+
 
 class JaxEpError(Exception):
     """Base of all exceptions of this package."""
@@ -29,7 +31,9 @@ class RoutingError(JaxEpError, ValueError):
 
 
 class PeerTimeoutError(JaxEpError, RuntimeError):
-    """A peer did not arrive within the group's timeout. The group is unusable from then on.
+    """A peer did not arrive within the group's timeout, or its process has ended.
+
+    The group is unusable from then on.
 
     Attributes:
       op: the operation that waited.
@@ -37,11 +41,15 @@ class PeerTimeoutError(JaxEpError, RuntimeError):
       peer: the rank that did not come.
       expected: how many ranks the call needs.
       seen: how many had come when the time was up.
+      is_lost: whether the process of the peer has ended, as far as is known.
     """
 
-    def __init__(self, op: str, rank: int, peer: int, expected: int, seen: int):
+    def __init__(
+        self, op: str, rank: int, peer: int, expected: int, seen: int, *, is_lost: bool = False
+    ):
+        how = "whose process has ended" if is_lost else "until the timeout"
         super().__init__(
-            f"{op}: rank {rank} waited for rank {peer} until the timeout: "
+            f"{op}: rank {rank} waited for rank {peer}{',' if is_lost else ''} {how}: "
             f"expected {expected} ranks, got {seen}"
         )
         self.op = op
@@ -49,7 +57,38 @@ class PeerTimeoutError(JaxEpError, RuntimeError):
         self.peer = peer
         self.expected = expected
         self.seen = seen
+        self.is_lost = is_lost
 
 
 class LaunchError(JaxEpError, RuntimeError):
     """A program of several processes failed, or did not end in time."""
+
+
+def error_of(record: dict[str, Any]) -> JaxEpError:
+    """What a native group has written down of its first failure, as an exception.
+
+    The keys, besides `kind`, are the attributes of PeerTimeoutError.
+    """
+    record = dict(record)
+    kind = record.pop("kind")
+    op, rank, peer = record["op"], record["rank"], record["peer"]
+    if kind in ("peer_timeout", "peer_lost"):
+        return PeerTimeoutError(**record, is_lost=kind == "peer_lost")
+    if kind == "mesh_mismatch":
+        return GroupError(
+            f"{op}: the program ran over another mesh or device order than the group: the device "
+            f"of mesh position {record['seen']} is at {record['expected']} in the group's mesh "
+            "(-1: not in it)"
+        )
+    if kind == "call_mismatch":
+        return GroupError(
+            f"{op}: rank {rank} met rank {peer} at another call: the ranks of a group must make "
+            "the same calls in the same order"
+        )
+    if kind == "not_mapped":
+        return GroupError(
+            f"{op}: an operand of rank {peer} lies outside the memory that rank {rank} has mapped: "
+            "over several processes operands must lie in the pool that XLA allocates at first (a "
+            "constant of the program does not)"
+        )
+    return GroupError(f"{op}: rank {rank} arrived twice at one call: {record}")

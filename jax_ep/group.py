@@ -12,7 +12,7 @@ import jax
 from jax_ep import _backends, _bootstrap, _jax_compat, _native, _registry, _self_test, config
 from jax_ep._backends import Usability
 from jax_ep._spec import GroupSpec
-from jax_ep.errors import ConfigError, GroupError, PeerTimeoutError, RoutingError
+from jax_ep.errors import ConfigError, GroupError, PeerTimeoutError, RoutingError, error_of
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,11 @@ class Group:
     debug: bool
     spec: GroupSpec
     backends: dict[str, Usability]
+    _meeting: _bootstrap.Meeting | None = None
     _native: Any = None
     _native_backend: str = ""
     _is_open: bool = True
+    _leaves_alone: bool = False
     _bad_routings: Counter[str] = field(default_factory=Counter)
 
     @classmethod
@@ -93,7 +95,8 @@ class Group:
           backend: "auto", "cpu" (host twins), "cuda" (kernels) or "xla" (stock collectives). What
             "auto" chose, and why, is in `info()`.
           timeout: seconds that a call of the custom calls waits for a rank before the group fails.
-            The `xla` back end waits as XLA's collectives do.
+            The `xla` back end waits as XLA's collectives do. Over several processes it should be
+            below JAX's heartbeat timeout.
           num_sms: SMs that a call of the `cuda` back end uses unless it says otherwise; default:
             DEFAULT_NUM_SMS of config.py. Fewer leave more to compute that runs beside it.
           ranks_per_node: ranks of one node, consecutive; default: all.
@@ -143,7 +146,19 @@ class Group:
                 f"Group.open: a group named {name!r} over the same axes and devices is open; "
                 "pass another name="
             )
-        chosen, usability = _backends.resolve(mesh, backend)
+        debug = config.debug_from_environment() if debug is None else debug
+        settings = {
+            "backend": backend,
+            "num_sms": num_sms,
+            "ranks_per_node": ranks_per_node,
+            "timeout": timeout,
+            "debug": debug,
+        }
+        meeting = _bootstrap.meet(mesh, spec.identity, settings)
+        why_not_linked = None if meeting is None else meeting.why_not_linked
+        chosen, usability = _backends.resolve(mesh, backend, why_not_linked)
+        if meeting is not None:
+            meeting.agree("chosen", {"the back end that is usable": chosen})
         group = cls(
             mesh=mesh,
             axes=axes,
@@ -153,11 +168,11 @@ class Group:
             num_sms=num_sms,
             backend=chosen,
             timeout=timeout,
-            debug=config.debug_from_environment() if debug is None else debug,
+            debug=debug,
             spec=spec,
             backends=usability,
+            _meeting=meeting,
         )
-        group._agree()
         group._start()
         return group
 
@@ -165,20 +180,6 @@ class Group:
     def identity(self) -> str:
         """Name and fingerprint: what compiled code and handles carry, equal in every process."""
         return self.spec.identity
-
-    def _agree(self) -> None:
-        """Between the processes of the mesh: the collective calls that follow rely on it."""
-        processes = sorted({d.process_index for d in self.mesh.devices.flat})
-        if len(processes) == 1:
-            return
-        settings = {
-            "backend": self.backend,
-            "num_sms": self.num_sms,
-            "ranks_per_node": self.ranks_per_node,
-            "timeout": self.timeout,
-            "debug": self.debug,
-        }
-        _bootstrap.agree(self.identity, settings, processes, timeout=self.timeout)
 
     def _start(self) -> None:
         if self.backends["cuda"].ops:
@@ -195,7 +196,10 @@ class Group:
                     num_slices=self.mesh.size // self.num_ranks,
                     num_ranks=self.num_ranks,
                     timeout_ms=math.ceil(self.timeout * 1000),
+                    **self._processes(),
                 )
+                if backend == "cuda" and self._meeting is not None:
+                    _bootstrap.share_devices(self._meeting, self._native, self.mesh)
             except RuntimeError as e:
                 raise GroupError(f"Group.open: back end {backend!r}: {e}") from e
         _registry.open_groups[self.identity] = self
@@ -205,11 +209,26 @@ class Group:
             self.close()
             raise
 
+    def _processes(self) -> dict[str, Any]:
+        """What the native group must know of them; on CPUs it takes the sockets over."""
+        if self._meeting is None:
+            return {}
+        processes = [d.process_index for d in self.mesh.devices.flat]
+        own = jax.process_index()
+        if self._native_backend == "cuda":
+            return {"is_here": [process == own for process in processes]}
+        links = [(link.process, link.pid, link.socket.detach()) for link in self._meeting.links]
+        return {"processes": processes, "own_process": own, "links": links}
+
     def _seats(self) -> list[tuple[int, int, int]]:
         """As GroupSpec.seats, with the device numbers that the FFI reports."""
         if self._native_backend == "cpu":
             return self.spec.seats()
-        ordinals = {d.id: d.local_hardware_id for d in self.mesh.devices.flat}
+        own = jax.process_index()
+        ordinals = {
+            d.id: _native.cuda_device_of(d) if d.process_index == own else -1
+            for d in self.mesh.devices.flat
+        }
         return [(ordinals[device], slice_, rank) for device, slice_, rank in self.spec.seats()]
 
     def close(self) -> None:
@@ -220,6 +239,8 @@ class Group:
         del _registry.open_groups[self.identity]
         if self._native is not None:
             _native.load(self._native_backend).close_group(self.identity)
+        if self._meeting is not None and not self._leaves_alone:
+            self._meeting.close()
 
     def __enter__(self) -> Self:
         return self
@@ -280,23 +301,10 @@ class Group:
     def _raise_record(self) -> None:
         record = self._native.error() if self._native is not None else None
         if record is not None:
-            kind = record.pop("kind")
-            if kind == "peer_timeout":
-                raise PeerTimeoutError(**record)
-            if kind == "mesh_mismatch":
-                raise GroupError(
-                    f"{record['op']}: the program ran over another mesh or device order than the "
-                    f"group: the device of mesh position {record['seen']} is at "
-                    f"{record['expected']} in the group's mesh (-1: not in it)"
-                )
-            if kind == "call_mismatch":
-                raise GroupError(
-                    f"{record['op']}: rank {record['rank']} met rank {record['peer']} at another "
-                    "call: the ranks of a group must make the same calls in the same order"
-                )
-            raise GroupError(
-                f"{record['op']}: rank {record['rank']} arrived twice at one call: {record}"
-            )
+            error = error_of(record)
+            if isinstance(error, PeerTimeoutError):
+                self._leave_alone_at_exit()
+            raise error
         if self._bad_routings:
             message = "\n".join(
                 line if times == 1 else f"{line} ({times} times)"
@@ -304,6 +312,15 @@ class Group:
             )
             self._bad_routings.clear()
             raise RoutingError(message)
+
+    def _leave_alone_at_exit(self) -> None:
+        if self._meeting is None or self._leaves_alone:
+            return
+        self._leaves_alone = True
+        on_cpus = self._native_backend == "cpu"
+        _bootstrap.leave_alone_at_exit(
+            self._native.has_other_processes if on_cpus else self._meeting.has_others
+        )
 
     def require_traceable(self, op: str) -> None:
         """Raises unless `op` may be traced here with this group."""

@@ -1,6 +1,7 @@
 """The examples run, from their command lines, at a small size."""
 
 import importlib
+import re
 import subprocess
 import sys
 from functools import partial
@@ -48,6 +49,29 @@ def test_train_moe_refuses_impossible_sizes(tmp_path):
     done = _run(tmp_path, "--devices", "3")
     assert done.returncode == 1
     assert "must divide --devices 3" in done.stderr
+
+
+def _run_processes(*program):
+    command = [sys.executable, EXAMPLES / "multi_host.py", "--processes", "2", *program]
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+
+
+def test_multi_host():
+    done = _run_processes()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("8 ranks, backend='cpu'") == 2
+    assert done.stdout.count("every token came back") == 2
+
+
+def test_train_moe_in_two_processes():
+    """Experts are spread over both processes."""
+    program = [EXAMPLES / "train_moe.py", *SMALL, "--expert-parallel", "8"]
+    done = _run_processes(*program, "--compare", "xla", "--backend", "cpu")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("cpu against xla, 2 steps") == 2
+    # XLA's own sums over two processes have no defined order.
+    assert all(float(p) < 1e-6 for p in re.findall(r"parameters (\S+)\n", done.stdout))
+    assert done.stdout.count("losses 0 bits per byte") == 2
 
 
 def _run_fp8(*flags):

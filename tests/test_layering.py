@@ -104,8 +104,16 @@ NATIVE = Path(__file__).parent.parent / "xla_ffi"
 # What a folder's files may include, besides the standard library.
 MAY_INCLUDE = {
     "core": {"core"},
-    "runtime": {"core", "runtime"},
-    "device": {"core", "runtime", "device", "cuda_runtime.h", "cuda_runtime_api.h"},
+    "runtime": {"core", "runtime", "sys", "poll.h", "unistd.h"},
+    "device": {
+        "core",
+        "runtime",
+        "device",
+        "cuda.h",
+        "cuda_runtime.h",
+        "cuda_runtime_api.h",
+        "unistd.h",
+    },
 }
 
 

@@ -1,42 +1,102 @@
-"""Groups over two processes of two CPU devices each."""
+"""Groups over several processes of CPU devices on one host."""
+
+import re
+import signal
 
 import pytest
 
 from jax_ep.testing import launch
 
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-    "PJRT_NPROC": "16",
-}
-
 START = """
-import sys, time
+import gc, os, signal, sys, time
 from jax_ep.testing import launch
 launch.initialize()
 import jax, jax_ep
+import jax.numpy as jnp
+import numpy as np
 from jax_ep.testing import conformance
-from jax_ep.testing.ranks import make_mesh
-mesh = make_mesh(4)
+from jax_ep.testing.compare import assert_same_bits
+from jax_ep.testing.ranks import make_mesh, on_group
+mesh = make_mesh(len(jax.devices()))
 me = jax.process_index()
+R = mesh.devices.size
+
+def echo(group, x, ids):
+    out = jax_ep.dispatch(x, ids, group=group, num_experts=4 * R)
+    return jax_ep.combine(out.x, out.handle)
+
+def num_ranks_of(ids):
+    return (ids[..., None] // 4 == np.arange(R)).any(axis=-2).sum(axis=-1, keepdims=True)
+
+rng = np.random.default_rng(0)
+x = rng.integers(-8, 9, (R, 16, 64)).astype(np.float32)
+ids = rng.integers(0, 4 * R, (R, 16, 3)).astype(np.int32)
 """
 
 CONFORMANCE = """
 with jax_ep.Group.open(mesh, "ep", timeout=60.0) as group:
+    backend = sys.argv[1]
     info = group.info()
-    assert info.backend == "xla", info
-    assert "spans processes" in info.backends["cpu"], info
-    checks = [c for c in conformance.CHECKS if c.not_usable(group, "xla") is None]
-    for check in checks[::int(sys.argv[1])]:
+    assert info.backend == "cpu", info
+    assert info.backends["cpu"] == info.backends["xla"] == "usable", info
+    checks = [c for c in conformance.CHECKS if c.not_usable(group, backend) is None]
+    for check in checks[::int(sys.argv[2])]:
         print("checking", check, flush=True)
-        check(group, "xla")
+        check(group, backend)
+print("passed")
+"""
+
+INDEPENDENT = """
+with jax_ep.Group.open(mesh, "ep", timeout=60.0) as group:
+    @jax.jit
+    def layer(x, ids):
+        return echo(group, x, ids)
+
+    def fn(x, ids):
+        calls = [layer(x * (i + 1), (ids + i) % (4 * R)) for i in range(64)]
+        sums = [jax.lax.psum(x * (i + 1), "ep") for i in range(64)]
+        last = jax.lax.scan(lambda x, _: (layer(x, ids) * 0 + x + 1, None), x, length=30)[0]
+        return calls, sums, last
+
+    run = on_group(fn, group)
+    for _ in range(3):
+        calls, sums, last = run(x, ids)
+        for i, (y, s) in enumerate(zip(calls, sums)):
+            assert_same_bits(y, x * (i + 1) * num_ranks_of((ids + i) % (4 * R)).astype(np.float32))
+            assert_same_bits(s, np.tile(x.sum(axis=0) * (i + 1), (R, 1, 1)))
+        assert_same_bits(last, x + 30)
 print("passed")
 """
 
 REOPEN = """
-for _ in range(3):
-    with jax_ep.Group.open(mesh, "ep", timeout=60.0):
-        pass
+def held():
+    gc.collect()
+    fds = len(os.listdir("/proc/self/fd"))
+    threads = len(os.listdir("/proc/self/task"))
+    with open("/proc/self/statm") as f:
+        return fds, threads, int(f.read().split()[1]) * 4096
+
+def once(i):
+    with jax_ep.Group.open(mesh, "ep", timeout=60.0) as group:
+        y = on_group(lambda x, ids: echo(group, x, ids), group)(x, ids)
+        assert_same_bits(y, x * num_ranks_of(ids).astype(np.float32))
+        del y
+    del group
+    jax.clear_caches()
+
+for i in range(10):
+    once(i)
+time.sleep(1.0)
+before = held()
+for i in range(50):
+    once(i)
+time.sleep(8.0)  # idle threads leave
+after = held()
+print("held", before, after)
+assert after[0] <= before[0], "descriptors"
+assert after[1] <= before[1] + 2, "threads"
+assert after[2] <= before[2] + 64 * 2**20, "memory"
+assert not [name for name in os.listdir("/dev/shm") if "jax_ep" in name]
 print("passed")
 """
 
@@ -56,25 +116,110 @@ except jax_ep.GroupError as e:
 print("waited", time.monotonic() - start < 3.0)
 """
 
+UNREADABLE = """
+from jax_ep import _native
+native = _native.load("cpu")
+if me == 1:
+    native.try_reading = lambda pid, address, expected: "not today"
+with jax_ep.Group.open(mesh, "ep", timeout=60.0) as group:
+    info = group.info()
+    print(info.backend, info.backends["cpu"])
+    y = on_group(lambda x, ids: echo(group, x, ids), group)(x, ids)
+    assert_same_bits(y, x * num_ranks_of(ids).astype(np.float32))
+"""
 
-def _run(program, *argv, deadline=240.0):
+MISSING = """
+group = jax_ep.Group.open(mesh, "ep", timeout=5.0)
+run = on_group(lambda x, ids: echo(group, x, ids), group)
+run(x, ids)
+group.check()
+how = sys.argv[1]
+start = time.monotonic()
+try:
+    for i in range(10):
+        if i == 5 and me == 1 and how != "skip":
+            os.kill(os.getpid(), getattr(signal, how))
+        if i == 5 and how == "skip":
+            group._native.skip_rank(3)
+        start = time.monotonic()
+        y = run(x, ids)
+        group.check(y)
+except jax_ep.PeerTimeoutError as e:
+    print("waited", time.monotonic() - start)
+    print(e)
+    for shard in y.addressable_shards:
+        assert np.isnan(np.asarray(shard.data)).all()
+    sys.exit(7)
+"""
+
+SUBSETS = """
+from jax.sharding import Mesh
+devices = jax.devices()
+for first in range(0, len(devices), 4):
+    part = Mesh(np.array(devices[first : first + 4]), ("ep",))
+    mine = {d.process_index for d in part.devices.flat}
+    if me not in mine:
+        continue
+    R = part.devices.size
+    with (
+        jax_ep.Group.open(part, "ep", name="a", timeout=60.0) as a,
+        jax_ep.Group.open(part, "ep", name="b", timeout=60.0) as b,
+    ):
+        part_ids = ids[:R] % (4 * R)
+        y = on_group(lambda x, ids: echo(a, x, ids) + 10 * echo(b, x, ids), a)(x[:R], part_ids)
+        assert_same_bits(y, 11 * x[:R] * num_ranks_of(part_ids).astype(np.float32))
+        print("passed", sorted(mine))
+"""
+
+
+def _run(program, *argv, processes=2, devices=2, deadline=240.0, exit_codes=None):
     return launch.launch(
-        ["-c", START + program, *argv], num_processes=2, deadline=deadline, environment=ENVIRONMENT
+        ["-c", START + program, *argv],
+        num_processes=processes,
+        deadline=deadline,
+        environment={
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "PJRT_NPROC": "16",
+        },
+        exit_codes=exit_codes,
     )
 
 
+_ALL = {"marks": [pytest.mark.slow, pytest.mark.timeout(1500)]}
+
+
 @pytest.mark.parametrize(
-    "every",
-    [16, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.timeout(1500)])],
-    ids=["some", "all"],
+    ("processes", "devices", "backend", "every"),
+    [
+        (2, 4, "cpu", 6),
+        (4, 2, "cpu", 12),
+        (2, 2, "xla", 32),
+        pytest.param(2, 4, "cpu", 1, **_ALL),
+        pytest.param(4, 2, "cpu", 1, **_ALL),
+        pytest.param(2, 2, "xla", 1, **_ALL),
+    ],
 )
 @pytest.mark.timeout(300)
-def test_conformance(every):
-    for output in _run(CONFORMANCE, str(every), deadline=1400.0 if every == 1 else 280.0):
+def test_conformance(processes, devices, backend, every):
+    deadline = 1400.0 if every == 1 else 280.0
+    sizes = {"processes": processes, "devices": devices, "deadline": deadline}
+    for output in _run(CONFORMANCE, backend, str(every), **sizes):
         assert output.endswith("passed\n")
 
 
-def test_a_group_opens_again():
+def test_independent_calls_mixed_with_psums():
+    assert all(output.endswith("passed\n") for output in _run(INDEPENDENT, devices=4))
+
+
+def test_groups_over_a_part_of_the_processes():
+    outputs = _run(SUBSETS, processes=4)
+    assert [re.findall(r"passed .*", output) for output in outputs] == [
+        ["passed [0, 1]"], ["passed [0, 1]"], ["passed [2, 3]"], ["passed [2, 3]"],
+    ]  # fmt: skip
+
+
+def test_opening_again_and_again_leaves_nothing_behind():
     assert all(output.endswith("passed\n") for output in _run(REOPEN))
 
 
@@ -88,3 +233,28 @@ def test_a_process_that_does_not_come_is_named():
     for me, output in enumerate(_run(ABSENT)):
         assert f"process {1 - me} did not open the same group" in output
         assert "waited True" in output
+
+
+def test_memory_that_cannot_be_read_leaves_xla():
+    for output in _run(UNREADABLE):
+        assert (
+            "xla process 1: the memory of process 0 cannot be read: not today"
+            in output.splitlines()
+        )
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_a_killed_process_is_named_at_once(processes):
+    """And the others leave with codes of their own, though JAX would wait for it."""
+    codes = [7] * processes
+    codes[1] = -signal.SIGKILL
+    outputs = _run(MISSING, "SIGKILL", processes=processes, exit_codes=codes)
+    for output in outputs[:1] + outputs[2:]:
+        assert "waited for rank 2, whose process has ended" in output
+        assert float(re.search(r"waited ([\d.]+)\n", output)[1]) < 2.0
+
+
+def test_a_rank_that_does_not_come_is_named_in_every_process():
+    for output in _run(MISSING, "skip", exit_codes=[7, 7]):
+        assert "waited for rank 3 until the timeout: expected 4 ranks, got 3" in output
+        assert float(re.search(r"waited ([\d.]+)\n", output)[1]) < 6.0

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental.multihost_utils import process_allgather
 
 import jax_ep
 from jax_ep.bench import floor, report, timing
@@ -76,6 +77,8 @@ def main(args: argparse.Namespace) -> None:
             for point, op in pairs:
                 rows += session.measure(op, point, progress)
         group.check()
+    if jax.process_index() > 0:
+        return
     print(report.format_table(rows))
     _save([row.record for row in rows], args, place)
 
@@ -162,7 +165,8 @@ class Session:
 def _route(point: Point, group: jax_ep.Group, backend: str, inputs: Any) -> Any:
     """recv_src [R, C] of a dispatch at the point."""
     dispatch = ours(point, group, backend, None).dispatch
-    return on_ranks(lambda *own: dispatch(*own).handle.recv_src, group.mesh)(*inputs)
+    recv_src = on_ranks(lambda *own: dispatch(*own).handle.recv_src, group.mesh)(*inputs)
+    return process_allgather(recv_src, tiled=True)
 
 
 def _save(records: list[Record], args: argparse.Namespace, place: Place) -> None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 
 from jax_ep.bench import memory
 from jax_ep.bench.contenders import Contender
@@ -181,8 +182,14 @@ class Chain:
 def choose_count(chain: Chain) -> int:
     """A count with which a chain takes about a quarter of a second."""
     chain.compile(_MIN_COUNT)
-    seconds = chain.seconds(_MIN_COUNT, is_empty=False) / _MIN_COUNT
+    seconds = slowest(chain.seconds(_MIN_COUNT, is_empty=False) / _MIN_COUNT)
     return int(np.clip(_CHAIN_SECONDS / seconds, _MIN_COUNT, _MAX_COUNT))
+
+
+def slowest(values: Any) -> Any:
+    """Of the processes, number by number; the same in all of them."""
+    own = np.asarray(values)
+    return np.max(np.reshape(process_allgather(own), (-1, *own.shape)), axis=0)
 
 
 def measure(chains: Sequence[Chain], *, repeats: int, tick: Callable[[], None]) -> list[Timing]:
@@ -197,6 +204,6 @@ def measure(chains: Sequence[Chain], *, repeats: int, tick: Callable[[], None]) 
                 column.append(chain.seconds(count, is_empty=is_empty) * 1e6 / count)
             tick()
     return [
-        Timing(tuple(full), tuple(empty), count)
-        for (full, empty), count in zip(taken, counts, strict=True)
+        Timing(tuple(map(float, full)), tuple(map(float, empty)), count)
+        for (full, empty), count in zip(slowest(taken), counts, strict=True)
     ]

@@ -22,13 +22,19 @@ _DUMP_S = 5.0
 _TAIL_CHARS = 6000
 
 
-def initialize() -> None:
+def initialize(num_gpus: int | None = None) -> None:
     """Joins the program that `launch` started: jax.distributed.initialize with what it told.
+
+    Args:
+      num_gpus: of this machine; each process gets one of them, in turns. None: all see all.
 
     Raises: ConfigError outside such a program.
     """
     place = ProcessPlace.from_environment()
-    jax.distributed.initialize(place.coordinator, place.num_processes, place.process_id)
+    own = None if num_gpus is None else [place.process_id % num_gpus]
+    jax.distributed.initialize(
+        place.coordinator, place.num_processes, place.process_id, local_device_ids=own
+    )
 
 
 def launch(
@@ -37,6 +43,7 @@ def launch(
     num_processes: int,
     deadline: float,
     environment: Mapping[str, str] | None = None,
+    exit_codes: Sequence[int] | None = None,
 ) -> list[str]:
     """Runs one Python program in several processes that find each other by `initialize()`.
 
@@ -48,12 +55,13 @@ def launch(
       num_processes: how many.
       deadline: seconds for all of them together.
       environment: on top of this process's.
+      exit_codes: what each process is to end with, minus the signal's number if by one; None: 0.
 
     Returns:
       What each process wrote to stdout and stderr, in the order of their ids.
 
     Raises:
-      LaunchError: one ended with another code than 0, and the others were killed, or the deadline
+      LaunchError: one ended with another code, and the others were killed, or the deadline
         passed, and all were. It holds every exit code, the end of every output, and the Python
         tracebacks of the processes that were killed, their children's left out.
     """
@@ -66,7 +74,7 @@ def launch(
             process = _start(argv, {**(environment or {}), **place.to_environment()}, output)
             stack.callback(process.end)
             processes.append(process)
-        problem = _wait(processes, time.monotonic() + deadline, deadline)
+        problem = _wait(processes, exit_codes or [0] * num_processes, deadline)
         if problem is not None:
             _abort(processes)
             reports = [_report(i, process) for i, process in enumerate(processes)]
@@ -122,11 +130,16 @@ def _start(argv: Sequence[str], environment: Mapping[str, str], output: IO[bytes
     return _Process(popen, output)
 
 
-def _wait(processes: Sequence[_Process], end: float, deadline: float) -> str | None:
+def _wait(processes: Sequence[_Process], exit_codes: Sequence[int], deadline: float) -> str | None:
     """Until all have ended well, or for what is wrong."""
+    end = time.monotonic() + deadline
     while True:
         codes = [process.exit_code() for process in processes]
-        bad = [f"process {i} ended with code {c}" for i, c in enumerate(codes) if c]
+        bad = [
+            f"process {i} ended with code {code}"
+            for i, (code, expected) in enumerate(zip(codes, exit_codes, strict=True))
+            if code not in (None, expected)
+        ]
         if bad:
             return ", ".join(bad)
         if None not in codes:

@@ -35,12 +35,16 @@ inline const char* KindName(ErrorRecord::Kind kind) {
   switch (kind) {
     case ErrorRecord::Kind::kPeerTimeout:
       return "peer_timeout";
+    case ErrorRecord::Kind::kPeerLost:
+      return "peer_lost";
     case ErrorRecord::Kind::kMeshMismatch:
       return "mesh_mismatch";
     case ErrorRecord::Kind::kArrivedTwice:
       return "arrived_twice";
     case ErrorRecord::Kind::kCallMismatch:
       return "call_mismatch";
+    case ErrorRecord::Kind::kNotMapped:
+      return "not_mapped";
   }
   return "unknown";
 }

@@ -17,6 +17,7 @@
 #include "bindings/groups.h"
 #include "ops/cpu_handlers.h"
 #include "ops/host_op.h"
+#include "runtime/peer_memory.h"
 
 namespace jax_ep {
 
@@ -37,10 +38,35 @@ Dict Registrations() {
 
 Dict Types() { return TypeCapsules("jax_ep.OpSite.cpu", &HostSite::id, &site_info); }
 
-std::shared_ptr<Group> OpenGroup(std::string identity, const std::vector<SeatTuple>& seats,
-                                 int num_slices, int num_ranks, int64_t timeout_ms) {
-  return Opened(std::make_shared<Group>(std::move(identity), SeatsOf(seats), num_slices, num_ranks,
+using LinkTuple = std::tuple<int, int, int>;  // process, pid, descriptor
+
+std::shared_ptr<Group> OpenGroup(std::string identity, const std::vector<SeatTuple>& tuples,
+                                 int num_slices, int num_ranks, int64_t timeout_ms,
+                                 const std::vector<int>& processes, int own_process,
+                                 const std::vector<LinkTuple>& links) {
+  const std::vector<Seat> seats = SeatsOf(tuples);
+  Roster roster{.num_slices = num_slices, .num_ranks = num_ranks, .own_process = own_process};
+  if (!links.empty()) {
+    roster.process_of.resize(num_slices * num_ranks);
+    for (size_t i = 0; i < seats.size(); ++i) {
+      const Member& member = seats[i].member;
+      roster.process_of[member.slice * num_ranks + member.rank] = processes.at(i);
+    }
+    AllowReaders();
+  }
+  for (const auto& [process, pid, fd] : links) roster.links.push_back({process, pid, fd});
+  return Opened(std::make_shared<Group>(std::move(identity), seats, std::move(roster),
                                         std::chrono::milliseconds(timeout_ms)));
+}
+
+// How another process would read this one's memory.
+std::optional<std::string> TryReading(int pid, uint64_t address, uint64_t expected) {
+  uint64_t found = 0;
+  const char* problem =
+      ReadProcess(pid, reinterpret_cast<const void*>(address), &found, sizeof(found));
+  if (problem != nullptr) return problem;
+  if (found != expected) return "other bytes than expected";
+  return std::nullopt;
 }
 
 }  // namespace
@@ -57,12 +83,26 @@ NB_MODULE(_jax_ep_cpu, m) {
           "error", [](const Group& group) { return jax_ep::ErrorDict(group.exchange().error()); },
           "The first failure on a device, or None.")
       .def(
+          "has_other_processes",
+          [](const Group& group) { return group.exchange().HasOtherProcesses(); },
+          "Whether another process of the group is still there, as far as is known.")
+      .def(
           "skip_rank", [](Group& group, int rank) { group.exchange().SkipRank(rank); },
           nanobind::arg("rank"),
           "For tests: keeps the calls of a rank from its peers; -1 ends it.");
-  m.def("open_group", &jax_ep::OpenGroup, nanobind::arg("identity"), nanobind::arg("seats"),
-        nanobind::arg("num_slices"), nanobind::arg("num_ranks"), nanobind::arg("timeout_ms"),
-        "Opens a group. Seats are (device id, slice, rank) in the row-major order of the mesh.");
+  m.def(
+      "open_group", &jax_ep::OpenGroup, nanobind::arg("identity"), nanobind::arg("seats"),
+      nanobind::arg("num_slices"), nanobind::arg("num_ranks"), nanobind::arg("timeout_ms"),
+      nanobind::arg("processes") = std::vector<int>(), nanobind::arg("own_process") = 0,
+      nanobind::arg("links") = std::vector<jax_ep::LinkTuple>(),
+      "Opens a group. Seats are (device id, slice, rank) in the row-major order of the mesh, and\n"
+      "processes whose they are. Links are (process, pid, descriptor of a stream socket), which\n"
+      "the group takes over.");
+  m.def("allow_readers", &jax_ep::AllowReaders,
+        "Lets other processes of the user read the memory of this one.");
+  m.def("try_reading", &jax_ep::TryReading, nanobind::arg("pid"), nanobind::arg("address"),
+        nanobind::arg("expected"),
+        "Why 8 bytes of another process cannot be read, or None if they are as expected.");
   m.def(
       "close_group",
       [](const std::string& identity) { jax_ep::Registry<Group>::Get().Remove(identity); },

@@ -51,9 +51,35 @@ void LoadKernels(DeviceTraits& device) {
 }
 
 std::shared_ptr<DeviceGroup> OpenGroup(std::string identity, const std::vector<SeatTuple>& seats,
-                                       int, int num_ranks, int64_t timeout_ms) {
+                                       int, int num_ranks, int64_t timeout_ms,
+                                       const std::vector<bool>& is_here) {
   return Opened(std::make_shared<DeviceGroup>(std::move(identity), SeatsOf(seats), num_ranks,
-                                              std::chrono::milliseconds(timeout_ms), LoadKernels));
+                                              std::chrono::milliseconds(timeout_ms), LoadKernels,
+                                              is_here));
+}
+
+// Numbers that go to another process, and two descriptors that go beside them.
+using Numbers = std::vector<uint64_t>;
+
+std::tuple<Numbers, int, int> Export(const DeviceGroup& group, int position, uint64_t address) {
+  const DeviceGroup::Exported e = group.Export(position, address);
+  const Numbers numbers = {static_cast<uint64_t>(e.traits.num_sms),
+                           e.traits.max_shared_bytes,
+                           e.traits.has_bulk_copy,
+                           e.control_bytes,
+                           e.pool.begin,
+                           e.pool.bytes};
+  return {numbers, e.control, e.pool.descriptor};
+}
+
+void Import(DeviceGroup& group, int position, const Numbers& n, int control, int pool) {
+  group.Import(position, {.traits = {.num_sms = static_cast<int>(n.at(0)),
+                                     .max_shared_bytes = n.at(1),
+                                     .has_bulk_copy = n.at(2) != 0,
+                                     .highest_priority = 0},
+                          .control = control,
+                          .control_bytes = n.at(3),
+                          .pool = {.begin = n.at(4), .bytes = n.at(5), .descriptor = pool}});
 }
 
 void CheckDevices(const std::vector<int64_t>& devices) {
@@ -91,14 +117,25 @@ NB_MODULE(_jax_ep_cuda, m) {
       .def(
           "error", [](const DeviceGroup& group) { return jax_ep::ErrorDict(group.error()); },
           "The first failure on a device, or None.")
+      .def("export_seat", &jax_ep::Export, nanobind::arg("position"), nanobind::arg("address"),
+           "What another process needs to reach a device of this one: numbers, and descriptors of\n"
+           "its signals and of the pool that an address of it lies in.")
+      .def("import_seat", &jax_ep::Import, nanobind::arg("position"), nanobind::arg("numbers"),
+           nanobind::arg("control"), nanobind::arg("pool"),
+           "The same of a device elsewhere; takes the descriptors over.")
+      .def("complete", &DeviceGroup::Complete, "After all imports: the group may be used.")
       .def("skip_rank", &DeviceGroup::SkipRank, nanobind::arg("rank"),
            "For tests: keeps the calls of a rank from its peers; -1 ends it.");
   m.def("open_group", &jax_ep::OpenGroup, nanobind::arg("identity"), nanobind::arg("seats"),
         nanobind::arg("num_slices"), nanobind::arg("num_ranks"), nanobind::arg("timeout_ms"),
+        nanobind::arg("is_here") = std::vector<bool>(),
         nanobind::call_guard<nanobind::gil_scoped_release>(),
-        "Opens a group. Seats are (CUDA device, slice, rank) in the row-major order of the mesh.");
+        "Opens a group. Seats are (CUDA device, slice, rank) in the row-major order of the mesh.\n"
+        "is_here says which of them are this process's; empty: all.");
   // Without the GIL: what runs on the devices meanwhile may call back into Python.
   using NoGil = nanobind::call_guard<nanobind::gil_scoped_release>;
+  m.def("device_of", &jax_ep::DeviceOf, nanobind::arg("address"),
+        "The CUDA device that an address lies on.");
   m.def("check_devices", &jax_ep::CheckDevices, nanobind::arg("devices"), NoGil(),
         "Raises RuntimeError, saying why, unless the CUDA devices can form a group.");
   m.def(

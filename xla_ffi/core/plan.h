@@ -25,6 +25,7 @@ struct DispatchShape {
   int64_t recv_capacity;
   int64_t expert_alignment;
 
+  bool operator==(const DispatchShape&) const = default;
   /// Columns of send_row: one per rank, or one per top-k choice.
   JAX_EP_HOST_DEVICE int num_send_slots() const {
     return layout == RecvLayout::kRank ? experts.num_ranks : num_topk;

@@ -75,7 +75,7 @@ struct ControlBlock {
 
 /// What went wrong first on a rank, in host memory. Written once; is_set last.
 struct FailureRecord {
-  enum class Kind : uint32_t { kPeerTimeout, kMeshMismatch, kCallMismatch, kOverlap };
+  enum class Kind : uint32_t { kPeerTimeout, kMeshMismatch, kCallMismatch, kOverlap, kNotMapped };
   uint32_t is_set;
   Kind kind;
   OpId op;
@@ -92,6 +92,13 @@ struct DeviceTraits {
   int highest_priority;  // of a kernel
 };
 
+/// Where a rank's buffers are mapped here. Its operands are told as it addresses them itself.
+struct PeerPool {
+  uint64_t begin = 0;           // of the peer's addresses
+  uint64_t bytes = UINT64_MAX;  // nothing else of it can be read
+  uint64_t here = 0;            // where `begin` is
+};
+
 /// One rank's view of its group; what kernels get.
 struct Endpoint {
   int rank;
@@ -101,6 +108,7 @@ struct Endpoint {
   uint64_t timeout_ns;  // of a single wait
   ControlBlock* control[kMaxRanks];
   FailureRecord* record;
+  PeerPool pools[kMaxRanks] = {};  // by rank; the default: a rank of this process
 
 #ifdef __CUDACC__
   __device__ ControlBlock* own() const { return control[rank]; }

@@ -12,6 +12,7 @@ struct ExpertMap {
   int num_experts;
   int num_ranks;
 
+  bool operator==(const ExpertMap&) const = default;
   JAX_EP_HOST_DEVICE constexpr int num_local_experts() const { return num_experts / num_ranks; }
   JAX_EP_HOST_DEVICE constexpr bool IsExpert(int32_t id) const {
     return id >= 0 && id < num_experts;

@@ -1,6 +1,7 @@
 #include "device/device_group.h"
 
 #include <cuda_runtime_api.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <stdexcept>
@@ -46,17 +47,6 @@ DeviceTraits TraitsOf(int64_t device) {
       .highest_priority = highest};
 }
 
-// XLA's own pool is mapped for every device of the process; our blocks need the same.
-void EnablePeerAccess(int64_t device, int64_t peer) {
-  const OnDevice on_device(device);
-  const cudaError_t status = cudaDeviceEnablePeerAccess(static_cast<int>(peer), 0);
-  if (status == cudaErrorPeerAccessAlreadyEnabled) {
-    cudaGetLastError();
-    return;
-  }
-  Check("cudaDeviceEnablePeerAccess", status);
-}
-
 ErrorRecord::Kind KindOf(FailureRecord::Kind kind) {
   switch (kind) {
     case FailureRecord::Kind::kPeerTimeout:
@@ -65,6 +55,8 @@ ErrorRecord::Kind KindOf(FailureRecord::Kind kind) {
       return ErrorRecord::Kind::kMeshMismatch;
     case FailureRecord::Kind::kCallMismatch:
       return ErrorRecord::Kind::kCallMismatch;
+    case FailureRecord::Kind::kNotMapped:
+      return ErrorRecord::Kind::kNotMapped;
     case FailureRecord::Kind::kOverlap:
       return ErrorRecord::Kind::kArrivedTwice;
   }
@@ -93,6 +85,13 @@ void LoadKernelsOn(const std::vector<int64_t>& devices, const LoadKernels& load_
   }
 }
 
+int64_t DeviceOf(uint64_t address) {
+  cudaPointerAttributes attributes{};
+  Check("cudaPointerGetAttributes",
+        cudaPointerGetAttributes(&attributes, reinterpret_cast<void*>(address)));
+  return attributes.device;
+}
+
 void RequirePeers(const std::vector<int64_t>& devices) {
   for (const int64_t device : devices) {
     for (const int64_t peer : devices) {
@@ -108,8 +107,12 @@ void RequirePeers(const std::vector<int64_t>& devices) {
 }
 
 DeviceGroup::DeviceGroup(std::string identity, std::vector<Seat> seats, int num_ranks,
-                         std::chrono::milliseconds timeout, const LoadKernels& load_kernels)
-    : identity_(std::move(identity)), num_ranks_(num_ranks), seats_(std::move(seats)) {
+                         std::chrono::milliseconds timeout, const LoadKernels& load_kernels,
+                         std::vector<bool> is_here)
+    : identity_(std::move(identity)),
+      num_ranks_(num_ranks),
+      seats_(std::move(seats)),
+      is_here_(is_here.empty() ? std::vector<bool>(seats_.size(), true) : std::move(is_here)) {
   if (num_ranks > kMaxRanks) {
     throw std::runtime_error("a group has at most " + std::to_string(kMaxRanks) + " ranks, got " +
                              std::to_string(num_ranks));
@@ -124,45 +127,75 @@ DeviceGroup::DeviceGroup(std::string identity, std::vector<Seat> seats, int num_
 
 DeviceGroup::~DeviceGroup() { Release(); }
 
+std::vector<int> DeviceGroup::DevicesHere() const {
+  std::vector<int> devices;
+  for (size_t i = 0; i < seats_.size(); ++i) {
+    if (is_here_[i]) devices.push_back(static_cast<int>(seats_[i].device_id));
+  }
+  return devices;
+}
+
 void DeviceGroup::Open(int64_t timeout_ns, const LoadKernels& load_kernels) {
   const size_t size = seats_.size();
-  for (const Seat& a : seats_) {
-    for (const Seat& b : seats_) {
-      const bool are_peers = a.member.slice == b.member.slice && a.device_id != b.device_id;
-      if (are_peers) EnablePeerAccess(a.device_id, b.device_id);
-    }
-  }
   Check("cudaHostAlloc",
         cudaHostAlloc(reinterpret_cast<void**>(&records_), size * sizeof(FailureRecord),
                       cudaHostAllocPortable | cudaHostAllocMapped));
   for (size_t i = 0; i < size; ++i) records_[i] = {};
-  control_.resize(size);
-  for (size_t i = 0; i < size; ++i) {
-    const OnDevice on_device(seats_[i].device_id);
-    Check("cudaMalloc", cudaMalloc(reinterpret_cast<void**>(&control_[i]), sizeof(ControlBlock)));
-    Check("cudaMemset", cudaMemset(control_[i], 0, sizeof(ControlBlock)));
-    Check("cudaDeviceSynchronize", cudaDeviceSynchronize());
-  }
   members_.resize(size);
+  control_.resize(size);
+  pools_.resize(size);
+  maps_.resize(size);
   for (size_t i = 0; i < size; ++i) {
-    const OnDevice on_device(seats_[i].device_id);
-    Member& member = members_[i];
-    member.traits = TraitsOf(seats_[i].device_id);
-    member.endpoint = {.rank = seats_[i].member.rank,
-                       .num_ranks = num_ranks_,
-                       .position = static_cast<int32_t>(i),
-                       .site = 0,
-                       .timeout_ns = static_cast<uint64_t>(timeout_ns),
-                       .control = {},
-                       .record = &records_[i]};
-    for (size_t j = 0; j < size; ++j) {
-      if (seats_[j].member.slice == seats_[i].member.slice) {
-        member.endpoint.control[seats_[j].member.rank] = control_[j];
-      }
-    }
-    position_of_device_[seats_[i].device_id] = static_cast<int>(i);
-    load_kernels(member.traits);
+    if (!is_here_[i]) continue;
+    const int64_t device = seats_[i].device_id;
+    const OnDevice on_device(device);
+    Check("cudaFree", cudaFree(nullptr));  // makes the context, if nobody has
+    control_[i] =
+        ShareableMemory::Create(static_cast<int>(device), sizeof(ControlBlock), DevicesHere());
+    Check("cudaDeviceSynchronize", cudaDeviceSynchronize());
+    members_[i].traits = TraitsOf(device);
+    members_[i].endpoint = {.rank = seats_[i].member.rank,
+                            .num_ranks = num_ranks_,
+                            .position = static_cast<int32_t>(i),
+                            .site = 0,
+                            .timeout_ns = static_cast<uint64_t>(timeout_ns),
+                            .control = {},
+                            .record = &records_[i]};
+    position_of_device_[device] = static_cast<int>(i);
+    load_kernels(members_[i].traits);
   }
+  if (DevicesHere().size() == size) Complete();
+}
+
+DeviceGroup::Exported DeviceGroup::Export(int position, uint64_t address) const {
+  const OnDevice on_device(seats_.at(position).device_id);
+  return {.traits = members_.at(position).traits,
+          .control = control_.at(position).Export(),
+          .control_bytes = control_.at(position).bytes(),
+          .pool = ExportAllocationOf(address)};
+}
+
+void DeviceGroup::Import(int position, const Exported& exported) {
+  const OnDevice on_device(DevicesHere().front());
+  try {
+    members_.at(position).traits = exported.traits;
+    control_.at(position) =
+        ShareableMemory::Import(exported.control, exported.control_bytes, DevicesHere());
+    pools_.at(position) =
+        ShareableMemory::Import(exported.pool.descriptor, exported.pool.bytes, DevicesHere());
+  } catch (...) {
+    close(exported.control);
+    close(exported.pool.descriptor);
+    throw;
+  }
+  close(exported.control);
+  close(exported.pool.descriptor);
+  maps_.at(position) = {.begin = exported.pool.begin,
+                        .bytes = exported.pool.bytes,
+                        .here = reinterpret_cast<uint64_t>(pools_.at(position).data())};
+}
+
+void DeviceGroup::Complete() {
   // Ranks share work by what a device can do: all of them count on the least.
   DeviceTraits least = members_.front().traits;
   for (const Member& member : members_) {
@@ -171,28 +204,33 @@ void DeviceGroup::Open(int64_t timeout_ns, const LoadKernels& load_kernels) {
     least.max_shared_bytes = std::min(least.max_shared_bytes, t.max_shared_bytes);
     least.has_bulk_copy = least.has_bulk_copy && t.has_bulk_copy;
   }
-  for (Member& member : members_) {
+  for (size_t i = 0; i < seats_.size(); ++i) {
+    if (!is_here_[i]) continue;
+    Member& member = members_[i];
+    for (size_t j = 0; j < seats_.size(); ++j) {
+      if (seats_[j].member.slice != seats_[i].member.slice) continue;
+      const int rank = seats_[j].member.rank;
+      member.endpoint.control[rank] = reinterpret_cast<ControlBlock*>(control_[j].data());
+      member.endpoint.pools[rank] = maps_[j];
+    }
     least.highest_priority = member.traits.highest_priority;
     member.traits = least;
   }
 }
 
 void DeviceGroup::Release() {
-  for (size_t i = 0; i < control_.size(); ++i) {
-    int before = 0;
-    cudaGetDevice(&before);
-    cudaSetDevice(static_cast<int>(seats_[i].device_id));
-    cudaFree(control_[i]);
-    cudaSetDevice(before);
-  }
   control_.clear();
+  pools_.clear();
   cudaFreeHost(records_);
   records_ = nullptr;
 }
 
 const DeviceGroup::Member* DeviceGroup::Find(int64_t device_id) const {
   const auto found = position_of_device_.find(device_id);
-  return found == position_of_device_.end() ? nullptr : &members_[found->second];
+  if (found != position_of_device_.end()) return &members_[found->second];
+  // A process that was given one device may count from 0 what CUDA calls something else.
+  const bool is_only_one = position_of_device_.size() == 1 && device_id == 0;
+  return is_only_one ? &members_[position_of_device_.begin()->second] : nullptr;
 }
 
 std::optional<ErrorRecord> DeviceGroup::error() const {
@@ -212,10 +250,11 @@ std::optional<ErrorRecord> DeviceGroup::error() const {
 
 void DeviceGroup::SkipRank(int rank) {
   for (size_t i = 0; i < seats_.size(); ++i) {
+    if (!is_here_[i]) continue;
     const OnDevice on_device(seats_[i].device_id);
     const uint32_t skip = seats_[i].member.rank == rank ? 1 : 0;
-    Check("cudaMemcpy",
-          cudaMemcpy(&control_[i]->skip, &skip, sizeof(skip), cudaMemcpyHostToDevice));
+    Check("cudaMemcpy", cudaMemcpy(&reinterpret_cast<ControlBlock*>(control_[i].data())->skip,
+                                   &skip, sizeof(skip), cudaMemcpyHostToDevice));
   }
 }
 

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "core/protocol.h"
+#include "device/shareable_memory.h"
 #include "runtime/error_record.h"
 #include "runtime/seat.h"
 
@@ -26,6 +27,9 @@ using LoadKernels = std::function<void(DeviceTraits&)>;
 /// The same on each device. Throws what load_kernels throws.
 void LoadKernelsOn(const std::vector<int64_t>& devices, const LoadKernels& load_kernels);
 
+/// The CUDA device that an address lies on.
+int64_t DeviceOf(uint64_t address);
+
 /// Throws std::runtime_error, saying why, unless every device can read every other one's memory.
 void RequirePeers(const std::vector<int64_t>& devices);
 
@@ -34,8 +38,12 @@ class DeviceGroup {
   /// `seats` in the row-major order of the mesh, over all of its axes; device ids are those of the
   /// CUDA runtime. Throws std::runtime_error when the devices cannot reach one another, or CUDA
   /// fails otherwise.
+  /// `is_here`, by seat, says whose device is this process's; empty: all are. A group over several
+  /// processes may be used when what the others export of their seats has been imported, and
+  /// Complete was called.
   DeviceGroup(std::string identity, std::vector<Seat> seats, int num_ranks,
-              std::chrono::milliseconds timeout, const LoadKernels& load_kernels);
+              std::chrono::milliseconds timeout, const LoadKernels& load_kernels,
+              std::vector<bool> is_here = {});
   ~DeviceGroup();
   DeviceGroup(const DeviceGroup&) = delete;
   DeviceGroup& operator=(const DeviceGroup&) = delete;
@@ -50,6 +58,20 @@ class DeviceGroup {
   };
   const Member* Find(int64_t device_id) const;
 
+  /// What another process needs to reach a device of this one.
+  struct Exported {
+    DeviceTraits traits;
+    int control;  // descriptor; the receiver closes both
+    size_t control_bytes;
+    ExportedAllocation pool;
+  };
+  /// `address`: of any buffer of XLA on the device of seat `position`.
+  Exported Export(int position, uint64_t address) const;
+  /// The same of a device elsewhere. Takes the descriptors over.
+  void Import(int position, const Exported& exported);
+  /// When all have been imported.
+  void Complete();
+
   std::optional<ErrorRecord> error() const;
 
   /// For tests: calls of `rank` end at once, poisoned, and never reach the peers. kNoIndex undoes
@@ -62,13 +84,17 @@ class DeviceGroup {
  private:
   void Open(int64_t timeout_ns, const LoadKernels& load_kernels);
   void Release();
+  std::vector<int> DevicesHere() const;
 
   std::string identity_;
   int num_ranks_;
   std::vector<Seat> seats_;
-  std::vector<Member> members_;         // by position
-  std::vector<ControlBlock*> control_;  // by position, each in its device's memory
-  FailureRecord* records_ = nullptr;    // by position, in pinned host memory
+  std::vector<bool> is_here_;             // by position, as is all that follows
+  std::vector<Member> members_;           // without those elsewhere, of which only traits are known
+  std::vector<ShareableMemory> control_;  // of a ControlBlock each
+  std::vector<ShareableMemory> pools_;    // of those elsewhere
+  std::vector<PeerPool> maps_;
+  FailureRecord* records_ = nullptr;  // by position, in pinned host memory
   std::unordered_map<int64_t, int> position_of_device_;
   std::atomic<uint64_t> next_site_ = 0;
 };

@@ -134,6 +134,16 @@ __device__ inline int CountSeen(const Endpoint& self, SignalRow row, uint32_t ep
   return num_seen;
 }
 
+/// An operand that `peer` has told of, as this rank reads it. False where it is not mapped here.
+__device__ inline bool Translate(const Endpoint& self, int peer, Signal low, Signal high,
+                                 const std::byte*& operand) {
+  const uint64_t address = uint64_t{high.value & 0xffff} << 32 | low.value;
+  const PeerPool& pool = self.pools[peer];
+  const uint64_t offset = address - pool.begin;
+  operand = reinterpret_cast<const std::byte*>(address == 0 ? 0 : pool.here + offset);
+  return address == 0 || offset < pool.bytes;
+}
+
 __device__ inline void Publish(const Endpoint& self, const OwnAddresses& own, uint32_t tag,
                                uint32_t epoch) {
   for (int i = threadIdx.x; i < self.num_ranks * own.count; i += blockDim.x) {
@@ -188,8 +198,10 @@ __device__ inline bool Meet(const Endpoint& self, OpId op, const int32_t* positi
       Fail(self, FailureRecord::Kind::kCallMismatch, op, peer, tag, high.value >> 16);
       is_good = false;
     }
-    peers.at[i % own.count][peer] =
-        reinterpret_cast<const std::byte*>(uint64_t{high.value & 0xffff} << 32 | low.value);
+    if (!Translate(self, peer, low, high, peers.at[i % own.count][peer]) && is_good) {
+      Fail(self, FailureRecord::Kind::kNotMapped, op, peer, i % own.count, 0);
+      is_good = false;
+    }
   }
   return __syncthreads_and(is_good);
 }
@@ -203,8 +215,8 @@ __device__ inline bool Rejoin(const Endpoint& self, int num_addresses, PeerAddre
     const Signal low = LoadRelaxed(&cell.low);
     const Signal high = LoadRelaxed(&cell.high);
     is_good = is_good && low.epoch == epoch && high.epoch == epoch;
-    peers.at[i % num_addresses][i / num_addresses] =
-        reinterpret_cast<const std::byte*>(uint64_t{high.value & 0xffff} << 32 | low.value);
+    const int peer = i / num_addresses;
+    is_good &= Translate(self, peer, low, high, peers.at[i % num_addresses][peer]);
   }
   return __syncthreads_and(is_good);
 }

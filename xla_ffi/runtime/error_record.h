@@ -8,7 +8,14 @@ namespace jax_ep {
 
 /// The field names are those of PeerTimeoutError (jax_ep/errors.py).
 struct ErrorRecord {
-  enum class Kind { kPeerTimeout, kMeshMismatch, kArrivedTwice, kCallMismatch };
+  enum class Kind {
+    kPeerTimeout,
+    kPeerLost,
+    kMeshMismatch,
+    kArrivedTwice,
+    kCallMismatch,
+    kNotMapped
+  };
   Kind kind;
   std::string op;
   int rank;

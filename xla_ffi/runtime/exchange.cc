@@ -5,17 +5,19 @@
 #include <condition_variable>
 #include <map>
 #include <mutex>
+#include <set>
+#include <string_view>
 #include <thread>
-#include <tuple>
 #include <utility>
 
-#include "core/types.h"
+#include "runtime/exchange_wire.h"
 #include "runtime/thread_pool.h"
 
 namespace jax_ep {
 namespace {
 
 using Clock = std::chrono::steady_clock;
+using Kind = ErrorRecord::Kind;
 
 // How late the watchdog may notice an expired call.
 std::chrono::milliseconds WatchPeriod(std::chrono::milliseconds timeout) {
@@ -23,9 +25,15 @@ std::chrono::milliseconds WatchPeriod(std::chrono::milliseconds timeout) {
   return std::clamp(timeout / 4, milliseconds(10), milliseconds(500));
 }
 
-int NumWorkers(int num_members) {
+int NumWorkers(const Roster& roster) {
+  int num_here = 0;
+  for (int slice = 0; slice < roster.num_slices; ++slice) {
+    for (int rank = 0; rank < roster.num_ranks; ++rank) {
+      num_here += roster.ProcessOf(slice, rank) == roster.own_process;
+    }
+  }
   const int num_cores = static_cast<int>(std::thread::hardware_concurrency());
-  return std::clamp(num_members, 1, std::max(num_cores, 2));
+  return std::clamp(num_here, 1, std::max(num_cores, 2));
 }
 
 }  // namespace
@@ -33,7 +41,7 @@ int NumWorkers(int num_members) {
 struct Exchange::State : std::enable_shared_from_this<Exchange::State> {
   struct Participation {
     std::function<void()> poison;
-    Done done;
+    Done done;  // empty: not here, or not yet
     // XLA goes on with the device's program inside `done`. Its threads flush subnormals, so a
     // thread of ours would give the same program other bits.
     std::fenv_t environment;
@@ -44,33 +52,75 @@ struct Exchange::State : std::enable_shared_from_this<Exchange::State> {
     }
   };
   struct Call {
+    CallKey key;
     std::shared_ptr<PhasedCall> body;
     const char* op;
     Clock::time_point deadline;
-    int num_arrived = 0;
-    int first_rank = kNoIndex;
-    std::vector<Participation> participants;  // by rank; done is empty until the rank arrives
+    std::vector<bool> has_joined;  // by rank
+    int num_joined = 0;
+    int first_rank = kNoIndex;                // of this process
+    std::vector<Participation> participants;  // by rank
     int phase = 0;
     std::atomic<int> num_running = 0;
+    bool has_ended = false;     // the shares of this process have
+    std::set<int> are_reading;  // other processes that still need the operands of this one
   };
-  using Key = std::tuple<uint64_t, int64_t, int>;  // site, run, slice
+  using CallPtr = std::shared_ptr<Call>;
+  // A rank of another process that has joined before any of this one has.
+  struct Early {
+    WireMessage message;
+    std::vector<std::byte> args;
+  };
 
-  State(int num_slices, int num_ranks_, std::chrono::milliseconds timeout_)
-      : num_ranks(num_ranks_),
+  State(Roster roster_, std::chrono::milliseconds timeout_)
+      : roster(std::move(roster_)),
         timeout(timeout_),
-        workers(NumWorkers(num_slices * num_ranks_)),
+        workers(NumWorkers(roster)),
         completions(ThreadPool::kUnbounded) {}
 
-  const int num_ranks;
+  const Roster roster;
   const std::chrono::milliseconds timeout;
   std::mutex mutex;
   std::condition_variable closed;
-  std::map<Key, std::shared_ptr<Call>> open;
+  std::map<CallKey, CallPtr> open;     // not all ranks have joined
+  std::map<CallKey, CallPtr> running;  // all have
+  std::map<CallKey, std::vector<Early>> early;
+  std::set<int> lost;  // processes
   std::optional<ErrorRecord> error;
   int skip_rank = kNoIndex;
   bool is_closed = false;
   ThreadPool workers;
   ThreadPool completions;
+  std::unique_ptr<Links> links;  // null: all ranks are here
+
+  bool IsHere(int slice, int rank) const {
+    return roster.ProcessOf(slice, rank) == roster.own_process;
+  }
+
+  // The other processes that have ranks of a slice.
+  std::set<int> OthersOf(int slice) const {
+    std::set<int> others;
+    for (int rank = 0; rank < roster.num_ranks; ++rank) {
+      if (!IsHere(slice, rank)) others.insert(roster.ProcessOf(slice, rank));
+    }
+    return others;
+  }
+
+  std::vector<int> PidsOf(int slice) const {
+    std::vector<int> pids;
+    if (roster.links.empty()) return pids;
+    for (int rank = 0; rank < roster.num_ranks; ++rank) {
+      const auto link = std::find_if(roster.links.begin(), roster.links.end(), [&](const Link& l) {
+        return l.process == roster.ProcessOf(slice, rank);
+      });
+      pids.push_back(link == roster.links.end() ? 0 : link->pid);
+    }
+    return pids;
+  }
+
+  void Tell(const std::set<int>& processes, const std::vector<std::byte>& message) {
+    for (const int process : processes) links->Send(process, message);
+  }
 
   void Poison(Participation participation) {
     completions.Submit([p = std::move(participation)] {
@@ -79,9 +129,26 @@ struct Exchange::State : std::enable_shared_from_this<Exchange::State> {
     });
   }
 
-  void StartPhase(const std::shared_ptr<Call>& call) {
-    call->num_running.store(num_ranks, std::memory_order_relaxed);
-    for (int rank = 0; rank < num_ranks; ++rank) {
+  void PoisonAll(Call& call) {
+    for (Participation& participant : call.participants) {
+      if (participant.done) Poison(std::move(participant));
+    }
+  }
+
+  void Complete(Call& call) {
+    for (Participation& participant : call.participants) {
+      if (!participant.done) continue;
+      completions.Submit([p = std::move(participant)] { p.Finish(); });
+    }
+  }
+
+  void StartPhase(const CallPtr& call) {
+    std::vector<int> ranks;
+    for (int rank = 0; rank < roster.num_ranks; ++rank) {
+      if (call->body->IsForAll(call->phase) || IsHere(call->key.slice, rank)) ranks.push_back(rank);
+    }
+    call->num_running.store(static_cast<int>(ranks.size()), std::memory_order_relaxed);
+    for (const int rank : ranks) {
       workers.Submit([self = shared_from_this(), call, rank] {
         call->body->Run(call->phase, rank);
         if (call->num_running.fetch_sub(1, std::memory_order_acq_rel) == 1) self->EndPhase(call);
@@ -89,57 +156,143 @@ struct Exchange::State : std::enable_shared_from_this<Exchange::State> {
     }
   }
 
-  void EndPhase(const std::shared_ptr<Call>& call) {
-    if (++call->phase < call->body->num_phases()) {
+  void EndPhase(const CallPtr& call) {
+    const int lost_rank = call->body->memory().lost_rank();
+    if (lost_rank == kNoIndex && ++call->phase < call->body->num_phases()) {
       StartPhase(call);
       return;
     }
-    for (Participation& participant : call->participants) {
-      completions.Submit([p = std::move(participant)] { p.Finish(); });
+    if (links) {
+      if (lost_rank != kNoIndex) {
+        Abandon(LostRecord(*call, roster.ProcessOf(call->key.slice, lost_rank)), /*tells=*/true);
+      } else {
+        Tell(OthersOf(call->key.slice),
+             WireMessage::Of(WireMessage::Kind::kRead, call->key).With());
+      }
     }
+    std::unique_lock<std::mutex> lock(mutex);
+    call->has_ended = true;
+    call->deadline = Clock::now() + timeout;
+    const bool has_failed = error || (is_closed && !call->are_reading.empty());
+    if (!has_failed && !call->are_reading.empty()) return;
+    running.erase(call->key);
+    lock.unlock();
+    has_failed ? PoisonAll(*call) : Complete(*call);
   }
 
   // Ends every open call; its ranks get poisoned results. Without a record the exchange closes.
-  void Abandon(const std::optional<ErrorRecord>& record) {
-    std::map<Key, std::shared_ptr<Call>> abandoned;
+  void Abandon(const std::optional<ErrorRecord>& record, bool tells) {
+    std::vector<CallPtr> abandoned;
     {
       std::lock_guard<std::mutex> lock(mutex);
+      tells = tells && record && !error;
       if (record && !error) error = record;
       if (!record) is_closed = true;
-      abandoned.swap(open);
+      for (const auto& [key, call] : open) abandoned.push_back(call);
+      open.clear();
+      early.clear();
+      // Those whose shares still run see to it themselves.
+      for (auto it = running.begin(); it != running.end();) {
+        if (it->second->has_ended) abandoned.push_back(it->second);
+        it = it->second->has_ended ? running.erase(it) : std::next(it);
+      }
     }
     closed.notify_all();
-    for (auto& [key, call] : abandoned) {
-      for (Participation& participant : call->participants) {
-        if (participant.done) Poison(std::move(participant));
-      }
+    for (const CallPtr& call : abandoned) PoisonAll(*call);
+    if (!tells || !links) return;
+    for (const Link& link : roster.links) {
+      links->Send(link.process, WireMessage::Fail(*record).With());
     }
   }
 
-  std::shared_ptr<Call> OpenCall(const Arrival& arrival, const Participant& participant) const {
+  CallPtr OpenCall(const CallKey& key, const Arrival& arrival, const Participant& participant) {
     auto call = std::make_shared<Call>();
-    call->body = participant.make();
+    call->key = key;
+    call->body = participant.make(roster.num_ranks, PidsOf(key.slice));
     call->op = arrival.op;
     call->deadline = Clock::now() + timeout;
+    call->has_joined.resize(roster.num_ranks);
     call->first_rank = arrival.member.rank;
-    call->participants.resize(num_ranks);
+    call->participants.resize(roster.num_ranks);
+    if (links) call->are_reading = OthersOf(key.slice);
+    open[key] = call;
     return call;
   }
 
+  // One more rank, with the lock held; what is wrong with it, if anything.
+  std::optional<ErrorRecord> Add(Call& call, int rank, std::string_view op,
+                                 std::span<const std::byte> args) {
+    if (call.has_joined[rank]) return RepeatedRecord(call.op, rank);
+    if (op != call.op || !call.body->Deposit(rank, args)) {
+      return ErrorRecord{.kind = Kind::kCallMismatch,
+                         .op = call.op,
+                         .rank = call.first_rank,
+                         .peer = rank,
+                         .expected = 0,
+                         .seen = 1};
+    }
+    call.has_joined[rank] = true;
+    ++call.num_joined;
+    return std::nullopt;
+  }
+
+  // Moves a call that all ranks have joined among those that run; with the lock held.
+  bool IsReady(const CallPtr& call) {
+    if (call->num_joined < roster.num_ranks) return false;
+    open.erase(call->key);
+    running[call->key] = call;
+    return true;
+  }
+
+  static ErrorRecord RepeatedRecord(const char* op, int rank) {
+    return {.kind = Kind::kArrivedTwice,
+            .op = op,
+            .rank = rank,
+            .peer = kNoIndex,
+            .expected = 1,
+            .seen = 2};
+  }
+
+  // A process that a call needs, and that is late or gone.
+  ErrorRecord ProcessRecord(Kind kind, const Call& call, int process) const {
+    int first = kNoIndex;
+    int num_missing = 0;
+    for (int rank = roster.num_ranks - 1; rank >= 0; --rank) {
+      if (roster.ProcessOf(call.key.slice, rank) != process) continue;
+      first = rank;
+      ++num_missing;
+    }
+    return {.kind = kind,
+            .op = call.op,
+            .rank = call.first_rank,
+            .peer = first,
+            .expected = roster.num_ranks,
+            .seen = roster.num_ranks - num_missing};
+  }
+  ErrorRecord LostRecord(const Call& call, int process) const {
+    return ProcessRecord(Kind::kPeerLost, call, process);
+  }
+
   std::optional<ErrorRecord> FindExpired() {
-    const auto oldest = std::min_element(
-        open.begin(), open.end(),
-        [](const auto& a, const auto& b) { return a.second->deadline < b.second->deadline; });
-    if (oldest == open.end() || Clock::now() < oldest->second->deadline) return std::nullopt;
-    const Call& call = *oldest->second;
-    int missing = 0;
-    while (call.participants[missing].done) ++missing;
-    return ErrorRecord{.kind = ErrorRecord::Kind::kPeerTimeout,
-                       .op = call.op,
-                       .rank = call.first_rank,
-                       .peer = missing,
-                       .expected = num_ranks,
-                       .seen = call.num_arrived};
+    const auto now = Clock::now();
+    const Call* oldest = nullptr;
+    for (const auto* calls : {&open, &running}) {
+      for (const auto& [key, call] : *calls) {
+        const bool waits = calls == &open || call->has_ended;
+        if (waits && (!oldest || call->deadline < oldest->deadline)) oldest = call.get();
+      }
+    }
+    if (!oldest || now < oldest->deadline) return std::nullopt;
+    if (oldest->has_ended) {
+      return ProcessRecord(Kind::kPeerTimeout, *oldest, *oldest->are_reading.begin());
+    }
+    const auto missing = std::find(oldest->has_joined.begin(), oldest->has_joined.end(), false);
+    return ErrorRecord{.kind = Kind::kPeerTimeout,
+                       .op = oldest->op,
+                       .rank = oldest->first_rank,
+                       .peer = static_cast<int>(missing - oldest->has_joined.begin()),
+                       .expected = roster.num_ranks,
+                       .seen = oldest->num_joined};
   }
 
   static void Watch(const std::shared_ptr<State>& state) {
@@ -148,68 +301,151 @@ struct Exchange::State : std::enable_shared_from_this<Exchange::State> {
       state->closed.wait_for(lock, WatchPeriod(state->timeout));
       if (const auto record = state->FindExpired()) {
         lock.unlock();
-        state->Abandon(record);
+        state->Abandon(record, /*tells=*/true);
         lock.lock();
       }
     }
   }
+
+  // --- What other processes say.
+
+  void Receive(int process, std::span<const std::byte> bytes) {
+    WireMessage message;
+    std::memcpy(&message, bytes.data(), sizeof(message));
+    switch (message.kind) {
+      case WireMessage::Kind::kJoin:
+        return ReceiveJoin(message, bytes.subspan(sizeof(message)));
+      case WireMessage::Kind::kRead:
+        return ReceiveRead(process, message.key);
+      case WireMessage::Kind::kFail:
+        return Abandon(message.Record(), /*tells=*/false);
+    }
+  }
+
+  void ReceiveJoin(const WireMessage& message, std::span<const std::byte> args) {
+    std::unique_lock<std::mutex> lock(mutex);
+    if (error || is_closed) return;
+    const auto found = open.find(message.key);
+    if (found == open.end()) {
+      early[message.key].push_back({message, {args.begin(), args.end()}});
+      return;
+    }
+    const CallPtr call = found->second;
+    const auto problem = Add(*call, message.rank, message.op, args);
+    const bool is_ready = !problem && IsReady(call);
+    lock.unlock();
+    if (problem) Abandon(problem, /*tells=*/true);
+    if (is_ready) StartPhase(call);
+  }
+
+  void ReceiveRead(int process, const CallKey& key) {
+    CallPtr complete;
+    {
+      std::lock_guard<std::mutex> lock(mutex);
+      for (auto* calls : {&open, &running}) {
+        const auto found = calls->find(key);
+        if (found == calls->end()) continue;
+        Call& call = *found->second;
+        call.are_reading.erase(process);
+        if (!call.has_ended || !call.are_reading.empty()) continue;
+        complete = found->second;
+        calls->erase(found);
+        break;
+      }
+    }
+    if (complete) Complete(*complete);
+  }
+
+  void Lose(int process) {
+    std::optional<ErrorRecord> record;
+    {
+      std::lock_guard<std::mutex> lock(mutex);
+      lost.insert(process);
+      for (const auto* calls : {&open, &running}) {
+        for (const auto& [key, call] : *calls) {
+          if (!record && call->are_reading.count(process)) record = LostRecord(*call, process);
+        }
+      }
+    }
+    if (record) Abandon(record, /*tells=*/true);
+  }
 };
 
-Exchange::Exchange(int num_slices, int num_ranks, std::chrono::milliseconds timeout)
-    : num_ranks_(num_ranks), state_(std::make_shared<State>(num_slices, num_ranks, timeout)) {
+Exchange::Exchange(Roster roster, std::chrono::milliseconds timeout)
+    : state_(std::make_shared<State>(std::move(roster), timeout)) {
+  const std::vector<Link>& links = state_->roster.links;
+  if (!links.empty()) {
+    const std::weak_ptr<State> weak = state_;
+    state_->links = std::make_unique<Links>(
+        links, timeout,
+        [weak](int process, std::span<const std::byte> bytes) {
+          if (const auto state = weak.lock()) state->Receive(process, bytes);
+        },
+        [weak](int process) {
+          if (const auto state = weak.lock()) state->Lose(process);
+        });
+  }
   std::thread(State::Watch, state_).detach();
 }
 
-Exchange::~Exchange() { state_->Abandon(std::nullopt); }
+Exchange::~Exchange() { state_->Abandon(std::nullopt, /*tells=*/false); }
 
 void Exchange::JoinErased(const Arrival& arrival, Participant participant) {
   // A callback may destroy this exchange before Join returns.
   const std::shared_ptr<State> state = state_;
   const int rank = arrival.member.rank;
-  const State::Key key{arrival.site, arrival.run_id, arrival.member.slice};
-  std::shared_ptr<State::Call> complete;
-  bool is_repeated = false;
+  const CallKey key{arrival.site, arrival.run_id, arrival.member.slice};
+  State::CallPtr call;
+  std::optional<ErrorRecord> problem;
+  bool is_ready = false;
+  bool has_joined = false;
   std::fenv_t environment;
   std::fegetenv(&environment);
   {
     std::lock_guard<std::mutex> lock(state->mutex);
     if (!state->error && state->skip_rank != rank) {
-      auto found = state->open.find(key);
-      if (found == state->open.end()) {
-        found = state->open.emplace(key, state->OpenCall(arrival, participant)).first;
+      const auto found = state->open.find(key);
+      call =
+          found == state->open.end() ? state->OpenCall(key, arrival, participant) : found->second;
+      problem = state->Add(*call, rank, arrival.op, participant.args);
+      has_joined = !problem;
+      if (has_joined) {
+        call->participants[rank] = {std::move(participant.poison), std::move(participant.done),
+                                    environment};
       }
-      State::Call& call = *found->second;
-      is_repeated = static_cast<bool>(call.participants[rank].done);
-      if (!is_repeated) {
-        participant.deposit(*call.body);
-        call.participants[rank] = {std::move(participant.poison), std::move(participant.done),
-                                   environment};
-        if (++call.num_arrived < state->num_ranks) return;
-        complete = found->second;
-        state->open.erase(found);
+      if (const auto waiting = state->early.find(key); waiting != state->early.end()) {
+        for (const State::Early& e : waiting->second) {
+          if (!problem) problem = state->Add(*call, e.message.rank, e.message.op, e.args);
+        }
+        state->early.erase(waiting);
       }
+      for (const int process : call->are_reading) {
+        if (!problem && state->lost.count(process)) problem = state->LostRecord(*call, process);
+      }
+      is_ready = !problem && state->IsReady(call);
     }
   }
-  if (complete) {
-    state->StartPhase(complete);
-    return;
+  if (has_joined && state->links) {
+    state->Tell(state->OthersOf(key.slice),
+                WireMessage::Join(key, arrival.op, rank).With(participant.args));
   }
-  if (is_repeated) {
-    state->Abandon(ErrorRecord{.kind = ErrorRecord::Kind::kArrivedTwice,
-                               .op = arrival.op,
-                               .rank = rank,
-                               .peer = kNoIndex,
-                               .expected = 1,
-                               .seen = 2});
+  if (is_ready) state->StartPhase(call);
+  if (problem) state->Abandon(problem, /*tells=*/true);
+  if (!has_joined) {
+    state->Poison({std::move(participant.poison), std::move(participant.done), environment});
   }
-  state->Poison({std::move(participant.poison), std::move(participant.done), environment});
 }
 
-void Exchange::Fail(const ErrorRecord& record) { state_->Abandon(record); }
+void Exchange::Fail(const ErrorRecord& record) { state_->Abandon(record, /*tells=*/true); }
 
 std::optional<ErrorRecord> Exchange::error() const {
   std::lock_guard<std::mutex> lock(state_->mutex);
   return state_->error;
+}
+
+bool Exchange::HasOtherProcesses() const {
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  return state_->lost.size() < state_->roster.links.size();
 }
 
 void Exchange::SkipRank(int rank) {

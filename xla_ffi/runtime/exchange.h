@@ -1,25 +1,36 @@
-// Brings the ranks of one host process together, call by call, without ever blocking a caller.
+// Brings the ranks of a host together, call by call, without ever blocking a caller.
 //
 // A rank joins a call with its operands and a callback. When all ranks have joined, the call's
 // phases run, one share per rank, on the exchange's threads; a phase begins when the one before it
-// is done on all ranks. After the last phase each rank's callback runs on a thread that runs
-// nothing else: XLA continues that device's program inside it, and may block there on a
+// is done on all ranks of the process. After the last phase each rank's callback runs on a thread
+// that runs nothing else: XLA continues that device's program inside it, and may block there on a
 // collective of its own.
 //
 // XLA starts independent calls in a different order on each device, so calls are matched by their
 // place in the program (`site`) and the launch (`run_id`), never by order of arrival.
+//
+// Ranks may sit in several processes. Each process tells the others which of its ranks have joined,
+// and with what operands; these are read where they lie (peer_memory.h). A call ends in a process
+// when it has done its shares and no other process reads its operands any more.
 #pragma once
 
 #include <atomic>
 #include <chrono>
+#include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <memory>
 #include <optional>
-#include <string>
+#include <span>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
+#include "core/types.h"
 #include "runtime/error_record.h"
+#include "runtime/links.h"
+#include "runtime/peer_memory.h"
 #include "runtime/seat.h"
 
 namespace jax_ep {
@@ -34,11 +45,29 @@ struct Arrival {
 /// One collective call: the operands of all ranks, and what to do with them.
 class PhasedCall {
  public:
+  PhasedCall(int num_ranks, std::vector<int> pids)
+      : num_ranks_(num_ranks), memory_(std::move(pids)) {}
   virtual ~PhasedCall() = default;
+  PhasedCall(const PhasedCall&) = delete;
+  PhasedCall& operator=(const PhasedCall&) = delete;
+
   virtual int num_phases() const = 0;
-  /// The share of `rank` in `phase`. May read all ranks' operands; writes the results of `rank`
-  /// only. Must not block.
+  /// Whether every process does the shares of all ranks in this phase, not those of its own alone:
+  /// what is worked out of small operands is not worth sending.
+  virtual bool IsForAll(int /*phase*/) const { return false; }
+  /// The share of `rank` in `phase`. May read all ranks' operands, through a PeerReader where the
+  /// rank may be elsewhere; writes the results of `rank` only. Must not block.
   virtual void Run(int phase, int rank) = 0;
+  /// What a rank brings, as bytes: it may come from another process. False where it belongs to
+  /// another call than what the ranks before it brought.
+  virtual bool Deposit(int rank, std::span<const std::byte> args) = 0;
+
+  int num_ranks() const { return num_ranks_; }
+  PeerMemory& memory() { return memory_; }
+
+ private:
+  int num_ranks_;
+  PeerMemory memory_;
 };
 
 /// A call whose ranks each bring one `ArgsT`.
@@ -46,14 +75,45 @@ template <typename ArgsT>
 class CallOf : public PhasedCall {
  public:
   using Args = ArgsT;
+  static_assert(std::is_trivially_copyable_v<Args>);
+
+  CallOf(int num_ranks, std::vector<int> pids)
+      : PhasedCall(num_ranks, std::move(pids)), args(num_ranks) {}
+
+  bool Deposit(int rank, std::span<const std::byte> bytes) override {
+    if (bytes.size() != sizeof(Args)) return false;
+    std::memcpy(&args[rank], bytes.data(), sizeof(Args));
+    if (first_rank_ == kNoIndex) first_rank_ = rank;
+    return AreAlike(args[first_rank_], args[rank]);
+  }
+
+  /// Whether the operands of two ranks can be those of one call.
+  virtual bool AreAlike(const Args&, const Args&) const { return true; }
+
   std::vector<Args> args;  // by rank
+
+ private:
+  int first_rank_ = kNoIndex;
+};
+
+/// Where the ranks of an exchange are.
+struct Roster {
+  int num_slices;
+  int num_ranks;
+  std::vector<int> process_of = {};  // [num_slices * num_ranks]; empty: all ranks are here
+  int own_process = 0;
+  std::vector<Link> links = {};  // to the other processes
+
+  int ProcessOf(int slice, int rank) const {
+    return process_of.empty() ? own_process : process_of[slice * num_ranks + rank];
+  }
 };
 
 class Exchange {
  public:
   using Done = std::function<void()>;
 
-  Exchange(int num_slices, int num_ranks, std::chrono::milliseconds timeout);
+  Exchange(Roster roster, std::chrono::milliseconds timeout);
   ~Exchange();
   Exchange(const Exchange&) = delete;
   Exchange& operator=(const Exchange&) = delete;
@@ -63,15 +123,10 @@ class Exchange {
   template <typename Call>
   void Join(const Arrival& arrival, const typename Call::Args& args, Done done) {
     JoinErased(arrival, {.make =
-                             [this] {
-                               auto call = std::make_shared<Call>();
-                               call->args.resize(num_ranks_);
-                               return call;
+                             [](int num_ranks, std::vector<int> pids) {
+                               return std::make_shared<Call>(num_ranks, std::move(pids));
                              },
-                         .deposit =
-                             [&](PhasedCall& call) {
-                               static_cast<Call&>(call).args[arrival.member.rank] = args;
-                             },
+                         .args = std::as_bytes(std::span(&args, 1)),
                          .poison = [args] { Call::Poison(args); },
                          .done = std::move(done)});
   }
@@ -82,14 +137,17 @@ class Exchange {
   void Fail(const ErrorRecord& record);
   std::optional<ErrorRecord> error() const;
 
+  /// Whether another process of the group is still there, as far as is known.
+  bool HasOtherProcesses() const;
+
   /// For tests: calls of `rank` end at once, poisoned, and never reach the peers. kNoIndex undoes
   /// it.
   void SkipRank(int rank);
 
  private:
   struct Participant {
-    std::function<std::shared_ptr<PhasedCall>()> make;
-    std::function<void(PhasedCall&)> deposit;
+    std::function<std::shared_ptr<PhasedCall>(int num_ranks, std::vector<int> pids)> make;
+    std::span<const std::byte> args;
     std::function<void()> poison;
     Done done;
   };
@@ -97,7 +155,6 @@ class Exchange {
 
   void JoinErased(const Arrival& arrival, Participant participant);
 
-  int num_ranks_;
   std::shared_ptr<State> state_;
 };
 

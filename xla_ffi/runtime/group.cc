@@ -4,12 +4,12 @@
 
 namespace jax_ep {
 
-Group::Group(std::string identity, std::vector<Seat> seats, int num_slices, int num_ranks,
+Group::Group(std::string identity, std::vector<Seat> seats, Roster roster,
              std::chrono::milliseconds timeout)
     : identity_(std::move(identity)),
-      num_ranks_(num_ranks),
+      num_ranks_(roster.num_ranks),
       seats_(std::move(seats)),
-      exchange_(num_slices, num_ranks, timeout) {
+      exchange_(std::move(roster), timeout) {
   for (size_t i = 0; i < seats_.size(); ++i) position_of_device_[seats_[i].device_id] = i;
 }
 

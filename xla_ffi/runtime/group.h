@@ -18,7 +18,7 @@ namespace jax_ep {
 class Group {
  public:
   /// `seats` in the row-major order of the mesh, over all of its axes.
-  Group(std::string identity, std::vector<Seat> seats, int num_slices, int num_ranks,
+  Group(std::string identity, std::vector<Seat> seats, Roster roster,
         std::chrono::milliseconds timeout);
 
   const std::string& identity() const { return identity_; }

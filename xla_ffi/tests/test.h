@@ -21,6 +21,7 @@ using Tests = std::vector<std::pair<std::string, void (*)()>>;
 Tests NumericsTests();
 Tests PlanTests();
 Tests ExchangeTests();
+Tests ProcessesTests();
 
 /// Fails on any thread, so it leaves the process at once. Shows the values after the condition.
 template <typename... Values>

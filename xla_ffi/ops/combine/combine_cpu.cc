@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cstring>
+#include <span>
 #include <vector>
 
 #include "ops/combine/combine_ffi.h"
@@ -23,33 +24,68 @@ class CombineCall : public CallOf<CombineArgs> {
     std::memset(a.out, 0xff, a.num_tokens * a.hidden * bytes);
   }
 
+  using CallOf::CallOf;
+
   int num_phases() const override { return 1; }
+  bool AreAlike(const CombineArgs& a, const CombineArgs& b) const override {
+    return a.layout == b.layout && a.dtype == b.dtype && a.num_slots == b.num_slots &&
+           a.num_tokens == b.num_tokens && a.hidden == b.hidden &&
+           (a.weights == nullptr) == (b.weights == nullptr);
+  }
 
   void Run(int, int rank) override {
     const CombineArgs& a = args[rank];
     const size_t row_bytes = a.hidden * (a.dtype == DType::kF32 ? 4 : 2);
+    const int most_terms = a.num_slots + a.num_biases;
+    // Tokens are summed in batches, since rows of other processes are fetched in batches.
+    const size_t batch = std::max<size_t>(most_terms, kBatchBytes / std::max<size_t>(1, row_bytes));
+    std::vector<std::byte> fetched;
     std::vector<Place> places;
     std::vector<RowTerm> terms;
-    for (int64_t token = 0; token < a.num_tokens; ++token) {
-      FindPlaces(a, token, places);
+    std::vector<size_t> ends;  // of each token's terms
+    terms.reserve(batch + most_terms);
+    PeerReader reader(memory());
+    for (int64_t token = 0; token < a.num_tokens; token += static_cast<int64_t>(ends.size())) {
       terms.clear();
-      for (const Place& place : places) {
-        const CombineArgs& peer = args[place.rank];
-        // Rows of one rank are rounded together only where experts' rows are added up there.
-        const bool joins_previous =
-            a.layout == RecvLayout::kExpert && !terms.empty() && (&place)[-1].rank == place.rank;
-        terms.push_back({static_cast<const std::byte*>(peer.rows) + place.row * row_bytes,
-                         peer.weights ? peer.weights[place.row] : 1.0f, joins_previous});
+      ends.clear();
+      size_t num_fetched = 0;
+      while (token + static_cast<int64_t>(ends.size()) < a.num_tokens && terms.size() < batch) {
+        const int64_t t = token + static_cast<int64_t>(ends.size());
+        FindPlaces(a, t, places);
+        for (const Place& place : places) {
+          const CombineArgs& peer = args[place.rank];
+          // Rows of one rank are rounded together only where experts' rows are added up there.
+          const bool joins_previous = a.layout == RecvLayout::kExpert && &place != &places[0] &&
+                                      (&place)[-1].rank == place.rank;
+          const std::byte* row = static_cast<const std::byte*>(peer.rows) + place.row * row_bytes;
+          terms.push_back({row, 1.0f, joins_previous});
+          if (!memory().IsHere(place.rank)) {
+            fetched.resize((batch + most_terms) * row_bytes);
+            terms.back().row = fetched.data() + num_fetched++ * row_bytes;
+            reader.Copy(place.rank, row, const_cast<std::byte*>(terms.back().row), row_bytes);
+          }
+          if (peer.weights) {
+            reader.Copy(place.rank, peer.weights + place.row, &terms.back().weight, sizeof(float));
+          }
+        }
+        for (int b = 0; b < a.num_biases; ++b) {
+          terms.push_back(
+              {static_cast<const std::byte*>(a.biases[b]) + t * row_bytes, 1.0f, false});
+        }
+        ends.push_back(terms.size());
       }
-      for (int b = 0; b < a.num_biases; ++b) {
-        terms.push_back(
-            {static_cast<const std::byte*>(a.biases[b]) + token * row_bytes, 1.0f, false});
+      reader.Finish();
+      for (size_t i = 0; i < ends.size(); ++i) {
+        const size_t begin = i == 0 ? 0 : ends[i - 1];
+        SumRows(a.dtype, std::span(terms).subspan(begin, ends[i] - begin), a.hidden,
+                static_cast<std::byte*>(a.out) + (token + static_cast<int64_t>(i)) * row_bytes);
       }
-      SumRows(a.dtype, terms, a.hidden, static_cast<std::byte*>(a.out) + token * row_bytes);
     }
   }
 
  private:
+  static constexpr size_t kBatchBytes = 1 << 20;
+
   struct Place {
     int32_t rank;
     int32_t row;

@@ -3,6 +3,9 @@
 #include <limits>
 #include <mutex>
 #include <optional>
+#include <span>
+#include <utility>
+#include <vector>
 
 #include "ops/cpu_handlers.h"
 #include "ops/dispatch/dispatch_ffi.h"
@@ -13,18 +16,24 @@ namespace {
 
 // Every rank pulls its rows out of its peers' arrays, straight into their final place.
 //
-// Phases     list what each source sends, admit what fits, move.
+// Phases     list what each source sends, admit what fits (both in every process), move.
 // Traffic    per received row: its bytes read from the peer, its bytes written.
 // Floor      rows * row_bytes / memcpy rate of all cores.
 class DispatchCall : public CallOf<DispatchArgs> {
  public:
+  DispatchCall(int num_ranks, std::vector<int> pids)
+      : CallOf(num_ranks, std::move(pids)), fetched_(num_ranks) {}
+
   static void Poison(const DispatchArgs& args);
 
   int num_phases() const override { return 3; }
+  bool IsForAll(int phase) const override { return phase < 2; }
+  bool AreAlike(const DispatchArgs& a, const DispatchArgs& b) const override;
 
   void Run(int phase, int rank) override {
     switch (phase) {
       case 0: {
+        if (!memory().IsHere(rank)) Fetch(rank);
         std::call_once(planned_, [&] { plan_.emplace(args[rank].shape); });
         plan_->List(rank, args[rank].topk_idx);
         return;
@@ -40,14 +49,45 @@ class DispatchCall : public CallOf<DispatchArgs> {
   }
 
  private:
+  // The routing of a rank in another process.
+  struct Fetched {
+    std::vector<int32_t> topk_idx;
+    std::vector<float> topk_weights;
+  };
+
+  void Fetch(int src);
   void WriteSendRows(int src);
   void WriteRows(int dst);
-  void WriteRow(int dst, int src, int32_t token, int32_t k, int32_t row);
+  void WriteRow(PeerReader& reader, int dst, int src, int32_t token, int32_t k, int32_t row);
   void WriteFill(int dst);
 
+  std::vector<Fetched> fetched_;  // by rank
   std::once_flag planned_;
   std::optional<DispatchPlan> plan_;
 };
+
+bool DispatchCall::AreAlike(const DispatchArgs& a, const DispatchArgs& b) const {
+  const auto row_bytes = [](const RowStream& s) { return s.row_bytes; };
+  return a.shape == b.shape && a.num_streams == b.num_streams &&
+         (a.topk_weights == nullptr) == (b.topk_weights == nullptr) &&
+         std::ranges::equal(std::span(a.streams).first(a.num_streams),
+                            std::span(b.streams).first(b.num_streams), {}, row_bytes, row_bytes);
+}
+
+void DispatchCall::Fetch(int src) {
+  DispatchArgs& a = args[src];
+  Fetched& own = fetched_[src];
+  // What cannot be read holds no expert.
+  own.topk_idx.assign(a.shape.num_tokens * a.shape.num_topk, kNoIndex);
+  PeerReader reader(memory());
+  reader.Copy(src, a.topk_idx, own.topk_idx.data(), own.topk_idx.size() * sizeof(int32_t));
+  a.topk_idx = own.topk_idx.data();
+  if (a.topk_weights == nullptr) return;
+  own.topk_weights.resize(own.topk_idx.size());
+  reader.Copy(src, a.topk_weights, own.topk_weights.data(),
+              own.topk_weights.size() * sizeof(float));
+  a.topk_weights = own.topk_weights.data();
+}
 
 void DispatchCall::WriteSendRows(int src) {
   const DispatchArgs& a = args[src];
@@ -76,9 +116,10 @@ void ResetIndices(const DispatchArgs& a) {
 void DispatchCall::WriteRows(int dst) {
   const DispatchArgs& a = args[dst];
   ResetIndices(a);
+  PeerReader reader(memory());
   for (int src = 0; src < a.shape.experts.num_ranks; ++src) {
     plan_->ForEachRow(src, dst, [&](int32_t token, int32_t k, int32_t row) {
-      WriteRow(dst, src, token, k, row);
+      WriteRow(reader, dst, src, token, k, row);
     });
   }
   std::copy_n(plan_->group_sizes(dst).begin(), plan_->group_sizes(dst).size(), a.group_sizes);
@@ -86,7 +127,8 @@ void DispatchCall::WriteRows(int dst) {
   a.num_dropped[0] = plan_->num_dropped(dst);
 }
 
-void DispatchCall::WriteRow(int dst, int src, int32_t token, int32_t k, int32_t row) {
+void DispatchCall::WriteRow(PeerReader& reader, int dst, int src, int32_t token, int32_t k,
+                            int32_t row) {
   const DispatchArgs& to = args[dst];
   const DispatchArgs& from = args[src];
   const ExpertMap& experts = to.shape.experts;
@@ -94,7 +136,7 @@ void DispatchCall::WriteRow(int dst, int src, int32_t token, int32_t k, int32_t 
   to.recv_src[row] = static_cast<int32_t>(src * to.shape.num_tokens + token);
   for (int i = 0; i < to.num_streams; ++i) {
     const size_t bytes = to.streams[i].row_bytes;
-    std::memcpy(to.streams[i].out + row * bytes, from.streams[i].in + token * bytes, bytes);
+    reader.Copy(src, from.streams[i].in + token * bytes, to.streams[i].out + row * bytes, bytes);
   }
   const int64_t first_choice = int64_t{token} * num_topk;
   if (to.shape.layout == RecvLayout::kExpert) {

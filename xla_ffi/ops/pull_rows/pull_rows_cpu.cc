@@ -14,15 +14,21 @@ namespace {
 // Floor      rows * row_bytes / memcpy rate of all cores.
 class PullRowsCall : public CallOf<PullRowsArgs> {
  public:
+  using CallOf::CallOf;
+
   static void Poison(const PullRowsArgs& a) {
     // 0xff in every byte is a NaN in each floating-point type that rows are made of.
     std::memset(a.out, 0xff, a.num_pulled * a.row_bytes);
   }
 
   int num_phases() const override { return 1; }
+  bool AreAlike(const PullRowsArgs& a, const PullRowsArgs& b) const override {
+    return a.num_rows == b.num_rows && a.row_bytes == b.row_bytes;
+  }
 
   void Run(int, int rank) override {
     const PullRowsArgs& a = args[rank];
+    PeerReader reader(memory());
     for (int64_t i = 0; i < a.num_pulled; ++i) {
       std::byte* out = a.out + i * a.row_bytes;
       const int64_t index = a.index[i];
@@ -30,8 +36,8 @@ class PullRowsCall : public CallOf<PullRowsArgs> {
         std::memset(out, 0, a.row_bytes);
         continue;
       }
-      const std::byte* peer_rows = args[index / a.num_rows].rows;
-      std::memcpy(out, peer_rows + index % a.num_rows * a.row_bytes, a.row_bytes);
+      const auto peer = static_cast<int>(index / a.num_rows);
+      reader.Copy(peer, args[peer].rows + index % a.num_rows * a.row_bytes, out, a.row_bytes);
     }
   }
 };

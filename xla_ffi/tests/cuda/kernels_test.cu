@@ -414,10 +414,10 @@ void TestMatrix(int num_devices, bool is_small) {
     TestRoundTrip<BF16>(wide, DType::kBF16, ranks, num_sms(), seed++);
     Case many{.layout = RecvLayout::kExpert,
               .num_ranks = num_ranks,
-              .num_tokens = 600,
+              .num_tokens = is_small ? 60 : 600,
               .num_topk = 8,
               .num_local_experts = 4096 / num_ranks,
-              .capacity = 2000};
+              .capacity = is_small ? 200 : 2000};
     TestRoundTrip<BF16>(many, DType::kBF16, ranks, num_sms(), seed++);
     Case deep{.layout = RecvLayout::kExpert,
               .num_ranks = num_ranks,
@@ -437,12 +437,14 @@ void TestMatrix(int num_devices, bool is_small) {
 }  // namespace
 }  // namespace jax_ep
 
-// `kernels_test`, or `kernels_test small`.
+// `kernels_test`, or `kernels_test small`; behind it, on how many devices, if not on 1, 2, ...
 int main(int argc, char** argv) {
   const bool is_small = argc > 1 && std::string(argv[1]) == "small";
   int num_devices = 0;
   jax_ep::Cuda(cudaGetDeviceCount(&num_devices));
+  const int only = argc > 1 + is_small ? std::atoi(argv[1 + is_small]) : 0;
   for (int d = 1; d <= num_devices; ++d) {
+    if (only != 0 && d != only) continue;
     std::printf("on %d devices\n", d);
     jax_ep::TestMatrix(d, is_small);
     jax_ep::TestSkippedRank(d);

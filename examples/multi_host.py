@@ -1,0 +1,137 @@
+"""Runs a program in several processes, with one mesh over the devices of all of them.
+
+On a laptop: starts two processes of four virtual devices, and waits for both.
+
+    python examples/multi_host.py --processes 2
+    python examples/multi_host.py --processes 2 examples/train_moe.py --steps 20
+
+One process per GPU, started by hand, on one host or several; each sees one GPU:
+
+    python examples/multi_host.py --coordinator host0:8476 --of 2 --process 0 &
+    python examples/multi_host.py --coordinator host0:8476 --of 2 --process 1
+
+Under Slurm, where JAX finds out by itself who is who:
+
+    srun --ntasks-per-node=8 --gpus-per-task=1 python examples/multi_host.py
+
+Without a program it sends tokens through `dispatch` and `combine` and compares the result with what
+NumPy says. `group.info()` tells which back end carries the rows, and why: between CPU processes of
+one host they are read out of each other's memory; else stock collectives carry them.
+"""
+
+import argparse
+import os
+import runpy
+import sys
+import time
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+import jax_ep
+from jax_ep.testing import launch
+from jax_ep.testing.ranks import on_group
+
+TOKENS, HIDDEN, TOPK, EXPERTS_PER_RANK = 256, 512, 2, 4
+STEPS = 20
+DEADLINE_S = 1800.0
+
+
+def parse_flags() -> argparse.Namespace:
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    parser.add_argument("--processes", type=int, help="start so many here, and wait for them")
+    parser.add_argument("--devices", type=int, default=4, help="virtual CPU devices of each")
+    parser.add_argument("--coordinator", help="host:port of process 0, where JAX cannot find it")
+    parser.add_argument("--of", type=int, help="how many processes there are")
+    parser.add_argument("--process", type=int, help="which of them this one is")
+    parser.add_argument("--gpu", type=int, help="of this host; default: as --process")
+    parser.add_argument("program", nargs=argparse.REMAINDER, help="a script and its arguments")
+    return parser.parse_args()
+
+
+def start_processes(flags: argparse.Namespace) -> int:
+    """This same program, several times; what each has written is shown when all have ended."""
+    count = f"--xla_force_host_platform_device_count={flags.devices}"
+    environment = {
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {count}".strip(),
+        # Virtual devices that wait for each other need a thread each, however few the cores.
+        "PJRT_NPROC": "16",
+    }
+    outputs = launch.launch(
+        [__file__, *flags.program],
+        num_processes=flags.processes,
+        deadline=DEADLINE_S,
+        environment=environment,
+    )
+    for process, output in enumerate(outputs):
+        print(f"--- process {process}\n{output.rstrip()}")
+    return 0
+
+
+def join(flags: argparse.Namespace) -> None:
+    """Makes this process one of several, however it was started."""
+    if "JAX_EP_COORDINATOR" in os.environ:
+        launch.initialize()
+    elif flags.coordinator is None:
+        jax.distributed.initialize()
+    else:
+        # Each sees one GPU: the GPUs of a host are numbered from 0, and so are its processes.
+        jax.distributed.initialize(
+            flags.coordinator,
+            flags.of,
+            flags.process,
+            local_device_ids=[flags.process if flags.gpu is None else flags.gpu],
+        )
+
+
+def demonstrate() -> int:
+    """A round trip of every token, checked on this process's devices."""
+    mesh = Mesh(np.array(jax.devices()), ("expert",))
+    num_ranks = mesh.size
+    num_experts = EXPERTS_PER_RANK * num_ranks
+    random = np.random.default_rng(0)  # alike in all processes
+    x = random.integers(-8, 9, (num_ranks, TOKENS, HIDDEN)).astype(np.float32)
+    ids = random.integers(0, num_experts, (num_ranks, TOKENS, TOPK)).astype(np.int32)
+
+    with jax_ep.Group.open(mesh, "expert") as group:
+        info = group.info()
+        print(f"{group}; process {jax.process_index()} of {jax.process_count()}")
+        for backend, reason in info.backends.items():
+            print(f"  {backend}: {reason}")
+
+        def round_trip(x: jax.Array, ids: jax.Array) -> jax.Array:
+            out = jax_ep.dispatch(x, ids, group=group, num_experts=num_experts)
+            return jax_ep.combine(out.x, out.handle)
+
+        step = on_group(round_trip, group)
+        y = step(x, ids)
+        started = time.perf_counter()
+        for _ in range(STEPS):
+            y = jax.block_until_ready(step(x, ids))
+        milliseconds = (time.perf_counter() - started) / STEPS * 1e3
+        group.check(y)
+
+    ranks = ids[..., None] // EXPERTS_PER_RANK == np.arange(num_ranks)
+    expected = x * ranks.any(axis=-2).sum(axis=-1, keepdims=True)
+    for shard in y.addressable_shards:
+        np.testing.assert_array_equal(shard.data, expected[shard.index])
+    print(f"every token came back from every rank it was sent to; {milliseconds:.1f} ms a round")
+    return 0
+
+
+def main() -> int:
+    flags = parse_flags()
+    if flags.processes is not None:
+        return start_processes(flags)
+    join(flags)
+    if not flags.program:
+        return demonstrate()
+    sys.argv = flags.program
+    runpy.run_path(flags.program[0], run_name="__main__")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+#include "device/shareable_memory.h"
+
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+namespace jax_ep {
+namespace {
+
+void CheckDriver(const char* what, CUresult status) {
+  if (status != CUDA_SUCCESS) {
+    throw std::runtime_error(std::string(what) + ": CUDA driver error " + std::to_string(status));
+  }
+}
+
+// The driver is found when it is needed: the module must load on machines that have none.
+template <typename Function>
+Function FindInDriver(const char* name) {
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult result{};
+  const cudaError_t status =
+      cudaGetDriverEntryPointByVersion(name, &found, 12000, cudaEnableDefault, &result);
+  if (status != cudaSuccess || result != cudaDriverEntryPointSuccess) {
+    throw std::runtime_error(std::string("the CUDA driver has no ") + name);
+  }
+  return reinterpret_cast<Function>(found);
+}
+
+// Calls a function of the driver by the name and the type that cuda.h declares.
+#define JAX_EP_DRIVER(name, ...) \
+  CheckDriver(#name, FindInDriver<decltype(&name)>(#name)(__VA_ARGS__))
+
+CUmemAllocationProp PropertiesOn(int device) {
+  CUmemAllocationProp properties{};
+  properties.type = CU_MEM_ALLOCATION_TYPE_PINNED;
+  properties.requestedHandleTypes = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
+  properties.location = {.type = CU_MEM_LOCATION_TYPE_DEVICE, .id = device};
+  return properties;
+}
+
+int ExportHandle(CUmemGenericAllocationHandle handle) {
+  int descriptor = -1;
+  JAX_EP_DRIVER(cuMemExportToShareableHandle, &descriptor, handle,
+                CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0);
+  return descriptor;
+}
+
+}  // namespace
+
+ShareableMemory ShareableMemory::Create(int device, size_t bytes, const std::vector<int>& readers) {
+  const CUmemAllocationProp properties = PropertiesOn(device);
+  size_t granularity = 0;
+  JAX_EP_DRIVER(cuMemGetAllocationGranularity, &granularity, &properties,
+                CU_MEM_ALLOC_GRANULARITY_MINIMUM);
+  ShareableMemory memory;
+  memory.bytes_ = (bytes + granularity - 1) / granularity * granularity;
+  CUmemGenericAllocationHandle handle = 0;
+  JAX_EP_DRIVER(cuMemCreate, &handle, memory.bytes_, &properties, 0);
+  memory.handle_ = handle;
+  std::vector<int> all = readers;
+  all.push_back(device);
+  memory.Map(all);
+  JAX_EP_DRIVER(cuMemsetD8, memory.address_, 0, memory.bytes_);
+  return memory;
+}
+
+ShareableMemory ShareableMemory::Import(int descriptor, size_t bytes,
+                                        const std::vector<int>& readers) {
+  ShareableMemory memory;
+  memory.bytes_ = bytes;
+  CUmemGenericAllocationHandle handle = 0;
+  JAX_EP_DRIVER(cuMemImportFromShareableHandle, &handle,
+                reinterpret_cast<void*>(static_cast<intptr_t>(descriptor)),
+                CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR);
+  memory.handle_ = handle;
+  memory.Map(readers);
+  return memory;
+}
+
+void ShareableMemory::Map(const std::vector<int>& readers) {
+  CUdeviceptr address = 0;
+  JAX_EP_DRIVER(cuMemAddressReserve, &address, bytes_, 0, 0, 0);
+  const CUresult status =
+      FindInDriver<decltype(&cuMemMap)>("cuMemMap")(address, bytes_, 0, handle_, 0);
+  if (status != CUDA_SUCCESS) {
+    FindInDriver<decltype(&cuMemAddressFree)>("cuMemAddressFree")(address, bytes_);
+    CheckDriver("cuMemMap", status);
+  }
+  address_ = address;
+  std::vector<CUmemAccessDesc> access;
+  for (const int reader : readers) {
+    access.push_back({.location = {.type = CU_MEM_LOCATION_TYPE_DEVICE, .id = reader},
+                      .flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE});
+  }
+  JAX_EP_DRIVER(cuMemSetAccess, address_, bytes_, access.data(), access.size());
+}
+
+ShareableMemory::ShareableMemory(ShareableMemory&& other) noexcept { *this = std::move(other); }
+
+ShareableMemory& ShareableMemory::operator=(ShareableMemory&& other) noexcept {
+  std::swap(handle_, other.handle_);
+  std::swap(address_, other.address_);
+  std::swap(bytes_, other.bytes_);
+  return *this;
+}
+
+ShareableMemory::~ShareableMemory() {
+  // Nothing to be done about what the driver says here.
+  if (address_ != 0) {
+    FindInDriver<decltype(&cuMemUnmap)>("cuMemUnmap")(address_, bytes_);
+    FindInDriver<decltype(&cuMemAddressFree)>("cuMemAddressFree")(address_, bytes_);
+  }
+  if (handle_ != 0) FindInDriver<decltype(&cuMemRelease)>("cuMemRelease")(handle_);
+}
+
+int ShareableMemory::Export() const { return ExportHandle(handle_); }
+
+ExportedAllocation ExportAllocationOf(uint64_t address) {
+  CUdeviceptr begin = 0;
+  ExportedAllocation exported{};
+  JAX_EP_DRIVER(cuMemGetAddressRange, &begin, &exported.bytes, address);
+  exported.begin = begin;
+  CUmemGenericAllocationHandle handle = 0;
+  JAX_EP_DRIVER(cuMemRetainAllocationHandle, &handle, reinterpret_cast<void*>(begin));
+  try {
+    exported.descriptor = ExportHandle(handle);
+  } catch (...) {
+    FindInDriver<decltype(&cuMemRelease)>("cuMemRelease")(handle);
+    throw;
+  }
+  FindInDriver<decltype(&cuMemRelease)>("cuMemRelease")(handle);
+  return exported;
+}
+
+}  // namespace jax_ep

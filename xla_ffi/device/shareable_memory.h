@@ -1,0 +1,47 @@
+// Device memory that the other processes of a host map, through descriptors.
+//
+// XLA's pool is one such allocation per device, so its buffers reach other processes as they are.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace jax_ep {
+
+/// A mapping of device memory into this process; movable. Throws std::runtime_error when the driver
+/// refuses. The primary contexts of the devices must exist.
+class ShareableMemory {
+ public:
+  /// Zeroed memory of a device, at least `bytes`, mapped for it and for `readers`.
+  static ShareableMemory Create(int device, size_t bytes, const std::vector<int>& readers);
+  /// Memory of another process, mapped for `readers`. Does not take the descriptor over.
+  static ShareableMemory Import(int descriptor, size_t bytes, const std::vector<int>& readers);
+
+  ShareableMemory() = default;
+  ShareableMemory(ShareableMemory&& other) noexcept;
+  ShareableMemory& operator=(ShareableMemory&& other) noexcept;
+  ~ShareableMemory();
+
+  std::byte* data() const { return reinterpret_cast<std::byte*>(address_); }
+  size_t bytes() const { return bytes_; }
+  /// A new descriptor of it; the caller closes it.
+  int Export() const;
+
+ private:
+  void Map(const std::vector<int>& readers);
+
+  uint64_t handle_ = 0;
+  uint64_t address_ = 0;
+  size_t bytes_ = 0;
+};
+
+/// The allocation that an address of this process lies in.
+struct ExportedAllocation {
+  uint64_t begin;
+  size_t bytes;
+  int descriptor;  // the caller closes it
+};
+ExportedAllocation ExportAllocationOf(uint64_t address);
+
+}  // namespace jax_ep

@@ -1,0 +1,80 @@
+// What the processes of an exchange tell one another (links.h). All of them run the same build.
+#pragma once
+
+#include <algorithm>
+#include <compare>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <span>
+#include <vector>
+
+#include "runtime/error_record.h"
+
+namespace jax_ep {
+
+/// One call of one slice: its place in the program, its launch.
+struct CallKey {
+  uint64_t site;
+  int64_t run_id;
+  int slice;
+  auto operator<=>(const CallKey&) const = default;
+};
+
+struct WireMessage {
+  enum class Kind : uint32_t {
+    kJoin,  // a rank of the sender has joined; its operands follow
+    kRead,  // the sender does not read the operands of the call any more
+    kFail,  // the sender's exchange has failed, and so has the receiver's
+  };
+  static constexpr size_t kMaxOpName = 32;
+
+  Kind kind;
+  CallKey key;          // kJoin, kRead
+  char op[kMaxOpName];  // kJoin, kFail
+  int32_t rank;         // kJoin: that has joined; kFail: of the record
+  ErrorRecord::Kind error;
+  int32_t peer;
+  int64_t expected;
+  int64_t seen;
+
+  static WireMessage Of(Kind kind, const CallKey& key) {
+    WireMessage message{};
+    message.kind = kind;
+    message.key = key;
+    return message;
+  }
+  static WireMessage Join(const CallKey& key, const char* op, int rank) {
+    WireMessage message = Of(Kind::kJoin, key);
+    message.SetOp(op);
+    message.rank = rank;
+    return message;
+  }
+  static WireMessage Fail(const ErrorRecord& record) {
+    WireMessage message = Of(Kind::kFail, {});
+    message.SetOp(record.op.c_str());
+    message.rank = record.rank;
+    message.error = record.kind;
+    message.peer = record.peer;
+    message.expected = record.expected;
+    message.seen = record.seen;
+    return message;
+  }
+
+  ErrorRecord Record() const {
+    return {
+        .kind = error, .op = op, .rank = rank, .peer = peer, .expected = expected, .seen = seen};
+  }
+
+  std::vector<std::byte> With(std::span<const std::byte> body = {}) const {
+    std::vector<std::byte> bytes(sizeof(*this) + body.size());
+    std::memcpy(bytes.data(), this, sizeof(*this));
+    std::copy(body.begin(), body.end(), bytes.begin() + sizeof(*this));
+    return bytes;
+  }
+
+ private:
+  void SetOp(const char* name) { std::strncpy(op, name, kMaxOpName - 1); }
+};
+
+}  // namespace jax_ep
