@@ -15,8 +15,8 @@ Under Slurm, where JAX finds out by itself who is who:
     srun --ntasks-per-node=8 --gpus-per-task=1 python examples/multi_host.py
 
 Without a program it sends tokens through `dispatch` and `combine` and compares the result with what
-NumPy says. `group.info()` tells which back end carries the rows, and why: between CPU processes of
-one host they are read out of each other's memory; else stock collectives carry them.
+NumPy says. `group.info()` tells which back end carries the rows, and why: between the processes of
+one host the custom calls do, in place; between hosts stock collectives.
 """
 
 import argparse

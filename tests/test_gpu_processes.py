@@ -116,11 +116,11 @@ def _run(program, num_gpus, *argv, deadline=240.0, exit_codes=None):
 @pytest.mark.parametrize("every", [20, pytest.param(1, marks=pytest.mark.slow)])
 def test_conformance(num_gpus, every):
     for output in _run(CONFORMANCE, num_gpus, str(every)):
-        assert output.endswith("passed\n")
+        assert output.count("passed\n") == 1
 
 
 def test_many_calls(num_gpus):
-    assert all(output.endswith("passed\n") for output in _run(MANY, num_gpus))
+    assert all(output.count("passed\n") == 1 for output in _run(MANY, num_gpus))
 
 
 def test_a_killed_process_is_named(num_gpus):

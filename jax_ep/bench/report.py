@@ -127,6 +127,7 @@ def plot(records: Sequence[Record], path: Path) -> None:
         axes.bar(places, [r.us["p50"] / r.floor_us for r in own], width, label=name)
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_xticks(range(len(points)), points, fontsize="small")
+    axes.set_yscale("log")
     axes.set_ylabel("time over floor (p50)")
     axes.set_title(records[0].device, fontsize="medium")
     axes.legend()
