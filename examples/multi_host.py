@@ -1,14 +1,15 @@
 """Runs a program in several processes, with one mesh over the devices of all of them.
 
-On a laptop: starts two processes of four virtual devices, and waits for both.
+On one machine: starts two processes and waits for both. On a laptop each has four virtual devices;
+where there are GPUs each gets one.
 
     python examples/multi_host.py --processes 2
     python examples/multi_host.py --processes 2 examples/train_moe.py --steps 20
 
-One process per GPU, started by hand, on one host or several; each sees one GPU:
+One process per GPU, started by hand, on one host or several; `--gpu` counts from 0 on each host:
 
-    python examples/multi_host.py --coordinator host0:8476 --of 2 --process 0 &
-    python examples/multi_host.py --coordinator host0:8476 --of 2 --process 1
+    python examples/multi_host.py --coordinator host0:8476 --of 2 --process 0 --gpu 0 &
+    python examples/multi_host.py --coordinator host0:8476 --of 2 --process 1 --gpu 1
 
 Under Slurm, where JAX finds out by itself who is who:
 
@@ -46,7 +47,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--coordinator", help="host:port of process 0, where JAX cannot find it")
     parser.add_argument("--of", type=int, help="how many processes there are")
     parser.add_argument("--process", type=int, help="which of them this one is")
-    parser.add_argument("--gpu", type=int, help="of this host; default: as --process")
+    parser.add_argument("--gpu", type=int, help="the only one that this process sees")
     parser.add_argument("program", nargs=argparse.REMAINDER, help="a script and its arguments")
     return parser.parse_args()
 
@@ -77,13 +78,8 @@ def join(flags: argparse.Namespace) -> None:
     elif flags.coordinator is None:
         jax.distributed.initialize()
     else:
-        # Each sees one GPU: the GPUs of a host are numbered from 0, and so are its processes.
-        jax.distributed.initialize(
-            flags.coordinator,
-            flags.of,
-            flags.process,
-            local_device_ids=[flags.process if flags.gpu is None else flags.gpu],
-        )
+        own = None if flags.gpu is None else [flags.gpu]
+        jax.distributed.initialize(flags.coordinator, flags.of, flags.process, local_device_ids=own)
 
 
 def demonstrate() -> int:

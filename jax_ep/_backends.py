@@ -70,6 +70,13 @@ def resolve(
     return requested, found
 
 
+def without_exchange(
+    found: dict[str, Usability], backend: str, why_not: str
+) -> dict[str, Usability]:
+    """What is left when a back end turns out to be of no use between the ranks."""
+    return {**found, backend: _local_only(why_not)}
+
+
 def is_complete(usability: Usability) -> bool:
     """Whether a back end can do everything."""
     return usability.ops >= _OPS
@@ -108,4 +115,8 @@ def _cuda(mesh: jax.sharding.Mesh, why_not_linked: str | None) -> Usability:
             why_not = str(e)
     if why_not is None:
         return Usability(_OPS, "usable")
+    return _local_only(why_not)
+
+
+def _local_only(why_not: str) -> Usability:
     return Usability(_LOCAL_OPS, f"usable for {', '.join(_LOCAL_OPS)} only: {why_not}")

@@ -6,44 +6,22 @@ refuses two ranks on one GPU.
 
 import atexit
 import ctypes
-import hmac
 import json
 import os
 import secrets
-import socket
-import struct
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from contextlib import ExitStack, suppress
+from typing import Any
 
 import jax
 import numpy as np
 
-from jax_ep import _jax_compat, _native, _registry, config
+from jax_ep import _jax_compat, _native, _registry, _sockets, config
 from jax_ep.errors import GroupError
 
-_TOKEN_BYTES = 32
-_HELLO = struct.Struct(f"!i{_TOKEN_BYTES}s")  # process, the other side's token
-_LENGTH = struct.Struct("!I")
-_MAX_DESCRIPTORS = 128  # in one message
 _LEAVE_S, _LEAVE_POLL_S = 5.0, 0.05
-_CREDENTIALS = struct.Struct("iii")  # pid, uid, gid; SO_PEERCRED
-
-
-class Link(NamedTuple):
-    """A connected stream socket to another process of this host.
-
-    Attributes:
-      process: its index in JAX.
-      pid: as this process sees it.
-      socket: both sides have shown that they are of this user, and of this group.
-    """
-
-    process: int
-    pid: int
-    socket: socket.socket
 
 
 class Meeting:
@@ -53,14 +31,18 @@ class Meeting:
       processes: their indices in JAX.
       links: to the others, after `connect`.
       why_not_linked: or why there are none.
+      timeout: seconds to wait for one another.
     """
 
     def __init__(self, identity: str, processes: Sequence[int], *, timeout: float):
         self.processes = processes
-        self.links: list[Link] = []
+        self.links: list[_sockets.Link] = []
         self.why_not_linked: str | None = None
+        self._identity = identity
         self._prefix = f"jax_ep/{identity}/{_registry.count_opening(identity)}"
-        self._timeout = timeout
+        self._keys: list[str] = []
+        self._waited_in_vain = False
+        self.timeout = timeout
 
     def gather(self, topic: str, message: Any) -> dict[int, Any]:
         """What each process says about a topic, as JSON; once for each topic.
@@ -73,17 +55,23 @@ class Meeting:
                 "Group.open: the mesh spans processes, but jax.distributed was not initialised"
             )
         key = f"{self._prefix}/{topic}"
-        client.key_value_set(f"{key}/{jax.process_index()}", json.dumps(message))
-        deadline = time.monotonic() + self._timeout
+        own = f"{key}/{jax.process_index()}"
+        try:
+            client.key_value_set(own, json.dumps(message))
+        except jax.errors.JaxRuntimeError as e:
+            raise GroupError(f"Group.open: JAX's distributed runtime cannot be reached: {e}") from e
+        self._keys.append(own)
+        deadline = time.monotonic() + self.timeout
         said = {}
         for process in self.processes:
             remaining_ms = max(1, int(1000 * (deadline - time.monotonic())))
             try:
                 text = client.blocking_key_value_get(f"{key}/{process}", remaining_ms)
             except jax.errors.JaxRuntimeError as e:
+                self._waited_in_vain = True
                 raise GroupError(
                     f"Group.open: process {process} did not open the same group (name, axes, "
-                    f"devices) within {self._timeout:g} s: {e}"
+                    f"devices) within {self.timeout:g} s: {e}"
                 ) from e
             said[process] = json.loads(text)
         return said
@@ -102,24 +90,39 @@ class Meeting:
 
         `reads_memory`: only if each can read every other one's memory.
         """
-        token = secrets.token_bytes(_TOKEN_BYTES)
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-            # In the abstract namespace: there is no file, and nothing is left behind.
-            listener.bind(f"\0jax_ep-{secrets.token_hex(16)}")
-            listener.listen(len(self.processes))
-            mine = {
-                "host": _host(),
-                "address": listener.getsockname()[1:].decode(),
-                "token": token.hex(),
-            }
+        me = jax.process_index()
+        token = secrets.token_bytes(_sockets.TOKEN_BYTES)
+        mine = {"problem": "", "host": "", "address": "", "token": token.hex()}
+        listener = None
+        try:
+            listener, mine["address"] = _sockets.listen(len(self.processes))
+            mine["host"] = _sockets.host()
+        except OSError as e:
+            mine["problem"] = str(e)
+        with ExitStack() as stack:
+            if listener is not None:
+                stack.enter_context(listener)
             said = self.gather("address", mine)
-            hosts = {process: told["host"] for process, told in said.items()}
-            if len(set(hosts.values())) > 1:
+            self.why_not_linked = _first({p: told["problem"] for p, told in said.items()})
+            hosts = {p: told["host"] for p, told in said.items()}
+            if self.why_not_linked is None and len(set(hosts.values())) > 1:
                 self.why_not_linked = f"the mesh spans hosts or containers: {hosts}"
+            if self.why_not_linked is not None or listener is None:
                 return
             problem = ""
             try:
-                self._link(listener, token, said)
+                _sockets.connect(
+                    listener,
+                    process=me,
+                    token=token,
+                    others={
+                        p: (told["address"], bytes.fromhex(told["token"]))
+                        for p, told in said.items()
+                        if p != me
+                    },
+                    timeout=self.timeout,
+                    links=self.links,
+                )
             except OSError as e:
                 problem = f"no connection between the processes: {e}"
         self.why_not_linked = self.first_problem("links", problem)
@@ -136,85 +139,50 @@ class Meeting:
 
     def has_others(self) -> bool:
         """Whether another process is still there, as far as is known. Not collective."""
-        for link in self.links:
-            try:
-                if link.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
-                    return True
-            except BlockingIOError:
-                return True
-            except OSError:
-                pass
-        return False
+        return _sockets.any_is_open(self.links)
 
-    def swap(self, message: Any, descriptors: Sequence[int]) -> dict[int, tuple[Any, list[int]]]:
-        """What each other process sends to all: something that JSON holds, and descriptors.
+    def abandon(self) -> None:
+        """After a failure: the group may be opened again. Not collective.
 
-        The receiver closes them.
+        If others did not come in time, it is as if this process had not come either.
         """
-        text = json.dumps(message).encode()
-        framed = _LENGTH.pack(len(text)) + text
-        for link in self.links:
-            link.socket.settimeout(self._timeout)
-            sent = socket.send_fds(link.socket, [framed], descriptors)
-            link.socket.sendall(framed[sent:])
-        got = {}
-        for link in self.links:
-            data, received, _, _ = socket.recv_fds(link.socket, _LENGTH.size, _MAX_DESCRIPTORS)
-            if len(data) < _LENGTH.size:
-                raise GroupError(f"Group.open: process {link.process} has ended")
-            (length,) = _LENGTH.unpack(data)
-            text = link.socket.recv(length, socket.MSG_WAITALL)
-            got[link.process] = json.loads(text), received
-            link.socket.settimeout(None)
-        return got
-
-    def _link(self, listener: socket.socket, token: bytes, said: Mapping[int, Any]) -> None:
-        """Calls those before this process, is called by those behind it."""
-        me = jax.process_index()
-        deadline = time.monotonic() + self._timeout
-        for process in self.processes:
-            if process == me:
-                continue
-            if process < me:
-                link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-                link.settimeout(max(0.1, deadline - time.monotonic()))
-                link.connect("\0" + said[process]["address"])
-                link.sendall(_HELLO.pack(me, bytes.fromhex(said[process]["token"])))
-                caller = process
-            else:
-                listener.settimeout(max(0.1, deadline - time.monotonic()))
-                link, _ = listener.accept()
-                link.settimeout(max(0.1, deadline - time.monotonic()))
-                hello = link.recv(_HELLO.size, socket.MSG_WAITALL)
-                caller, shown = _HELLO.unpack(hello.ljust(_HELLO.size, b"\0"))
-                if not hmac.compare_digest(shown, token):
-                    raise OSError("a caller does not know this process's token")
-            link.settimeout(None)
-            pid, uid, _ = _CREDENTIALS.unpack(
-                link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-            )
-            if uid != os.geteuid():
-                raise OSError(f"process {caller} is of another user")
-            self.links.append(Link(caller, pid, link))
+        self.close()
+        if not self._waited_in_vain:
+            return
+        client = _jax_compat.distributed_client()
+        for key in self._keys:
+            with suppress(jax.errors.JaxRuntimeError):
+                client.key_value_delete(key)
+        _registry.openings[self._identity] -= 1
 
     def _first_unreadable(self) -> str | None:
         """Each process reads a random number out of every other one's memory."""
-        native = _native.load("cpu")
-        native.allow_readers()
         number = ctypes.c_uint64(secrets.randbits(64))
-        said = self.gather("memory", [ctypes.addressof(number), number.value])
+        problem = ""
+        try:
+            native = _native.load("cpu")
+            native.allow_readers()
+        except GroupError as e:
+            problem = str(e)
+        said = self.gather("memory", [problem, ctypes.addressof(number), number.value])
+        missing = _first({process: told[0] for process, told in said.items()})
+        if missing is not None:
+            return missing
         problems = [
             f"the memory of process {link.process} cannot be read: {problem}"
             for link in self.links
-            if (problem := native.try_reading(link.pid, *said[link.process])) is not None
+            if (problem := native.try_reading(link.pid, *said[link.process][1:])) is not None
         ]
         return self.first_problem("reading", problems[0] if problems else "")
 
     def first_problem(self, topic: str, problem: str) -> str | None:
         """Of all processes; the same answer in each of them."""
-        said = self.gather(topic, problem)
-        found = [f"process {process}: {why}" for process, why in said.items() if why]
-        return found[0] if found else None
+        return _first(self.gather(topic, problem))
+
+
+def _first(problems: Mapping[int, str]) -> str | None:
+    found = [f"process {process}: {problem}" for process, problem in problems.items() if problem]
+    return found[0] if found else None
 
 
 def meet(mesh: jax.sharding.Mesh, identity: str, settings: Mapping[str, Any]) -> Meeting | None:
@@ -222,6 +190,11 @@ def meet(mesh: jax.sharding.Mesh, identity: str, settings: Mapping[str, Any]) ->
     processes = sorted({d.process_index for d in mesh.devices.flat})
     if processes == [jax.process_index()]:
         return None
+    if jax.process_index() not in processes:
+        raise GroupError(
+            f"Group.open: process {jax.process_index()} has no device of the mesh; only processes "
+            f"{processes} open this group"
+        )
     if settings["timeout"] >= config.JAX_HEARTBEAT_TIMEOUT_S:
         warnings.warn(
             f"Group.open: timeout={settings['timeout']:g} s: JAX aborts processes that wait for "
@@ -230,34 +203,55 @@ def meet(mesh: jax.sharding.Mesh, identity: str, settings: Mapping[str, Any]) ->
             stacklevel=3,
         )
     meeting = Meeting(identity, processes, timeout=settings["timeout"])
-    meeting.agree("settings", settings)
-    meeting.connect(reads_memory=all(d.platform == "cpu" for d in mesh.devices.flat))
+    try:
+        meeting.agree("settings", settings)
+        meeting.connect(reads_memory=all(d.platform == "cpu" for d in mesh.devices.flat))
+    except BaseException:
+        meeting.abandon()
+        raise
     return meeting
 
 
-def share_devices(meeting: Meeting, native: Any, mesh: jax.sharding.Mesh) -> None:
-    """Maps XLA's memory and the group's signals on the GPUs of all processes into each of them."""
-    exports = {}
-    for position, device in enumerate(mesh.devices.flat):
-        if device.process_index == jax.process_index():
-            buffer = jax.device_put(np.zeros(1, np.float32), device)
-            exports[position] = native.export_seat(position, buffer.unsafe_buffer_pointer())
-    descriptors = [fd for _, *own in exports.values() for fd in own]
+def share_devices(meeting: Meeting, native: Any, mesh: jax.sharding.Mesh) -> str | None:
+    """Maps XLA's memory and the group's signals on the GPUs of all processes into each of them.
+
+    Returns why that cannot be done, the same in all processes, or None.
+    """
+    numbers = []
+    own: list[int] = []  # descriptors to close
+    held: list[int] = []
     problem = ""
     try:
-        numbers = [(position, exported[0]) for position, exported in exports.items()]
-        for seats, received in meeting.swap(numbers, descriptors).values():
-            for (position, told), *own in zip(seats, received[::2], received[1::2], strict=True):
-                native.import_seat(position, told, *own)
-    except (OSError, RuntimeError) as e:
+        for position, device in enumerate(mesh.devices.flat):
+            if device.process_index == jax.process_index():
+                buffer = jax.device_put(np.zeros(1, np.float32), device)
+                told, *pair = native.export_seat(position, buffer.unsafe_buffer_pointer())
+                numbers.append((position, told))
+                own += pair
+    except RuntimeError as e:
         problem = str(e)
+    try:
+        why_not = meeting.first_problem("exports", problem)
+        if why_not is not None:
+            return why_not
+        try:
+            swapped = _sockets.swap(meeting.links, numbers, own, held, timeout=meeting.timeout)
+            for seats, received in swapped.values():
+                for (position, told), *pair in zip(
+                    seats, received[::2], received[1::2], strict=True
+                ):
+                    for descriptor in pair:
+                        held.remove(descriptor)
+                    native.import_seat(position, told, *pair)
+        except (OSError, RuntimeError, ValueError) as e:
+            problem = str(e)
+        why_not = meeting.first_problem("mapping", problem)
     finally:
-        for descriptor in descriptors:
+        for descriptor in own + held:
             os.close(descriptor)
-    why_not = meeting.first_problem("mapping", problem)
-    if why_not is not None:
-        raise GroupError(f"Group.open: back end 'cuda': memory cannot be mapped: {why_not}")
-    native.complete()
+    if why_not is None:
+        native.complete()
+    return why_not
 
 
 def leave_alone_at_exit(has_others: Callable[[], bool]) -> None:
@@ -281,10 +275,3 @@ def leave_alone_at_exit(has_others: Callable[[], bool]) -> None:
         _jax_compat.abandon_distributed_runtime()
 
     atexit.register(leave)
-
-
-def _host() -> str:
-    """Equal in processes that reach each other's sockets and see each other's pids."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    spaces = [os.readlink(f"/proc/self/ns/{space}") for space in ("net", "pid", "user")]
-    return " ".join([boot, *spaces])

@@ -14,7 +14,10 @@ openings: Counter[str] = Counter()
 
 
 def count_opening(identity: str) -> int:
-    """How many times a group of this identity was opened before; equal in every process."""
+    """How many times a group of this identity was opened before; equal in every process.
+
+    An opening that others did not come to is taken back (_bootstrap.Meeting.abandon).
+    """
     openings[identity] += 1
     return openings[identity] - 1
 

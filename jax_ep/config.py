@@ -78,10 +78,10 @@ def why_no_kernel_exchange(*, spans_processes: bool) -> str | None:
     if spans_processes and grows:
         return "XLA_PYTHON_CLIENT_PREALLOCATE=false allocates memory that peers have not mapped"
     for name in ("XLA_PYTHON_CLIENT_ALLOCATOR", "TF_GPU_ALLOCATOR"):
-        if spans_processes and os.environ.get(name) in ("platform", "vmm"):
+        if spans_processes and os.environ.get(name, "").lower() in ("platform", "vmm"):
             return f"{name}={os.environ[name]} allocates memory that peers have not mapped"
     for name in ("XLA_PYTHON_CLIENT_ALLOCATOR", "TF_GPU_ALLOCATOR"):
-        if os.environ.get(name) in ("cuda_async", "cuda_malloc_async"):
+        if os.environ.get(name, "").lower() in ("cuda_async", "cuda_malloc_async"):
             return f"memory of {name}={os.environ[name]} is not mapped for peers"
     flag = "--xla_gpu_command_buffer_scheduling_mode=concurrent"
     if flag in os.environ.get("XLA_FLAGS", "").lower():

@@ -155,25 +155,32 @@ class Group:
             "debug": debug,
         }
         meeting = _bootstrap.meet(mesh, spec.identity, settings)
-        why_not_linked = None if meeting is None else meeting.why_not_linked
-        chosen, usability = _backends.resolve(mesh, backend, why_not_linked)
-        if meeting is not None:
-            meeting.agree("chosen", {"the back end that is usable": chosen})
-        group = cls(
-            mesh=mesh,
-            axes=axes,
-            name=name,
-            num_ranks=num_ranks,
-            ranks_per_node=ranks_per_node,
-            num_sms=num_sms,
-            backend=chosen,
-            timeout=timeout,
-            debug=debug,
-            spec=spec,
-            backends=usability,
-            _meeting=meeting,
-        )
-        group._start()
+        try:
+            chosen, usability = _backends.resolve(
+                mesh, backend, None if meeting is None else meeting.why_not_linked
+            )
+            if meeting is not None:
+                complete = sorted(b for b, u in usability.items() if _backends.is_complete(u))
+                meeting.agree("back ends", {"the back ends that are usable": complete})
+            group = cls(
+                mesh=mesh,
+                axes=axes,
+                name=name,
+                num_ranks=num_ranks,
+                ranks_per_node=ranks_per_node,
+                num_sms=num_sms,
+                backend=chosen,
+                timeout=timeout,
+                debug=debug,
+                spec=spec,
+                backends=usability,
+                _meeting=meeting,
+            )
+            group._start(is_wanted=backend == chosen)
+        except BaseException:
+            if meeting is not None:
+                meeting.abandon()
+            raise
         return group
 
     @property
@@ -181,33 +188,46 @@ class Group:
         """Name and fingerprint: what compiled code and handles carry, equal in every process."""
         return self.spec.identity
 
-    def _start(self) -> None:
+    def _start(self, *, is_wanted: bool) -> None:
+        """`is_wanted`: the caller has named the back end, and takes no other."""
         if self.backends["cuda"].ops:
             _native.register("cuda")
-        for backend in ("cpu", "cuda"):
-            if not _backends.is_complete(self.backends[backend]):
-                continue
-            self._native_backend = backend
-            open_group = _native.register(backend).open_group
-            try:
-                self._native = open_group(
-                    identity=self.identity,
-                    seats=self._seats(),
-                    num_slices=self.mesh.size // self.num_ranks,
-                    num_ranks=self.num_ranks,
-                    timeout_ms=math.ceil(self.timeout * 1000),
-                    **self._processes(),
-                )
-                if backend == "cuda" and self._meeting is not None:
-                    _bootstrap.share_devices(self._meeting, self._native, self.mesh)
-            except RuntimeError as e:
-                raise GroupError(f"Group.open: back end {backend!r}: {e}") from e
-        _registry.open_groups[self.identity] = self
         try:
+            for backend in ("cpu", "cuda"):
+                if _backends.is_complete(self.backends[backend]):
+                    self._open_native(backend, is_wanted=is_wanted)
+            _registry.open_groups[self.identity] = self
             _self_test.run(self)
         except BaseException:
             self.close()
             raise
+
+    def _open_native(self, backend: str, *, is_wanted: bool) -> None:
+        self._native_backend = backend
+        try:
+            self._native = _native.register(backend).open_group(
+                identity=self.identity,
+                seats=self._seats(),
+                num_slices=self.mesh.size // self.num_ranks,
+                num_ranks=self.num_ranks,
+                timeout_ms=math.ceil(self.timeout * 1000),
+                **self._processes(),
+            )
+        except (RuntimeError, ValueError) as e:
+            raise GroupError(f"Group.open: back end {backend!r}: {e}") from e
+        if backend != "cuda" or self._meeting is None:
+            return
+        why_not = _bootstrap.share_devices(self._meeting, self._native, self.mesh)
+        if why_not is None:
+            return
+        why_not = f"the processes cannot map one another's memory: {why_not}"
+        if self.backend == backend and is_wanted:
+            raise GroupError(f"Group.open: back end {backend!r} is not usable here: {why_not}")
+        self._close_native()
+        self._native = None
+        self.backends = _backends.without_exchange(self.backends, backend, why_not)
+        if self.backend == backend:
+            self.backend = "xla"
 
     def _processes(self) -> dict[str, Any]:
         """What the native group must know of them; on CPUs it takes the sockets over."""
@@ -236,11 +256,14 @@ class Group:
         if not self._is_open:
             return
         self._is_open = False
-        del _registry.open_groups[self.identity]
-        if self._native is not None:
-            _native.load(self._native_backend).close_group(self.identity)
+        _registry.open_groups.pop(self.identity, None)
+        self._close_native()
         if self._meeting is not None and not self._leaves_alone:
             self._meeting.close()
+
+    def _close_native(self) -> None:
+        if self._native is not None:
+            _native.load(self._native_backend).close_group(self.identity)
 
     def __enter__(self) -> Self:
         return self

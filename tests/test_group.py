@@ -127,9 +127,9 @@ def test_open_and_close_many_times():
 def test_what_keeps_kernels_apart_is_named(monkeypatch, variable, value, reason):
     for name in ("XLA_PYTHON_CLIENT_ALLOCATOR", "TF_GPU_ALLOCATOR", "XLA_FLAGS"):
         monkeypatch.delenv(name, raising=False)
-    assert config.why_no_kernel_exchange() is None
+    assert config.why_no_kernel_exchange(spans_processes=False) is None
     monkeypatch.setenv(variable, value)
-    found = config.why_no_kernel_exchange()
+    found = config.why_no_kernel_exchange(spans_processes=False)
     assert found is None if reason is None else reason in found
 
 

@@ -14,7 +14,7 @@ PACKAGE = Path(jax_ep.__file__).parent
 # A module may import from its own layer and from those below it.
 LAYERS = [
     {"errors", "config"},
-    {"_jax_compat", "_registry", "_spec", "reference", "capacity"},
+    {"_jax_compat", "_registry", "_sockets", "_spec", "reference", "capacity"},
     {"_bootstrap", "_native", "_primitives"},
     {"_xla", "handle", "fp8"},
     {"_backends"},

@@ -40,6 +40,7 @@ with jax_ep.Group.open(mesh, "ep", timeout=60.0) as group:
     assert info.backend == "cpu", info
     assert info.backends["cpu"] == info.backends["xla"] == "usable", info
     checks = [c for c in conformance.CHECKS if c.not_usable(group, backend) is None]
+    assert len(checks) > 50
     for check in checks[::int(sys.argv[2])]:
         print("checking", check, flush=True)
         check(group, backend)
@@ -114,6 +115,14 @@ try:
 except jax_ep.GroupError as e:
     print(e)
 print("waited", time.monotonic() - start < 3.0)
+if me == 0:  # in vain; the next time the other one comes
+    try:
+        jax_ep.Group.open(mesh, "ep", name="late", timeout=1.0)
+    except jax_ep.GroupError as e:
+        assert "process 1 did not open" in str(e)
+time.sleep(0 if me == 0 else 2.0)
+with jax_ep.Group.open(mesh, "ep", name="late", timeout=20.0):
+    print("opened late")
 """
 
 UNREADABLE = """
@@ -233,6 +242,7 @@ def test_a_process_that_does_not_come_is_named():
     for me, output in enumerate(_run(ABSENT)):
         assert f"process {1 - me} did not open the same group" in output
         assert "waited True" in output
+        assert "opened late" in output
 
 
 def test_memory_that_cannot_be_read_leaves_xla():

@@ -8,7 +8,7 @@ import jax
 
 
 def extra_bytes(compiled: Any, operands: Any, num_ranks: int) -> int | None:
-    """Bytes of one rank, while `compiled(operands)` runs; None where it cannot be known.
+    """Bytes of one of this process's ranks, while `compiled(operands)` runs; None if unknown.
 
     CPU: the highest resident memory of the process during one run, less that before it, less the
     results, over the ranks; so it holds what host twins allocate by themselves. Linux with glibc
@@ -24,7 +24,8 @@ def extra_bytes(compiled: Any, operands: Any, num_ranks: int) -> int | None:
     before = _status_bytes("VmRSS")
     results = jax.block_until_ready(compiled(operands))
     peak = _status_bytes("VmHWM")
-    kept = sum(leaf.nbytes for leaf in jax.tree.leaves(results))
+    shards = [shard for leaf in jax.tree.leaves(results) for shard in leaf.addressable_shards]
+    kept = sum(shard.data.nbytes for shard in shards)
     return int(max(0, peak - before - kept)) // num_ranks
 
 

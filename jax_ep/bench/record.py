@@ -126,7 +126,8 @@ def make_record(
         dtype=point.dtype,
         layout=point.layout,
         recv_capacity=contender.recv_capacity,
-        fill=contender.fill,
+        # Along a handle, all rows without a token are zero.
+        fill="zeros" if op == "cached_dispatch" and contender.fill else contender.fill,
         sms=contender.sms,
         cached=op == "cached_dispatch",
         timing="chain",

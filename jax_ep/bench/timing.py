@@ -164,7 +164,7 @@ class Chain:
     def extra_memory(self) -> int | None:
         """Bytes of one rank, while one operation runs, beyond operands and results."""
         compiled = self._compile_one(lambda carry: self._program.run(*carry))
-        return memory.extra_bytes(compiled, self.carry, self._mesh.devices.size)
+        return memory.extra_bytes(compiled, self.carry, len(self._mesh.local_devices))
 
     def _compile_one(self, fn: Callable[[Carry], Any], *, donate: bool = False) -> Any:
         mapped = on_ranks(fn, self._mesh, check_vma=False, jit=False)

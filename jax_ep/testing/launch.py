@@ -1,6 +1,7 @@
 """Starts programs of several processes on this machine, and ends all of them whatever happens."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,16 +23,25 @@ _DUMP_S = 5.0
 _TAIL_CHARS = 6000
 
 
-def initialize(num_gpus: int | None = None) -> None:
+def count_gpus() -> int:
+    """NVIDIA GPUs of this machine, without starting JAX on them."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return 0
+    listed = subprocess.run([tool, "-L"], capture_output=True, text=True, check=False)
+    return listed.stdout.count("UUID")
+
+
+def initialize() -> None:
     """Joins the program that `launch` started: jax.distributed.initialize with what it told.
 
-    Args:
-      num_gpus: of this machine; each process gets one of them, in turns. None: all see all.
+    Where there are GPUs, each process gets one of them, in turns.
 
     Raises: ConfigError outside such a program.
     """
     place = ProcessPlace.from_environment()
-    own = None if num_gpus is None else [place.process_id % num_gpus]
+    num_gpus = count_gpus()
+    own = [place.process_id % num_gpus] if num_gpus else None
     jax.distributed.initialize(
         place.coordinator, place.num_processes, place.process_id, local_device_ids=own
     )

@@ -12,8 +12,10 @@
 //   filled[p, i]    rank p            token whose partial sum is in    the owner, before it reads
 //                                     place i of p's ring              the place
 //   emptied[p, i]   rank p            token whose partial sum it has   the owner, before it fills
-//                                     read out of place i              the place again
-//   abort           any rank          1, for good                      the owner, in every wait
+//                                     read out of place i              the place again; p itself,
+//                                                                      before it says so again
+//   told[p]         rank p            what p has found to be wrong     the owner, when it aborts
+//   abort           any rank          1, for good, behind told[p]      the owner, in every wait
 //
 // A signal is one 8-byte store that carries its epoch; it is compared for equality, never reset. A
 // rank writes its signals of epoch n + 1 only after all ranks have written read_done of epoch n,
@@ -56,13 +58,25 @@ struct PartialCells {
   Signal emptied[kMaxPartialCells];
 };
 
+/// What went wrong first on a rank. Written once; is_set last.
+struct FailureRecord {
+  enum class Kind : uint32_t { kPeerTimeout, kMeshMismatch, kCallMismatch, kOverlap, kNotMapped };
+  uint32_t is_set;
+  Kind kind;
+  OpId op;
+  int32_t rank;  // that has found it
+  int32_t peer;
+  int64_t expected;
+  int64_t seen;
+};
+
 struct ControlBlock {
   // Of the owner's kernels.
   uint32_t epoch;                      // of the last call that has ended
   uint32_t next_item[kMaxRowStreams];  // what no warp has claimed yet, less the first claims
   uint32_t num_blocks_met;   // of the present call's kernel whose blocks wait for one another
   uint32_t num_blocks_done;  // of the last kernel of the present call
-  uint32_t has_failed;       // whoever sets it writes the failure record
+  uint32_t has_failed;       // whoever sets it writes the rank's record in host memory
   uint32_t is_busy;          // a call is running
   // Of the host, for tests: the rank's calls end at once, poisoned, and signal nothing.
   uint32_t skip;
@@ -70,18 +84,8 @@ struct ControlBlock {
   uint32_t abort;
   AddressCell address[kMaxRanks][kMaxAddresses];
   Signal read_done[kMaxRanks];
+  FailureRecord told[kMaxRanks];
   PartialCells partials;
-};
-
-/// What went wrong first on a rank, in host memory. Written once; is_set last.
-struct FailureRecord {
-  enum class Kind : uint32_t { kPeerTimeout, kMeshMismatch, kCallMismatch, kOverlap, kNotMapped };
-  uint32_t is_set;
-  Kind kind;
-  OpId op;
-  int32_t peer;
-  int64_t expected;
-  int64_t seen;
 };
 
 /// What a launch must know of the device it runs on.

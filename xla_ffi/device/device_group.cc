@@ -169,10 +169,17 @@ void DeviceGroup::Open(int64_t timeout_ns, const LoadKernels& load_kernels) {
 
 DeviceGroup::Exported DeviceGroup::Export(int position, uint64_t address) const {
   const OnDevice on_device(seats_.at(position).device_id);
-  return {.traits = members_.at(position).traits,
-          .control = control_.at(position).Export(),
-          .control_bytes = control_.at(position).bytes(),
-          .pool = ExportAllocationOf(address)};
+  Exported exported{.traits = members_.at(position).traits,
+                    .control = -1,
+                    .control_bytes = control_.at(position).bytes(),
+                    .pool = ExportAllocationOf(address)};
+  try {
+    exported.control = control_.at(position).Export();
+  } catch (...) {
+    close(exported.pool.descriptor);
+    throw;
+  }
+  return exported;
 }
 
 void DeviceGroup::Import(int position, const Exported& exported) {
@@ -219,6 +226,14 @@ void DeviceGroup::Complete() {
 }
 
 void DeviceGroup::Release() {
+  // Unmapping waits for nobody, and what fails here is too late to be told.
+  for (const int device : DevicesHere()) {
+    int before = 0;
+    cudaGetDevice(&before);
+    cudaSetDevice(device);
+    cudaDeviceSynchronize();
+    cudaSetDevice(before);
+  }
   control_.clear();
   pools_.clear();
   cudaFreeHost(records_);
@@ -228,9 +243,11 @@ void DeviceGroup::Release() {
 const DeviceGroup::Member* DeviceGroup::Find(int64_t device_id) const {
   const auto found = position_of_device_.find(device_id);
   if (found != position_of_device_.end()) return &members_[found->second];
-  // A process that was given one device may count from 0 what CUDA calls something else.
-  const bool is_only_one = position_of_device_.size() == 1 && device_id == 0;
-  return is_only_one ? &members_[position_of_device_.begin()->second] : nullptr;
+  // XLA may count the devices that a process was given from 0. It has made the right one current.
+  int current = -1;
+  if (cudaGetDevice(&current) != cudaSuccess) return nullptr;
+  const auto by_cuda = position_of_device_.find(current);
+  return by_cuda == position_of_device_.end() ? nullptr : &members_[by_cuda->second];
 }
 
 std::optional<ErrorRecord> DeviceGroup::error() const {
@@ -240,7 +257,7 @@ std::optional<ErrorRecord> DeviceGroup::error() const {
     std::atomic_thread_fence(std::memory_order_acquire);
     return ErrorRecord{.kind = KindOf(record.kind),
                        .op = NameOf(record.op),
-                       .rank = seats_[i].member.rank,
+                       .rank = record.rank,
                        .peer = record.peer,
                        .expected = record.expected,
                        .seen = record.seen};

@@ -18,15 +18,20 @@ void CheckDriver(const char* what, CUresult status) {
 
 // The driver is found when it is needed: the module must load on machines that have none.
 template <typename Function>
-Function FindInDriver(const char* name) {
+Function FindOrNull(const char* name) {
   void* found = nullptr;
   cudaDriverEntryPointQueryResult result{};
   const cudaError_t status =
       cudaGetDriverEntryPointByVersion(name, &found, 12000, cudaEnableDefault, &result);
-  if (status != cudaSuccess || result != cudaDriverEntryPointSuccess) {
-    throw std::runtime_error(std::string("the CUDA driver has no ") + name);
-  }
-  return reinterpret_cast<Function>(found);
+  const bool is_there = status == cudaSuccess && result == cudaDriverEntryPointSuccess;
+  return is_there ? reinterpret_cast<Function>(found) : nullptr;
+}
+
+template <typename Function>
+Function FindInDriver(const char* name) {
+  const auto found = FindOrNull<Function>(name);
+  if (found == nullptr) throw std::runtime_error(std::string("the CUDA driver has no ") + name);
+  return found;
 }
 
 // Calls a function of the driver by the name and the type that cuda.h declares.
@@ -109,11 +114,15 @@ ShareableMemory& ShareableMemory::operator=(ShareableMemory&& other) noexcept {
 
 ShareableMemory::~ShareableMemory() {
   // Nothing to be done about what the driver says here.
+  const auto unmap = FindOrNull<decltype(&cuMemUnmap)>("cuMemUnmap");
+  const auto free_address = FindOrNull<decltype(&cuMemAddressFree)>("cuMemAddressFree");
+  const auto release = FindOrNull<decltype(&cuMemRelease)>("cuMemRelease");
+  if (unmap == nullptr || free_address == nullptr || release == nullptr) return;
   if (address_ != 0) {
-    FindInDriver<decltype(&cuMemUnmap)>("cuMemUnmap")(address_, bytes_);
-    FindInDriver<decltype(&cuMemAddressFree)>("cuMemAddressFree")(address_, bytes_);
+    unmap(address_, bytes_);
+    free_address(address_, bytes_);
   }
-  if (handle_ != 0) FindInDriver<decltype(&cuMemRelease)>("cuMemRelease")(handle_);
+  if (handle_ != 0) release(handle_);
 }
 
 int ShareableMemory::Export() const { return ExportHandle(handle_); }

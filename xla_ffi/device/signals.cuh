@@ -72,20 +72,54 @@ __device__ inline uint32_t CurrentEpoch(const Endpoint& self) {
   return LoadRelaxed(&self.own()->epoch) + 1;
 }
 
-/// Keeps the record if it is this rank's first, and ends every wait of the group.
+__device__ inline void Write(volatile FailureRecord& to, const FailureRecord& from) {
+  to.kind = from.kind;
+  to.op = from.op;
+  to.rank = from.rank;
+  to.peer = from.peer;
+  to.expected = from.expected;
+  to.seen = from.seen;
+  __threadfence_system();
+  to.is_set = 1;
+}
+
+/// Keeps the record if it is this rank's first, tells it to every rank, since they may be in other
+/// processes, and ends every wait of the group.
 __device__ inline void Fail(const Endpoint& self, FailureRecord::Kind kind, OpId op, int peer,
                             int64_t expected, int64_t seen) {
   if (atomicExch(&self.own()->has_failed, 1) == 0) {
-    volatile FailureRecord& record = *self.record;
-    record.kind = kind;
-    record.op = op;
-    record.peer = peer;
-    record.expected = expected;
-    record.seen = seen;
+    const FailureRecord found{.is_set = 1,
+                              .kind = kind,
+                              .op = op,
+                              .rank = self.rank,
+                              .peer = peer,
+                              .expected = expected,
+                              .seen = seen};
+    Write(*self.record, found);
+    for (int r = 0; r < self.num_ranks; ++r) Write(self.control[r]->told[self.rank], found);
     __threadfence_system();
-    record.is_set = 1;
   }
   for (int r = 0; r < self.num_ranks; ++r) StoreRelaxed(&self.control[r]->abort, 1);
+}
+
+/// By one thread of a rank that ends by another's failure: keeps what it was told.
+__device__ inline void KeepWhatWasTold(const Endpoint& self) {
+  if (LoadRelaxed(&self.own()->abort) == 0) return;
+  __threadfence_system();
+  for (int r = 0; r < self.num_ranks; ++r) {
+    const volatile FailureRecord& told = self.own()->told[r];
+    if (told.is_set == 0) continue;
+    __threadfence_system();
+    if (atomicExch(&self.own()->has_failed, 1) != 0) return;
+    Write(*self.record, {.is_set = 1,
+                         .kind = told.kind,
+                         .op = told.op,
+                         .rank = told.rank,
+                         .peer = told.peer,
+                         .expected = told.expected,
+                         .seen = told.seen});
+    return;
+  }
 }
 
 /// Where the signals of all peers of one kind lie: `stride` bytes apart.
@@ -111,9 +145,11 @@ __device__ bool WaitUntil(const Endpoint& self, OpId op, int peer, IsThere&& is_
                           CountSeen&& count_seen) {
   if (is_there()) return true;
   const uint64_t start = GlobalTimer();
+  // Who waits for its own rank mostly waits for what that rank waits for: it knows less.
+  const uint64_t limit = self.timeout_ns * (peer == self.rank ? 2 : 1);
   while (!is_there()) {
     if (LoadRelaxed(&self.own()->abort)) return false;
-    if (GlobalTimer() - start > self.timeout_ns) {
+    if (GlobalTimer() - start > limit) {
       Fail(self, FailureRecord::Kind::kPeerTimeout, op, peer, self.num_ranks, count_seen());
       return false;
     }
@@ -282,6 +318,7 @@ __device__ inline void Part(const Endpoint& self, OpId op, bool has_met, const R
         [&] { return CountSeen(self, done, epoch); });
   }
   if (__syncthreads_or(!is_good || IsAborted(self))) {
+    if (threadIdx.x == 0) KeepWhatWasTold(self);
     for (int i = 0; i < results.count; ++i) {
       const Results::Span& span = results.spans[i];
       SetBytes(static_cast<std::byte*>(span.data), span.bytes, span.value, threadIdx.x, blockDim.x);

@@ -25,15 +25,9 @@ std::chrono::milliseconds WatchPeriod(std::chrono::milliseconds timeout) {
   return std::clamp(timeout / 4, milliseconds(10), milliseconds(500));
 }
 
-int NumWorkers(const Roster& roster) {
-  int num_here = 0;
-  for (int slice = 0; slice < roster.num_slices; ++slice) {
-    for (int rank = 0; rank < roster.num_ranks; ++rank) {
-      num_here += roster.ProcessOf(slice, rank) == roster.own_process;
-    }
-  }
+int NumWorkers(int num_ranks) {
   const int num_cores = static_cast<int>(std::thread::hardware_concurrency());
-  return std::clamp(num_here, 1, std::max(num_cores, 2));
+  return std::clamp(num_ranks, 1, std::max(num_cores, 2));
 }
 
 }  // namespace
@@ -62,11 +56,13 @@ struct Exchange::State : std::enable_shared_from_this<Exchange::State> {
     std::vector<Participation> participants;  // by rank
     int phase = 0;
     std::atomic<int> num_running = 0;
-    bool has_ended = false;     // the shares of this process have
-    std::set<int> are_reading;  // other processes that still need the operands of this one
+    bool has_ended = false;           // the shares of this process have
+    std::set<int> are_reading;        // other processes that still need the operands of this one
+    std::map<int, uint64_t> gave_up;  // by process, where it says so (WireMessage)
   };
   using CallPtr = std::shared_ptr<Call>;
-  // A rank of another process that has joined before any of this one has.
+  // A rank of another process that has joined before any of this one has, or while the same call
+  // site's last call still runs here.
   struct Early {
     WireMessage message;
     std::vector<std::byte> args;
@@ -75,7 +71,7 @@ struct Exchange::State : std::enable_shared_from_this<Exchange::State> {
   State(Roster roster_, std::chrono::milliseconds timeout_)
       : roster(std::move(roster_)),
         timeout(timeout_),
-        workers(NumWorkers(roster)),
+        workers(NumWorkers(roster.NumHere())),
         completions(ThreadPool::kUnbounded) {}
 
   const Roster roster;
@@ -89,34 +85,11 @@ struct Exchange::State : std::enable_shared_from_this<Exchange::State> {
   std::optional<ErrorRecord> error;
   int skip_rank = kNoIndex;
   bool is_closed = false;
+  // Read by other processes, after their last look at the operands of this one.
+  std::atomic<uint64_t> gave_up = 0;
   ThreadPool workers;
   ThreadPool completions;
   std::unique_ptr<Links> links;  // null: all ranks are here
-
-  bool IsHere(int slice, int rank) const {
-    return roster.ProcessOf(slice, rank) == roster.own_process;
-  }
-
-  // The other processes that have ranks of a slice.
-  std::set<int> OthersOf(int slice) const {
-    std::set<int> others;
-    for (int rank = 0; rank < roster.num_ranks; ++rank) {
-      if (!IsHere(slice, rank)) others.insert(roster.ProcessOf(slice, rank));
-    }
-    return others;
-  }
-
-  std::vector<int> PidsOf(int slice) const {
-    std::vector<int> pids;
-    if (roster.links.empty()) return pids;
-    for (int rank = 0; rank < roster.num_ranks; ++rank) {
-      const auto link = std::find_if(roster.links.begin(), roster.links.end(), [&](const Link& l) {
-        return l.process == roster.ProcessOf(slice, rank);
-      });
-      pids.push_back(link == roster.links.end() ? 0 : link->pid);
-    }
-    return pids;
-  }
 
   void Tell(const std::set<int>& processes, const std::vector<std::byte>& message) {
     for (const int process : processes) links->Send(process, message);
@@ -145,7 +118,8 @@ struct Exchange::State : std::enable_shared_from_this<Exchange::State> {
   void StartPhase(const CallPtr& call) {
     std::vector<int> ranks;
     for (int rank = 0; rank < roster.num_ranks; ++rank) {
-      if (call->body->IsForAll(call->phase) || IsHere(call->key.slice, rank)) ranks.push_back(rank);
+      if (call->body->IsForAll(call->phase) || roster.IsHere(call->key.slice, rank))
+        ranks.push_back(rank);
     }
     call->num_running.store(static_cast<int>(ranks.size()), std::memory_order_relaxed);
     for (const int rank : ranks) {
@@ -162,22 +136,40 @@ struct Exchange::State : std::enable_shared_from_this<Exchange::State> {
       StartPhase(call);
       return;
     }
-    if (links) {
-      if (lost_rank != kNoIndex) {
-        Abandon(LostRecord(*call, roster.ProcessOf(call->key.slice, lost_rank)), /*tells=*/true);
-      } else {
-        Tell(OthersOf(call->key.slice),
-             WireMessage::Of(WireMessage::Kind::kRead, call->key).With());
-      }
+    if (lost_rank != kNoIndex) {
+      Abandon(LostRecord(*call, roster.ProcessOf(call->key.slice, lost_rank)), /*tells=*/true);
     }
+    const std::set<int> gone = ProcessesThatGaveUp(*call);
     std::unique_lock<std::mutex> lock(mutex);
+    // What has failed there is on its way here: the call waits for it.
+    call->are_reading.insert(gone.begin(), gone.end());
     call->has_ended = true;
     call->deadline = Clock::now() + timeout;
     const bool has_failed = error || (is_closed && !call->are_reading.empty());
-    if (!has_failed && !call->are_reading.empty()) return;
-    running.erase(call->key);
+    const bool waits = !has_failed && !call->are_reading.empty();
+    if (!waits) running.erase(call->key);
+    const CallKey key = call->key;
     lock.unlock();
+    // A failed call does not tell: nobody shall take it for complete.
+    if (links && !has_failed) {
+      Tell(roster.OthersOf(key.slice), WireMessage::Of(WireMessage::Kind::kRead, key).With());
+    }
+    if (waits) return;
     has_failed ? PoisonAll(*call) : Complete(*call);
+  }
+
+  // Processes whose operands may have been overwritten before this one had read them.
+  std::set<int> ProcessesThatGaveUp(const Call& call) const {
+    std::set<int> gone;
+    for (const Link& link : roster.links) {
+      const auto told = call.gave_up.find(link.process);
+      if (told == call.gave_up.end()) continue;
+      uint64_t word = 1;
+      const char* problem =
+          ReadProcess(link.pid, reinterpret_cast<const void*>(told->second), &word, sizeof(word));
+      if (problem != nullptr || word != 0) gone.insert(link.process);
+    }
+    return gone;
   }
 
   // Ends every open call; its ranks get poisoned results. Without a record the exchange closes.
@@ -198,23 +190,25 @@ struct Exchange::State : std::enable_shared_from_this<Exchange::State> {
       }
     }
     closed.notify_all();
-    for (const CallPtr& call : abandoned) PoisonAll(*call);
-    if (!tells || !links) return;
-    for (const Link& link : roster.links) {
-      links->Send(link.process, WireMessage::Fail(*record).With());
+    gave_up.store(1, std::memory_order_seq_cst);
+    if (tells && links) {
+      for (const Link& link : roster.links) {
+        links->Send(link.process, WireMessage::Fail(*record).With());
+      }
     }
+    for (const CallPtr& call : abandoned) PoisonAll(*call);
   }
 
   CallPtr OpenCall(const CallKey& key, const Arrival& arrival, const Participant& participant) {
     auto call = std::make_shared<Call>();
     call->key = key;
-    call->body = participant.make(roster.num_ranks, PidsOf(key.slice));
+    call->body = participant.make(roster.num_ranks, roster.PidsOf(key.slice));
     call->op = arrival.op;
     call->deadline = Clock::now() + timeout;
     call->has_joined.resize(roster.num_ranks);
     call->first_rank = arrival.member.rank;
     call->participants.resize(roster.num_ranks);
-    if (links) call->are_reading = OthersOf(key.slice);
+    if (links) call->are_reading = roster.OthersOf(key.slice);
     open[key] = call;
     return call;
   }
@@ -255,19 +249,13 @@ struct Exchange::State : std::enable_shared_from_this<Exchange::State> {
 
   // A process that a call needs, and that is late or gone.
   ErrorRecord ProcessRecord(Kind kind, const Call& call, int process) const {
-    int first = kNoIndex;
-    int num_missing = 0;
-    for (int rank = roster.num_ranks - 1; rank >= 0; --rank) {
-      if (roster.ProcessOf(call.key.slice, rank) != process) continue;
-      first = rank;
-      ++num_missing;
-    }
+    const std::vector<int> missing = roster.RanksOf(call.key.slice, process);
     return {.kind = kind,
             .op = call.op,
             .rank = call.first_rank,
-            .peer = first,
+            .peer = missing.front(),
             .expected = roster.num_ranks,
-            .seen = roster.num_ranks - num_missing};
+            .seen = roster.num_ranks - static_cast<int64_t>(missing.size())};
   }
   ErrorRecord LostRecord(const Call& call, int process) const {
     return ProcessRecord(Kind::kPeerLost, call, process);
@@ -331,6 +319,7 @@ struct Exchange::State : std::enable_shared_from_this<Exchange::State> {
       return;
     }
     const CallPtr call = found->second;
+    call->gave_up[roster.ProcessOf(message.key.slice, message.rank)] = message.gave_up;
     const auto problem = Add(*call, message.rank, message.op, args);
     const bool is_ready = !problem && IsReady(call);
     lock.unlock();
@@ -361,10 +350,14 @@ struct Exchange::State : std::enable_shared_from_this<Exchange::State> {
     {
       std::lock_guard<std::mutex> lock(mutex);
       lost.insert(process);
-      for (const auto* calls : {&open, &running}) {
-        for (const auto& [key, call] : *calls) {
-          if (!record && call->are_reading.count(process)) record = LostRecord(*call, process);
-        }
+      for (const auto& [key, call] : running) {
+        if (!record && call->are_reading.count(process)) record = LostRecord(*call, process);
+      }
+      // Of these it may have said that it has read them, and not yet that all its ranks have
+      // joined.
+      for (const auto& [key, call] : open) {
+        if (!record && roster.OthersOf(key.slice).count(process))
+          record = LostRecord(*call, process);
       }
     }
     if (record) Abandon(record, /*tells=*/true);
@@ -415,6 +408,7 @@ void Exchange::JoinErased(const Arrival& arrival, Participant participant) {
       }
       if (const auto waiting = state->early.find(key); waiting != state->early.end()) {
         for (const State::Early& e : waiting->second) {
+          call->gave_up[state->roster.ProcessOf(key.slice, e.message.rank)] = e.message.gave_up;
           if (!problem) problem = state->Add(*call, e.message.rank, e.message.op, e.args);
         }
         state->early.erase(waiting);
@@ -426,8 +420,8 @@ void Exchange::JoinErased(const Arrival& arrival, Participant participant) {
     }
   }
   if (has_joined && state->links) {
-    state->Tell(state->OthersOf(key.slice),
-                WireMessage::Join(key, arrival.op, rank).With(participant.args));
+    state->Tell(state->roster.OthersOf(key.slice),
+                WireMessage::Join(key, arrival.op, rank, state->gave_up).With(participant.args));
   }
   if (is_ready) state->StartPhase(call);
   if (problem) state->Abandon(problem, /*tells=*/true);

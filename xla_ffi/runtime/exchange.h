@@ -29,8 +29,8 @@
 
 #include "core/types.h"
 #include "runtime/error_record.h"
-#include "runtime/links.h"
 #include "runtime/peer_memory.h"
+#include "runtime/roster.h"
 #include "runtime/seat.h"
 
 namespace jax_ep {
@@ -94,19 +94,6 @@ class CallOf : public PhasedCall {
 
  private:
   int first_rank_ = kNoIndex;
-};
-
-/// Where the ranks of an exchange are.
-struct Roster {
-  int num_slices;
-  int num_ranks;
-  std::vector<int> process_of = {};  // [num_slices * num_ranks]; empty: all ranks are here
-  int own_process = 0;
-  std::vector<Link> links = {};  // to the other processes
-
-  int ProcessOf(int slice, int rank) const {
-    return process_of.empty() ? own_process : process_of[slice * num_ranks + rank];
-  }
 };
 
 class Exchange {

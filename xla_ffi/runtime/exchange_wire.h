@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <compare>
 #include <cstddef>
 #include <cstdint>
@@ -33,6 +34,7 @@ struct WireMessage {
   CallKey key;          // kJoin, kRead
   char op[kMaxOpName];  // kJoin, kFail
   int32_t rank;         // kJoin: that has joined; kFail: of the record
+  uint64_t gave_up;     // kJoin: address of a word, not 0 when operands may be gone before kRead
   ErrorRecord::Kind error;
   int32_t peer;
   int64_t expected;
@@ -44,10 +46,12 @@ struct WireMessage {
     message.key = key;
     return message;
   }
-  static WireMessage Join(const CallKey& key, const char* op, int rank) {
+  static WireMessage Join(const CallKey& key, const char* op, int rank,
+                          const std::atomic<uint64_t>& gave_up) {
     WireMessage message = Of(Kind::kJoin, key);
     message.SetOp(op);
     message.rank = rank;
+    message.gave_up = reinterpret_cast<uint64_t>(&gave_up);
     return message;
   }
   static WireMessage Fail(const ErrorRecord& record) {

@@ -9,7 +9,8 @@ namespace jax_ep {
 
 void PeerReader::Queue(int rank, const void* from, void* to, size_t bytes) {
   if (bytes == 0) return;
-  if (num_queued_ == kMaxQueued || rank != rank_) Finish();
+  const bool is_elsewhere = num_queued_ > 0 && memory_.PidOf(rank) != memory_.PidOf(rank_);
+  if (num_queued_ == kMaxQueued || is_elsewhere) Finish();
   rank_ = rank;
   from_[num_queued_] = {const_cast<void*>(from), bytes};
   to_[num_queued_] = {to, bytes};

@@ -56,7 +56,7 @@ class PeerReader {
   void Queue(int rank, const void* from, void* to, size_t bytes);
 
   PeerMemory& memory_;
-  int rank_ = kNoIndex;  // of all that is queued
+  int rank_ = kNoIndex;  // of what was queued last; all of it is of that rank's process
   int num_queued_ = 0;
   std::array<iovec, kMaxQueued> from_;
   std::array<iovec, kMaxQueued> to_;

@@ -1,0 +1,32 @@
+// Where the ranks of an exchange are: in this process, or in others of the host.
+#pragma once
+
+#include <set>
+#include <vector>
+
+#include "runtime/links.h"
+
+namespace jax_ep {
+
+struct Roster {
+  int num_slices;
+  int num_ranks;
+  std::vector<int> process_of = {};  // [num_slices * num_ranks]; empty: all ranks are here
+  int own_process = 0;
+  std::vector<Link> links = {};  // to the other processes
+
+  int ProcessOf(int slice, int rank) const {
+    return process_of.empty() ? own_process : process_of[slice * num_ranks + rank];
+  }
+  bool IsHere(int slice, int rank) const { return ProcessOf(slice, rank) == own_process; }
+  /// Ranks of all slices that are here.
+  int NumHere() const;
+  /// The ranks of a slice that a process has, in order.
+  std::vector<int> RanksOf(int slice, int process) const;
+  /// The other processes that have ranks of a slice.
+  std::set<int> OthersOf(int slice) const;
+  /// As PeerMemory takes them.
+  std::vector<int> PidsOf(int slice) const;
+};
+
+}  // namespace jax_ep
