@@ -138,7 +138,7 @@ with jax_ep.Group.open(mesh, "ep", timeout=60.0) as group:
 """
 
 MISSING = """
-group = jax_ep.Group.open(mesh, "ep", timeout=5.0)
+group = jax_ep.Group.open(mesh, "ep", timeout=3.0)
 run = on_group(lambda x, ids: echo(group, x, ids), group)
 run(x, ids)
 group.check()
@@ -201,9 +201,9 @@ _ALL = {"marks": [pytest.mark.slow, pytest.mark.timeout(1500)]}
 @pytest.mark.parametrize(
     ("processes", "devices", "backend", "every"),
     [
-        (2, 4, "cpu", 6),
-        (4, 2, "cpu", 12),
-        (2, 2, "xla", 32),
+        (2, 4, "cpu", 12),
+        (4, 2, "cpu", 30),
+        (2, 2, "xla", 40),
         pytest.param(2, 4, "cpu", 1, **_ALL),
         pytest.param(4, 2, "cpu", 1, **_ALL),
         pytest.param(2, 2, "xla", 1, **_ALL),
@@ -267,4 +267,4 @@ def test_a_killed_process_is_named_at_once(processes):
 def test_a_rank_that_does_not_come_is_named_in_every_process():
     for output in _run(MISSING, "skip", exit_codes=[7, 7]):
         assert "waited for rank 3 until the timeout: expected 4 ranks, got 3" in output
-        assert float(re.search(r"waited ([\d.]+)\n", output)[1]) < 6.0
+        assert float(re.search(r"waited ([\d.]+)\n", output)[1]) < 4.0
