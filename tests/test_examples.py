@@ -64,6 +64,7 @@ def test_multi_host():
     assert done.stdout.count("every token came back") == 2
 
 
+@pytest.mark.slow
 def test_train_moe_in_two_processes():
     """Experts are spread over both processes."""
     program = [EXAMPLES / "train_moe.py", *SMALL, "--expert-parallel", "4"]
