@@ -11,7 +11,7 @@ One process per GPU, started by hand, on one host or several; `--gpu` counts fro
     python examples/multi_host.py --coordinator host0:8476 --of 2 --process 0 --gpu 0 &
     python examples/multi_host.py --coordinator host0:8476 --of 2 --process 1 --gpu 1
 
-Under Slurm, where JAX finds out by itself who is who:
+Under Slurm, where JAX finds out by itself who is who (never tried by us):
 
     srun --ntasks-per-node=8 --gpus-per-task=1 python examples/multi_host.py
 

@@ -116,21 +116,30 @@ def test_open_and_close_many_times():
 
 
 @pytest.mark.parametrize(
-    ("variable", "value", "reason"),
+    ("variable", "value", "reason", "between_processes"),
     [
-        ("XLA_PYTHON_CLIENT_ALLOCATOR", "cuda_async", "cuda_async is not mapped for peers"),
-        ("XLA_PYTHON_CLIENT_ALLOCATOR", "platform", None),
-        ("XLA_FLAGS", "--xla_gpu_command_buffer_scheduling_mode=CONCURRENT", "need one order"),
-        ("XLA_FLAGS", "--xla_gpu_command_buffer_scheduling_mode=SERIALIZE", None),
+        ("XLA_PYTHON_CLIENT_ALLOCATOR", "cuda_async", "is not mapped for peers", None),
+        ("XLA_PYTHON_CLIENT_ALLOCATOR", "Platform", None, "peers have not mapped"),
+        ("XLA_PYTHON_CLIENT_PREALLOCATE", "false", None, "peers have not mapped"),
+        ("XLA_PYTHON_CLIENT_PREALLOCATE", "true", None, None),
+        ("XLA_FLAGS", "--xla_gpu_command_buffer_scheduling_mode=CONCURRENT", "one order", None),
+        ("XLA_FLAGS", "--xla_gpu_command_buffer_scheduling_mode=SERIALIZE", None, None),
     ],
 )
-def test_what_keeps_kernels_apart_is_named(monkeypatch, variable, value, reason):
-    for name in ("XLA_PYTHON_CLIENT_ALLOCATOR", "TF_GPU_ALLOCATOR", "XLA_FLAGS"):
+def test_what_keeps_kernels_apart_is_named(monkeypatch, variable, value, reason, between_processes):
+    for name in (
+        "XLA_PYTHON_CLIENT_ALLOCATOR",
+        "XLA_PYTHON_CLIENT_PREALLOCATE",
+        "TF_GPU_ALLOCATOR",
+        "XLA_FLAGS",
+    ):
         monkeypatch.delenv(name, raising=False)
-    assert config.why_no_kernel_exchange(spans_processes=False) is None
+    for spans_processes in (False, True):
+        assert config.why_no_kernel_exchange(spans_processes=spans_processes) is None
     monkeypatch.setenv(variable, value)
-    found = config.why_no_kernel_exchange(spans_processes=False)
-    assert found is None if reason is None else reason in found
+    for spans_processes, expected in ((False, reason), (True, reason or between_processes)):
+        found = config.why_no_kernel_exchange(spans_processes=spans_processes)
+        assert found is None if expected is None else expected in found
 
 
 def test_eager_shard_map(groups, backend):

@@ -136,6 +136,19 @@ with jax_ep.Group.open(mesh, "ep", timeout=60.0) as group:
     assert_same_bits(y, x * num_ranks_of(ids).astype(np.float32))
 """
 
+HOSTS = """
+from jax_ep import _sockets
+_sockets.host = lambda: f"host{me}"
+with jax_ep.Group.open(mesh, "ep", timeout=60.0) as group:
+    info = group.info()
+    assert "the mesh spans hosts or containers" in info.backends["cpu"], info
+    assert info.backend == "xla", info
+try:
+    jax_ep.Group.open(mesh, "ep", backend="cpu", timeout=60.0)
+except jax_ep.GroupError as e:
+    print(e)
+"""
+
 MISSING = """
 group = jax_ep.Group.open(mesh, "ep", timeout=3.0)
 run = on_group(lambda x, ids: echo(group, x, ids), group)
@@ -167,6 +180,11 @@ for first in range(0, len(devices), 4):
     part = Mesh(np.array(devices[first : first + 4]), ("ep",))
     mine = {d.process_index for d in part.devices.flat}
     if me not in mine:
+        try:
+            jax_ep.Group.open(part, "ep", name="a", timeout=60.0)
+        except jax_ep.GroupError as e:
+            assert f"process {me} has no device of the mesh" in str(e)
+            print("refused", sorted(mine))
         continue
     R = part.devices.size
     with (
@@ -222,9 +240,10 @@ def test_independent_calls_mixed_with_psums():
 
 def test_groups_over_a_part_of_the_processes():
     outputs = _run(SUBSETS, processes=4)
-    assert [re.findall(r"passed .*", output) for output in outputs] == [
-        ["passed [0, 1]"], ["passed [0, 1]"], ["passed [2, 3]"], ["passed [2, 3]"],
-    ]  # fmt: skip
+    for process, output in enumerate(outputs):
+        own, other = ("[0, 1]", "[2, 3]") if process < 2 else ("[2, 3]", "[0, 1]")
+        assert re.findall(r"passed .*", output) == [f"passed {own}"]
+        assert re.findall(r"refused .*", output) == [f"refused {other}"]
 
 
 @pytest.mark.parametrize("times", ["12", pytest.param("60", marks=pytest.mark.slow)])
@@ -251,6 +270,11 @@ def test_memory_that_cannot_be_read_leaves_xla():
             "xla process 1: the memory of process 0 cannot be read: not today"
             in output.splitlines()
         )
+
+
+def test_several_hosts_leave_xla():
+    for output in _run(HOSTS):
+        assert "backend 'cpu' is not usable here: the mesh spans hosts or containers" in output
 
 
 @pytest.mark.parametrize("processes", [2, 3])
