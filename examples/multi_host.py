@@ -1,7 +1,7 @@
 """Runs a program in several processes, with one mesh over the devices of all of them.
 
 On one machine: starts two processes and waits for both. On a laptop each has four virtual devices;
-where there are GPUs each gets one.
+where there are GPUs they share them equally.
 
     python examples/multi_host.py --processes 2
     python examples/multi_host.py --processes 2 examples/train_moe.py --steps 20

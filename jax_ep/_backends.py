@@ -1,15 +1,15 @@
 """Which back ends there are, which are usable where, and how the operations reach them."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
 from jax_ep import _native, _xla, config
-from jax_ep._primitives.combine import combine
+from jax_ep._primitives.combine import combine, combine_workspace_bytes
 from jax_ep._primitives.dispatch import dispatch
 from jax_ep._primitives.pull_rows import pull_rows
-from jax_ep._spec import CombineSpec, DispatchSpec, Routed, RowIndex
+from jax_ep._spec import CallSpec, CombineSpec, DispatchSpec, Routed, RowIndex
 from jax_ep.errors import ConfigError, GroupError
 
 _OPS = frozenset({"dispatch", "dispatch_fp8", "combine", "combine_weights", "get_dispatch_layout"})
@@ -36,8 +36,40 @@ class Backend(NamedTuple):
     ]  # spec, index, rows, weights, biases
 
 
-_CUSTOM_CALLS = Backend(dispatch, pull_rows, combine)
 _STOCK_COLLECTIVES = Backend(_xla.dispatch, _xla.pull_rows, _xla.combine)
+
+
+def _dispatch(
+    spec: DispatchSpec,
+    topk_idx: jax.Array,
+    topk_weights: jax.Array | None,
+    rows: Sequence[jax.Array],
+) -> Routed:
+    """Custom calls, unless the group stages operands and these have no room; so do the others."""
+    can_stage = spec.group.can_stage(topk_idx, topk_weights, *rows)
+    return (dispatch if can_stage else _xla.dispatch)(spec, topk_idx, topk_weights, rows)
+
+
+def _pull_rows(spec: CallSpec, index: jax.Array, rows: jax.Array, **slots: Any) -> jax.Array:
+    can_stage = spec.group.can_stage(rows)
+    return (pull_rows if can_stage else _xla.pull_rows)(spec, index, rows, **slots)
+
+
+def _combine(
+    spec: CombineSpec,
+    index: RowIndex,
+    rows: jax.Array,
+    weights: jax.Array | None,
+    biases: Sequence[jax.Array],
+) -> jax.Array:
+    scratch = combine_workspace_bytes(spec, index, rows)
+    can_stage = spec.group.can_stage(
+        rows, weights, index.send_rank, index.send_row, scratch_bytes=scratch
+    )
+    return (combine if can_stage else _xla.combine)(spec, index, rows, weights, biases)
+
+
+_CUSTOM_CALLS = Backend(_dispatch, _pull_rows, _combine)
 
 
 def get(backend: str) -> Backend:
@@ -102,8 +134,7 @@ def _cuda(mesh: jax.sharding.Mesh, why_not_linked: str | None) -> Usability:
     if _platforms(mesh) != {"gpu"}:
         return Usability(_NO_OPS, "the mesh's devices are not GPUs")
     own = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
-    spans_processes = len(own) < mesh.size
-    why_not = why_not_linked or config.why_no_kernel_exchange(spans_processes=spans_processes)
+    why_not = why_not_linked or config.why_no_kernel_exchange()
     try:
         native = _native.load("cuda")
     except GroupError as e:

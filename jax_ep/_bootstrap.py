@@ -212,11 +212,16 @@ def meet(mesh: jax.sharding.Mesh, identity: str, settings: Mapping[str, Any]) ->
     return meeting
 
 
-def share_devices(meeting: Meeting, native: Any, mesh: jax.sharding.Mesh) -> str | None:
-    """Maps XLA's memory and the group's signals on the GPUs of all processes into each of them.
+def share_devices(
+    meeting: Meeting, native: Any, mesh: jax.sharding.Mesh, *, with_pools: bool
+) -> str | None:
+    """Maps the group's memory on the GPUs of all processes into each of them, and XLA's.
+
+    `with_pools`: whether XLA's is, as the native group was opened for.
 
     Returns why that cannot be done, the same in all processes, or None.
     """
+    topic = "pools" if with_pools else "signals"
     numbers = []
     own: list[int] = []  # descriptors to close
     held: list[int] = []
@@ -225,27 +230,27 @@ def share_devices(meeting: Meeting, native: Any, mesh: jax.sharding.Mesh) -> str
         for position, device in enumerate(mesh.devices.flat):
             if device.process_index == jax.process_index():
                 buffer = jax.device_put(np.zeros(1, np.float32), device)
-                told, *pair = native.export_seat(position, buffer.unsafe_buffer_pointer())
+                told, control, pool = native.export_seat(position, buffer.unsafe_buffer_pointer())
                 numbers.append((position, told))
-                own += pair
+                own += [control, pool] if with_pools else [control]
     except RuntimeError as e:
         problem = str(e)
     try:
-        why_not = meeting.first_problem("exports", problem)
+        why_not = meeting.first_problem(f"exports of {topic}", problem)
         if why_not is not None:
             return why_not
         try:
             swapped = _sockets.swap(meeting.links, numbers, own, held, timeout=meeting.timeout)
             for seats, received in swapped.values():
-                for (position, told), *pair in zip(
-                    seats, received[::2], received[1::2], strict=True
-                ):
-                    for descriptor in pair:
+                controls = received[::2] if with_pools else received
+                pools = received[1::2] if with_pools else [-1] * len(received)
+                for (position, told), control, pool in zip(seats, controls, pools, strict=True):
+                    for descriptor in {control, pool} - {-1}:
                         held.remove(descriptor)
-                    native.import_seat(position, told, *pair)
+                    native.import_seat(position, told, control, pool)
         except (OSError, RuntimeError, ValueError) as e:
             problem = str(e)
-        why_not = meeting.first_problem("mapping", problem)
+        why_not = meeting.first_problem(f"mapping of {topic}", problem)
     finally:
         for descriptor in own + held:
             os.close(descriptor)

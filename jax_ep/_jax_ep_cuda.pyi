@@ -23,7 +23,7 @@ class Group:
     def export_seat(self, position: int, address: int) -> tuple[list[int], int, int]:
         """
         What another process needs to reach a device of this one: numbers, and descriptors of
-        its signals and of the pool that an address of it lies in.
+        its signals and of the pool that an address of it lies in; -1 where all is staged.
         """
 
     def import_seat(self, position: int, numbers: Sequence[int], control: int, pool: int) -> None:
@@ -35,10 +35,11 @@ class Group:
     def skip_rank(self, rank: int) -> None:
         """For tests: keeps the calls of a rank from its peers; -1 ends it."""
 
-def open_group(identity: str, seats: Sequence[tuple[int, int, int]], num_slices: int, num_ranks: int, timeout_ms: int, is_here: Sequence[bool] = []) -> Group:
+def open_group(identity: str, seats: Sequence[tuple[int, int, int]], num_slices: int, num_ranks: int, timeout_ms: int, is_here: Sequence[bool] = [], staging_bytes: int = 0, stages_all: bool = False) -> Group:
     """
     Opens a group. Seats are (CUDA device, slice, rank) in the row-major order of the mesh.
-    is_here says which of them are this process's; empty: all.
+    is_here says which of them are this process's; empty: all. staging_bytes of each device
+    hold copies of operands that peers have not mapped, of all operands where stages_all.
     """
 
 def device_of(address: int) -> int:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jax_ep import config
 from jax_ep.config import Fill, Layout
 
 
@@ -22,12 +23,14 @@ class GroupSpec:
       axes: the axes that the ranks run along.
       mesh_axes: name and size of every axis of the mesh.
       device_ids: device ids in the row-major order of the mesh.
+      staging_bytes: room for the operands of a call where they are staged; None: they are not.
     """
 
     identity: str
     axes: tuple[str, ...]
     mesh_axes: tuple[tuple[str, int], ...]
     device_ids: tuple[int, ...]
+    staging_bytes: int | None = None
 
     @property
     def num_ranks(self) -> int:
@@ -48,6 +51,14 @@ class GroupSpec:
                 (device_id, _row_major(index, sizes, others), _row_major(index, sizes, self.axes))
             )
         return seats
+
+    def can_stage(self, *operands: jax.Array | None, scratch_bytes: int = 0) -> bool:
+        """Whether a call that peers read so much of is carried by the custom calls."""
+        if self.staging_bytes is None:
+            return True
+        sizes = [scratch_bytes, *(a.size * a.dtype.itemsize for a in operands if a is not None)]
+        unit = config.STAGING_ALIGNMENT
+        return sum(-(-size // unit) * unit for size in sizes) <= self.staging_bytes
 
     def rank_of(self, device_id: int) -> int:
         """The rank of a device."""

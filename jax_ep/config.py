@@ -3,6 +3,8 @@
 Environment variables:
   JAX_EP_DEBUG: "1" turns debug mode on (`Group.open(debug=...)` overrides it); read when a group
     opens.
+  JAX_EP_STAGING_MB: what a GPU sets aside for copies of operands that its peers have not mapped;
+    read when a group opens.
   JAX_EP_COORDINATOR, JAX_EP_NUM_PROCESSES, JAX_EP_PROCESS_ID: what `jax_ep.testing.launch` tells
     the processes that it starts.
 """
@@ -24,6 +26,10 @@ ROW_BYTES_MULTIPLE = 16
 FP8_BLOCK = 128
 MAX_BIASES = 2
 DEFAULT_NUM_SMS = 20
+DEFAULT_SPARE_STAGING_MB = 8
+DEFAULT_STAGING_MB = 256
+MAX_STAGING_MB = 64 * 1024
+STAGING_ALIGNMENT = 256  # as kStagingAlignment of xla_ffi/ops/cuda_op.h
 MAX_TOPK = 32
 
 # What jax.ad_checkpoint.checkpoint_name calls the results of communication.
@@ -69,8 +75,16 @@ def require_int(value: Any, *, minimum: int, op: str, argument: str) -> int:
     return number
 
 
-def why_no_kernel_exchange(*, spans_processes: bool) -> str | None:
-    """What in XLA's environment variables keeps kernels of a group from meeting, or None.
+def why_no_kernel_exchange() -> str | None:
+    """What in XLA's environment variables keeps kernels of a group from meeting, or None."""
+    flag = "--xla_gpu_command_buffer_scheduling_mode=concurrent"
+    if flag in os.environ.get("XLA_FLAGS", "").lower():
+        return f"{flag} runs independent calls at once; calls of a group need one order"
+    return None
+
+
+def why_staged(*, spans_processes: bool) -> str | None:
+    """What in XLA's environment variables keeps GPUs from reading operands in place, or None.
 
     Between processes one allocation of each device is mapped: the pool that XLA begins with.
     """
@@ -83,10 +97,19 @@ def why_no_kernel_exchange(*, spans_processes: bool) -> str | None:
     for name in ("XLA_PYTHON_CLIENT_ALLOCATOR", "TF_GPU_ALLOCATOR"):
         if os.environ.get(name, "").lower() in ("cuda_async", "cuda_malloc_async"):
             return f"memory of {name}={os.environ[name]} is not mapped for peers"
-    flag = "--xla_gpu_command_buffer_scheduling_mode=concurrent"
-    if flag in os.environ.get("XLA_FLAGS", "").lower():
-        return f"{flag} runs independent calls at once; calls of a group need one order"
     return None
+
+
+def staging_bytes_from_environment() -> tuple[int, int]:
+    """Room for staged operands on each GPU: where most are read in place, and where none is."""
+    value = os.environ.get("JAX_EP_STAGING_MB")
+    if value is None:
+        return DEFAULT_SPARE_STAGING_MB << 20, DEFAULT_STAGING_MB << 20
+    if not value.isdecimal() or int(value) > MAX_STAGING_MB:
+        raise ConfigError(
+            f"JAX_EP_STAGING_MB must be a whole number from 0 to {MAX_STAGING_MB}, got {value!r}"
+        )
+    return int(value) << 20, int(value) << 20
 
 
 def debug_from_environment() -> bool:

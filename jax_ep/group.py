@@ -3,14 +3,24 @@
 import hashlib
 import math
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self
 
 import jax
 
-from jax_ep import _backends, _bootstrap, _jax_compat, _native, _registry, _self_test, config
+from jax_ep import (
+    _backends,
+    _bootstrap,
+    _jax_compat,
+    _native,
+    _native_group,
+    _registry,
+    _self_test,
+    config,
+)
 from jax_ep._backends import Usability
+from jax_ep._native_group import NativeGroup
 from jax_ep._spec import GroupSpec
 from jax_ep.errors import ConfigError, GroupError, PeerTimeoutError, RoutingError, error_of
 
@@ -27,6 +37,8 @@ class GroupInfo:
       ranks_per_node: ranks that share memory at full speed.
       backend: the back end in use.
       backends: every back end, and why it is or is not usable here.
+      staging: why, and up to how much, operands are copied to where peers can read them, and what
+        is done with larger ones; None: peers read operands in place.
       devices: one line per device, in mesh order.
       timeout: seconds that a rank waits for its peers.
       num_sms: SMs that a call uses on GPUs unless it says otherwise.
@@ -40,6 +52,7 @@ class GroupInfo:
     ranks_per_node: int
     backend: str
     backends: dict[str, str]
+    staging: str | None
     devices: tuple[str, ...]
     timeout: float
     num_sms: int
@@ -67,8 +80,7 @@ class Group:
     spec: GroupSpec
     backends: dict[str, Usability]
     _meeting: _bootstrap.Meeting | None = None
-    _native: Any = None
-    _native_backend: str = ""
+    _native_group: NativeGroup | None = None
     _is_open: bool = True
     _leaves_alone: bool = False
     _bad_routings: Counter[str] = field(default_factory=Counter)
@@ -203,53 +215,18 @@ class Group:
             raise
 
     def _open_native(self, backend: str, *, is_wanted: bool) -> None:
-        self._native_backend = backend
-        try:
-            self._native = _native.register(backend).open_group(
-                identity=self.identity,
-                seats=self._seats(),
-                num_slices=self.mesh.size // self.num_ranks,
-                num_ranks=self.num_ranks,
-                timeout_ms=math.ceil(self.timeout * 1000),
-                **self._processes(),
-            )
-        except (RuntimeError, ValueError) as e:
-            raise GroupError(f"Group.open: back end {backend!r}: {e}") from e
-        if backend != "cuda" or self._meeting is None:
+        opening = _native_group.Opening(self.mesh, self.spec, self._meeting, self.timeout)
+        opened = opening.open_cpu() if backend == "cpu" else opening.open_cuda()
+        if not isinstance(opened, str):
+            self._native_group = opened
+            self.spec = replace(self.spec, staging_bytes=opened.staging_bytes)
             return
-        why_not = _bootstrap.share_devices(self._meeting, self._native, self.mesh)
-        if why_not is None:
-            return
-        why_not = f"the processes cannot map one another's memory: {why_not}"
+        why_not = f"the processes cannot map one another's memory: {opened}"
         if self.backend == backend and is_wanted:
             raise GroupError(f"Group.open: back end {backend!r} is not usable here: {why_not}")
-        self._close_native()
-        self._native = None
         self.backends = _backends.without_exchange(self.backends, backend, why_not)
         if self.backend == backend:
             self.backend = "xla"
-
-    def _processes(self) -> dict[str, Any]:
-        """What the native group must know of them; on CPUs it takes the sockets over."""
-        if self._meeting is None:
-            return {}
-        processes = [d.process_index for d in self.mesh.devices.flat]
-        own = jax.process_index()
-        if self._native_backend == "cuda":
-            return {"is_here": [process == own for process in processes]}
-        links = [(link.process, link.pid, link.socket.detach()) for link in self._meeting.links]
-        return {"processes": processes, "own_process": own, "links": links}
-
-    def _seats(self) -> list[tuple[int, int, int]]:
-        """As GroupSpec.seats, with the device numbers that the FFI reports."""
-        if self._native_backend == "cpu":
-            return self.spec.seats()
-        own = jax.process_index()
-        ordinals = {
-            d.id: _native.cuda_device_of(d) if d.process_index == own else -1
-            for d in self.mesh.devices.flat
-        }
-        return [(ordinals[device], slice_, rank) for device, slice_, rank in self.spec.seats()]
 
     def close(self) -> None:
         """Ends the group. Compiled functions that use it may still run; idempotent."""
@@ -257,13 +234,10 @@ class Group:
             return
         self._is_open = False
         _registry.open_groups.pop(self.identity, None)
-        self._close_native()
+        if self._native_group is not None:
+            self._native_group.close(self.spec)
         if self._meeting is not None and not self._leaves_alone:
             self._meeting.close()
-
-    def _close_native(self) -> None:
-        if self._native is not None:
-            _native.load(self._native_backend).close_group(self.identity)
 
     def __enter__(self) -> Self:
         return self
@@ -294,10 +268,20 @@ class Group:
             ranks_per_node=self.ranks_per_node,
             backend=self.backend,
             backends={name: usability.reason for name, usability in self.backends.items()},
+            staging=self._staging(),
             devices=tuple(str(d) for d in self.mesh.devices.flat),
             timeout=self.timeout,
             num_sms=self.num_sms,
             debug=self.debug,
+        )
+
+    def _staging(self) -> str | None:
+        native = self._native_group
+        if native is None or native.why_staged is None or native.staging_bytes is None:
+            return None
+        return (
+            f"operands of up to {native.staging_bytes >> 20} MiB a call are copied before peers "
+            f"read them, larger ones take back end 'xla': {native.why_staged}"
         )
 
     def check(self, *results: Any) -> None:
@@ -322,7 +306,8 @@ class Group:
         self._raise_record()
 
     def _raise_record(self) -> None:
-        record = self._native.error() if self._native is not None else None
+        native = self._native_group
+        record = native.handle.error() if native is not None else None
         if record is not None:
             error = error_of(record)
             if isinstance(error, PeerTimeoutError):
@@ -337,12 +322,13 @@ class Group:
             raise RoutingError(message)
 
     def _leave_alone_at_exit(self) -> None:
-        if self._meeting is None or self._leaves_alone:
+        native = self._native_group
+        if self._meeting is None or native is None or self._leaves_alone:
             return
         self._leaves_alone = True
-        on_cpus = self._native_backend == "cpu"
+        on_cpus = native.backend == "cpu"
         _bootstrap.leave_alone_at_exit(
-            self._native.has_other_processes if on_cpus else self._meeting.has_others
+            native.handle.has_other_processes if on_cpus else self._meeting.has_others
         )
 
     def require_traceable(self, op: str) -> None:

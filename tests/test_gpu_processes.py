@@ -1,7 +1,10 @@
-"""One process per NVIDIA GPU: JAX_PLATFORMS=cuda,cpu pytest -m gpu."""
+"""Programs of several processes on NVIDIA GPUs: JAX_PLATFORMS=cuda,cpu pytest -m gpu."""
 
+import os
 import re
+import shutil
 import signal
+import subprocess
 
 import pytest
 
@@ -22,13 +25,13 @@ from jax_ep.testing.ranks import make_mesh, on_group
 mesh = make_mesh(len(jax.devices()))
 me = jax.process_index()
 R = mesh.devices.size
-assert R == jax.process_count() > 1
 """
 
 CONFORMANCE = """
-with jax_ep.Group.open(mesh, "ep", timeout=60.0) as group:
+with jax_ep.Group.open(mesh, "ep", timeout=20.0) as group:
     info = group.info()
     assert info.backend == "cuda", info
+    assert (info.staging is not None) == ("stages" in sys.argv), info
     checks = [c for c in conformance.CHECKS if c.not_usable(group, "cuda") is None]
     assert len(checks) > 50
     for check in checks[::int(sys.argv[2])]:
@@ -86,6 +89,19 @@ except jax_ep.PeerTimeoutError as e:
 """
 
 
+CONSTANTS = """
+with jax_ep.Group.open(mesh, "ep", timeout=20.0) as group:
+    rows = np.arange(4 * 64, dtype=np.float32).reshape(4, 64)
+    def run(ids):
+        out = jax_ep.dispatch(jnp.asarray(rows), ids, group=group, num_experts=R)
+        return jax_ep.combine(out.x, out.handle)
+    y = on_group(run, group)(np.zeros((R, 4, 1), np.int32) + np.arange(R)[:, None, None][::-1])
+    group.check(y)
+    assert_same_bits(y, np.tile(rows, (R, 1, 1)))
+print("passed")
+"""
+
+
 @pytest.fixture(scope="module")
 def num_gpus():
     found = launch.count_gpus()
@@ -94,25 +110,87 @@ def num_gpus():
     return found
 
 
-def _run(program, num_gpus, *argv, deadline=240.0, exit_codes=None):
+@pytest.fixture(scope="module")
+def mps(tmp_path_factory):
+    """The environment of programs whose processes share GPUs at the same time."""
+    daemon = shutil.which("nvidia-cuda-mps-control")
+    if daemon is None:
+        pytest.skip("needs CUDA MPS")
+    place = str(tmp_path_factory.mktemp("mps"))
+    own = {"CUDA_MPS_PIPE_DIRECTORY": place, "CUDA_MPS_LOG_DIRECTORY": place}
+    process = subprocess.Popen([daemon, "-f"], env={**os.environ, **own}, stdin=subprocess.DEVNULL)
+    yield own
+    process.terminate()
+    process.wait(20)
+
+
+def _run(program, num_processes, *argv, environment=None, exit_codes=None):
     return launch.launch(
-        ["-c", START + program, str(num_gpus), *argv],
-        num_processes=num_gpus,
-        deadline=deadline,
-        environment={"XLA_FLAGS": "", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.4"},
+        ["-c", START + program, str(num_processes), *argv],
+        num_processes=num_processes,
+        deadline=200.0,
+        environment={
+            "XLA_FLAGS": "",
+            "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.1",
+            **(environment or {}),
+        },
         exit_codes=exit_codes,
     )
+
+
+def _passed(outputs):
+    return [output.count("passed\n") for output in outputs] == [1] * len(outputs)
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("every", [20, pytest.param(1, marks=pytest.mark.slow)])
 def test_conformance(num_gpus, every):
-    for output in _run(CONFORMANCE, num_gpus, str(every)):
-        assert output.count("passed\n") == 1
+    assert _passed(_run(CONFORMANCE, num_gpus, str(every)))
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("room", ["0", "1", "64"])
+def test_conformance_of_staged_operands(num_gpus, room):
+    """Some calls have room, and the others take stock collectives; or all, or none."""
+    environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "JAX_EP_STAGING_MB": room}
+    assert _passed(_run(CONFORMANCE, num_gpus, "40", "stages", environment=environment))
+
+
+@pytest.mark.timeout(300)
+def test_conformance_with_an_allocator_that_hides_memory(num_gpus):
+    environment = {"XLA_PYTHON_CLIENT_ALLOCATOR": "cuda_async"}
+    assert _passed(_run(CONFORMANCE, num_gpus, "60", "stages", environment=environment))
+    # In one process as well.
+    alone = START.replace("launch.initialize()", "") + CONFORMANCE
+    outputs = launch.launch(
+        ["-c", alone, str(num_gpus), "60", "stages"],
+        num_processes=1,
+        deadline=200.0,
+        environment={"XLA_FLAGS": "", **environment},
+    )
+    assert _passed(outputs)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("per_gpu", [2, 4])
+def test_conformance_of_more_ranks_than_gpus(num_gpus, mps, per_gpu):
+    assert _passed(_run(CONFORMANCE, per_gpu * num_gpus, "40", environment=mps))
+
+
+def test_constants_of_the_program_are_operands(num_gpus):
+    assert _passed(_run(CONSTANTS, num_gpus))
 
 
 def test_many_calls(num_gpus):
-    assert all(output.count("passed\n") == 1 for output in _run(MANY, num_gpus))
+    assert _passed(_run(MANY, num_gpus))
+
+
+@pytest.mark.timeout(300)
+def test_processes_with_several_gpus_each(num_gpus):
+    if num_gpus < 4:
+        pytest.skip("needs four GPUs")
+    assert _passed(_run(CONFORMANCE, 2, "40"))
+    assert _passed(_run(MANY, 2))
 
 
 def test_a_killed_process_is_named(num_gpus):

@@ -1,5 +1,6 @@
 """Group: identity, meshes, lifetime, failure, and what it tells about itself."""
 
+import dataclasses
 import subprocess
 import sys
 import time
@@ -122,24 +123,74 @@ def test_open_and_close_many_times():
         ("XLA_PYTHON_CLIENT_ALLOCATOR", "Platform", None, "peers have not mapped"),
         ("XLA_PYTHON_CLIENT_PREALLOCATE", "false", None, "peers have not mapped"),
         ("XLA_PYTHON_CLIENT_PREALLOCATE", "true", None, None),
-        ("XLA_FLAGS", "--xla_gpu_command_buffer_scheduling_mode=CONCURRENT", "one order", None),
-        ("XLA_FLAGS", "--xla_gpu_command_buffer_scheduling_mode=SERIALIZE", None, None),
     ],
 )
-def test_what_keeps_kernels_apart_is_named(monkeypatch, variable, value, reason, between_processes):
-    for name in (
-        "XLA_PYTHON_CLIENT_ALLOCATOR",
-        "XLA_PYTHON_CLIENT_PREALLOCATE",
-        "TF_GPU_ALLOCATOR",
-        "XLA_FLAGS",
-    ):
+def test_what_keeps_gpus_from_reading_in_place_is_named(
+    monkeypatch, variable, value, reason, between_processes
+):
+    allocators = ("XLA_PYTHON_CLIENT_ALLOCATOR", "TF_GPU_ALLOCATOR")
+    for name in (*allocators, "XLA_PYTHON_CLIENT_PREALLOCATE"):
         monkeypatch.delenv(name, raising=False)
     for spans_processes in (False, True):
-        assert config.why_no_kernel_exchange(spans_processes=spans_processes) is None
+        assert config.why_staged(spans_processes=spans_processes) is None
     monkeypatch.setenv(variable, value)
     for spans_processes, expected in ((False, reason), (True, reason or between_processes)):
-        found = config.why_no_kernel_exchange(spans_processes=spans_processes)
+        found = config.why_staged(spans_processes=spans_processes)
         assert found is None if expected is None else expected in found
+
+
+def test_what_keeps_kernels_apart_is_named(monkeypatch):
+    flag = "--xla_gpu_command_buffer_scheduling_mode="
+    monkeypatch.setenv("XLA_FLAGS", f"{flag}SERIALIZE")
+    assert config.why_no_kernel_exchange() is None
+    monkeypatch.setenv("XLA_FLAGS", f"{flag}CONCURRENT")
+    assert "one order" in config.why_no_kernel_exchange()
+
+
+def test_room_for_staged_operands_is_configurable(monkeypatch):
+    monkeypatch.delenv("JAX_EP_STAGING_MB", raising=False)
+    assert config.staging_bytes_from_environment() == (8 << 20, 256 << 20)
+    monkeypatch.setenv("JAX_EP_STAGING_MB", "3")
+    assert config.staging_bytes_from_environment() == (3 << 20, 3 << 20)
+    for bad in ("-1", "1.5", "many", "100000000"):
+        monkeypatch.setenv("JAX_EP_STAGING_MB", bad)
+        with pytest.raises(jax_ep.ConfigError, match="JAX_EP_STAGING_MB must be a whole number"):
+            config.staging_bytes_from_environment()
+
+
+@pytest.mark.parametrize("layout", ["rank", "expert"])
+@pytest.mark.parametrize("staging_bytes", [0, 5000, 1 << 20])
+def test_operands_without_room_take_stock_collectives(layout, staging_bytes):
+    """Where staged, all carry the same values, in whatever mixture of back ends."""
+
+    def run(group):
+        def loss(x, ids, weights):
+            out = jax_ep.dispatch(
+                x,
+                ids,
+                topk_weights=weights,
+                group=group,
+                num_experts=8,
+                layout=layout,
+                recv_capacity=128,
+            )
+            y = jax_ep.combine(out.x, out.handle)
+            return jnp.sum(y * y) + jnp.sum(out.weights), (y, out)
+
+        step = jax.grad(loss, (0, 2), has_aux=True)
+        jaxpr = str(jax.make_jaxpr(on_ranks(step, group.mesh))(x, ids, weights))
+        return jaxpr.count("jax_ep."), on_ranks(step, group.mesh)(x, ids, weights)
+
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((4, 24, 32)).astype(np.float32)
+    ids = np.argsort(rng.random((4, 24, 8)))[..., :3].astype(np.int32)
+    weights = rng.random((4, 24, 3)).astype(np.float32)
+    with jax_ep.Group.open(make_mesh(4), "ep", backend="cpu") as group:
+        num_calls, expected = run(group)
+        group.spec = dataclasses.replace(group.spec, staging_bytes=staging_bytes)
+        num_staged, got = run(group)
+    assert (num_staged == num_calls) == (staging_bytes == 1 << 20)
+    jax.tree.map(assert_same_bits, jax.tree.leaves(got), jax.tree.leaves(expected))
 
 
 def test_eager_shard_map(groups, backend):
@@ -167,7 +218,7 @@ def test_missing_peer_ends_in_an_exception():
     step(x, ids).block_until_ready()
     group.check()
 
-    group._native.skip_rank(1)
+    group._native_group.handle.skip_rank(1)
     start = time.monotonic()
     y = step(x, ids)  # in flight: check waits for it
     with pytest.raises(jax_ep.PeerTimeoutError, match="waited for rank 1") as caught:
@@ -196,7 +247,7 @@ def test_leaving_the_block_waits_for_what_is_in_flight():
     group = jax_ep.Group.open(make_mesh(3), "ep", timeout=0.5)
     step = on_ranks(_round_trip(group), group.mesh)
     step(x, ids)
-    group._native.skip_rank(2)
+    group._native_group.handle.skip_rank(2)
 
     def leave_in_flight():
         with group:

@@ -16,7 +16,7 @@ LAYERS = [
     {"errors", "config"},
     {"_jax_compat", "_registry", "_sockets", "_spec", "reference", "capacity"},
     {"_bootstrap", "_native", "_primitives"},
-    {"_xla", "handle", "fp8"},
+    {"_native_group", "_xla", "handle", "fp8"},
     {"_backends"},
     {"_self_test"},
     {"group"},

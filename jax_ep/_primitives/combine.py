@@ -37,7 +37,8 @@ _bind = make_primitive(
 )
 
 
-def _workspace_bytes(spec: CombineSpec, index: RowIndex, rows: jax.Array) -> int:
+def combine_workspace_bytes(spec: CombineSpec, index: RowIndex, rows: jax.Array) -> int:
+    """Scratch of one call: the rings of partial sums."""
     if spec.backend != "cuda":
         return 0
     num_tokens, num_slots = index.send_row.shape
@@ -76,5 +77,5 @@ def combine(
         has_weights=weights is not None,
         layout=spec.layout.value,
         num_sms=spec.num_sms,
-        workspace_bytes=_workspace_bytes(spec, index, rows),
+        workspace_bytes=combine_workspace_bytes(spec, index, rows),
     )[0]

@@ -35,13 +35,16 @@ def count_gpus() -> int:
 def initialize() -> None:
     """Joins the program that `launch` started: jax.distributed.initialize with what it told.
 
-    Where there are GPUs, each process gets one of them, in turns.
+    Where there are GPUs, the processes get equal parts of them, or, if they are more, one each, in
+    turns.
 
     Raises: ConfigError outside such a program.
     """
     place = ProcessPlace.from_environment()
     num_gpus = count_gpus()
-    own = [place.process_id % num_gpus] if num_gpus else None
+    share = max(1, num_gpus // place.num_processes)
+    first = place.process_id * share
+    own = [(first + i) % num_gpus for i in range(share)] if num_gpus else None
     jax.distributed.initialize(
         place.coordinator, place.num_processes, place.process_id, local_device_ids=own
     )

@@ -52,16 +52,17 @@ void LoadKernels(DeviceTraits& device) {
 
 std::shared_ptr<DeviceGroup> OpenGroup(std::string identity, const std::vector<SeatTuple>& seats,
                                        int, int num_ranks, int64_t timeout_ms,
-                                       const std::vector<bool>& is_here) {
+                                       const std::vector<bool>& is_here, size_t staging_bytes,
+                                       bool stages_all) {
   return Opened(std::make_shared<DeviceGroup>(std::move(identity), SeatsOf(seats), num_ranks,
                                               std::chrono::milliseconds(timeout_ms), LoadKernels,
-                                              is_here));
+                                              is_here, staging_bytes, stages_all));
 }
 
-// Numbers that go to another process, and two descriptors that go beside them.
+// Numbers that go to another process, and descriptors that go beside them; -1: none.
 using Numbers = std::vector<uint64_t>;
 
-std::tuple<Numbers, int, int> Export(const DeviceGroup& group, int position, uint64_t address) {
+std::tuple<Numbers, int, int> Export(DeviceGroup& group, int position, uint64_t address) {
   const DeviceGroup::Exported e = group.Export(position, address);
   const Numbers numbers = {static_cast<uint64_t>(e.traits.num_sms),
                            e.traits.max_shared_bytes,
@@ -119,7 +120,7 @@ NB_MODULE(_jax_ep_cuda, m) {
           "The first failure on a device, or None.")
       .def("export_seat", &jax_ep::Export, nanobind::arg("position"), nanobind::arg("address"),
            "What another process needs to reach a device of this one: numbers, and descriptors of\n"
-           "its signals and of the pool that an address of it lies in.")
+           "its signals and of the pool that an address of it lies in; -1 where all is staged.")
       .def("import_seat", &jax_ep::Import, nanobind::arg("position"), nanobind::arg("numbers"),
            nanobind::arg("control"), nanobind::arg("pool"),
            "The same of a device elsewhere; takes the descriptors over.")
@@ -128,10 +129,11 @@ NB_MODULE(_jax_ep_cuda, m) {
            "For tests: keeps the calls of a rank from its peers; -1 ends it.");
   m.def("open_group", &jax_ep::OpenGroup, nanobind::arg("identity"), nanobind::arg("seats"),
         nanobind::arg("num_slices"), nanobind::arg("num_ranks"), nanobind::arg("timeout_ms"),
-        nanobind::arg("is_here") = std::vector<bool>(),
-        nanobind::call_guard<nanobind::gil_scoped_release>(),
+        nanobind::arg("is_here") = std::vector<bool>(), nanobind::arg("staging_bytes") = 0,
+        nanobind::arg("stages_all") = false, nanobind::call_guard<nanobind::gil_scoped_release>(),
         "Opens a group. Seats are (CUDA device, slice, rank) in the row-major order of the mesh.\n"
-        "is_here says which of them are this process's; empty: all.");
+        "is_here says which of them are this process's; empty: all. staging_bytes of each device\n"
+        "hold copies of operands that peers have not mapped, of all operands where stages_all.");
   // Without the GIL: what runs on the devices meanwhile may call back into Python.
   using NoGil = nanobind::call_guard<nanobind::gil_scoped_release>;
   m.def("device_of", &jax_ep::DeviceOf, nanobind::arg("address"),

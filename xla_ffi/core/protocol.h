@@ -44,12 +44,16 @@ struct alignas(8) Signal {
   uint32_t value;
 };
 
-/// An address, of at most 48 bits, travels as two signals, and with it a tag of the call that it is
+/// An address, of at most 47 bits, travels as two signals, and with it a tag of the call that it is
 /// an operand of: ranks whose calls differ must not take one's operands for the other's.
 struct AddressCell {
   Signal low;   // address bits 0 to 31
   Signal high;  // address bits 32 to 47, tag
 };
+
+/// Set in what is told of an operand in the memory of the owner's ControlBlock: the rest is its
+/// offset there.
+inline constexpr uint64_t kInControl = uint64_t{1} << 47;
 
 /// Signals of the rings of a combine (ops/combine/combine_cuda.cuh): [num_ranks, places, parts].
 inline constexpr int kMaxPartialCells = 64 * 1024;
@@ -70,6 +74,7 @@ struct FailureRecord {
   int64_t seen;
 };
 
+/// Behind it in the same memory, which all ranks have mapped: room for staged operands.
 struct ControlBlock {
   // Of the owner's kernels.
   uint32_t epoch;                      // of the last call that has ended
@@ -111,6 +116,7 @@ struct Endpoint {
   uint32_t site;        // of the call in its program; equal on all ranks
   uint64_t timeout_ns;  // of a single wait
   ControlBlock* control[kMaxRanks];
+  uint64_t control_bytes;  // of the own one's memory
   FailureRecord* record;
   PeerPool pools[kMaxRanks] = {};  // by rank; the default: a rank of this process
 

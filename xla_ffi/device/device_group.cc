@@ -16,6 +16,9 @@ void Check(const char* what, cudaError_t status) {
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
+// In the memory of a ControlBlock.
+constexpr size_t kStagingOffset = (sizeof(ControlBlock) + 255) / 256 * 256;
+
 // Makes a device current, and the one before it again at the end.
 class OnDevice {
  public:
@@ -63,6 +66,11 @@ ErrorRecord::Kind KindOf(FailureRecord::Kind kind) {
   return ErrorRecord::Kind::kArrivedTwice;
 }
 
+void Close(const DeviceGroup::Exported& exported) {
+  close(exported.control);
+  if (exported.pool.descriptor >= 0) close(exported.pool.descriptor);
+}
+
 const char* NameOf(OpId op) {
   switch (op) {
     case OpId::kDispatch:
@@ -108,10 +116,12 @@ void RequirePeers(const std::vector<int64_t>& devices) {
 
 DeviceGroup::DeviceGroup(std::string identity, std::vector<Seat> seats, int num_ranks,
                          std::chrono::milliseconds timeout, const LoadKernels& load_kernels,
-                         std::vector<bool> is_here)
+                         std::vector<bool> is_here, size_t staging_bytes, bool stages_all)
     : identity_(std::move(identity)),
       num_ranks_(num_ranks),
       seats_(std::move(seats)),
+      staging_bytes_(staging_bytes),
+      stages_all_(stages_all),
       is_here_(is_here.empty() ? std::vector<bool>(seats_.size(), true) : std::move(is_here)) {
   if (num_ranks > kMaxRanks) {
     throw std::runtime_error("a group has at most " + std::to_string(kMaxRanks) + " ranks, got " +
@@ -150,8 +160,8 @@ void DeviceGroup::Open(int64_t timeout_ns, const LoadKernels& load_kernels) {
     const int64_t device = seats_[i].device_id;
     const OnDevice on_device(device);
     Check("cudaFree", cudaFree(nullptr));  // makes the context, if nobody has
-    control_[i] =
-        ShareableMemory::Create(static_cast<int>(device), sizeof(ControlBlock), DevicesHere());
+    control_[i] = ShareableMemory::Create(static_cast<int>(device), kStagingOffset + staging_bytes_,
+                                          DevicesHere());
     Check("cudaDeviceSynchronize", cudaDeviceSynchronize());
     members_[i].traits = TraitsOf(device);
     members_[i].endpoint = {.rank = seats_[i].member.rank,
@@ -160,25 +170,32 @@ void DeviceGroup::Open(int64_t timeout_ns, const LoadKernels& load_kernels) {
                             .site = 0,
                             .timeout_ns = static_cast<uint64_t>(timeout_ns),
                             .control = {},
+                            .control_bytes = control_[i].bytes(),
                             .record = &records_[i]};
+    if (stages_all_) members_[i].pool.bytes = 0;
+    members_[i].staging = control_[i].data() + kStagingOffset;
+    members_[i].staging_bytes = control_[i].bytes() - kStagingOffset;
     position_of_device_[device] = static_cast<int>(i);
     load_kernels(members_[i].traits);
   }
   if (DevicesHere().size() == size) Complete();
 }
 
-DeviceGroup::Exported DeviceGroup::Export(int position, uint64_t address) const {
+DeviceGroup::Exported DeviceGroup::Export(int position, uint64_t address) {
+  Member& member = members_.at(position);
   const OnDevice on_device(seats_.at(position).device_id);
-  Exported exported{.traits = members_.at(position).traits,
-                    .control = -1,
+  Exported exported{.traits = member.traits,
+                    .control = control_.at(position).Export(),
                     .control_bytes = control_.at(position).bytes(),
-                    .pool = ExportAllocationOf(address)};
+                    .pool = {.begin = 0, .bytes = 0, .descriptor = -1}};
+  if (stages_all_) return exported;
   try {
-    exported.control = control_.at(position).Export();
+    exported.pool = ExportAllocationOf(address);
   } catch (...) {
-    close(exported.pool.descriptor);
+    close(exported.control);
     throw;
   }
+  member.pool = {.begin = exported.pool.begin, .bytes = exported.pool.bytes, .here = 0};
   return exported;
 }
 
@@ -188,15 +205,15 @@ void DeviceGroup::Import(int position, const Exported& exported) {
     members_.at(position).traits = exported.traits;
     control_.at(position) =
         ShareableMemory::Import(exported.control, exported.control_bytes, DevicesHere());
-    pools_.at(position) =
-        ShareableMemory::Import(exported.pool.descriptor, exported.pool.bytes, DevicesHere());
+    if (exported.pool.descriptor >= 0) {
+      pools_.at(position) =
+          ShareableMemory::Import(exported.pool.descriptor, exported.pool.bytes, DevicesHere());
+    }
   } catch (...) {
-    close(exported.control);
-    close(exported.pool.descriptor);
+    Close(exported);
     throw;
   }
-  close(exported.control);
-  close(exported.pool.descriptor);
+  Close(exported);
   maps_.at(position) = {.begin = exported.pool.begin,
                         .bytes = exported.pool.bytes,
                         .here = reinterpret_cast<uint64_t>(pools_.at(position).data())};

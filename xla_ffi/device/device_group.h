@@ -41,9 +41,11 @@ class DeviceGroup {
   /// `is_here`, by seat, says whose device is this process's; empty: all are. A group over several
   /// processes may be used when what the others export of their seats has been imported, and
   /// Complete was called.
+  /// `staging_bytes` of each device hold copies of operands that peers have not mapped, which all
+  /// are where `stages_all`.
   DeviceGroup(std::string identity, std::vector<Seat> seats, int num_ranks,
               std::chrono::milliseconds timeout, const LoadKernels& load_kernels,
-              std::vector<bool> is_here = {});
+              std::vector<bool> is_here = {}, size_t staging_bytes = 0, bool stages_all = false);
   ~DeviceGroup();
   DeviceGroup(const DeviceGroup&) = delete;
   DeviceGroup& operator=(const DeviceGroup&) = delete;
@@ -55,6 +57,9 @@ class DeviceGroup {
   struct Member {
     Endpoint endpoint;
     DeviceTraits traits;
+    PeerPool pool = {};  // what peers can read of the device's memory
+    std::byte* staging = nullptr;
+    size_t staging_bytes = 0;
   };
   const Member* Find(int64_t device_id) const;
 
@@ -63,10 +68,10 @@ class DeviceGroup {
     DeviceTraits traits;
     int control;  // descriptor; the receiver closes both
     size_t control_bytes;
-    ExportedAllocation pool;
+    ExportedAllocation pool;  // no descriptor where all operands are staged
   };
   /// `address`: of any buffer of XLA on the device of seat `position`.
-  Exported Export(int position, uint64_t address) const;
+  Exported Export(int position, uint64_t address);
   /// The same of a device elsewhere. Takes the descriptors over.
   void Import(int position, const Exported& exported);
   /// When all have been imported.
@@ -89,6 +94,8 @@ class DeviceGroup {
   std::string identity_;
   int num_ranks_;
   std::vector<Seat> seats_;
+  size_t staging_bytes_;
+  bool stages_all_;
   std::vector<bool> is_here_;             // by position, as is all that follows
   std::vector<Member> members_;           // without those elsewhere, of which only traits are known
   std::vector<ShareableMemory> control_;  // of a ControlBlock each

@@ -174,16 +174,28 @@ __device__ inline int CountSeen(const Endpoint& self, SignalRow row, uint32_t ep
 __device__ inline bool Translate(const Endpoint& self, int peer, Signal low, Signal high,
                                  const std::byte*& operand) {
   const uint64_t address = uint64_t{high.value & 0xffff} << 32 | low.value;
+  if (address & kInControl) {
+    const auto* control = reinterpret_cast<const std::byte*>(self.control[peer]);
+    operand = control + (address & ~kInControl);
+    return true;
+  }
   const PeerPool& pool = self.pools[peer];
   const uint64_t offset = address - pool.begin;
   operand = reinterpret_cast<const std::byte*>(address == 0 ? 0 : pool.here + offset);
   return address == 0 || offset < pool.bytes;
 }
 
+/// What Translate turns back.
+__device__ inline uint64_t AddressToTell(const Endpoint& self, const void* operand) {
+  const uint64_t address = reinterpret_cast<uint64_t>(operand);
+  const uint64_t offset = address - reinterpret_cast<uint64_t>(self.own());
+  return offset < self.control_bytes ? kInControl | offset : address;
+}
+
 __device__ inline void Publish(const Endpoint& self, const OwnAddresses& own, uint32_t tag,
                                uint32_t epoch) {
   for (int i = threadIdx.x; i < self.num_ranks * own.count; i += blockDim.x) {
-    const uint64_t address = reinterpret_cast<uint64_t>(own.at[i % own.count]);
+    const uint64_t address = AddressToTell(self, own.at[i % own.count]);
     AddressCell& cell = self.control[i / own.count]->address[self.rank][i % own.count];
     ReleaseFence();
     StoreRelaxed(&cell.low, {epoch, static_cast<uint32_t>(address)});

@@ -12,6 +12,9 @@ namespace jax_ep {
 
 using DeviceSite = OpSite<DeviceGroup>;
 
+/// Of a staged operand; GroupSpec.can_stage of jax_ep/_spec.py counts with it.
+inline constexpr size_t kStagingAlignment = 256;
+
 /// The contexts that a handler gets, in this order: site, stream, device.
 inline auto DeviceBinding() {
   return ffi::Ffi::Bind()
@@ -44,5 +47,43 @@ inline ffi::Error FindDevice(const char* op, const DeviceSite* site, int32_t dev
   call.num_sms = static_cast<int>(std::min<int64_t>(num_sms, call.member->traits.num_sms));
   return ffi::Error::Success();
 }
+
+/// Where peers find what a call has them read. Operands in memory that they have not mapped are
+/// copied into the group's, scratch is taken from there. The calls of a rank use that room in turn:
+/// each ends when no peer reads it any more. What has no room there stays where it is, and the
+/// ranks find it when they meet (kNotMapped).
+class Staging {
+ public:
+  Staging(const DeviceCall& call, cudaStream_t stream) : member_(*call.member), stream_(stream) {}
+
+  template <typename T>
+  void Copy(T*& operand, size_t bytes) {
+    void* place = Place(operand, bytes);
+    if (place == nullptr || status_ != cudaSuccess) return;
+    status_ = cudaMemcpyAsync(place, operand, bytes, cudaMemcpyDeviceToDevice, stream_);
+    operand = static_cast<T*>(place);
+  }
+  void Replace(void*& scratch, size_t bytes) {
+    if (void* place = Place(scratch, bytes)) scratch = place;
+  }
+  cudaError_t status() const { return status_; }
+
+ private:
+  // Null for what peers can read, and for what has no room.
+  void* Place(const void* data, size_t bytes) {
+    const uint64_t offset = reinterpret_cast<uint64_t>(data) - member_.pool.begin;
+    const bool is_mapped = offset < member_.pool.bytes && bytes <= member_.pool.bytes - offset;
+    if (data == nullptr || bytes == 0 || is_mapped) return nullptr;
+    const size_t size = (bytes + kStagingAlignment - 1) / kStagingAlignment * kStagingAlignment;
+    if (size > member_.staging_bytes - used_) return nullptr;
+    used_ += size;
+    return member_.staging + used_ - size;
+  }
+
+  const DeviceGroup::Member& member_;
+  cudaStream_t stream_;
+  size_t used_ = 0;
+  cudaError_t status_ = cudaSuccess;
+};
 
 }  // namespace jax_ep

@@ -164,6 +164,14 @@ ffi::Error Combine(DeviceSite* site, cudaStream_t stream, int32_t device_id, I32
   DeviceCall call;
   error = FindDevice("combine", site, device_id, num_sms, call);
   if (error.failure()) return error;
+  CombineArgs& args = launch.args;
+  Staging staging(call, stream);
+  staging.Copy(args.rows, rows.size_bytes());
+  if (args.weights) staging.Copy(args.weights, weights.size_bytes());
+  if (args.send_rank) staging.Copy(args.send_rank, send_rank.size_bytes());
+  staging.Copy(args.send_row, send_row.size_bytes());
+  staging.Replace(launch.workspace, launch.workspace_bytes());
+  if (staging.status() != cudaSuccess) return CudaError("combine", staging.status());
   launch.self = call.endpoint;
   launch.position = position.typed_data();
   return CudaError("combine", LaunchCombine(launch, call.member->traits, call.num_sms, stream));

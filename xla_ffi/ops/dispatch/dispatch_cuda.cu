@@ -163,6 +163,14 @@ ffi::Error Dispatch(DeviceSite* site, cudaStream_t stream, int32_t device_id, I3
   JAX_EP_REQUIRE(workspace_bytes > 0 && workspace->size_bytes() >= workspace_bytes,
                  "dispatch: the workspace has ", workspace->size_bytes(), " bytes, needs ",
                  workspace_bytes);
+  DispatchArgs& args = launch.args;
+  Staging staging(call, stream);
+  staging.Copy(args.topk_idx, topk_idx.size_bytes());
+  if (args.topk_weights) staging.Copy(args.topk_weights, topk_weights.size_bytes());
+  for (int i = 0; i < args.num_streams; ++i) {
+    staging.Copy(args.streams[i].in, args.shape.num_tokens * args.streams[i].row_bytes);
+  }
+  if (staging.status() != cudaSuccess) return CudaError("dispatch", staging.status());
   launch.self = call.endpoint;
   launch.position = position.typed_data();
   launch.workspace = workspace->untyped_data();

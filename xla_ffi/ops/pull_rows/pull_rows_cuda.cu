@@ -114,6 +114,9 @@ ffi::Error PullRows(DeviceSite* site, cudaStream_t stream, int32_t device_id, I3
   DeviceCall call;
   error = FindDevice("pull_rows", site, device_id, num_sms, call);
   if (error.failure()) return error;
+  Staging staging(call, stream);
+  staging.Copy(launch.args.rows, rows.size_bytes());
+  if (staging.status() != cudaSuccess) return CudaError("pull_rows", staging.status());
   launch.self = call.endpoint;
   launch.position = position.typed_data();
   return CudaError("pull_rows", LaunchPullRows(launch, call.member->traits, call.num_sms, stream));

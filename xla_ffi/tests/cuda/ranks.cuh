@@ -98,6 +98,7 @@ class Ranks {
           .site = 0,
           .timeout_ns = static_cast<uint64_t>(std::chrono::nanoseconds(timeout).count()),
           .control = {},
+          .control_bytes = sizeof(ControlBlock),
           .record = &records_[r]};
       std::copy(control_.begin(), control_.end(), endpoint.control);
       endpoints_.push_back(endpoint);

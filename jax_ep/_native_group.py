@@ -1,0 +1,123 @@
+"""Opening the native half of a group: who sits where, and what memory the ranks share."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+
+from jax_ep import _bootstrap, _native, config
+from jax_ep._spec import GroupSpec
+from jax_ep.errors import GroupError
+
+
+class NativeGroup(NamedTuple):
+    """What was opened.
+
+    Attributes:
+      handle: the native object.
+      backend: whose it is.
+      why_staged: why operands are copied before peers read them; None: they are read in place.
+      staging_bytes: of one call, then; the back end cannot carry more.
+    """
+
+    handle: Any
+    backend: str
+    why_staged: str | None = None
+    staging_bytes: int | None = None
+
+    def close(self, spec: GroupSpec) -> None:
+        """Forgets the group; executables that hold it keep it alive."""
+        _native.load(self.backend).close_group(spec.identity)
+
+
+class Opening:
+    """One process's part in opening a group; collective over the processes of the mesh."""
+
+    def __init__(
+        self,
+        mesh: jax.sharding.Mesh,
+        spec: GroupSpec,
+        meeting: _bootstrap.Meeting | None,
+        timeout: float,
+    ):
+        self._mesh = mesh
+        self._spec = spec
+        self._meeting = meeting
+        self._timeout = timeout
+
+    def open_cpu(self) -> NativeGroup:
+        """Over CPU devices."""
+        return NativeGroup(self._open("cpu", self._spec.seats(), **self._processes()), "cpu")
+
+    def open_cuda(self) -> NativeGroup | str:
+        """Over GPUs; or why the processes cannot map one another's memory."""
+        spare, most = config.staging_bytes_from_environment()
+        why_staged = config.why_staged(spans_processes=self._meeting is not None)
+        if self._meeting is None:
+            return self._open_cuda(why_staged, spare if why_staged is None else most)
+        self._meeting.agree("staging", {"the room for staged operands": [spare, most]})
+        why_staged = self._meeting.first_problem("allocators", why_staged or "")
+        if why_staged is None:
+            group = self._open_cuda(None, spare)
+            why_staged = _bootstrap.share_devices(
+                self._meeting, group.handle, self._mesh, with_pools=True
+            )
+            if why_staged is None:
+                return group
+            group.close(self._spec)
+        group = self._open_cuda(why_staged, most)
+        why_not = _bootstrap.share_devices(
+            self._meeting, group.handle, self._mesh, with_pools=False
+        )
+        if why_not is None:
+            return group
+        group.close(self._spec)
+        return why_not
+
+    def _open_cuda(self, why_staged: str | None, staging_bytes: int) -> NativeGroup:
+        own = jax.process_index()
+        is_here = [d.process_index == own for d in self._mesh.devices.flat]
+        handle = self._open(
+            "cuda",
+            self._cuda_seats(),
+            is_here=is_here,
+            staging_bytes=staging_bytes,
+            stages_all=why_staged is not None,
+        )
+        return NativeGroup(
+            handle, "cuda", why_staged, None if why_staged is None else staging_bytes
+        )
+
+    def _open(self, backend: str, seats: list[tuple[int, int, int]], **own: Any) -> Any:
+        try:
+            return _native.register(backend).open_group(
+                identity=self._spec.identity,
+                seats=seats,
+                num_slices=self._mesh.size // self._spec.num_ranks,
+                num_ranks=self._spec.num_ranks,
+                timeout_ms=math.ceil(self._timeout * 1000),
+                **own,
+            )
+        except (RuntimeError, ValueError) as e:
+            raise GroupError(f"Group.open: back end {backend!r}: {e}") from e
+
+    def _processes(self) -> dict[str, Any]:
+        """What the CPU's native group must know of them; it takes the sockets over."""
+        if self._meeting is None:
+            return {}
+        return {
+            "processes": [d.process_index for d in self._mesh.devices.flat],
+            "own_process": jax.process_index(),
+            "links": [
+                (link.process, link.pid, link.socket.detach()) for link in self._meeting.links
+            ],
+        }
+
+    def _cuda_seats(self) -> list[tuple[int, int, int]]:
+        """As GroupSpec.seats, with CUDA's device numbers, which only their process knows."""
+        own = jax.process_index()
+        ordinals = {
+            d.id: _native.cuda_device_of(d) if d.process_index == own else -1
+            for d in self._mesh.devices.flat
+        }
+        return [(ordinals[device], slice_, rank) for device, slice_, rank in self._spec.seats()]
