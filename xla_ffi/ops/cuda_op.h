@@ -63,7 +63,9 @@ class Staging {
     status_ = cudaMemcpyAsync(place, operand, bytes, cudaMemcpyDeviceToDevice, stream_);
     operand = static_cast<T*>(place);
   }
+  // Nobody is told of scratch that is not there.
   void Replace(void*& scratch, size_t bytes) {
+    if (bytes == 0) scratch = nullptr;
     if (void* place = Place(scratch, bytes)) scratch = place;
   }
   cudaError_t status() const { return status_; }
