@@ -1,5 +1,11 @@
 """Expert-parallel communication for JAX: dispatch and combine as custom calls."""
 
+from jax_ep.all_reduce import all_gather as all_gather
+from jax_ep.all_reduce import all_reduce as all_reduce
+from jax_ep.all_reduce import reduce_scatter as reduce_scatter
+from jax_ep.all_reduce_residual_rmsnorm import (
+    all_reduce_residual_rmsnorm as all_reduce_residual_rmsnorm,
+)
 from jax_ep.beside import beside as beside
 from jax_ep.capacity import recv_capacity as recv_capacity
 from jax_ep.combine import combine as combine

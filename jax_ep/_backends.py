@@ -5,14 +5,28 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jax_ep import _native, _xla, config
+from jax_ep import _native, _xla, _xla_reduce, config
+from jax_ep._primitives.all_reduce import all_reduce
+from jax_ep._primitives.all_reduce_residual_rmsnorm import all_reduce_residual_rmsnorm
 from jax_ep._primitives.combine import combine, combine_workspace_bytes
 from jax_ep._primitives.dispatch import dispatch
 from jax_ep._primitives.pull_rows import pull_rows
-from jax_ep._spec import CallSpec, CombineSpec, DispatchSpec, Routed, RowIndex
+from jax_ep._spec import CallSpec, CombineSpec, DispatchSpec, ReduceSpec, Routed, RowIndex
 from jax_ep.errors import ConfigError, GroupError
 
-_OPS = frozenset({"dispatch", "dispatch_fp8", "combine", "combine_weights", "get_dispatch_layout"})
+_OPS = frozenset(
+    {
+        "dispatch",
+        "dispatch_fp8",
+        "combine",
+        "combine_weights",
+        "get_dispatch_layout",
+        "all_reduce",
+        "reduce_scatter",
+        "all_gather",
+        "all_reduce_residual_rmsnorm",
+    }
+)
 _LOCAL_OPS = frozenset({"get_dispatch_layout"})
 _NO_OPS: frozenset[str] = frozenset()
 
@@ -34,9 +48,19 @@ class Backend(NamedTuple):
     combine: Callable[
         [CombineSpec, RowIndex, jax.Array, jax.Array | None, Sequence[jax.Array]], jax.Array
     ]  # spec, index, rows, weights, biases
+    all_reduce: Callable[[ReduceSpec, jax.Array], jax.Array]  # and its halves
+    all_reduce_residual_rmsnorm: Callable[
+        [ReduceSpec, jax.Array, jax.Array, jax.Array, float], tuple[jax.Array, jax.Array]
+    ]  # spec, x, residual, scale, eps
 
 
-_STOCK_COLLECTIVES = Backend(_xla.dispatch, _xla.pull_rows, _xla.combine)
+_STOCK_COLLECTIVES = Backend(
+    _xla.dispatch,
+    _xla.pull_rows,
+    _xla.combine,
+    _xla_reduce.all_reduce,
+    _xla_reduce.all_reduce_residual_rmsnorm,
+)
 
 
 def _dispatch(
@@ -69,7 +93,7 @@ def _combine(
     return (combine if can_stage else _xla.combine)(spec, index, rows, weights, biases)
 
 
-_CUSTOM_CALLS = Backend(_dispatch, _pull_rows, _combine)
+_CUSTOM_CALLS = Backend(_dispatch, _pull_rows, _combine, all_reduce, all_reduce_residual_rmsnorm)
 
 
 def get(backend: str) -> Backend:

@@ -95,10 +95,16 @@ def on_second_stream(fn: Callable[P, T]) -> Callable[P, T]:
     return on_stream
 
 
-def result_aval(shape: Sequence[int], dtype: Any, operands: Sequence[Any]) -> Any:
-    """A result of a primitive that varies over every axis that one of `operands` varies over."""
+def result_aval(
+    shape: Sequence[int], dtype: Any, operands: Sequence[Any], *, varying: Any = None
+) -> Any:
+    """A result of a primitive.
+
+    It varies over the axes `varying`; None: over every axis that one of `operands` varies over.
+    """
     first = operands[0]
-    varying = frozenset().union(*(varying_axes(a) for a in operands))
+    if varying is None:
+        varying = frozenset().union(*(varying_axes(a) for a in operands))
     aval = first.update(shape=tuple(shape), dtype=jax.numpy.dtype(dtype), weak_type=False)
     if varying == varying_axes(first):
         return aval

@@ -32,6 +32,11 @@ class Group:
     def complete(self) -> None:
         """After all imports: the group may be used."""
 
+    def set_epoch(self, epoch: int) -> None:
+        """
+        For tests: as if so many calls had been made; all processes, between two calls.
+        """
+
     def skip_rank(self, rank: int) -> None:
         """For tests: keeps the calls of a rank from its peers; -1 ends it."""
 

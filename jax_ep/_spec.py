@@ -114,6 +114,20 @@ class CombineSpec(CallSpec):
     recv_capacity: int
 
 
+@dataclass(frozen=True)
+class ReduceSpec:
+    """The static facts of one all_reduce, reduce_scatter or all_gather; equal on all ranks.
+
+    `is_typed`: check_vma is on.
+    """
+
+    group: GroupSpec
+    backend: str
+    algorithm: config.Algorithm
+    movement: config.Movement = config.Movement.ALL_REDUCE
+    is_typed: bool = False
+
+
 class Routed(NamedTuple):
     """What a back end's dispatch gives, on one rank. `C` = recv_capacity, `L` = local experts."""
 

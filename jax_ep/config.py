@@ -5,6 +5,7 @@ Environment variables:
     opens.
   JAX_EP_STAGING_MB: what a GPU sets aside for copies of operands that its peers have not mapped;
     read when a group opens.
+  JAX_EP_TUNING: a file that `python -m jax_ep tune` has written; read when a group opens.
   JAX_EP_COORDINATOR, JAX_EP_NUM_PROCESSES, JAX_EP_PROCESS_ID: what `jax_ep.testing.launch` tells
     the processes that it starts.
 """
@@ -29,6 +30,8 @@ DEFAULT_NUM_SMS = 20
 DEFAULT_SPARE_STAGING_MB = 8
 DEFAULT_STAGING_MB = 256
 MAX_STAGING_MB = 64 * 1024
+MAX_PACKET_PAYLOAD = 512 * 1024  # as kMaxPacketPayload of xla_ffi/core/protocol.h
+MAX_NORM_ROW_BYTES = 64 * 1024  # as kMaxNormRowBytes of ops/all_reduce_residual_rmsnorm
 STAGING_ALIGNMENT = 256  # as kStagingAlignment of xla_ffi/ops/cuda_op.h
 MAX_TOPK = 32
 
@@ -51,6 +54,23 @@ class Fill(enum.Enum):
     ZEROS = 0
     PADDING = 1
     NONE = 2
+
+
+class Movement(enum.Enum):
+    """What becomes of all ranks' arrays. As in xla_ffi/ops/all_reduce/all_reduce.h."""
+
+    ALL_REDUCE = 0
+    REDUCE_SCATTER = 1
+    ALL_GATHER = 2
+
+
+class Algorithm(enum.Enum):
+    """How they travel between GPUs. As in xla_ffi/ops/all_reduce/all_reduce.h, but for PSUM."""
+
+    LOW_LATENCY = 0
+    ONE_SHOT = 1
+    TWO_SHOT = 2
+    PSUM = -1  # the stock collective
 
 
 _Choice = TypeVar("_Choice", bound=enum.Enum)
@@ -110,6 +130,18 @@ def staging_bytes_from_environment() -> tuple[int, int]:
             f"JAX_EP_STAGING_MB must be a whole number from 0 to {MAX_STAGING_MB}, got {value!r}"
         )
     return int(value) << 20, int(value) << 20
+
+
+def packet_payload(num_ranks: int) -> int:
+    """Bytes that one rank can send to another in one low-latency call."""
+    if num_ranks <= 8:
+        return MAX_PACKET_PAYLOAD
+    return MAX_PACKET_PAYLOAD * 8 // num_ranks // 512 * 512
+
+
+def tuning_file_from_environment() -> str | None:
+    """The table of algorithms to use in place of the package's."""
+    return os.environ.get("JAX_EP_TUNING") or None
 
 
 def debug_from_environment() -> bool:

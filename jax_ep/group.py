@@ -17,6 +17,7 @@ from jax_ep import (
     _native_group,
     _registry,
     _self_test,
+    _tuning,
     config,
 )
 from jax_ep._backends import Usability
@@ -79,6 +80,7 @@ class Group:
     debug: bool
     spec: GroupSpec
     backends: dict[str, Usability]
+    tuning: _tuning.Table
     _meeting: _bootstrap.Meeting | None = None
     _native_group: NativeGroup | None = None
     _is_open: bool = True
@@ -159,8 +161,10 @@ class Group:
                 "pass another name="
             )
         debug = config.debug_from_environment() if debug is None else debug
+        tuning = _tuning.load(mesh.devices.flat[0].device_kind, num_ranks)
         settings = {
             "backend": backend,
+            "tuning": _tuning.to_plain(tuning),
             "num_sms": num_sms,
             "ranks_per_node": ranks_per_node,
             "timeout": timeout,
@@ -186,6 +190,7 @@ class Group:
                 debug=debug,
                 spec=spec,
                 backends=usability,
+                tuning=tuning,
                 _meeting=meeting,
             )
             group._start(is_wanted=backend == chosen)

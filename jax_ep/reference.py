@@ -195,3 +195,47 @@ def get_dispatch_layout(
 def _where(mask: npt.NDArray[np.bool_], x: Rows) -> Rows:
     xp = jnp if isinstance(x, jax.Array) else np
     return xp.where(mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim)), x, xp.zeros_like(x))
+
+
+def all_reduce(x: Rows) -> Rows:
+    """On every rank the sum of x [R, ...] over the ranks, in their order."""
+    return np.broadcast_to(_sum_over_ranks(np.asarray(x)), np.shape(x))
+
+
+def reduce_scatter(x: Rows) -> Rows:
+    """On rank r the sum over the ranks of their part r of x [R, R, ...]."""
+    return _sum_over_ranks(np.asarray(x))
+
+
+def all_gather(x: Rows) -> Rows:
+    """On every rank x [R, ...]; [R, R, ...]."""
+    return np.broadcast_to(np.asarray(x), (len(x), *np.shape(x)))
+
+
+def all_reduce_residual_rmsnorm(
+    x: Rows, residual: Rows, scale: Rows, *, eps: float
+) -> tuple[Rows, Rows]:
+    """Of x, residual [R, ..., H], scale [R, H]: (normed, new_residual).
+
+    The order of the mean is not defined: normed is right to a few roundings, new_residual exactly.
+    """
+    dtype = np.asarray(x).dtype
+    total = all_reduce(x).astype(np.float32)
+    new_residual = (total + np.asarray(residual).astype(np.float32)).astype(dtype)
+    wide = new_residual.astype(np.float64)
+    factor = 1.0 / np.sqrt(np.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    scale = np.asarray(scale, np.float64)
+    scale = scale.reshape(len(scale), *(1 for _ in wide.shape[1:-1]), -1)
+    return (wide * factor * scale).astype(dtype), new_residual
+
+
+def _sum_over_ranks(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Of the leading axis: in f32, or, for integers, in their own type, wrapping around."""
+    if x.dtype.kind in "iu":
+        total: npt.NDArray[Any] = np.sum(x, axis=0, dtype=x.dtype)
+        return total
+    wide = x.astype(np.float32)
+    total = wide[0]
+    for term in wide[1:]:
+        total = total + term
+    return total.astype(x.dtype)

@@ -15,6 +15,10 @@ from jax_ep.errors import ConfigError
 
 # Shape and dtype of each result, from the operands' avals and the parameters.
 ResultsRule = Callable[..., Sequence[tuple[Sequence[int], Any]]]
+# Axes of the mesh, from the same.
+VaryingRule = Callable[..., frozenset[str]]
+# (operands, batch dimensions), parameters -> (results, batch dimensions).
+BatchRule = Callable[..., tuple[Sequence[Any], Sequence[int]]]
 
 
 def make_primitive(
@@ -24,6 +28,8 @@ def make_primitive(
     platforms: Sequence[str],
     attributes: Sequence[str] = (),
     has_position: bool = True,
+    varying: VaryingRule | None = None,
+    batch: BatchRule | None = None,
 ) -> Callable[..., list[jax.Array]]:
     """Makes the primitive of target `jax_ep.<op>`.
 
@@ -34,6 +40,9 @@ def make_primitive(
       attributes: the parameters that the handler reads; the others serve the shape rule only.
       has_position: whether the first operand is the device's position in the mesh, which says
         nothing about what the results vary over.
+      varying: the axes that the results vary over, called like `results`; None: all axes that an
+        operand varies over.
+      batch: the rule of jax.vmap; None: it is refused.
 
     Returns:
       bind(*operands, **parameters) -> results.
@@ -43,7 +52,11 @@ def make_primitive(
 
     def abstract_eval(*avals: Any, **parameters: Any) -> list[Any]:
         data = avals[1:] if has_position else avals
-        return [result_aval(s, d, data) for s, d in results(*avals, **parameters)]
+        axes = None if varying is None else varying(*avals, **parameters)
+        return [
+            result_aval(shape, dtype, data, varying=axes)
+            for shape, dtype in results(*avals, **parameters)
+        ]
 
     def lower(ctx: Any, *operands: Any, **parameters: Any) -> Any:
         call = jax.ffi.ffi_lowering(f"jax_ep.{op}", has_side_effect=False)
@@ -52,7 +65,7 @@ def make_primitive(
     primitive.def_abstract_eval(abstract_eval)
     for platform in platforms:
         mlir.register_lowering(primitive, lower, platform=platform)
-    batching.primitive_batchers[primitive] = lambda *_, **__: refuse_batching(op)
+    batching.primitive_batchers[primitive] = batch or (lambda *_, **__: refuse_batching(op))
     ad.primitive_jvps[primitive] = lambda *_, **__: refuse_jvp(op)
 
     def bind(*operands: jax.Array, **parameters: Any) -> list[jax.Array]:
@@ -72,6 +85,15 @@ def refuse_jvp(op: str) -> NoReturn:
     raise ConfigError(f"{op}: only first derivatives by jax.grad or jax.vjp are supported")
 
 
+def batch_at(array: jax.Array, dim: int | None, place: int, size: int) -> jax.Array:
+    """An operand of a batch rule with its batch dimension at `place`, repeated if it had none."""
+    if dim is None:
+        return jnp.broadcast_to(
+            jnp.expand_dims(array, place), (*array.shape[:place], size, *array.shape[place:])
+        )
+    return jnp.moveaxis(array, dim, place)
+
+
 def absent(dtype: Any) -> jax.Array:
     """Stands for an operand that is not there: an attribute says so, the handler never reads it.
 
@@ -80,6 +102,8 @@ def absent(dtype: Any) -> jax.Array:
     return jnp.zeros((1,), dtype)
 
 
-def _attribute(value: bool | int | str) -> Any:
+def _attribute(value: bool | int | float | str) -> Any:
     # A Python int would become an int32 attribute; the handlers read int64.
+    if isinstance(value, float):
+        return np.float32(value)
     return value if isinstance(value, str) else np.int64(value)

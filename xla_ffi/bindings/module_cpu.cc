@@ -29,6 +29,9 @@ auto site_info = ffi::MakeTypeInfo<HostSite>();
 
 Dict Registrations() {
   Dict targets;
+  targets["jax_ep.all_reduce"] = Collective(JaxEpInstantiateSite, JaxEpAllReduceCpu);
+  targets["jax_ep.all_reduce_residual_rmsnorm"] =
+      Collective(JaxEpInstantiateSite, JaxEpAllReduceResidualRmsnormCpu);
   targets["jax_ep.combine"] = Collective(JaxEpInstantiateSite, JaxEpCombineCpu);
   targets["jax_ep.dispatch"] = Collective(JaxEpInstantiateSite, JaxEpDispatchCpu);
   targets["jax_ep.get_dispatch_layout"] = Capsule(JaxEpGetDispatchLayoutCpu);

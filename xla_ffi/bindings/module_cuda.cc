@@ -13,6 +13,8 @@
 
 #include "bindings/capsules.h"
 #include "bindings/groups.h"
+#include "ops/all_reduce/all_reduce_cuda.cuh"
+#include "ops/all_reduce_residual_rmsnorm/all_reduce_residual_rmsnorm_cuda.cuh"
 #include "ops/combine/combine_cuda.cuh"
 #include "ops/cuda_handlers.h"
 #include "ops/cuda_op.h"
@@ -31,6 +33,9 @@ auto site_info = ffi::MakeTypeInfo<DeviceSite>();
 
 Dict Registrations() {
   Dict targets;
+  targets["jax_ep.all_reduce"] = Collective(JaxEpInstantiateDeviceSite, JaxEpAllReduceCuda);
+  targets["jax_ep.all_reduce_residual_rmsnorm"] =
+      Collective(JaxEpInstantiateDeviceSite, JaxEpAllReduceResidualRmsnormCuda);
   targets["jax_ep.combine"] = Collective(JaxEpInstantiateDeviceSite, JaxEpCombineCuda);
   targets["jax_ep.dispatch"] = Collective(JaxEpInstantiateDeviceSite, JaxEpDispatchCuda);
   targets["jax_ep.get_dispatch_layout"] = Capsule(JaxEpGetDispatchLayoutCuda);
@@ -41,8 +46,8 @@ Dict Registrations() {
 Dict Types() { return TypeCapsules("jax_ep.OpSite.cuda", &DeviceSite::id, &site_info); }
 
 void LoadKernels(DeviceTraits& device) {
-  for (const auto load : {LoadCombineKernels, LoadDispatchKernels, LoadGetDispatchLayoutKernels,
-                          LoadPullRowsKernels}) {
+  for (const auto load : {LoadAllReduceKernels, LoadRmsNormKernels, LoadCombineKernels,
+                          LoadDispatchKernels, LoadGetDispatchLayoutKernels, LoadPullRowsKernels}) {
     const cudaError_t status = load(device);
     if (status != cudaSuccess) {
       throw std::runtime_error(std::string("loading kernels: ") + cudaGetErrorString(status));
@@ -125,6 +130,8 @@ NB_MODULE(_jax_ep_cuda, m) {
            nanobind::arg("control"), nanobind::arg("pool"),
            "The same of a device elsewhere; takes the descriptors over.")
       .def("complete", &DeviceGroup::Complete, "After all imports: the group may be used.")
+      .def("set_epoch", &DeviceGroup::SetEpoch, nanobind::arg("epoch"),
+           "For tests: as if so many calls had been made; all processes, between two calls.")
       .def("skip_rank", &DeviceGroup::SkipRank, nanobind::arg("rank"),
            "For tests: keeps the calls of a rank from its peers; -1 ends it.");
   m.def("open_group", &jax_ep::OpenGroup, nanobind::arg("identity"), nanobind::arg("seats"),

@@ -14,6 +14,9 @@
 //   emptied[p, i]   rank p            token whose partial sum it has   the owner, before it fills
 //                                     read out of place i              the place again; p itself,
 //                                                                      before it says so again
+//   reduced[p, b]   rank p            none; its block b has its chunk     the owner's block b,
+//                                     of the sum                          before it reads it
+//   packet          any rank          4 bytes of an operand               the owner
 //   told[p]         rank p            what p has found to be wrong     the owner, when it aborts
 //   abort           any rank          1, for good, behind told[p]      the owner, in every wait
 //
@@ -29,6 +32,7 @@
 #include <cstdint>
 
 #include "core/row_stream.h"
+#include "core/types.h"
 
 namespace jax_ep {
 
@@ -37,7 +41,7 @@ inline constexpr int kMaxRanks = 32;
 inline constexpr int kMaxAddresses = 6;
 
 /// Names in failure records; the strings are in device/device_group.cc.
-enum class OpId : uint32_t { kDispatch, kCombine, kPullRows };
+enum class OpId : uint32_t { kDispatch, kCombine, kPullRows, kAllReduce, kRmsNorm };
 
 struct alignas(8) Signal {
   uint32_t epoch;
@@ -74,7 +78,8 @@ struct FailureRecord {
   int64_t seen;
 };
 
-/// Behind it in the same memory, which all ranks have mapped: room for staged operands.
+inline constexpr int kMaxReduceBlocks = 64;
+
 struct ControlBlock {
   // Of the owner's kernels.
   uint32_t epoch;                      // of the last call that has ended
@@ -91,7 +96,30 @@ struct ControlBlock {
   Signal read_done[kMaxRanks];
   FailureRecord told[kMaxRanks];
   PartialCells partials;
+  Signal reduced[kMaxRanks][kMaxReduceBlocks];
 };
+
+/// Behind a ControlBlock lie packets of small operands, and room for staged ones.
+///
+/// A packet is one 8-byte store of 4 bytes and the epoch, so that what has come needs no signal. A
+/// call of epoch n uses half n % 2: its packets are overwritten in epoch n + 2, which a peer begins
+/// when it has had this rank's part in n + 1. Epochs skip 0, which unwritten memory holds, and 1,
+/// so that halves take turns (NextEpoch).
+inline constexpr size_t kPacketsOffset = (sizeof(ControlBlock) + 255) / 256 * 256;
+inline constexpr size_t kMaxPacketPayload = 512 * 1024;
+
+/// What one rank can send to another in one call.
+JAX_EP_HOST_DEVICE constexpr size_t PacketPayload(int num_ranks) {
+  return num_ranks <= 8 ? kMaxPacketPayload : kMaxPacketPayload * 8 / num_ranks / 512 * 512;
+}
+/// From all ranks, in both halves.
+constexpr size_t PacketBytes(int num_ranks) {
+  return size_t{2} * num_ranks * 2 * PacketPayload(num_ranks);
+}
+
+JAX_EP_HOST_DEVICE constexpr uint32_t NextEpoch(uint32_t epoch) {
+  return epoch == 0xffffffffu ? 2 : epoch + 1;
+}
 
 /// What a launch must know of the device it runs on.
 struct DeviceTraits {

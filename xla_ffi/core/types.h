@@ -20,7 +20,7 @@ enum class RecvLayout : int64_t { kRank = 0, kExpert = 1 };
 /// Which rows that hold no token are zeroed. The values cross the FFI border (jax_ep/config.py).
 enum class Fill : int64_t { kZeros = 0, kPadding = 1, kNone = 2 };
 
-/// The element types that combine can add.
-enum class DType : int8_t { kBF16, kF16, kF32 };
+/// The element types that the operations can add; i32 only those of all_reduce.
+enum class DType : int8_t { kBF16, kF16, kF32, kI32 };
 
 }  // namespace jax_ep

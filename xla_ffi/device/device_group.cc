@@ -16,9 +16,6 @@ void Check(const char* what, cudaError_t status) {
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
-// In the memory of a ControlBlock.
-constexpr size_t kStagingOffset = (sizeof(ControlBlock) + 255) / 256 * 256;
-
 // Makes a device current, and the one before it again at the end.
 class OnDevice {
  public:
@@ -79,6 +76,10 @@ const char* NameOf(OpId op) {
       return "combine";
     case OpId::kPullRows:
       return "pull_rows";
+    case OpId::kAllReduce:
+      return "all_reduce";
+    case OpId::kRmsNorm:
+      return "all_reduce_residual_rmsnorm";
   }
   return "unknown";
 }
@@ -160,7 +161,8 @@ void DeviceGroup::Open(int64_t timeout_ns, const LoadKernels& load_kernels) {
     const int64_t device = seats_[i].device_id;
     const OnDevice on_device(device);
     Check("cudaFree", cudaFree(nullptr));  // makes the context, if nobody has
-    control_[i] = ShareableMemory::Create(static_cast<int>(device), kStagingOffset + staging_bytes_,
+    const size_t staging_offset = kPacketsOffset + PacketBytes(num_ranks_);
+    control_[i] = ShareableMemory::Create(static_cast<int>(device), staging_offset + staging_bytes_,
                                           DevicesHere());
     Check("cudaDeviceSynchronize", cudaDeviceSynchronize());
     members_[i].traits = TraitsOf(device);
@@ -173,8 +175,8 @@ void DeviceGroup::Open(int64_t timeout_ns, const LoadKernels& load_kernels) {
                             .control_bytes = control_[i].bytes(),
                             .record = &records_[i]};
     if (stages_all_) members_[i].pool.bytes = 0;
-    members_[i].staging = control_[i].data() + kStagingOffset;
-    members_[i].staging_bytes = control_[i].bytes() - kStagingOffset;
+    members_[i].staging = control_[i].data() + staging_offset;
+    members_[i].staging_bytes = control_[i].bytes() - staging_offset;
     position_of_device_[device] = static_cast<int>(i);
     load_kernels(members_[i].traits);
   }
@@ -280,6 +282,16 @@ std::optional<ErrorRecord> DeviceGroup::error() const {
                        .seen = record.seen};
   }
   return std::nullopt;
+}
+
+void DeviceGroup::SetEpoch(uint32_t epoch) {
+  for (size_t i = 0; i < seats_.size(); ++i) {
+    if (!is_here_[i]) continue;
+    const OnDevice on_device(seats_[i].device_id);
+    Check("cudaDeviceSynchronize", cudaDeviceSynchronize());
+    Check("cudaMemcpy", cudaMemcpy(&reinterpret_cast<ControlBlock*>(control_[i].data())->epoch,
+                                   &epoch, sizeof(epoch), cudaMemcpyHostToDevice));
+  }
 }
 
 void DeviceGroup::SkipRank(int rank) {

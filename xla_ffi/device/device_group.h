@@ -82,6 +82,8 @@ class DeviceGroup {
   /// For tests: calls of `rank` end at once, poisoned, and never reach the peers. kNoIndex undoes
   /// it.
   void SkipRank(int rank);
+  /// For tests: as if so many calls had been made. All processes, between two calls.
+  void SetEpoch(uint32_t epoch);
 
   /// Names one call site of one executable; never reused.
   uint64_t NewSite() { return next_site_.fetch_add(1); }

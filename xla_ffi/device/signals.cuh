@@ -69,7 +69,7 @@ __device__ inline bool IsAborted(const Endpoint& self) {
 
 /// The epoch of the call that is running.
 __device__ inline uint32_t CurrentEpoch(const Endpoint& self) {
-  return LoadRelaxed(&self.own()->epoch) + 1;
+  return NextEpoch(LoadRelaxed(&self.own()->epoch));
 }
 
 __device__ inline void Write(volatile FailureRecord& to, const FailureRecord& from) {

@@ -6,6 +6,8 @@
 namespace jax_ep {
 
 extern "C" {
+XLA_FFI_Error* JaxEpAllReduceCpu(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* JaxEpAllReduceResidualRmsnormCpu(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* JaxEpCombineCpu(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* JaxEpDispatchCpu(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* JaxEpGetDispatchLayoutCpu(XLA_FFI_CallFrame* call_frame);

@@ -6,6 +6,8 @@
 namespace jax_ep {
 
 extern "C" {
+XLA_FFI_Error* JaxEpAllReduceCuda(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* JaxEpAllReduceResidualRmsnormCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* JaxEpCombineCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* JaxEpDispatchCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* JaxEpGetDispatchLayoutCuda(XLA_FFI_CallFrame* call_frame);

@@ -48,4 +48,23 @@ int64_t Dim(Buffer buffer, size_t axis) {
   return axis < buffer.dimensions().size() ? buffer.dimensions()[axis] : -1;
 }
 
+inline ffi::Error DecodeDType(const char* op, ffi::AnyBuffer buffer, DType& dtype) {
+  switch (buffer.element_type()) {
+    case ffi::BF16:
+      dtype = DType::kBF16;
+      return ffi::Error::Success();
+    case ffi::F16:
+      dtype = DType::kF16;
+      return ffi::Error::Success();
+    case ffi::F32:
+      dtype = DType::kF32;
+      return ffi::Error::Success();
+    case ffi::S32:
+      dtype = DType::kI32;
+      return ffi::Error::Success();
+    default:
+      return InvalidArgument(op, ": elements must be bf16, f16, f32 or int32");
+  }
+}
+
 }  // namespace jax_ep

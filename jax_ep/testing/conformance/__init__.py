@@ -5,10 +5,10 @@ combinations of sizes. Arguments and the reference are made on the host, alike i
 each process compares the shards that it has.
 """
 
-from jax_ep.testing.conformance import gradients, handles, layouts, round_trips
+from jax_ep.testing.conformance import gradients, handles, layouts, reductions, round_trips
 from jax_ep.testing.conformance.check import Check as Check
 
-_PARTS = (round_trips, handles, gradients, layouts)
+_PARTS = (round_trips, handles, gradients, layouts, reductions)
 
 CHECKS: tuple[Check, ...] = tuple(check for part in _PARTS for check in part.CHECKS)
 FULL: tuple[Check, ...] = tuple(check for part in _PARTS for check in part.FULL)

@@ -68,6 +68,8 @@ Kernel KernelOf(DType dtype) {
       return CombineKernel<__half2, kLayout>;
     case DType::kF32:
       return CombineKernel<float, kLayout>;
+    case DType::kI32:
+      break;  // refused at the border
   }
   return nullptr;
 }

@@ -37,26 +37,10 @@ struct CombineBuffers {
   int64_t layout;
 };
 
-inline ffi::Error DecodeDType(ffi::DataType type, DType& dtype) {
-  switch (type) {
-    case ffi::BF16:
-      dtype = DType::kBF16;
-      return ffi::Error::Success();
-    case ffi::F16:
-      dtype = DType::kF16;
-      return ffi::Error::Success();
-    case ffi::F32:
-      dtype = DType::kF32;
-      return ffi::Error::Success();
-    default:
-      return InvalidArgument("combine: rows must be bf16, f16 or f32");
-  }
-}
-
 inline ffi::Error DecodeCombine(CombineBuffers b, int num_ranks, CombineArgs& args) {
-  if (ffi::Error error = DecodeDType(b.rows.element_type(), args.dtype); error.failure()) {
-    return error;
-  }
+  ffi::Error error = DecodeDType("combine", b.rows, args.dtype);
+  if (error.failure()) return error;
+  JAX_EP_REQUIRE(args.dtype != DType::kI32, "combine: rows must be bf16, f16 or f32");
   args.layout = static_cast<RecvLayout>(b.layout);
   args.num_ranks = num_ranks;
   args.num_tokens = Dim(b.send_row, 0);

@@ -7,10 +7,10 @@
 #include "device/bulk_copy.cuh"
 #include "device/rows.cuh"
 #include "device/signals.cuh"
+#include "device/vector.cuh"
 #include "ops/combine/combine_cuda.cuh"
 #include "ops/combine/partial_cells_cuda.cuh"
 #include "ops/combine/terms_cuda.cuh"
-#include "ops/combine/vector_cuda.cuh"
 
 namespace jax_ep {
 

@@ -19,6 +19,7 @@
 #include "ops/combine/sum_rows_cpu.h"
 #include "ops/dispatch/dispatch_cuda.cuh"
 #include "ops/pull_rows/pull_rows_cuda.cuh"
+#include "tests/cuda/all_reduce_test.cuh"
 #include "tests/cuda/ranks.cuh"
 #include "tests/test.h"
 
@@ -429,7 +430,8 @@ void TestMatrix(int num_devices, bool is_small) {
     deep.share_masked = 0.3;
     const bool is_deep = num_ranks > 3 && !is_small;
     if (is_deep) TestRoundTrip<BF16>(deep, DType::kBF16, ranks, num_sms(), seed++);
-    std::printf("R=%d: %d cases\n", num_ranks, seed);
+    const int num_reductions = TestReductions(ranks, is_small);
+    std::printf("R=%d: %d cases, %d reductions\n", num_ranks, seed, num_reductions);
     std::fflush(stdout);
   }
 }

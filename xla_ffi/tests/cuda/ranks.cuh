@@ -12,6 +12,8 @@
 #include <vector>
 
 #include "core/protocol.h"
+#include "ops/all_reduce/all_reduce_cuda.cuh"
+#include "ops/all_reduce_residual_rmsnorm/all_reduce_residual_rmsnorm_cuda.cuh"
 #include "ops/combine/combine_cuda.cuh"
 #include "ops/dispatch/dispatch_cuda.cuh"
 #include "ops/pull_rows/pull_rows_cuda.cuh"
@@ -66,8 +68,12 @@ class Ranks {
       }
       cudaGetLastError();
       ControlBlock* control = nullptr;
-      Cuda(cudaMalloc(reinterpret_cast<void**>(&control), sizeof(ControlBlock)));
-      Cuda(cudaMemset(control, 0, sizeof(ControlBlock)));
+      const size_t bytes = kPacketsOffset + PacketBytes(num_ranks);
+      Cuda(cudaMalloc(reinterpret_cast<void**>(&control), bytes));
+      Cuda(cudaMemset(control, 0, bytes));
+      // The calls of a test go over the end of the epochs.
+      const uint32_t epoch = 0xfffffff0u;
+      Cuda(cudaMemcpy(&control->epoch, &epoch, sizeof(epoch), cudaMemcpyHostToDevice));
       control_.push_back(control);
       cudaStream_t stream;
       Cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
@@ -85,6 +91,8 @@ class Ranks {
                  .max_shared_bytes = static_cast<size_t>(shared),
                  .has_bulk_copy = major >= 9,
                  .highest_priority = -1};
+      Cuda(LoadAllReduceKernels(traits_));
+      Cuda(LoadRmsNormKernels(traits_));
       Cuda(LoadDispatchKernels(traits_));
       Cuda(LoadCombineKernels(traits_));
       Cuda(LoadPullRowsKernels(traits_));
@@ -98,7 +106,7 @@ class Ranks {
           .site = 0,
           .timeout_ns = static_cast<uint64_t>(std::chrono::nanoseconds(timeout).count()),
           .control = {},
-          .control_bytes = sizeof(ControlBlock),
+          .control_bytes = kPacketsOffset + PacketBytes(num_ranks),
           .record = &records_[r]};
       std::copy(control_.begin(), control_.end(), endpoint.control);
       endpoints_.push_back(endpoint);

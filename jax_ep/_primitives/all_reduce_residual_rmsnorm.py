@@ -1,0 +1,75 @@
+"""The primitive of all_reduce_residual_rmsnorm.
+
+xla_ffi/ops/all_reduce_residual_rmsnorm/all_reduce_residual_rmsnorm_ffi.h is its other side.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_ep._jax_compat import varying_axes
+from jax_ep._primitives._base import batch_at, make_primitive
+from jax_ep._primitives.check_mesh import check_mesh
+from jax_ep._spec import ReduceSpec
+
+_OP = "all_reduce_residual_rmsnorm"
+
+
+def _results(
+    position: Any, x: Any, residual: Any, scale: Any, **_: Any
+) -> list[tuple[tuple[int, ...], Any]]:
+    return [(x.shape, x.dtype), (x.shape, x.dtype)]
+
+
+def _varying(
+    position: Any, x: Any, residual: Any, scale: Any, *, axes: tuple[str, ...], **_: Any
+) -> Any:
+    return (varying_axes(x) - set(axes)) | varying_axes(residual) | varying_axes(scale)
+
+
+def _batch(
+    operands: Sequence[Any], dims: Sequence[Any], **parameters: Any
+) -> tuple[Sequence[Any], Sequence[int]]:
+    """The rows of a batch are rows like others; with scales of their own, calls of their own."""
+    position, x, residual, scale = operands
+    size = next(a.shape[d] for a, d in zip(operands, dims, strict=True) if d is not None)
+    x, residual = (batch_at(a, d, 0, size) for a, d in ((x, dims[1]), (residual, dims[2])))
+    if dims[3] is not None:
+        scale = batch_at(scale, dims[3], 0, size)
+        calls = [
+            _bind(position, *each, **parameters) for each in zip(x, residual, scale, strict=True)
+        ]
+        return [jnp.stack(results) for results in zip(*calls, strict=True)], [0, 0]
+    rows = (size * x.shape[1], x.shape[2])
+    results = _bind(position, x.reshape(rows), residual.reshape(rows), scale, **parameters)
+    return [r.reshape(x.shape) for r in results], [0, 0]
+
+
+_bind = make_primitive(
+    _OP,
+    _results,
+    platforms=("cpu", "cuda"),
+    attributes=("algorithm", "eps", "group"),
+    varying=_varying,
+    batch=_batch,
+)
+
+
+def all_reduce_residual_rmsnorm(
+    spec: ReduceSpec, x: jax.Array, residual: jax.Array, scale: jax.Array, eps: float
+) -> tuple[jax.Array, jax.Array]:
+    """The custom call: (normed, new_residual), [rows, hidden] like x and residual."""
+    position = check_mesh(spec.group.position(), spec.group, op=_OP)
+    normed, new_residual = _bind(
+        position,
+        x,
+        residual,
+        scale,
+        algorithm=spec.algorithm.value,
+        axes=spec.group.axes,
+        eps=eps,
+        group=spec.group.identity,
+    )
+    return normed, new_residual

@@ -1,0 +1,163 @@
+"""What all_reduce and its relatives share: the choice of an algorithm, and the gradients.
+
+Under check_vma=True an all_reduce takes what varies over the group's axes to what does not, and its
+transpose moves nothing; under check_vma=False it is its own transpose. Which of the two it is is
+known from the operand's type when it is traced, as for lax.psum.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_ep import _backends, _checks, _jax_compat, _tuning, _xla_reduce, config
+from jax_ep._spec import ReduceSpec
+from jax_ep.config import Algorithm, Movement
+from jax_ep.errors import ConfigError
+from jax_ep.group import Group
+
+SUM_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.int32)
+_UNLIMITED = 1 << 62
+
+
+def make_spec(
+    group: Any,
+    x: jax.Array,
+    num_bytes: int,
+    *,
+    op: str,
+    algorithm: str,
+    allow_psum: bool,
+    backend: str | None,
+    dtypes: Sequence[Any] | None = SUM_DTYPES,
+    movement: Movement = Movement.ALL_REDUCE,
+) -> ReduceSpec:
+    """The call's static facts, with the algorithm chosen; equal on all ranks.
+
+    Args:
+      group: the ranks, or what was passed in their place.
+      x: the operand.
+      num_bytes: that come from each rank.
+      op: the public name.
+      algorithm: "auto", or one by name.
+      allow_psum: whether "auto" may choose the stock collective.
+      backend: the caller's, or None.
+      dtypes: what the custom call takes; None: anything.
+      movement: what becomes of the operands.
+
+    Raises: GroupError, ConfigError, DTypeError.
+    """
+    group = _checks.require_group(group, op=op)
+    spec = partial(
+        ReduceSpec, group.spec, _checks.require_backend(backend, group, op=op), movement=movement
+    )
+    if algorithm == "auto":
+        stock = spec(Algorithm.PSUM)
+        chosen = _choose(group, stock, x, num_bytes, op=op, allow_psum=allow_psum, dtypes=dtypes)
+        return spec(chosen)
+    wanted = config.choice(Algorithm, algorithm, op=op, argument="algorithm")
+    if wanted is not Algorithm.PSUM:
+        _require_operand(x, dtypes, op)
+        most = _limits(group, spec(wanted), x, op)[wanted]
+        if most < num_bytes:
+            raise ConfigError(
+                f"{op}: algorithm={algorithm!r} takes at most {max(0, most)} bytes from a rank "
+                f"here, got {num_bytes}"
+            )
+    return spec(wanted)
+
+
+def _choose(
+    group: Group,
+    spec: ReduceSpec,
+    x: jax.Array,
+    num_bytes: int,
+    *,
+    op: str,
+    allow_psum: bool,
+    dtypes: Sequence[Any] | None,
+) -> Algorithm:
+    is_known = dtypes is None or x.dtype in [jnp.dtype(d) for d in dtypes]
+    if allow_psum and (not is_known or x.size == 0 or spec.backend == "xla"):
+        return Algorithm.PSUM
+    _require_operand(x, dtypes, op)
+    if spec.backend != "cuda":
+        return Algorithm.ONE_SHOT
+    limits = _limits(group, spec, x, op)
+    allowed = [a for a, most in limits.items() if num_bytes <= most]
+    choices = [*allowed, Algorithm.PSUM] if allow_psum else allowed
+    chosen = _tuning.pick(group.tuning, op, num_bytes, choices)
+    if chosen is not None:
+        return chosen
+    if not allowed:
+        raise ConfigError(f"{op}: no algorithm but psum takes {num_bytes} bytes from a rank here")
+    return allowed[-1]
+
+
+def _require_operand(x: jax.Array, dtypes: Sequence[Any] | None, op: str) -> None:
+    if dtypes is not None:
+        _checks.require_dtype(x, dtypes, op=op, argument="x, for all algorithms but psum,")
+    if x.size == 0:
+        raise ConfigError(f"{op}: psum alone takes an x without elements, got shape {x.shape}")
+
+
+def _limits(group: Group, spec: ReduceSpec, x: jax.Array, op: str) -> dict[Algorithm, int]:
+    """Bytes from each rank that an algorithm can carry, -1 for none; the last for the largest."""
+    if spec.backend != "cuda":
+        ours = (Algorithm.LOW_LATENCY, Algorithm.ONE_SHOT, Algorithm.TWO_SHOT)
+        return dict.fromkeys(ours, _UNLIMITED)
+    # A two-shot reads results of peers, which are never staged.
+    has_two_shot = op == "all_reduce" and group.spec.staging_bytes is None
+    return {
+        Algorithm.LOW_LATENCY: config.packet_payload(group.num_ranks),
+        Algorithm.ONE_SHOT: _UNLIMITED if group.spec.can_stage(x) else -1,
+        Algorithm.TWO_SHOT: _UNLIMITED if has_two_shot else -1,
+    }
+
+
+def move(spec: ReduceSpec, x: jax.Array) -> jax.Array:
+    """The operation, with its gradient, on an array that varies over the group's axes."""
+    if spec.algorithm is Algorithm.PSUM:
+        return _xla_reduce.stock(spec, x)
+    return _move(typed(spec, x), x)
+
+
+def typed(spec: ReduceSpec, x: jax.Array) -> ReduceSpec:
+    """`spec`, with whether check_vma is on, seen by an array that varies over the group's axes."""
+    is_typed = set(spec.group.axes) <= _jax_compat.varying_axes(jax.typeof(x))
+    return replace(spec, is_typed=is_typed)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _move(spec: ReduceSpec, x: jax.Array) -> jax.Array:
+    return _backends.get(spec.backend).all_reduce(spec, x)
+
+
+def _move_fwd(spec: ReduceSpec, x: jax.Array) -> tuple[jax.Array, None]:
+    return _move(spec, x), None
+
+
+def _move_bwd(spec: ReduceSpec, _: None, ct: jax.Array) -> tuple[jax.Array]:
+    if spec.movement is Movement.ALL_REDUCE:
+        return (transpose_of_sum(spec, ct),)
+    back = {
+        Movement.REDUCE_SCATTER: Movement.ALL_GATHER,
+        Movement.ALL_GATHER: Movement.REDUCE_SCATTER,
+    }[spec.movement]
+    # As many bytes from each rank, so the same algorithm.
+    return (_move(replace(spec, movement=back), ct),)
+
+
+_move.defvjp(_move_fwd, _move_bwd)
+
+
+def transpose_of_sum(spec: ReduceSpec, ct: jax.Array) -> jax.Array:
+    """Of all_reduce: what a rank's term gets of the sum's cotangent."""
+    missing = set(spec.group.axes) - _jax_compat.varying_axes(jax.typeof(ct))
+    if spec.is_typed and missing:
+        (cast,) = _jax_compat.vary_alike([ct], spec.group.axes)
+        return cast
+    return _move(spec, ct)

@@ -1,0 +1,62 @@
+"""The `xla` back end of all_reduce and its relatives: sums of ours out of stock collectives."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jax_ep._primitives.check_mesh import check_mesh
+from jax_ep._spec import ReduceSpec
+from jax_ep.config import Algorithm, Movement
+
+
+def all_reduce(spec: ReduceSpec, x: jax.Array) -> jax.Array:
+    """The contract of the custom call: sums in the order of the ranks."""
+    axes = spec.group.axes
+    x = check_mesh(x, spec.group, op=spec.movement.name.lower())
+    if spec.movement is Movement.ALL_GATHER:
+        gathered: jax.Array = jax.lax.all_gather(x, axes)
+        return gathered
+    if spec.movement is Movement.REDUCE_SCATTER:
+        return _sum(jax.lax.all_to_all(x, axes, split_axis=0, concat_axis=0))
+    # Not all_gather, whose result is typed as varying: a sum of bits with zeros is exact.
+    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+    places = jnp.arange(spec.group.num_ranks).reshape(-1, *(1 for _ in x.shape))
+    placed = jnp.where(places == jax.lax.axis_index(axes), bits, jnp.zeros((), bits.dtype))
+    return _sum(jax.lax.bitcast_convert_type(jax.lax.psum(placed, axes), x.dtype))
+
+
+def stock(spec: ReduceSpec, x: jax.Array) -> jax.Array:
+    """What JAX has: any dtype and size, its own order of the sum, its own gradient."""
+    assert spec.algorithm is Algorithm.PSUM
+    collectives: dict[Movement, Callable[..., jax.Array]] = {
+        Movement.ALL_REDUCE: jax.lax.psum,
+        Movement.REDUCE_SCATTER: jax.lax.psum_scatter,
+        Movement.ALL_GATHER: jax.lax.all_gather,
+    }
+    return collectives[spec.movement](x, spec.group.axes)
+
+
+def all_reduce_residual_rmsnorm(
+    spec: ReduceSpec, x: jax.Array, residual: jax.Array, scale: jax.Array, eps: float
+) -> tuple[jax.Array, jax.Array]:
+    """The same by one operation after the other."""
+    reduce = stock if spec.algorithm is Algorithm.PSUM else all_reduce
+    new_residual = reduce(spec, x) + residual
+    return rms_norm(new_residual, scale, eps), new_residual
+
+
+def rms_norm(h: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """Of the last axis, in f32, rounded once."""
+    wide = h.astype(jnp.float32)
+    mean = jnp.mean(wide * wide, axis=-1, keepdims=True)
+    factor = 1.0 / jnp.sqrt(mean + jnp.float32(eps))
+    return (wide * factor * scale.astype(jnp.float32)).astype(h.dtype)
+
+
+def _sum(terms: jax.Array) -> jax.Array:
+    """Over the leading axis, one by one."""
+    is_float = jnp.issubdtype(terms.dtype, jnp.floating)
+    wide = terms.astype(jnp.float32) if is_float else terms
+    return functools.reduce(jnp.add, list(wide)).astype(terms.dtype)

@@ -1,0 +1,174 @@
+"""all_reduce, reduce_scatter, all_gather: arrays of all ranks, added up or side by side."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_ep import _checks, _jax_compat, _reduce
+from jax_ep.config import Movement
+from jax_ep.errors import ShapeError
+from jax_ep.group import Group
+
+
+def all_reduce(
+    x: Any,
+    *,
+    group: Group,
+    algorithm: str = "auto",
+    allow_psum: bool = True,
+    backend: str | None = None,
+) -> Any:
+    """The sum over the ranks of a group, on every rank: `lax.psum` over its axes.
+
+    The sum is taken in f32 (int32 in its own type, wrapping around) in the order of the ranks,
+    beginning with rank 0's element, and rounded once: its bits are the same on every rank, for
+    every size, algorithm and back end. Where psum takes over, that ends: its order is XLA's.
+
+    Args:
+      x: an array, or a pytree of them, of any shape. bf16, f16, f32, int32; others by psum. Each
+        array is a call of its own.
+      group: the ranks.
+      algorithm: how the arrays travel between GPUs. "low_latency": every rank stores its array
+        at every other, each word with a flag; up to 512 KiB, less for more than 8 ranks.
+        "one_shot": every rank reads the arrays of all others where they lie. "two_shot": every
+        rank adds a part, then reads the other parts. "psum": the stock collective. "auto": by a
+        table that was measured for the device and the number of ranks (`python -m jax_ep tune`).
+        On CPUs all of ours are the same.
+      allow_psum: whether "auto" may choose psum: for arrays that it is faster for, for other
+        dtypes, for empty arrays, and on the back end `xla`. False: those of ours only, or an error.
+      backend: None (the group's), "cpu", "cuda" (GPU groups) or "xla".
+
+    Returns:
+      Arrays of the same shapes and dtypes, that vary over the group's axes no longer.
+
+    Collective: yes.
+    Gradient: that of `lax.psum`, with check_vma on and off.
+    Raises: ConfigError, DTypeError, GroupError while tracing; PeerTimeoutError, GroupError from
+      `group.check()`.
+    Source: NCCL's LL protocol (NVIDIA, 2017) for low_latency; vLLM's custom all-reduce (2024) for
+      the one-shot and the two-shot. These read and write XLA's buffers, without registration.
+    """
+
+    def reduce(leaf: Any) -> jax.Array:
+        array = jnp.asarray(_checks.require_array(leaf, op="all_reduce", argument="x"))
+        spec = _reduce.make_spec(
+            group,
+            array,
+            array.nbytes,
+            op="all_reduce",
+            algorithm=algorithm,
+            allow_psum=allow_psum,
+            backend=backend,
+        )
+        (array,) = _jax_compat.vary_alike([array], spec.group.axes)
+        return _reduce.move(spec, array)
+
+    return jax.tree.map(reduce, x)
+
+
+def reduce_scatter(
+    x: jax.Array,
+    *,
+    group: Group,
+    tiled: bool = False,
+    algorithm: str = "auto",
+    allow_psum: bool = True,
+    backend: str | None = None,
+) -> jax.Array:
+    """This rank's part of the sum over the ranks: `lax.psum_scatter` over the group's axes.
+
+    Args:
+      x: [num_ranks, ...]; tiled: [num_ranks * n, ...]. Part r goes to rank r. Numerics and dtypes
+        as in `all_reduce`.
+      group: the ranks.
+      tiled: whether the ranks' parts are one behind the other along the first axis, or along an
+        axis of their own.
+      algorithm: as in `all_reduce`, by the bytes of one part; there is no two-shot.
+      allow_psum: whether "auto" may choose `lax.psum_scatter`, as in `all_reduce`.
+      backend: as in `all_reduce`.
+
+    Returns:
+      [...]; tiled: [n, ...].
+
+    Collective: yes.
+    Gradient: all_gather of the cotangent.
+    Raises: ShapeError; as in `all_reduce`.
+    Source: as in `all_reduce`.
+    """
+    op = "reduce_scatter"
+    array = jnp.asarray(_checks.require_array(x, op=op, argument="x"))
+    num_ranks = _checks.require_group(group, op=op).num_ranks
+    fits = array.ndim > 0 and (
+        array.shape[0] % num_ranks == 0 if tiled else array.shape[0] == num_ranks
+    )
+    if not fits:
+        expected = "a multiple of" if tiled else ""
+        raise ShapeError(
+            f"{op}: the first axis of x must be {expected} num_ranks={num_ranks}, got shape "
+            f"{array.shape}".replace("  ", " ")
+        )
+    parts = array.reshape(num_ranks, -1, *array.shape[1:]) if tiled else array
+    spec = _reduce.make_spec(
+        group,
+        parts,
+        parts.nbytes // num_ranks,
+        op=op,
+        algorithm=algorithm,
+        allow_psum=allow_psum,
+        backend=backend,
+        movement=Movement.REDUCE_SCATTER,
+    )
+    (parts,) = _jax_compat.vary_alike([parts], spec.group.axes)
+    return _reduce.move(spec, parts)
+
+
+def all_gather(
+    x: jax.Array,
+    *,
+    group: Group,
+    tiled: bool = False,
+    algorithm: str = "auto",
+    allow_psum: bool = True,
+    backend: str | None = None,
+) -> jax.Array:
+    """The arrays of all ranks, on every rank: `lax.all_gather` over the group's axes.
+
+    Args:
+      x: [...], any dtype of whole bytes.
+      group: the ranks.
+      tiled: whether the ranks' arrays are put one behind the other along the first axis, or along
+        a new one.
+      algorithm: as in `all_reduce`, by the bytes of one rank; there is no two-shot. Its gradient,
+        a sum, is by psum for the dtypes that `all_reduce` does not take.
+      allow_psum: whether "auto" may choose `lax.all_gather`, as in `all_reduce`.
+      backend: as in `all_reduce`.
+
+    Returns:
+      [num_ranks, ...]; tiled: [num_ranks * n, ...] of [n, ...].
+
+    Collective: yes.
+    Gradient: reduce_scatter of the cotangent.
+    Raises: ShapeError; as in `all_reduce`.
+    Source: as in `all_reduce`.
+    """
+    op = "all_gather"
+    array = jnp.asarray(_checks.require_array(x, op=op, argument="x"))
+    if tiled and array.ndim == 0:
+        raise ShapeError(f"{op}: tiled, x must have an axis, got shape ()")
+    # What is differentiated comes back as a sum.
+    is_float = jnp.issubdtype(array.dtype, jnp.inexact)
+    spec = _reduce.make_spec(
+        group,
+        array,
+        array.nbytes,
+        op=op,
+        algorithm=algorithm,
+        allow_psum=allow_psum,
+        backend=backend,
+        dtypes=_reduce.SUM_DTYPES if is_float else None,
+        movement=Movement.ALL_GATHER,
+    )
+    (array,) = _jax_compat.vary_alike([array], spec.group.axes)
+    gathered = _reduce.move(spec, array)
+    return gathered.reshape(-1, *array.shape[1:]) if tiled else gathered

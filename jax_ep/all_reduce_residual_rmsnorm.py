@@ -1,0 +1,151 @@
+"""all_reduce_residual_rmsnorm: what stands between two tensor-parallel layers, in one kernel."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_ep import _backends, _checks, _jax_compat, _reduce, _xla_reduce, config
+from jax_ep._spec import ReduceSpec
+from jax_ep.config import Algorithm
+from jax_ep.errors import ConfigError, ShapeError
+from jax_ep.group import Group
+
+_OP = "all_reduce_residual_rmsnorm"
+
+
+def all_reduce_residual_rmsnorm(
+    x: jax.Array,
+    residual: jax.Array,
+    scale: jax.Array,
+    *,
+    eps: float = 1e-6,
+    group: Group,
+    algorithm: str = "auto",
+    allow_psum: bool = True,
+    backend: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Adds up x over the ranks, adds the residual, and normalises the sum by its root mean square.
+
+    new_residual = all_reduce(x) + residual, each sum rounded to the dtype of x, so that it has the
+    bits of the two operations one by one. normed = new_residual / sqrt(mean(new_residual ** 2) +
+    eps) * scale, in f32, rounded once; its bits are the same on every rank.
+
+    Args:
+      x: [..., hidden] bf16, f16 or f32: this rank's term.
+      residual: [..., hidden] like x, the same on every rank.
+      scale: [hidden], f32 or the dtype of x.
+      eps: added to the mean square.
+      group: the ranks.
+      algorithm: "low_latency", "one_shot" or "psum", as in `all_reduce`; "psum" and rows of more
+        than 64 KiB are added up and normalised by separate kernels. "auto": by the table.
+      allow_psum: as in `all_reduce`.
+      backend: as in `all_reduce`.
+
+    Returns:
+      (normed, new_residual), both like x. They vary over the group's axes only where residual or
+      scale does.
+
+    Collective: yes.
+    Gradient: that of the three operations one by one; under check_vma=True it moves nothing
+      between the ranks.
+    Raises: ShapeError, DTypeError, ConfigError, GroupError while tracing; PeerTimeoutError,
+      GroupError from `group.check()`.
+    Source: the fused all-reduces of TensorRT-LLM (NVIDIA, 2024).
+    """
+    x = jnp.asarray(_checks.require_array(x, op=_OP, argument="x"))
+    residual = jnp.asarray(_checks.require_array(residual, op=_OP, argument="residual"))
+    scale = jnp.asarray(_checks.require_array(scale, op=_OP, argument="scale"))
+    floats = _checks.FLOAT_DTYPES
+    _checks.require_dtype(x, floats, op=_OP, argument="x")
+    if x.ndim == 0:
+        raise ShapeError(f"{_OP}: x must be [..., hidden], got shape ()")
+    _checks.require_shape(residual, x.shape, op=_OP, argument="residual")
+    _checks.require_dtype(residual, (x.dtype,), op=_OP, argument="residual")
+    _checks.require_shape(scale, x.shape[-1:], op=_OP, argument="scale")
+    _checks.require_dtype(scale, (jnp.float32, x.dtype), op=_OP, argument="scale")
+    if not isinstance(eps, (int, float)) or not eps >= 0:
+        raise ConfigError(f"{_OP}: eps must be a static number of at least 0, got {eps!r}")
+    if algorithm == "two_shot":
+        raise ConfigError(f"{_OP}: algorithm must not be 'two_shot'; there is none")
+    spec = _choose(group, x, algorithm, allow_psum=allow_psum, backend=backend)
+    axes = spec.group.axes
+    operands = _vary(axes, x, residual, scale)
+    terms, onto = (a.reshape(-1, x.shape[-1]) for a in operands[:2])
+    if spec.algorithm is Algorithm.PSUM:
+        call = _xla_reduce.all_reduce_residual_rmsnorm
+        results = call(spec, terms, onto, operands[2], float(eps))
+    else:
+        results = _fused(_reduce.typed(spec, terms), float(eps), terms, onto, operands[2])
+    normed, new_residual = (r.reshape(x.shape) for r in results)
+    return normed, new_residual
+
+
+def _choose(
+    group: Any, x: jax.Array, algorithm: str, *, allow_psum: bool, backend: str | None
+) -> ReduceSpec:
+    row_bytes = x.shape[-1] * x.dtype.itemsize
+    is_wide = row_bytes > config.MAX_NORM_ROW_BYTES
+    if is_wide and algorithm == "auto" and allow_psum:
+        algorithm = "psum"
+    if is_wide and algorithm != "psum":
+        raise ConfigError(
+            f"{_OP}: without psum a row has at most {config.MAX_NORM_ROW_BYTES} bytes, got "
+            f"{row_bytes}"
+        )
+    # Each row begins with a packet of its own.
+    padded = -(-row_bytes // 16) * 16
+    padded_bytes = padded * (x.size // max(1, x.shape[-1]))
+    return _reduce.make_spec(
+        group,
+        x,
+        padded_bytes,
+        op=_OP,
+        algorithm=algorithm,
+        allow_psum=allow_psum,
+        backend=backend,
+        dtypes=_checks.FLOAT_DTYPES,
+    )
+
+
+def _vary(
+    axes: tuple[str, ...], x: jax.Array, residual: jax.Array, scale: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Casts them, so that a cotangent has the type of its operand.
+
+    All vary over the axes that one of them varies over; over the group's, residual and scale only
+    if one of those two does.
+    """
+    own = set(axes)
+    varying = [_jax_compat.varying_axes(jax.typeof(a)) for a in (x, residual, scale)]
+    others = frozenset().union(*varying) - own
+    beside = others | (varying[1] | varying[2]) & own
+    (x,) = _jax_compat.vary_alike([x], [*others, *axes])
+    residual, scale = (_jax_compat.vary_alike([a], [*beside])[0] for a in (residual, scale))
+    return x, residual, scale
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _fused(
+    spec: ReduceSpec, eps: float, x: jax.Array, residual: jax.Array, scale: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    call = _backends.get(spec.backend).all_reduce_residual_rmsnorm
+    return call(spec, x, residual, scale, eps)
+
+
+def _fused_fwd(spec: ReduceSpec, eps: float, *operands: jax.Array) -> Any:
+    normed, new_residual = _fused(spec, eps, *operands)
+    return (normed, new_residual), (new_residual, operands[2])
+
+
+def _fused_bwd(spec: ReduceSpec, eps: float, kept: Any, cts: Any) -> Any:
+    new_residual, scale = kept
+    ct_normed, ct_residual = cts
+    _, back = jax.vjp(partial(_xla_reduce.rms_norm, eps=eps), new_residual, scale)
+    ct_sum, ct_scale = back(ct_normed)
+    ct_sum = ct_sum + ct_residual
+    return _reduce.transpose_of_sum(spec, ct_sum), ct_sum, ct_scale
+
+
+_fused.defvjp(_fused_fwd, _fused_bwd)

@@ -1,0 +1,204 @@
+"""all_reduce, its halves and its fusion: values to the bit, and gradients equal to psum's."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jax_ep
+from jax_ep import reference
+from jax_ep.testing.compare import assert_close, assert_same_bits
+from jax_ep.testing.conformance.check import Check, noted
+from jax_ep.testing.ranks import on_group, on_ranks, place
+
+DTYPES: dict[str, Any] = {
+    "bf16": jnp.bfloat16,
+    "f16": np.float16,
+    "f32": np.float32,
+    "i32": np.int32,
+}
+ALGORITHMS = ("low_latency", "one_shot", "two_shot")
+# Around a vector of 16 bytes, a warp's vectors, a block's and several blocks'.
+SIZES = (1, 3, 4, 5, 8, 9, 255, 257, 4096, 4099, 40_000)
+_OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
+    "all_reduce": (jax_ep.all_reduce, reference.all_reduce, jax.lax.psum),
+    "reduce_scatter": (jax_ep.reduce_scatter, reference.reduce_scatter, jax.lax.psum_scatter),
+    "all_gather": (jax_ep.all_gather, reference.all_gather, jax.lax.all_gather),
+}
+_NORM_OP = "all_reduce_residual_rmsnorm"
+_NORM_TOLERANCES = {"bf16": 1e-2, "f16": 1e-3, "f32": 2e-6}
+
+
+def sums(group: jax_ep.Group, backend: str, *, op: str, dtype: str, algorithm: str) -> None:
+    """All sizes in one program: its calls use the same memory in turns."""
+    ours, reference_of, _ = _OPS[op]
+    arrays = [_random(group, dtype, op, size, seed=size) for size in SIZES]
+    arrays.append(_random(group, dtype, op, 64, seed=1).reshape(_shape(group, op, (2, 4, 8))))
+    call = partial(ours, group=group, algorithm=algorithm, allow_psum=False, backend=backend)
+    results = on_group(lambda *xs: [call(x) for x in xs], group, check_vma=False)(*arrays)
+    group.check(results)
+    for x, got in zip(arrays, results, strict=True):
+        with noted(f"shape {x.shape}"):
+            assert_same_bits(got, reference_of(x), what=op)
+
+
+def special_values(group: jax_ep.Group, backend: str, *, dtype: str, algorithm: str) -> None:
+    """Zeros with signs, infinities, NaNs, subnormals, and words that look like small epochs."""
+    kind = np.dtype(DTYPES[dtype])
+    bits = np.dtype(f"u{kind.itemsize}")
+    words = np.arange(64, dtype=np.uint32).view(bits)
+    ones = np.ones_like(words)
+    words = np.concatenate([words, ones * 0, ones << (8 * kind.itemsize - 1)])
+    values = words.astype(bits).view(kind)
+    if kind.kind != "i":
+        extra = np.array([np.inf, -np.inf, np.nan, 0.0, -0.0, 1.0], np.float32).astype(kind)
+        values = np.concatenate([values, extra])
+        if backend == "xla":  # which flushes subnormals on CPUs
+            wide = np.abs(values.astype(np.float32))
+            values = values[~((wide > 0) & (wide < 2.0 ** (-14 if dtype == "f16" else -126)))]
+    num_ranks = group.num_ranks
+    x = np.stack([np.roll(values, 7 * r) for r in range(num_ranks)])
+    x[:, -1] = x[0, -1]
+    call = partial(
+        jax_ep.all_reduce, group=group, algorithm=algorithm, allow_psum=False, backend=backend
+    )
+    got = on_group(call, group, check_vma=False)(x)
+    with np.errstate(invalid="ignore", over="ignore"):
+        assert_same_bits(got, reference.all_reduce(x), what="all_reduce")
+
+
+def norms(group: jax_ep.Group, backend: str, *, dtype: str, algorithm: str) -> None:
+    """Row sizes around a vector and a block; scales in both dtypes."""
+    rng = np.random.default_rng(3)
+    for rows, hidden in ((1, 8), (3, 12), (2, 1000), (70, 128), (5, 4104)):
+        shape = (group.num_ranks, rows, hidden)
+        x = rng.standard_normal(shape).astype(DTYPES[dtype])
+        residual = np.broadcast_to(rng.standard_normal(shape[1:]), shape).astype(DTYPES[dtype])
+        scale = np.broadcast_to(rng.random(hidden), (group.num_ranks, hidden))
+        scale = scale.astype(DTYPES[dtype] if rows % 2 else np.float32)
+        call = partial(
+            jax_ep.all_reduce_residual_rmsnorm,
+            eps=1e-3,
+            group=group,
+            algorithm=algorithm,
+            allow_psum=False,
+            backend=backend,
+        )
+        normed, new_residual = on_group(call, group, check_vma=False)(x, residual, scale)
+        group.check(normed, new_residual)
+        expected = reference.all_reduce_residual_rmsnorm(x, residual, scale, eps=1e-3)
+        with noted(f"{rows} rows of {hidden}"):
+            assert_same_bits(new_residual, expected[1], what="new_residual")
+            assert_close(normed, expected[0], tolerance=_NORM_TOLERANCES[dtype], what="normed")
+            first = on_group(lambda n: jax.lax.all_gather(n, group.axes)[0], group, check_vma=False)
+            assert_same_bits(first(normed), np.asarray(normed), what="normed of rank 0")
+
+
+def reduction_gradients(
+    group: jax_ep.Group, backend: str, *, op: str, check_vma: bool, outside: bool
+) -> None:
+    """Those of JAX's own collectives; small integers make every sum exact."""
+    ours, _, stock = _OPS[op]
+    x = np.random.default_rng(4).integers(-3, 4, _shape(group, op, (6, 5))).astype(np.float32)
+    grads = [
+        _gradient(group, lambda x, call=call: call(2 * x), check_vma=check_vma, outside=outside)(x)
+        for call in (
+            partial(ours, group=group, algorithm="one_shot", backend=backend),
+            lambda x: stock(x, group.axes),
+        )
+    ]
+    assert_same_bits(grads[0], np.asarray(grads[1]), what="gradient")
+
+
+def norm_gradients(group: jax_ep.Group, backend: str, *, check_vma: bool, outside: bool) -> None:
+    """Those of the operations one by one."""
+    rng = np.random.default_rng(5)
+    x = rng.standard_normal((group.num_ranks, 4, 24)).astype(np.float32)
+    residual, scale = rng.standard_normal((4, 24)), rng.random(24)
+
+    def fused(x: Any) -> Any:
+        onto, by = jnp.asarray(residual, x.dtype), jnp.asarray(scale, x.dtype)
+        return jax_ep.all_reduce_residual_rmsnorm(
+            x, onto * jnp.float32(2), by, group=group, algorithm="one_shot", backend=backend
+        )
+
+    def one_by_one(x: Any) -> Any:
+        h = jax.lax.psum(x, group.axes) + jnp.asarray(residual, x.dtype) * 2
+        mean = jnp.mean(h * h, axis=-1, keepdims=True)
+        return h / jnp.sqrt(mean + 1e-6) * jnp.asarray(scale, x.dtype), h
+
+    grads = [
+        _gradient(
+            group,
+            lambda x, call=call: jnp.concatenate(call(x)),
+            check_vma=check_vma,
+            outside=outside,
+        )(x)
+        for call in (fused, one_by_one)
+    ]
+    assert_close(grads[0], np.asarray(grads[1]), tolerance=1e-5, what="gradient")
+
+
+def _gradient(
+    group: jax_ep.Group, call: Callable[..., Any], *, check_vma: bool, outside: bool
+) -> Callable[..., Any]:
+    """Of a sum of squares, taken around shard_map, or inside it."""
+
+    def loss(x: Any) -> Any:
+        y = call(x)
+        return jnp.sum(y * y)
+
+    if not outside:
+        return lambda x: on_ranks(jax.grad(loss), group.mesh, axes=group.axes, check_vma=check_vma)(
+            *place((x,), group.mesh, group.axes)
+        )
+    mapped = on_ranks(loss, group.mesh, axes=group.axes, check_vma=check_vma)
+    return lambda x: jax.jit(jax.grad(lambda x: jnp.sum(mapped(x))))(
+        *place((x,), group.mesh, group.axes)
+    )
+
+
+def _shape(group: jax_ep.Group, op: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of what all ranks bring."""
+    ranks = (group.num_ranks,) * (2 if op == "reduce_scatter" else 1)
+    return (*ranks, *shape)
+
+
+def _random(group: jax_ep.Group, dtype: str, op: str, size: int, *, seed: int) -> Any:
+    rng = np.random.default_rng(seed)
+    shape = _shape(group, op, (size,))
+    if dtype == "i32":
+        return rng.integers(-(2**31), 2**31, shape, dtype=np.int32)
+    return rng.standard_normal(shape).astype(DTYPES[dtype])
+
+
+def _checks() -> Iterator[Check]:
+    for op in _OPS:
+        for dtype in DTYPES:
+            for algorithm in ALGORITHMS[: 3 if op == "all_reduce" else 2]:
+                params = {"op": op, "dtype": dtype, "algorithm": algorithm}
+                yield Check(sums, frozenset({op}), params)
+    for dtype in DTYPES:
+        for algorithm in ALGORITHMS:
+            yield Check(
+                special_values,
+                frozenset({"all_reduce"}),
+                {"dtype": dtype, "algorithm": algorithm},
+            )
+    for dtype in _NORM_TOLERANCES:
+        for algorithm in ALGORITHMS[:2]:
+            params = {"dtype": dtype, "algorithm": algorithm}
+            yield Check(norms, frozenset({_NORM_OP}), params)
+    for check_vma in (True, False):
+        for outside in (True, False):
+            how = {"check_vma": check_vma, "outside": outside}
+            for op in _OPS:
+                yield Check(reduction_gradients, frozenset({op}), {"op": op, **how})
+            yield Check(norm_gradients, frozenset({_NORM_OP}), how)
+
+
+CHECKS = tuple(_checks())
+FULL = CHECKS

@@ -1,0 +1,118 @@
+// 16 bytes of an array: loaded and stored as far as they are there, and as numbers to be added.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace jax_ep {
+
+inline constexpr int kVectorBytes = 16;
+
+/// Vector `i` of an array of `bytes` bytes, zeros behind its end. Not through the L1, which does
+/// not see what other devices write. Elements of kBytes never lie in two vectors.
+template <int kBytes>
+__device__ inline uint4 LoadVector(const std::byte* array, int64_t i, int64_t bytes) {
+  const std::byte* from = array + i * kVectorBytes;
+  const int64_t left = bytes - i * kVectorBytes;
+  if (left >= kVectorBytes && reinterpret_cast<uint64_t>(array) % kVectorBytes == 0) {
+    return __ldcg(reinterpret_cast<const uint4*>(from));
+  }
+  uint4 vector{};
+  auto* to = reinterpret_cast<std::byte*>(&vector);
+#pragma unroll
+  for (int at = 0; at < kVectorBytes; at += kBytes) {
+    if (at >= left) break;
+    if constexpr (kBytes == 4) {
+      *reinterpret_cast<uint32_t*>(to + at) =
+          __ldcg(reinterpret_cast<const unsigned int*>(from + at));
+    } else if constexpr (kBytes == 2) {
+      *reinterpret_cast<uint16_t*>(to + at) =
+          __ldcg(reinterpret_cast<const unsigned short*>(from + at));
+    } else {
+      *reinterpret_cast<uint8_t*>(to + at) =
+          __ldcg(reinterpret_cast<const unsigned char*>(from + at));
+    }
+  }
+  return vector;
+}
+
+template <int kBytes>
+__device__ inline void StoreVector(std::byte* array, int64_t i, int64_t bytes, uint4 vector) {
+  std::byte* to = array + i * kVectorBytes;
+  const int64_t left = bytes - i * kVectorBytes;
+  if (left >= kVectorBytes && reinterpret_cast<uint64_t>(array) % kVectorBytes == 0) {
+    *reinterpret_cast<uint4*>(to) = vector;
+    return;
+  }
+  const auto* from = reinterpret_cast<const std::byte*>(&vector);
+#pragma unroll
+  for (int at = 0; at < kVectorBytes; at += kBytes) {
+    if (at >= left) break;
+    for (int b = 0; b < kBytes; ++b) to[at + b] = from[at + b];
+  }
+}
+
+__device__ inline float2 Unpack(__nv_bfloat162 pair) { return __bfloat1622float2(pair); }
+__device__ inline float2 Unpack(__half2 pair) { return __half22float2(pair); }
+__device__ inline void Pack(float low, float high, __nv_bfloat162& pair) {
+  pair = __floats2bfloat162_rn(low, high);
+}
+__device__ inline void Pack(float low, float high, __half2& pair) {
+  pair = __floats2half2_rn(low, high);
+}
+
+template <typename Pair>
+struct Vector {
+  using Sum = float;
+  static constexpr int kSize = 8;
+  static __device__ void Load(uint4 bits, float* values) {
+    const Pair* pairs = reinterpret_cast<const Pair*>(&bits);
+#pragma unroll
+    for (int i = 0; i < kSize / 2; ++i) {
+      const float2 pair = Unpack(pairs[i]);
+      values[2 * i] = pair.x;
+      values[2 * i + 1] = pair.y;
+    }
+  }
+  static __device__ uint4 Round(const float* values) {
+    uint4 bits;
+    Pair* pairs = reinterpret_cast<Pair*>(&bits);
+#pragma unroll
+    for (int i = 0; i < kSize / 2; ++i) Pack(values[2 * i], values[2 * i + 1], pairs[i]);
+    return bits;
+  }
+};
+template <>
+struct Vector<float> {
+  using Sum = float;
+  static constexpr int kSize = 4;
+  static __device__ void Load(uint4 bits, float* values) {
+    const float* in = reinterpret_cast<const float*>(&bits);
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) values[i] = in[i];
+  }
+  static __device__ uint4 Round(const float* values) {
+    return make_uint4(__float_as_uint(values[0]), __float_as_uint(values[1]),
+                      __float_as_uint(values[2]), __float_as_uint(values[3]));
+  }
+};
+/// Sums wrap around, as XLA's do.
+template <>
+struct Vector<uint32_t> {
+  using Sum = uint32_t;
+  static constexpr int kSize = 4;
+  static __device__ void Load(uint4 bits, uint32_t* values) {
+    values[0] = bits.x;
+    values[1] = bits.y;
+    values[2] = bits.z;
+    values[3] = bits.w;
+  }
+  static __device__ uint4 Round(const uint32_t* values) {
+    return make_uint4(values[0], values[1], values[2], values[3]);
+  }
+};
+
+}  // namespace jax_ep

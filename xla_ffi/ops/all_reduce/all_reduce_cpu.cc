@@ -1,0 +1,64 @@
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "ops/all_reduce/all_reduce_ffi.h"
+#include "ops/all_reduce/sum_cpu.h"
+#include "ops/cpu_handlers.h"
+#include "ops/host_op.h"
+
+namespace jax_ep {
+namespace {
+
+// Every rank reads what it needs of its peers' arrays, and adds it or puts it side by side.
+//
+// Phases     one.
+// Traffic    per rank: num_ranks * bytes read, as many written by a gather, otherwise bytes.
+// Floor      that over the memcpy rate of all cores.
+class AllReduceCall : public CallOf<AllReduceArgs> {
+ public:
+  using CallOf::CallOf;
+
+  static void Poison(const AllReduceArgs& a) {
+    // 0xff in every byte is a NaN in each of the floating-point types.
+    std::memset(a.out, 0xff, a.out_bytes());
+  }
+
+  int num_phases() const override { return 1; }
+  bool AreAlike(const AllReduceArgs& a, const AllReduceArgs& b) const override {
+    return a.movement == b.movement && a.dtype == b.dtype && a.bytes == b.bytes;
+  }
+
+  void Run(int, int rank) override {
+    const AllReduceArgs& a = args[rank];
+    if (a.movement == Movement::kAllGather) {
+      PeerReader reader(memory());
+      for (int r = 0; r < num_ranks(); ++r) {
+        reader.Copy(r, args[r].in, a.out + r * a.bytes, a.bytes);
+      }
+      return;
+    }
+    std::vector<const std::byte*> arrays;
+    for (const AllReduceArgs& peer : args) arrays.push_back(peer.in + rank * a.in_stride());
+    BlocksOfRanks blocks(memory(), arrays);
+    for (int64_t first = 0; first < a.bytes; first += BlocksOfRanks::kBlockBytes) {
+      const int64_t bytes = std::min(BlocksOfRanks::kBlockBytes, a.bytes - first);
+      SumArrays(a.dtype, blocks.Fetch(first, bytes), bytes, a.out + first);
+    }
+  }
+};
+
+ffi::Future AllReduce(HostSite* site, ffi::RunId run_id, int32_t device_id, I32Buffer position,
+                      ffi::AnyBuffer in, ffi::Result<ffi::AnyBuffer> out, int64_t, std::string_view,
+                      int64_t movement) {
+  AllReduceArgs args;
+  ffi::Error error = DecodeAllReduce(in, *out, movement, site->group->num_ranks(), args);
+  if (error.failure()) return Failed(error);
+  return JoinGroup<AllReduceCall>("all_reduce", {site, run_id.run_id, device_id}, position, args);
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxEpAllReduceCpu, AllReduce, BindAllReduce(HostBinding()));
+
+}  // namespace jax_ep

@@ -1,0 +1,24 @@
+// The kernels of all_reduce, for its handler and for tests.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "core/protocol.h"
+#include "ops/all_reduce/all_reduce.h"
+
+namespace jax_ep {
+
+/// What the kernels get.
+struct AllReduceLaunch {
+  Endpoint self;
+  const int32_t* position;
+  AllReduceArgs args;
+};
+
+/// A two-shot needs peers that can read the result, and is for all_reduce only.
+cudaError_t LaunchAllReduce(const AllReduceLaunch& launch, Algorithm algorithm,
+                            const DeviceTraits& device, cudaStream_t stream);
+/// Must be called once per device before the first launch.
+cudaError_t LoadAllReduceKernels(DeviceTraits& device);
+
+}  // namespace jax_ep

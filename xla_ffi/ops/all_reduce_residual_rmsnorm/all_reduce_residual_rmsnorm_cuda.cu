@@ -1,0 +1,244 @@
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "device/launch.cuh"
+#include "device/packets.cuh"
+#include "device/signals.cuh"
+#include "device/vector.cuh"
+#include "ops/all_reduce_residual_rmsnorm/all_reduce_residual_rmsnorm_cuda.cuh"
+#include "ops/all_reduce_residual_rmsnorm/all_reduce_residual_rmsnorm_ffi.h"
+#include "ops/cuda_handlers.h"
+#include "ops/cuda_op.h"
+
+namespace jax_ep {
+namespace {
+
+constexpr int kMaxThreads = 1024;
+constexpr int kMaxVectors = 4;  // of a row, that a thread holds
+static_assert(kMaxNormRowBytes == int64_t{kMaxThreads} * kMaxVectors * kVectorBytes);
+constexpr int kMaxBlocks = 64;
+constexpr OpId kOp = OpId::kRmsNorm;
+
+// The sum of `value` over the block, the same for all threads; in the same order on every rank.
+__device__ float SumOfBlock(float value, float* warps) {
+  for (int d = kWarpSize / 2; d > 0; d /= 2) value += __shfl_xor_sync(~0u, value, d);
+  const int num_warps = (blockDim.x + kWarpSize - 1) / kWarpSize;
+  __syncthreads();  // the sums of the row before have been read
+  if (threadIdx.x % kWarpSize == 0) warps[threadIdx.x / kWarpSize] = value;
+  __syncthreads();
+  float sum = 0.0f;
+  for (int w = 0; w < num_warps; ++w) sum += warps[w];
+  return sum;
+}
+
+// Adds the rows of all ranks and the residual, and normalises the sum; one block for each row,
+// whose vectors stay in registers in between. What travels, travels as in all_reduce's kernels of
+// the same names: in packets, or read where it lies (kPulls).
+//
+// Geometry   a thread for up to four vectors of a row, 1,024 at most; up to 64 blocks, which take
+//            rows in turns.
+// Protocol   packets to every peer; kPulls: publishes its operand, meets its peers, ends with
+//            read_done to every peer.
+// Traffic    per row: its bytes read from every rank (packets: stored twice as many at each peer),
+//            the residual and the scale read, two rows written.
+// Floor      the larger of what crosses NVLink and of all bytes over HBM; a launch, a load, a
+// store's
+//            way to a peer.
+template <typename Element, bool kPulls>
+__global__ void __launch_bounds__(kMaxThreads)
+    RmsNormKernel(const __grid_constant__ RmsNormLaunch launch,
+                  const __grid_constant__ Results results) {
+  using Values = Vector<Element>;
+  constexpr int kSize = Values::kSize;
+  constexpr int kBytes = kVectorBytes / kSize;
+  __shared__ PeerAddresses peers;
+  __shared__ float warps[kMaxThreads / kWarpSize];
+  const Endpoint& self = launch.self;
+  const RmsNormArgs& a = launch.args;
+  const int64_t row_bytes = a.row_bytes();
+  const int row_vectors = static_cast<int>((row_bytes + kVectorBytes - 1) / kVectorBytes);
+  uint32_t epoch = 0;
+  bool is_good;
+  if constexpr (kPulls) {
+    OwnAddresses own;
+    own.at[0] = a.in;
+    own.count = 1;
+    is_good = Meet(self, kOp, launch.position, own, peers);
+  } else {
+    epoch = CurrentEpoch(self);
+    is_good = !IsAborted(self);
+    if (blockIdx.x == 0 && threadIdx.x == 0 && is_good) {
+      is_good = IsInPlace(self, kOp, launch.position);
+    }
+    for (int64_t row = blockIdx.x; is_good && row < a.num_rows; row += gridDim.x) {
+      for (int i = threadIdx.x; i < row_vectors; i += blockDim.x) {
+        const uint4 vector = LoadVector<kBytes>(a.in + row * row_bytes, i, row_bytes);
+        for (int r = 0; r < self.num_ranks; ++r) {
+          if (r != self.rank) Send(self, r, epoch, row * row_vectors + i, vector);
+        }
+      }
+    }
+    EndEpoch(self, epoch);
+  }
+  const bool has_met = is_good;
+  for (int64_t row = blockIdx.x; row < a.num_rows; row += gridDim.x) {
+    const int64_t at = row * row_bytes;
+    uint4 held[kMaxVectors];
+    float squares = 0.0f;
+#pragma unroll
+    for (int v = 0; v < kMaxVectors; ++v) {
+      const int i = threadIdx.x + v * blockDim.x;
+      if (i >= row_vectors) break;
+      float sum[kSize];
+      float term[kSize];
+      Values::Load(LoadVector<kBytes>(a.residual + at, i, row_bytes), term);
+      for (int r = 0; is_good && r < self.num_ranks; ++r) {
+        uint4 vector;
+        if (kPulls) {
+          vector = LoadVector<kBytes>(peers.at[0][r] + at, i, row_bytes);
+        } else if (r == self.rank) {
+          vector = LoadVector<kBytes>(a.in + at, i, row_bytes);
+        } else {
+          PacketPair pair;
+          Look(self, r, epoch, row * row_vectors + i, pair);
+          is_good = Receive(self, kOp, r, epoch, row * row_vectors + i, pair, vector);
+        }
+        float values[kSize];
+        Values::Load(vector, values);
+#pragma unroll
+        for (int e = 0; e < kSize; ++e) sum[e] = r == 0 ? values[e] : sum[e] + values[e];
+      }
+      Values::Load(Values::Round(sum), sum);
+#pragma unroll
+      for (int e = 0; e < kSize; ++e) sum[e] += term[e];
+      held[v] = is_good ? Values::Round(sum) : make_uint4(~0u, ~0u, ~0u, ~0u);
+      StoreVector<kBytes>(a.new_residual + at, i, row_bytes, held[v]);
+      Values::Load(held[v], sum);
+#pragma unroll
+      for (int e = 0; e < kSize; ++e) squares += sum[e] * sum[e];
+    }
+    const float mean = SumOfBlock(squares, warps) / static_cast<float>(a.hidden);
+    const float factor = 1.0f / sqrtf(mean + a.eps);
+#pragma unroll
+    for (int v = 0; v < kMaxVectors; ++v) {
+      const int i = threadIdx.x + v * blockDim.x;
+      if (i >= row_vectors) break;
+      float h[kSize];
+      float scale[kSize];
+      Values::Load(held[v], h);
+      if (a.has_f32_scale) {
+        constexpr int kF32Vectors = kSize * 4 / kVectorBytes;
+#pragma unroll
+        for (int f = 0; f < kF32Vectors; ++f) {
+          Vector<float>::Load(LoadVector<4>(a.scale, int64_t{i} * kF32Vectors + f, a.hidden * 4),
+                              scale + f * Vector<float>::kSize);
+        }
+      } else {
+        Values::Load(LoadVector<kBytes>(a.scale, i, row_bytes), scale);
+      }
+#pragma unroll
+      for (int e = 0; e < kSize; ++e) h[e] = h[e] * factor * scale[e];
+      StoreVector<kBytes>(a.normed + at, i, row_bytes, Values::Round(h));
+    }
+  }
+  if constexpr (kPulls) {
+    Part(self, kOp, has_met, results);
+  } else {
+    if (!is_good) KeepWhatWasTold(self);
+  }
+}
+
+using Kernel = void (*)(RmsNormLaunch, Results);
+
+template <typename Element>
+Kernel KernelOf(bool pulls) {
+  return pulls ? RmsNormKernel<Element, true> : RmsNormKernel<Element, false>;
+}
+
+Kernel KernelOf(DType dtype, bool pulls) {
+  switch (dtype) {
+    case DType::kBF16:
+      return KernelOf<__nv_bfloat162>(pulls);
+    case DType::kF16:
+      return KernelOf<__half2>(pulls);
+    case DType::kF32:
+      return KernelOf<float>(pulls);
+    case DType::kI32:
+      break;  // refused at the border
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+cudaError_t LoadRmsNormKernels(DeviceTraits&) {
+  for (const DType dtype : {DType::kBF16, DType::kF16, DType::kF32}) {
+    for (const bool pulls : {false, true}) {
+      cudaFuncAttributes found{};
+      const cudaError_t status = cudaFuncGetAttributes(&found, KernelOf(dtype, pulls));
+      if (status != cudaSuccess) return status;
+    }
+  }
+  return cudaSuccess;
+}
+
+cudaError_t LaunchRmsNorm(const RmsNormLaunch& launch, Algorithm algorithm,
+                          const DeviceTraits& device, cudaStream_t stream) {
+  const RmsNormArgs& args = launch.args;
+  const int64_t row_vectors = (args.row_bytes() + kVectorBytes - 1) / kVectorBytes;
+  const int64_t num_warps = (row_vectors + kWarpSize - 1) / kWarpSize;
+  const int64_t most = std::min(kMaxBlocks, device.num_sms);
+  const LaunchConfig config{
+      .num_blocks = static_cast<int>(std::min(most, args.num_rows)),
+      .num_threads = static_cast<int>(std::min<int64_t>(kMaxThreads, num_warps * kWarpSize)),
+      .shared_bytes = 0,
+      .is_behind = false,
+      .priority = device.highest_priority,
+      .stream = stream};
+  Results results;
+  results.Add(args.normed, args.bytes());
+  results.Add(args.new_residual, args.bytes());
+  return Launch(KernelOf(args.dtype, algorithm != Algorithm::kLowLatency), config, launch, results);
+}
+
+namespace {
+
+ffi::Error RmsNorm(DeviceSite* site, cudaStream_t stream, int32_t device_id, I32Buffer position,
+                   ffi::AnyBuffer x, ffi::AnyBuffer residual, ffi::AnyBuffer scale,
+                   ffi::Result<ffi::AnyBuffer> normed, ffi::Result<ffi::AnyBuffer> new_residual,
+                   int64_t algorithm, float eps, std::string_view) {
+  constexpr const char* kName = "all_reduce_residual_rmsnorm";
+  RmsNormLaunch launch;
+  const int num_ranks = site->group->num_ranks();
+  ffi::Error error =
+      DecodeRmsNorm({x, residual, scale, *normed, *new_residual, eps}, num_ranks, launch.args);
+  if (error.failure()) return error;
+  RmsNormArgs& args = launch.args;
+  const auto how = static_cast<Algorithm>(algorithm);
+  JAX_EP_REQUIRE(args.num_rows > 0, kName, ": there are no rows");
+  JAX_EP_REQUIRE(args.row_bytes() <= kMaxNormRowBytes, kName, ": a row has ", args.row_bytes(),
+                 " bytes, at most ", kMaxNormRowBytes);
+  const int64_t padded = (args.row_bytes() + kVectorBytes - 1) / kVectorBytes * kVectorBytes;
+  JAX_EP_REQUIRE(how != Algorithm::kLowLatency ||
+                     args.num_rows * padded <= static_cast<int64_t>(PacketPayload(num_ranks)),
+                 kName, ": low_latency takes at most ", PacketPayload(num_ranks), " bytes");
+  DeviceCall call;
+  error = FindDevice(kName, site, device_id, /*num_sms=*/1, call);
+  if (error.failure()) return error;
+  if (how != Algorithm::kLowLatency) {
+    Staging staging(call, stream);
+    staging.Copy(args.in, args.bytes());
+    if (staging.status() != cudaSuccess) return CudaError(kName, staging.status());
+  }
+  launch.self = call.endpoint;
+  launch.position = position.typed_data();
+  return CudaError(kName, LaunchRmsNorm(launch, how, call.member->traits, stream));
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxEpAllReduceResidualRmsnormCuda, RmsNorm,
+                              BindRmsNorm(DeviceBinding()), {ffi::Traits::kCmdBufferCompatible});
+
+}  // namespace jax_ep

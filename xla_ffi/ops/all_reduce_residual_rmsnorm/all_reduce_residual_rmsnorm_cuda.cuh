@@ -1,0 +1,28 @@
+// The kernel of all_reduce_residual_rmsnorm, for its handler and for tests.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "core/protocol.h"
+#include "ops/all_reduce/all_reduce.h"
+#include "ops/all_reduce_residual_rmsnorm/all_reduce_residual_rmsnorm.h"
+
+namespace jax_ep {
+
+/// What the kernel gets.
+struct RmsNormLaunch {
+  Endpoint self;
+  const int32_t* position;
+  RmsNormArgs args;
+};
+
+/// A row is held in the registers of one block.
+inline constexpr int64_t kMaxNormRowBytes = 64 * 1024;
+
+/// `algorithm`: low_latency or one_shot.
+cudaError_t LaunchRmsNorm(const RmsNormLaunch& launch, Algorithm algorithm,
+                          const DeviceTraits& device, cudaStream_t stream);
+/// Must be called once per device before the first launch.
+cudaError_t LoadRmsNormKernels(DeviceTraits& device);
+
+}  // namespace jax_ep
