@@ -115,7 +115,8 @@ inline void TestRmsNorm(Algorithm algorithm, int64_t num_rows, int64_t hidden, c
   for (int r = 0; r < ranks.size(); ++r) {
     ranks.Select(r);
     in.push_back(RandomElements(DType::kF32, bytes, rng));
-    for (const Bytes* operand : {&in[r], &residual, &scale}) memory.emplace_back(*operand);
+    for (const Bytes* operand : std::initializer_list<const Bytes*>{&in[r], &residual, &scale})
+      memory.emplace_back(*operand);
     for (int result = 0; result < 2; ++result) memory.emplace_back(bytes);
   }
   for (int r = 0; r < ranks.size(); ++r) {
