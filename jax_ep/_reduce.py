@@ -110,10 +110,11 @@ def _limits(group: Group, spec: ReduceSpec, x: jax.Array, op: str) -> dict[Algor
         ours = (Algorithm.LOW_LATENCY, Algorithm.ONE_SHOT, Algorithm.TWO_SHOT)
         return dict.fromkeys(ours, _UNLIMITED)
     # A two-shot reads results of peers, which are never staged.
+    pushed = -1 if op == "all_reduce_residual_rmsnorm" else config.push_payload(group.num_ranks)
     has_two_shot = op == "all_reduce" and group.spec.staging_bytes is None
     return {
         Algorithm.LOW_LATENCY: config.packet_payload(group.num_ranks),
-        Algorithm.ONE_SHOT: _UNLIMITED if group.spec.can_stage(x) else -1,
+        Algorithm.ONE_SHOT: _UNLIMITED if group.spec.can_stage(x) else pushed,
         Algorithm.TWO_SHOT: _UNLIMITED if has_two_shot else -1,
     }
 

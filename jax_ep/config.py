@@ -31,6 +31,7 @@ DEFAULT_SPARE_STAGING_MB = 8
 DEFAULT_STAGING_MB = 256
 MAX_STAGING_MB = 64 * 1024
 MAX_PACKET_PAYLOAD = 512 * 1024  # as kMaxPacketPayload of xla_ffi/core/protocol.h
+MAX_PUSH_PAYLOAD = 4 * 1024 * 1024  # as kMaxPushPayload there
 MAX_NORM_ROW_BYTES = 64 * 1024  # as kMaxNormRowBytes of ops/all_reduce_residual_rmsnorm
 STAGING_ALIGNMENT = 256  # as kStagingAlignment of xla_ffi/ops/cuda_op.h
 MAX_TOPK = 32
@@ -137,6 +138,13 @@ def packet_payload(num_ranks: int) -> int:
     if num_ranks <= 8:
         return MAX_PACKET_PAYLOAD
     return MAX_PACKET_PAYLOAD * 8 // num_ranks // 512 * 512
+
+
+def push_payload(num_ranks: int) -> int:
+    """Bytes that one rank can push to another in a one-shot; more is read where it lies."""
+    if num_ranks <= 4:
+        return MAX_PUSH_PAYLOAD
+    return MAX_PUSH_PAYLOAD * 4 // num_ranks // 512 * 512
 
 
 def tuning_file_from_environment() -> str | None:

@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import subprocess
+from contextlib import suppress
 
 import pytest
 
@@ -118,10 +119,11 @@ def mps(tmp_path_factory):
         pytest.skip("needs CUDA MPS")
     place = str(tmp_path_factory.mktemp("mps"))
     own = {"CUDA_MPS_PIPE_DIRECTORY": place, "CUDA_MPS_LOG_DIRECTORY": place}
-    process = subprocess.Popen([daemon, "-f"], env={**os.environ, **own}, stdin=subprocess.DEVNULL)
+    environment = {**os.environ, **own}
+    subprocess.run([daemon, "-d"], env=environment, check=True, timeout=20)
     yield own
-    process.terminate()
-    process.wait(20)
+    with suppress(subprocess.TimeoutExpired):
+        subprocess.run([daemon], env=environment, input=b"quit\n", check=True, timeout=20)
 
 
 def _run(program, num_processes, *argv, environment=None, exit_codes=None):

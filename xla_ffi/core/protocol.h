@@ -16,6 +16,8 @@
 //                                                                      before it says so again
 //   reduced[p, b]   rank p            none; its block b has its chunk     the owner's block b,
 //                                     of the sum                          before it reads it
+//   pushed[n, p, b] rank p            none; its block b has stored its    the owner's block b,
+//                                     part of an operand here, in half n  before it reads it
 //   packet          any rank          4 bytes of an operand               the owner
 //   told[p]         rank p            what p has found to be wrong     the owner, when it aborts
 //   abort           any rank          1, for good, behind told[p]      the owner, in every wait
@@ -97,14 +99,16 @@ struct ControlBlock {
   FailureRecord told[kMaxRanks];
   PartialCells partials;
   Signal reduced[kMaxRanks][kMaxReduceBlocks];
+  Signal pushed[2][kMaxRanks][kMaxReduceBlocks];
 };
 
-/// Behind a ControlBlock lie packets of small operands, and room for staged ones.
+/// Behind a ControlBlock lie packets of small operands, room for pushed ones, and for staged ones.
 ///
-/// A packet is one 8-byte store of 4 bytes and the epoch, so that what has come needs no signal. A
-/// call of epoch n uses half n % 2: its packets are overwritten in epoch n + 2, which a peer begins
-/// when it has had this rank's part in n + 1. Epochs skip 0, which unwritten memory holds, and 1,
-/// so that halves take turns (NextEpoch).
+/// A packet is one 8-byte store of 4 bytes and the epoch, so that what has come needs no signal.
+/// Packets, pushed operands and their signals have two halves: a call of epoch n uses half n % 2,
+/// which is overwritten in epoch n + 2, and a peer begins that when it has had this rank's part in
+/// n + 1. Epochs skip 0, which unwritten memory holds, and 1, so that halves take turns
+/// (NextEpoch).
 inline constexpr size_t kPacketsOffset = (sizeof(ControlBlock) + 255) / 256 * 256;
 inline constexpr size_t kMaxPacketPayload = 512 * 1024;
 
@@ -113,8 +117,18 @@ JAX_EP_HOST_DEVICE constexpr size_t PacketPayload(int num_ranks) {
   return num_ranks <= 8 ? kMaxPacketPayload : kMaxPacketPayload * 8 / num_ranks / 512 * 512;
 }
 /// From all ranks, in both halves.
-constexpr size_t PacketBytes(int num_ranks) {
+JAX_EP_HOST_DEVICE constexpr size_t PacketBytes(int num_ranks) {
   return size_t{2} * num_ranks * 2 * PacketPayload(num_ranks);
+}
+
+/// What one rank can push to another in one call, and the room for it, of all ranks in both halves.
+inline constexpr size_t kMaxPushPayload = 4 * 1024 * 1024;
+JAX_EP_HOST_DEVICE constexpr size_t PushPayload(int num_ranks) {
+  return num_ranks <= 4 ? kMaxPushPayload : kMaxPushPayload * 4 / num_ranks / 512 * 512;
+}
+constexpr size_t PushBytes(int num_ranks) { return size_t{2} * num_ranks * PushPayload(num_ranks); }
+constexpr size_t SharedBytes(int num_ranks) {
+  return kPacketsOffset + PacketBytes(num_ranks) + PushBytes(num_ranks);
 }
 
 JAX_EP_HOST_DEVICE constexpr uint32_t NextEpoch(uint32_t epoch) {

@@ -161,7 +161,7 @@ void DeviceGroup::Open(int64_t timeout_ns, const LoadKernels& load_kernels) {
     const int64_t device = seats_[i].device_id;
     const OnDevice on_device(device);
     Check("cudaFree", cudaFree(nullptr));  // makes the context, if nobody has
-    const size_t staging_offset = kPacketsOffset + PacketBytes(num_ranks_);
+    const size_t staging_offset = SharedBytes(num_ranks_);
     control_[i] = ShareableMemory::Create(static_cast<int>(device), staging_offset + staging_bytes_,
                                           DevicesHere());
     Check("cudaDeviceSynchronize", cudaDeviceSynchronize());

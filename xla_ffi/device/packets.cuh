@@ -1,4 +1,5 @@
-// Small operands that are stored where their reader looks for them, each word with its epoch.
+// Operands that are stored where their reader looks for them: small ones with the epoch in each
+// packet, larger ones with a signal behind each block's part.
 #pragma once
 
 #include <cstddef>
@@ -86,13 +87,40 @@ __device__ inline bool Receive(const Endpoint& self, OpId op, int peer, uint32_t
   return is_there;
 }
 
+/// Where `holder` finds what `source` has pushed to it.
+__device__ inline std::byte* PushedAt(const Endpoint& self, int holder, int source,
+                                      uint32_t epoch) {
+  const int64_t part = int64_t{epoch & 1} * self.num_ranks + source;
+  return reinterpret_cast<std::byte*>(self.control[holder]) + kPacketsOffset +
+         PacketBytes(self.num_ranks) + part * static_cast<int64_t>(PushPayload(self.num_ranks));
+}
+
+/// Every thread of a block, which has stored its part at all peers: tells the same block of each of
+/// them, and waits for theirs. The same for the whole block; false when the group has failed.
+__device__ inline bool SwapPushed(const Endpoint& self, OpId op, uint32_t epoch) {
+  const auto cell = [&](int holder, int source) {
+    return &self.control[holder]->pushed[epoch & 1][source][blockIdx.x];
+  };
+  bool is_good = true;
+  __syncthreads();
+  for (int r = threadIdx.x; r < self.num_ranks; r += blockDim.x) {
+    if (r != self.rank) StoreRelease(cell(r, self.rank), {epoch, 0});
+  }
+  for (int r = threadIdx.x; is_good && r < self.num_ranks; r += blockDim.x) {
+    if (r == self.rank) continue;
+    is_good =
+        WaitUntil(self, op, r, [&] { return LoadAcquire(cell(self.rank, r)).epoch == epoch; });
+  }
+  return __syncthreads_and(is_good);
+}
+
 /// Every thread of every block, once it has read the epoch and whatever else ends with it: the last
 /// block that comes ends the epoch for the next call on the stream. For calls in which every rank
 /// receives from every other: they need not part.
 __device__ inline void EndEpoch(const Endpoint& self, uint32_t epoch) {
   __syncthreads();
   if (threadIdx.x != 0) return;
-  if (atomicAdd(&self.own()->num_blocks_done, 1) != gridDim.x - 1) return;
+  if (gridDim.x > 1 && atomicAdd(&self.own()->num_blocks_done, 1) != gridDim.x - 1) return;
   StoreRelaxed(&self.own()->num_blocks_done, 0);
   StoreRelaxed(&self.own()->epoch, epoch);
 }

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_ep
-from jax_ep import reference
+from jax_ep import config, reference
 from jax_ep.testing.compare import assert_close, assert_same_bits
 from jax_ep.testing.conformance.check import Check, noted
 from jax_ep.testing.ranks import on_group, on_ranks, place
@@ -35,7 +35,10 @@ _NORM_TOLERANCES = {"bf16": 1e-2, "f16": 1e-3, "f32": 2e-6}
 def sums(group: jax_ep.Group, backend: str, *, op: str, dtype: str, algorithm: str) -> None:
     """All sizes in one program: its calls use the same memory in turns."""
     ours, reference_of, _ = _OPS[op]
-    arrays = [_random(group, dtype, op, size, seed=size) for size in SIZES]
+    # What peers on GPUs have no room for they read where it lies.
+    large = config.MAX_PUSH_PAYLOAD // np.dtype(DTYPES[dtype]).itemsize + 1
+    sizes = (*SIZES, large) if backend == "cuda" and algorithm == "one_shot" else SIZES
+    arrays = [_random(group, dtype, op, size, seed=size) for size in sizes]
     arrays.append(_random(group, dtype, op, 64, seed=1).reshape(_shape(group, op, (2, 4, 8))))
     call = partial(ours, group=group, algorithm=algorithm, allow_psum=False, backend=backend)
     results = on_group(lambda *xs: [call(x) for x in xs], group, check_vma=False)(*arrays)

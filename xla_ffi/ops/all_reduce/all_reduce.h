@@ -18,7 +18,7 @@ enum class Movement : int64_t { kAllReduce = 0, kReduceScatter = 1, kAllGather =
 /// How they travel between GPUs. The values cross the FFI border (jax_ep/config.py).
 enum class Algorithm : int64_t {
   kLowLatency = 0,  // every rank stores its operand at every other, in packets
-  kOneShot = 1,     // every rank reads all operands where they lie
+  kOneShot = 1,     // the same without packets; what is large, every rank reads where it lies
   kTwoShot = 2,     // every rank sums its chunk, then reads the chunks of the others
 };
 

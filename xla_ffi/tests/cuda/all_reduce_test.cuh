@@ -186,6 +186,15 @@ inline int TestReductions(const Ranks& ranks, bool is_small) {
         }
       }
     }
+    if (!is_small && count == 7) {
+      // More than a peer has room for.
+      const int64_t many = static_cast<int64_t>(kMaxPushPayload) / 4 + 1;
+      for (const Movement movement : kMovements) {
+        TestReduction({movement, Algorithm::kOneShot, DType::kF32, many}, ranks, seed++, 2);
+        TestReduction({movement, Algorithm::kOneShot, DType::kBF16, 2 * many - 1}, ranks, seed++,
+                      2);
+      }
+    }
     for (const Algorithm algorithm : {Algorithm::kLowLatency, Algorithm::kOneShot}) {
       TestRmsNorm(algorithm, 1 + count % 5, std::min<int64_t>(count, 8200), ranks, seed++);
     }

@@ -68,7 +68,7 @@ class Ranks {
       }
       cudaGetLastError();
       ControlBlock* control = nullptr;
-      const size_t bytes = kPacketsOffset + PacketBytes(num_ranks);
+      const size_t bytes = SharedBytes(num_ranks);
       Cuda(cudaMalloc(reinterpret_cast<void**>(&control), bytes));
       Cuda(cudaMemset(control, 0, bytes));
       // The calls of a test go over the end of the epochs.
@@ -106,7 +106,7 @@ class Ranks {
           .site = 0,
           .timeout_ns = static_cast<uint64_t>(std::chrono::nanoseconds(timeout).count()),
           .control = {},
-          .control_bytes = kPacketsOffset + PacketBytes(num_ranks),
+          .control_bytes = SharedBytes(num_ranks),
           .record = &records_[r]};
       std::copy(control_.begin(), control_.end(), endpoint.control);
       endpoints_.push_back(endpoint);

@@ -1,0 +1,177 @@
+// The kernels of all_reduce that store operands at the peers.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <type_traits>
+
+#include "device/packets.cuh"
+#include "device/signals.cuh"
+#include "ops/all_reduce/all_reduce_cuda.cuh"
+#include "ops/all_reduce/terms_cuda.cuh"
+
+namespace jax_ep {
+
+// Stores what a peer needs of this rank's operand at the peer, and takes what comes.
+//
+// Geometry   512 threads, a vector of 16 bytes each, up to 32 blocks; more vectors in turns.
+// Protocol   packets to every peer; nothing else, since what has come carries its epoch.
+// Traffic    per rank: bytes read, 2 * bytes stored at each peer, as much polled from the own L2,
+//            the result written.
+// Floor      2 * bytes * (num_ranks - 1) over NVLink push; a launch, a load, a store's way to a
+// peer.
+template <typename Element>
+__global__ void __launch_bounds__(kReduceThreads)
+    LowLatencyKernel(const __grid_constant__ AllReduceLaunch launch) {
+  constexpr bool kGathers = std::is_same_v<Element, Byte>;
+  constexpr int kBytes = kElementBytes<Element>;
+  constexpr int kPeersAtOnce = 4;
+  const Endpoint& self = launch.self;
+  const AllReduceArgs& a = launch.args;
+  const uint32_t epoch = CurrentEpoch(self);
+  bool is_good = !IsAborted(self);
+  if (blockIdx.x == 0 && threadIdx.x == 0 && is_good) {
+    is_good = IsInPlace(self, kReduceOp, launch.position);
+  }
+  const int64_t num_vectors = NumVectors(a.bytes);
+  const int64_t first = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  const int64_t step = int64_t{gridDim.x} * blockDim.x;
+  if (is_good) {
+    for (int64_t i = first; i < num_vectors; i += step) {
+      uint4 vector = LoadVector<kBytes>(a.in, i, a.bytes);
+      for (int r = 0; r < self.num_ranks; ++r) {
+        if (a.in_stride() != 0) vector = LoadVector<kBytes>(a.in + r * a.in_stride(), i, a.bytes);
+        if (r != self.rank) Send(self, r, epoch, i, vector);
+      }
+    }
+  }
+  EndEpoch(self, epoch);
+  const std::byte* own = a.in + self.rank * a.in_stride();
+  for (int64_t i = first; i < num_vectors; i += step) {
+    Sum<std::conditional_t<kGathers, float, Element>> sum;
+    const uint4 own_vector = LoadVector<kBytes>(own, i, a.bytes);
+    for (int begin = 0; begin < self.num_ranks; begin += kPeersAtOnce) {
+      PacketPair pairs[kPeersAtOnce];
+#pragma unroll
+      for (int u = 0; u < kPeersAtOnce; ++u) {
+        const int r = begin + u;
+        if (r < self.num_ranks && r != self.rank) Look(self, r, epoch, i, pairs[u]);
+      }
+#pragma unroll
+      for (int u = 0; u < kPeersAtOnce; ++u) {
+        const int r = begin + u;
+        if (r >= self.num_ranks) break;
+        uint4 vector = own_vector;
+        if (r != self.rank && is_good) {
+          is_good = Receive(self, kReduceOp, r, epoch, i, pairs[u], vector);
+        }
+        if constexpr (kGathers) {
+          StoreVector<kBytes>(a.out + r * a.bytes, i, a.bytes, is_good ? vector : Poison());
+        } else {
+          sum.Add(r, vector);
+        }
+      }
+    }
+    if constexpr (!kGathers) {
+      StoreVector<kBytes>(a.out, i, a.bytes, is_good ? sum.Round() : Poison());
+    }
+  }
+  if (!is_good) KeepWhatWasTold(self);
+}
+
+// Stores what a peer needs of this rank's operand in room of the peer's, and adds or puts side by
+// side what the peers have stored here. Block b of a rank waits for block b of each other.
+//
+// Geometry   512 threads, a part of the vectors for each of up to 64 blocks, as many on all ranks.
+// Protocol   pushed to every peer, behind each block's part; nothing else: no rank reads another's
+//            memory, and the halves of the room take turns.
+// Traffic    per rank: bytes read, stored at each peer, as many read from the own L2 for each peer,
+//            the result written.
+// Floor      bytes * (num_ranks - 1) over NVLink push; a launch, a load, a store's way to a peer
+// and
+//            a fence.
+template <typename Element>
+__global__ void __launch_bounds__(kReduceThreads)
+    PushKernel(const __grid_constant__ AllReduceLaunch launch) {
+  constexpr bool kGathers = std::is_same_v<Element, Byte>;
+  constexpr int kBytes = kElementBytes<Element>;
+  constexpr int kUnroll = 4;
+  const Endpoint& self = launch.self;
+  const AllReduceArgs& a = launch.args;
+  const uint32_t epoch = CurrentEpoch(self);
+  bool is_good = !IsAborted(self);
+  if (blockIdx.x == 0 && threadIdx.x == 0 && is_good) {
+    is_good = IsInPlace(self, kReduceOp, launch.position);
+  }
+  is_good = __syncthreads_and(is_good);
+  const int64_t num_vectors = NumVectors(a.bytes);
+  const int64_t part = (num_vectors + gridDim.x - 1) / gridDim.x;
+  const int64_t first = blockIdx.x * part + threadIdx.x;
+  const int64_t end = min((blockIdx.x + 1) * part, num_vectors);
+  const auto for_each_few = [&](auto&& use) {
+    for (int64_t i = first; i < end; i += kUnroll * blockDim.x) use(i);
+  };
+  const auto load = [&](const std::byte* array, int64_t i, uint4(&vectors)[kUnroll]) {
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int64_t at = i + u * blockDim.x;
+      if (at < end) vectors[u] = LoadVector<kBytes>(array, at, a.bytes);
+    }
+  };
+  if (is_good) {
+    for_each_few([&](int64_t i) {
+      uint4 vectors[kUnroll];
+      load(a.in, i, vectors);
+      for (int r = 0; r < self.num_ranks; ++r) {
+        if (a.in_stride() != 0) load(a.in + r * a.in_stride(), i, vectors);
+        if (r == self.rank) continue;
+        auto* to = reinterpret_cast<uint4*>(PushedAt(self, r, self.rank, epoch));
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+          const int64_t at = i + u * blockDim.x;
+          if (at < end) to[at] = vectors[u];
+        }
+      }
+    });
+    is_good = SwapPushed(self, kReduceOp, epoch);
+  }
+  EndEpoch(self, epoch);
+  for_each_few([&](int64_t i) {
+    Sum<std::conditional_t<kGathers, float, Element>> sums[kUnroll];
+    for (int r = 0; r < self.num_ranks; ++r) {
+      uint4 vectors[kUnroll];
+      if (r == self.rank) {
+        load(a.in + r * a.in_stride(), i, vectors);
+      } else {
+        // Whole vectors were stored, also at the end.
+        const auto* from = reinterpret_cast<const uint4*>(PushedAt(self, self.rank, r, epoch));
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+          const int64_t at = i + u * blockDim.x;
+          if (at < end) vectors[u] = __ldcg(from + at);
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const int64_t at = i + u * blockDim.x;
+        if (at >= end) break;
+        if constexpr (kGathers) {
+          StoreVector<kBytes>(a.out + r * a.bytes, at, a.bytes, is_good ? vectors[u] : Poison());
+        } else {
+          sums[u].Add(r, vectors[u]);
+        }
+      }
+    }
+    if constexpr (!kGathers) {
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const int64_t at = i + u * blockDim.x;
+        if (at < end) StoreVector<kBytes>(a.out, at, a.bytes, is_good ? sums[u].Round() : Poison());
+      }
+    }
+  });
+  if (!is_good) KeepWhatWasTold(self);
+}
+
+}  // namespace jax_ep

@@ -1,0 +1,45 @@
+// What the kernels of all_reduce add up, and what stands for it after a failure.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "core/protocol.h"
+#include "device/vector.cuh"
+
+namespace jax_ep {
+
+inline constexpr int kReduceThreads = 512;
+inline constexpr OpId kReduceOp = OpId::kAllReduce;
+
+// Stands for the element of a gather, which moves bytes.
+struct Byte {};
+
+template <typename Element>
+inline constexpr int kElementBytes = kVectorBytes / Vector<Element>::kSize;
+template <>
+inline constexpr int kElementBytes<Byte> = 1;
+
+JAX_EP_HOST_DEVICE inline int64_t NumVectors(int64_t bytes) {
+  return (bytes + kVectorBytes - 1) / kVectorBytes;
+}
+
+// A sum over the ranks, begun with rank 0's vector.
+template <typename Element>
+struct Sum {
+  using Values = Vector<Element>;
+  typename Values::Sum values[Values::kSize];
+
+  __device__ void Add(int rank, uint4 vector) {
+    typename Values::Sum term[Values::kSize];
+    Values::Load(vector, term);
+#pragma unroll
+    for (int i = 0; i < Values::kSize; ++i) values[i] = rank == 0 ? term[i] : values[i] + term[i];
+  }
+  __device__ uint4 Round() const { return Values::Round(values); }
+};
+
+__device__ inline uint4 Poison() { return make_uint4(~0u, ~0u, ~0u, ~0u); }
+
+}  // namespace jax_ep
