@@ -1,6 +1,6 @@
 """`python -m jax_ep info` tells what jax_ep finds here, `conformance` checks the operations.
 
-`bench` measures them.
+`bench` measures them, `tune` which algorithm of all_reduce is the fastest here.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import numpy as np
 import jax_ep
 from jax_ep import _native
 from jax_ep.bench import run as bench
+from jax_ep.bench import tune
 from jax_ep.errors import GroupError
 from jax_ep.testing import run as conformance
 
@@ -53,9 +54,12 @@ def main() -> None:
     conformance.add_arguments(
         commands.add_parser("conformance", help="the operations against the reference, to the bit")
     )
+    tune.add_arguments(commands.add_parser("tune", help="measure the table of algorithms"))
     args = parser.parse_args()
     if args.command == "bench":
         bench.main(args)
+    elif args.command == "tune":
+        tune.main(args)
     elif args.command == "conformance":
         sys.exit(min(conformance.main(args), 1))
     else:

@@ -1,0 +1,88 @@
+"""`python -m jax_ep tune`: measures which algorithm is fastest, size by size, and writes a table."""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import jax_ep
+from jax_ep._tuning import OPS
+from jax_ep.bench import reduce
+from jax_ep.bench.record import Place
+from jax_ep.errors import GroupError
+from jax_ep.testing.ranks import make_mesh
+
+_MEASURED_AS = {"reduce_scatter": "halves", "all_gather": "halves"}
+_LARGE_BYTES = 4 << 20  # from here on shorter chains do
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of `tune`."""
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="table to write; entries of others are kept")
+    add("--most-mib", type=int, default=64, help="largest size; beyond it the last choice holds")
+    add("--repeats", type=int, default=7)
+    add("--commit", help="what to record in place of what git says here")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measures on all devices; process 0 writes."""
+    mesh = make_mesh(len(jax.devices()))
+    sizes = [1 << shift for shift in range(10, (args.most_mib << 20).bit_length(), 2)]
+    with jax_ep.Group.open(mesh, "ep", name="tune", timeout=60.0) as group:
+        if group.backend != "cuda":
+            raise GroupError(f"tune: there is nothing to choose on back end {group.backend!r}")
+        found = {op: _measure(group, op, sizes, args.repeats) for op in reduce.OPS}
+    entry = {
+        "device": mesh.devices.flat[0].device_kind,
+        "num_ranks": mesh.devices.size,
+        "ops": {op: _steps(found[_MEASURED_AS.get(op, op)]) for op in OPS},
+        "measured": found,
+        **asdict(Place.find(args.commit)),
+        "command": shlex.join(["python", *sys.argv]),
+    }
+    if jax.process_index() == 0:
+        _write(args.out, entry)
+        print(f"the table of {entry['device']}, {entry['num_ranks']} ranks: {args.out}")
+
+
+def _measure(
+    group: jax_ep.Group, op: str, sizes: Sequence[int], repeats: int
+) -> dict[int, dict[str, float]]:
+    """Microseconds, by bytes and algorithm."""
+    found = {}
+    for num_bytes in sizes:
+        if op == "all_reduce_residual_rmsnorm" and num_bytes < 2 * reduce.HIDDEN:
+            continue
+        steps = reduce.STEPS if num_bytes < _LARGE_BYTES else reduce.STEPS // 4
+        measured = reduce.measure(group, op, num_bytes, repeats=repeats, steps=steps)
+        found[num_bytes] = {m.algorithm: round(m.us, 2) for m in measured}
+        line = ", ".join(f"{name} {us:.1f}" for name, us in found[num_bytes].items())
+        print(f"{op}, {num_bytes} bytes: {line}", flush=True)
+    return found
+
+
+def _steps(found: dict[int, dict[str, float]]) -> list[list[Any]]:
+    """Each algorithm up to the largest size at which it is the fastest of all, in a row."""
+    steps: list[list[Any]] = []
+    for num_bytes, us in sorted(found.items()):
+        best = min(us, key=lambda name: us[name])
+        if steps and steps[-1][1] == best:
+            steps[-1][0] = num_bytes
+        else:
+            steps.append([num_bytes, best])
+    steps[-1][0] = None
+    return steps
+
+
+def _write(path: Path, entry: dict[str, Any]) -> None:
+    tables = json.loads(path.read_text())["tables"] if path.exists() else []
+    own = (entry["device"], entry["num_ranks"])
+    kept = [t for t in tables if (t["device"], t["num_ranks"]) != own]
+    path.write_text(json.dumps({"tables": [*kept, entry]}, indent=1) + "\n")

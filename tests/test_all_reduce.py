@@ -1,0 +1,246 @@
+"""all_reduce and its relatives: types, transforms, choices. Their values are in the suite."""
+
+import json
+from argparse import Namespace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+import jax_ep
+from jax_ep import _tuning, config, reference
+from jax_ep.bench import tune
+from jax_ep.config import Algorithm
+from jax_ep.testing.compare import assert_close, assert_same_bits
+from jax_ep.testing.ranks import make_mesh, on_ranks
+
+OPS = (jax_ep.all_reduce, jax_ep.reduce_scatter, jax_ep.all_gather)
+
+
+@pytest.mark.parametrize("allow_psum", [True, False])
+def test_sums_are_invariant_for_jax(groups, backend, allow_psum):
+    """out_specs=P() is accepted under check_vma, as for lax.psum."""
+    group = groups(4)
+    x = np.random.default_rng(0).standard_normal((4, 6)).astype(np.float32)
+
+    def fn(x):
+        y = jax_ep.all_reduce(x[0], group=group, backend=backend, allow_psum=allow_psum)
+        ones = jnp.ones_like(y)
+        return jax_ep.all_reduce_residual_rmsnorm(
+            x[0], y, ones, group=group, backend=backend, allow_psum=allow_psum
+        )
+
+    mapped = jax.shard_map(fn, mesh=group.mesh, in_specs=P("ep"), out_specs=P())
+    normed, h = jax.jit(mapped)(x)
+    assert_close(h, 2 * reference.all_reduce(x)[0], tolerance=1e-6)
+    assert normed.shape == (6,)
+
+
+def test_other_axes_of_the_mesh_stay(backend):
+    """Gradients of operands that are equal along an axis are summed over it."""
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "ep"))
+    with jax_ep.Group.open(mesh, "ep") as group:
+
+        def loss(x, residual, scale):
+            n, h = jax_ep.all_reduce_residual_rmsnorm(
+                x[0, 0], residual, scale, group=group, backend=backend, algorithm="one_shot"
+            )
+            return jax.lax.psum(jnp.sum(n * h), "data")
+
+        def stock(x, residual, scale):
+            h = jax.lax.psum(x[0, 0], "ep") + residual
+            n = h / jnp.sqrt(jnp.mean(h * h, axis=-1, keepdims=True) + 1e-6) * scale
+            return jax.lax.psum(jnp.sum(n * h), "data")
+
+        rng = np.random.default_rng(1)
+        args = [rng.standard_normal(s).astype(np.float32) for s in ((2, 4, 3, 8), (3, 8), (8,))]
+        specs = (P("data", "ep"), P(), P())
+        grads = [
+            jax.jit(
+                jax.grad(
+                    jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=P()), argnums=(0, 1, 2)
+                )
+            )(*args)
+            for f in (loss, stock)
+        ]
+        for got, expected in zip(*grads, strict=True):
+            assert_close(got, np.asarray(expected), tolerance=1e-5)
+
+
+def test_vmap_folds_the_batch(groups, backend):
+    group = groups(4)
+    rng = np.random.default_rng(2)
+    x = rng.standard_normal((4, 3, 4, 8)).astype(np.float32)
+    scale = rng.random((4, 3, 8)).astype(np.float32)
+    options = {"group": group, "backend": backend, "allow_psum": False}
+    for op in OPS:
+        call = partial(op, **options)
+        each = on_ranks(lambda x, call=call: jnp.stack([call(b) for b in x]), group.mesh)
+        got = on_ranks(jax.vmap(call), group.mesh)(x)
+        assert_same_bits(got, np.asarray(each(x)), what=op.__name__)
+        last = on_ranks(jax.vmap(call, in_axes=-1, out_axes=-1), group.mesh)
+        assert_same_bits(last(np.moveaxis(x, 1, -1)), np.moveaxis(np.asarray(got), 1, -1))
+
+    def norm(x, scale):
+        return jax_ep.all_reduce_residual_rmsnorm(x, x[:1] * 0 + 1 + 0 * x, scale, **options)
+
+    for axes in ((0, None), (0, 0)):
+        scales = scale if axes[1] == 0 else scale[:, 0]
+        got = on_ranks(jax.vmap(norm, in_axes=axes), group.mesh)(x, scales)
+        for b in range(3):
+            expected = on_ranks(norm, group.mesh)(x[:, b], scale[:, b] if axes[1] == 0 else scales)
+            for g, e in zip(got, expected, strict=True):
+                assert_same_bits(g[:, b], np.asarray(e))
+
+
+def test_scan_remat_and_export(groups):
+    group = groups(4)
+    x = np.random.default_rng(3).standard_normal((4, 16)).astype(np.float32)
+
+    def layer(x, _):
+        y = jax_ep.all_reduce(jnp.sin(x), group=group, allow_psum=False)
+        return jax.lax.pcast(y, "ep", to="varying"), None
+
+    def loss(x):
+        return jnp.sum(jax.lax.scan(jax.checkpoint(layer), x, length=3)[0])
+
+    def stock(x):
+        for _ in range(3):
+            x = jax.lax.pcast(jax.lax.psum(jnp.sin(x), "ep"), "ep", to="varying")
+        return jnp.sum(x)
+
+    grads = [on_ranks(jax.grad(f), group.mesh)(x) for f in (loss, stock)]
+    assert_close(grads[0], np.asarray(grads[1]), tolerance=1e-4)
+
+    def call(x):
+        return jax_ep.all_reduce(x, group=group, allow_psum=False)
+
+    fn = on_ranks(call, group.mesh)
+    checks = jax_ep.export_safety_checks()
+    exported = jax.export.export(fn, disabled_checks=checks)(x)
+    loaded = jax.export.deserialize(exported.serialize())
+    sharding = jax.sharding.NamedSharding(group.mesh, P("ep"))
+    assert_same_bits(jax.jit(loaded.call)(jax.device_put(x, sharding)), reference.all_reduce(x))
+
+
+def test_tiled_and_trees(groups, backend):
+    group = groups(3)
+    x = np.arange(3 * 6 * 2, dtype=np.float32).reshape(3, 6, 2)
+    options = {"group": group, "backend": backend}
+    parts = on_ranks(partial(jax_ep.reduce_scatter, tiled=True, **options), group.mesh)(x)
+    assert_same_bits(parts, np.sum(x, axis=0).reshape(3, 2, 2))
+    whole = on_ranks(partial(jax_ep.all_gather, tiled=True, **options), group.mesh)(x)
+    assert_same_bits(whole, np.broadcast_to(x.reshape(18, 2), (3, 18, 2)))
+    tree = {"a": x, "b": (x[:, 0].astype(np.int32),)}
+    sums = on_ranks(partial(jax_ep.all_reduce, **options), group.mesh, check_vma=False)(tree)
+    assert_same_bits(sums["b"][0], reference.all_reduce(tree["b"][0]))
+    assert_same_bits(sums["a"], reference.all_reduce(x))
+
+
+def test_what_is_not_ours_is_psum(groups, backend):
+    group = groups(2)
+    options = {"group": group, "backend": backend}
+    for x in (np.ones((2, 3), np.uint8), np.ones((2, 3), np.complex64), np.ones((2, 0))):
+        got = on_ranks(partial(jax_ep.all_reduce, **options), group.mesh, check_vma=False)(x)
+        assert got.dtype == jnp.asarray(x).dtype
+        np.testing.assert_array_equal(got, np.broadcast_to(x.sum(0, dtype=x.dtype), x.shape))
+    flags = np.array([[True, False], [False, False]])
+    got = on_ranks(partial(jax_ep.all_gather, **options), group.mesh)(flags)
+    np.testing.assert_array_equal(got, np.broadcast_to(flags, (2, 2, 2)))
+
+
+def test_the_table_chooses(monkeypatch, tmp_path):
+    table = _tuning.load("no such device", 2)
+    ours = [Algorithm.LOW_LATENCY, Algorithm.ONE_SHOT, Algorithm.TWO_SHOT]
+    for op in _tuning.OPS:
+        assert _tuning.pick(table, op, 1, [*ours, Algorithm.PSUM]) is Algorithm.LOW_LATENCY
+        assert _tuning.pick(table, op, 1 << 40, [*ours, Algorithm.PSUM]) is Algorithm.PSUM
+        assert _tuning.pick(table, op, 1 << 40, ours) is None
+    own = {"device": "any", "num_ranks": 1, "ops": {op: [[None, "two_shot"]] for op in _tuning.OPS}}
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps({"tables": [own]}))
+    monkeypatch.setenv("JAX_EP_TUNING", str(path))
+    with jax_ep.Group.open(make_mesh(2), "ep", name="tuned") as group:
+        assert _tuning.pick(group.tuning, "all_reduce", 5, ours) is Algorithm.TWO_SHOT
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("{", "is no table of algorithms: JSONDecodeError"),
+        ('{"tables": [{"device": "any", "num_ranks": 1, "ops": {}}]}', "KeyError: 'all_reduce'"),
+        ('{"tables": []}', "has none for cpu, 2 ranks"),
+    ],
+)
+def test_a_bad_table_is_an_error(monkeypatch, tmp_path, text, match):
+    path = tmp_path / "table.json"
+    path.write_text(text)
+    monkeypatch.setenv("JAX_EP_TUNING", str(path))
+    with pytest.raises(jax_ep.ConfigError, match=match):
+        jax_ep.Group.open(make_mesh(2), "ep", name="badly_tuned")
+    monkeypatch.setenv("JAX_EP_TUNING", str(tmp_path / "missing.json"))
+    with pytest.raises(jax_ep.ConfigError, match="JAX_EP_TUNING: cannot read"):
+        jax_ep.Group.open(make_mesh(2), "ep", name="badly_tuned")
+
+
+BAD = {
+    "dtype": (jax_ep.all_reduce, [np.ones((2, 3), np.uint8)], {"allow_psum": False}, jax_ep.DTypeError, "all_reduce: x, for all algorithms but psum, must be bfloat16, float16, float32, int32, got uint8"),
+    "empty": (jax_ep.all_reduce, [np.ones((2, 0), np.float32)], {"algorithm": "one_shot"}, jax_ep.ConfigError, r"all_reduce: psum alone takes an x without elements, got shape \(0,\)"),
+    "algorithm": (jax_ep.all_reduce, [np.ones((2, 3))], {"algorithm": "ring"}, jax_ep.ConfigError, "all_reduce: algorithm must be one of 'low_latency', 'one_shot', 'two_shot', 'psum', got 'ring'"),
+    "backend": (jax_ep.all_reduce, [np.ones((2, 3))], {"backend": "tpu"}, jax_ep.ConfigError, "all_reduce: backend must be one of"),
+    "scatter": (jax_ep.reduce_scatter, [np.ones((2, 3))], {}, jax_ep.ShapeError, r"reduce_scatter: the first axis of x must be num_ranks=2, got shape \(3,\)"),
+    "tiled": (jax_ep.reduce_scatter, [np.ones((2, 3))], {"tiled": True}, jax_ep.ShapeError, r"must be a multiple of num_ranks=2, got shape \(3,\)"),
+    "gather": (jax_ep.all_gather, [np.ones(2)], {"tiled": True}, jax_ep.ShapeError, r"all_gather: tiled, x must have an axis"),
+    "residual": (jax_ep.all_reduce_residual_rmsnorm, [np.ones((2, 3)), np.ones((2, 4)), np.ones((2, 3))], {}, jax_ep.ShapeError, r"residual must have shape \(3,\), got \(4,\)"),
+    "scale": (jax_ep.all_reduce_residual_rmsnorm, [np.ones((2, 3)), np.ones((2, 3)), np.ones((2, 4))], {}, jax_ep.ShapeError, r"scale must have shape \(3,\), got \(4,\)"),
+    "norm_dtype": (jax_ep.all_reduce_residual_rmsnorm, [np.ones((2, 3), np.int32)] * 3, {}, jax_ep.DTypeError, "x must be bfloat16, float16, float32, got int32"),
+    "eps": (jax_ep.all_reduce_residual_rmsnorm, [np.ones((2, 3))] * 3, {"eps": -1.0}, jax_ep.ConfigError, "eps must be a static number of at least 0, got -1.0"),
+    "two_shot": (jax_ep.all_reduce_residual_rmsnorm, [np.ones((2, 3))] * 3, {"algorithm": "two_shot"}, jax_ep.ConfigError, "algorithm must not be 'two_shot'"),
+    "wide": (jax_ep.all_reduce_residual_rmsnorm, [np.ones((2, 20_000))] * 3, {"allow_psum": False}, jax_ep.ConfigError, "without psum a row has at most 65536 bytes, got 80000"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(groups, case):
+    op, args, options, error, match = BAD[case]
+    group = groups(2)
+    args = [a if a.dtype != np.float64 else a.astype(np.float32) for a in args]
+    with pytest.raises(error, match=match):
+        on_ranks(partial(op, group=group, **options), group.mesh, check_vma=False)(*args)
+
+
+def test_tune_measures_on_gpus_only(tmp_path):
+    args = Namespace(out=tmp_path / "t.json", most_mib=1, repeats=1, commit=None)
+    with pytest.raises(jax_ep.GroupError, match="nothing to choose on back end 'cpu'"):
+        tune.main(args)
+
+
+def test_tune_keeps_what_is_fastest(tmp_path):
+    """And what it writes can be loaded, beside entries of other devices."""
+    found = {
+        1: {"low_latency": 1.0, "one_shot": 2.0, "psum": 3.0},
+        4: {"low_latency": 2.0, "one_shot": 3.0, "psum": 3.0},
+        16: {"one_shot": 4.0, "psum": 5.0},
+        64: {"one_shot": 9.0, "psum": 8.0},
+    }
+    steps = tune._steps(found)
+    assert steps == [[4, "low_latency"], [16, "one_shot"], [None, "psum"]]
+    path = tmp_path / "t.json"
+    for device, num_ranks in (("a", 2), ("b", 2), ("a", 2), ("a", 4)):
+        entry = {"device": device, "num_ranks": num_ranks}
+        tune._write(path, {**entry, "ops": dict.fromkeys(_tuning.OPS, steps)})
+    assert len(json.loads(path.read_text())["tables"]) == 3
+
+
+def test_limits_agree_with_the_native_side():
+    text = (config.__file__).replace("jax_ep/config.py", "xla_ffi/core/protocol.h")
+    with open(text) as file:
+        source = file.read()
+    assert "kMaxPacketPayload = 512 * 1024;" in source
+    assert "kMaxPushPayload = 4 * 1024 * 1024;" in source
+    assert config.packet_payload(2) == 512 * 1024
+    assert config.packet_payload(12) % 512 == config.push_payload(12) % 512 == 0

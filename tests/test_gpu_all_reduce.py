@@ -1,0 +1,160 @@
+"""all_reduce and its relatives on NVIDIA GPUs: JAX_PLATFORMS=cuda,cpu pytest -m gpu."""
+
+import time
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_ep
+from jax_ep import config, reference
+from jax_ep.testing.compare import assert_same_bits
+from jax_ep.testing.ranks import make_mesh, on_ranks
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def group():
+    with jax_ep.Group.open(make_mesh(len(jax.devices())), "ep", timeout=60.0) as opened:
+        yield opened
+
+
+def _calls(group):
+    """Sizes and algorithms, each on a part of the same vector."""
+    sizes = (1, 50, 2049, 8192, 40_000)
+    algorithms = ("low_latency", "one_shot", "two_shot")
+    call = partial(jax_ep.all_reduce, group=group, allow_psum=False)
+    return [
+        lambda x, s=size, a=algorithm: x.at[:s].set(call(x[:s], algorithm=a))
+        for size in sizes
+        for algorithm in algorithms
+    ]
+
+
+@pytest.mark.timeout(280)
+def test_many_calls_of_random_size_and_algorithm(group):
+    """100,000 in a loop; each result is the next call's operand, whose memory XLA uses again."""
+    num_ranks = group.num_ranks
+    calls = _calls(group)
+
+    def run(x, choices):
+        def step(carry, choice):
+            x, num_wrong = carry
+            # What all ranks have agrees but for the rank in the lowest bits: the sum is known.
+            y = jax.lax.switch(choice, calls, x + jax.lax.axis_index("ep"))
+            size = jnp.asarray([1, 50, 2049, 8192, 40_000])[choice // 3]
+            is_sum = jnp.arange(x.size) < size
+            sum_of_ranks = num_ranks * (num_ranks - 1) // 2
+            own = x + jax.lax.axis_index("ep")
+            expected = jnp.where(is_sum, x * num_ranks + sum_of_ranks, own)
+            num_wrong += jnp.sum(y != expected)
+            return ((x + 1) % 1000, num_wrong), None
+
+        return jax.lax.scan(step, (x, jnp.int32(0)), choices)[0][1]
+
+    x = np.broadcast_to(np.arange(40_000, dtype=np.int32) % 997, (num_ranks, 40_000))
+    choices = np.random.default_rng(0).integers(0, len(calls), 100_000)
+    choices = np.broadcast_to(choices, (num_ranks, choices.size))
+    num_wrong = on_ranks(run, group.mesh, check_vma=False)(x, choices)
+    group.check(num_wrong)
+    assert np.asarray(num_wrong).tolist() == [0] * num_ranks
+
+
+def test_calls_in_a_row_share_memory(group):
+    """All calls of a captured program, three times over; its input is donated."""
+    calls = _calls(group) * 3
+
+    def run(x):
+        for call in calls:
+            x = call(x) % 1000
+        return x
+
+    x = np.random.default_rng(1).integers(0, 100, (group.num_ranks, 40_000)).astype(np.int32)
+    expected = x
+    for size in (1, 50, 2049, 8192, 40_000) * 3:
+        for _ in range(3):
+            total = expected.copy()
+            total[:, :size] = np.sum(expected[:, :size], axis=0)
+            expected = total % 1000
+    step = jax.jit(on_ranks(run, group.mesh, check_vma=False), donate_argnums=0)
+    for _ in range(3):
+        assert_same_bits(step(jnp.asarray(x)), expected)
+
+
+def test_algorithms_give_the_same_bits(group):
+    """Around the limits of low_latency and of what is pushed, one element more and less."""
+    limits = [config.packet_payload(group.num_ranks), config.push_payload(group.num_ranks)]
+    for limit in limits:
+        for size in (limit // 2 - 1, limit // 2, limit // 2 + 1):
+            x = np.random.default_rng(size).standard_normal((group.num_ranks, size))
+            x = x.astype(jnp.bfloat16)
+            expected = reference.all_reduce(x)
+            for algorithm in ("low_latency", "one_shot", "two_shot", "auto"):
+                if algorithm == "low_latency" and size * 2 > limits[0]:
+                    continue
+                call = partial(
+                    jax_ep.all_reduce, group=group, algorithm=algorithm, allow_psum=False
+                )
+                got = on_ranks(call, group.mesh, check_vma=False)(x)
+                assert_same_bits(got, expected, what=f"{algorithm} {size}")
+
+
+def test_too_large_for_packets_is_an_error(group):
+    size = config.packet_payload(group.num_ranks) // 4 + 1
+    call = partial(jax_ep.all_reduce, group=group, algorithm="low_latency")
+    with pytest.raises(jax_ep.ConfigError, match="algorithm='low_latency' takes at most"):
+        on_ranks(call, group.mesh, check_vma=False)(np.ones((group.num_ranks, size), np.float32))
+
+
+def test_epochs_wrap_around():
+    """Of all operations of a group."""
+    with jax_ep.Group.open(make_mesh(len(jax.devices())), "ep", name="wraps") as group:
+        num_ranks = group.num_ranks
+
+        def run(x, ids):
+            for i in range(8):
+                for algorithm in ("low_latency", "one_shot", "two_shot"):
+                    call = partial(jax_ep.all_reduce, group=group, algorithm=algorithm)
+                    x = call(x[: x.shape[0] - i % 2]) / num_ranks
+                    x = jnp.concatenate([x, x[: 16 - x.shape[0]]])
+                out = jax_ep.dispatch(x, ids, group=group, num_experts=num_ranks)
+                x = jax_ep.combine(out.x, out.handle)
+            return x
+
+        x = np.broadcast_to(np.arange(16.0, dtype=np.float32)[:, None], (num_ranks, 16, 64))
+        ids = np.zeros((num_ranks, 16, 1), np.int32) + np.arange(num_ranks)[:, None, None]
+        step = on_ranks(run, group.mesh, check_vma=False)
+        expected = np.asarray(step(x, ids.astype(np.int32)))
+        assert not np.isnan(expected).any()
+        group._native_group.handle.set_epoch(2**32 - 20)
+        for _ in range(3):
+            assert_same_bits(step(x, ids.astype(np.int32)), expected)
+
+
+@pytest.mark.parametrize("algorithm", ["low_latency", "one_shot", "two_shot"])
+def test_missing_peer_ends_in_an_exception(algorithm):
+    num_ranks = len(jax.devices())
+    if num_ranks < 2:
+        pytest.skip("needs two GPUs")
+    group = jax_ep.Group.open(make_mesh(num_ranks), "ep", name="failing", timeout=1.0)
+
+    def run(x):
+        for _ in range(50):
+            x = jax_ep.all_reduce(x, group=group, algorithm=algorithm) / num_ranks
+        return x
+
+    step = on_ranks(run, group.mesh, check_vma=False)
+    x = np.ones((num_ranks, 5000), np.float32)
+    assert_same_bits(step(x), x)
+    group._native_group.handle.skip_rank(1)
+    start = time.monotonic()
+    y = step(x)
+    with pytest.raises(jax_ep.PeerTimeoutError, match="waited for rank 1") as caught:
+        group.check()
+    assert time.monotonic() - start < group.timeout + 1.0
+    assert np.isnan(np.asarray(y)).all()
+    assert caught.value.op == "all_reduce"
+    group.close()
