@@ -1,4 +1,4 @@
-"""`python -m jax_ep tune`: measures which algorithm is fastest, size by size, and writes a table."""
+"""`python -m jax_ep tune` measures which algorithm is fastest, and writes a table."""
 
 import argparse
 import json
