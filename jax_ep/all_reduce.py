@@ -30,7 +30,7 @@ def all_reduce(
         array is a call of its own.
       group: the ranks.
       algorithm: how the arrays travel between GPUs. "low_latency": every rank stores its array
-        at every other, each word with a flag; up to 512 KiB, less for more than 8 ranks.
+        at every other, each 12 bytes with a flag; up to 3 MiB over the number of ranks.
         "one_shot": the same without flags in the words, up to 4 MiB, less for more than 4 ranks;
         larger arrays every rank reads where they lie. "two_shot": every rank adds a part, then
         reads the other parts. "psum": the stock collective. "auto": by a table that was measured

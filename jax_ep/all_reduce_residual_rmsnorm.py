@@ -94,8 +94,9 @@ def _choose(
             f"{_OP}: without psum a row has at most {config.MAX_NORM_ROW_BYTES} bytes, got "
             f"{row_bytes}"
         )
-    # Each row begins with a packet of its own.
-    padded = -(-row_bytes // 16) * 16
+    # Each row begins with packets of its own.
+    unit = config.PACKET_GROUP_PAYLOAD
+    padded = -(-row_bytes // unit) * unit
     padded_bytes = padded * (x.size // max(1, x.shape[-1]))
     return _reduce.make_spec(
         group,

@@ -30,8 +30,10 @@ DEFAULT_NUM_SMS = 20
 DEFAULT_SPARE_STAGING_MB = 8
 DEFAULT_STAGING_MB = 256
 MAX_STAGING_MB = 64 * 1024
-MAX_PACKET_PAYLOAD = 512 * 1024  # as kMaxPacketPayload of xla_ffi/core/protocol.h
-MAX_PUSH_PAYLOAD = 4 * 1024 * 1024  # as kMaxPushPayload there
+# As in xla_ffi/core/protocol.h.
+PACKET_GROUPS = 2048
+PACKET_GROUP_PAYLOAD = 96 * 16
+MAX_PUSH_PAYLOAD = 4 * 1024 * 1024
 MAX_NORM_ROW_BYTES = 64 * 1024  # as kMaxNormRowBytes of ops/all_reduce_residual_rmsnorm
 STAGING_ALIGNMENT = 256  # as kStagingAlignment of xla_ffi/ops/cuda_op.h
 MAX_TOPK = 32
@@ -135,9 +137,7 @@ def staging_bytes_from_environment() -> tuple[int, int]:
 
 def packet_payload(num_ranks: int) -> int:
     """Bytes that one rank can send to another in one low-latency call."""
-    if num_ranks <= 8:
-        return MAX_PACKET_PAYLOAD
-    return MAX_PACKET_PAYLOAD * 8 // num_ranks // 512 * 512
+    return PACKET_GROUPS // num_ranks * PACKET_GROUP_PAYLOAD
 
 
 def push_payload(num_ranks: int) -> int:

@@ -240,7 +240,8 @@ def test_limits_agree_with_the_native_side():
     text = (config.__file__).replace("jax_ep/config.py", "xla_ffi/core/protocol.h")
     with open(text) as file:
         source = file.read()
-    assert "kMaxPacketPayload = 512 * 1024;" in source
+    assert "kPacketGroups = 2048;" in source
+    assert "kPacketGroupPayload = 96 * 16;" in source
     assert "kMaxPushPayload = 4 * 1024 * 1024;" in source
-    assert config.packet_payload(2) == 512 * 1024
-    assert config.packet_payload(12) % 512 == config.push_payload(12) % 512 == 0
+    assert config.packet_payload(2) == 1536 * 1024
+    assert config.push_payload(12) % 512 == 0

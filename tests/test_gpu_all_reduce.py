@@ -22,43 +22,44 @@ def group():
         yield opened
 
 
+SIZES = (1, 50, 2049, 8192, 40_000)
+
+
 def _calls(group):
-    """Sizes and algorithms, each on a part of the same vector."""
-    sizes = (1, 50, 2049, 8192, 40_000)
-    algorithms = ("low_latency", "one_shot", "two_shot")
+    """(size, call): each algorithm on parts of the same vector."""
     call = partial(jax_ep.all_reduce, group=group, allow_psum=False)
     return [
-        lambda x, s=size, a=algorithm: x.at[:s].set(call(x[:s], algorithm=a))
-        for size in sizes
-        for algorithm in algorithms
+        (size, lambda x, s=size, a=algorithm: x.at[:s].set(call(x[:s], algorithm=a)))
+        for size in SIZES
+        for algorithm in ("low_latency", "one_shot", "two_shot")
     ]
 
 
 @pytest.mark.timeout(280)
 def test_many_calls_of_random_size_and_algorithm(group):
     """100,000 in a loop; each result is the next call's operand, whose memory XLA uses again."""
-    num_ranks = group.num_ranks
+    num_ranks, steps = group.num_ranks, 1000
     calls = _calls(group)
+    order = np.random.default_rng(0).integers(0, len(calls), 100)
 
-    def run(x, choices):
-        def step(carry, choice):
+    def run(x):
+        rank = jax.lax.axis_index("ep")
+
+        def step(carry, _):
             x, num_wrong = carry
-            # What all ranks have agrees but for the rank in the lowest bits: the sum is known.
-            y = jax.lax.switch(choice, calls, x + jax.lax.axis_index("ep"))
-            size = jnp.asarray([1, 50, 2049, 8192, 40_000])[choice // 3]
-            is_sum = jnp.arange(x.size) < size
-            sum_of_ranks = num_ranks * (num_ranks - 1) // 2
-            own = x + jax.lax.axis_index("ep")
-            expected = jnp.where(is_sum, x * num_ranks + sum_of_ranks, own)
-            num_wrong += jnp.sum(y != expected)
-            return ((x + 1) % 1000, num_wrong), None
+            for i in order:
+                size, call = calls[i]
+                y = call(x + rank)
+                total = x[:size] * num_ranks + num_ranks * (num_ranks - 1) // 2
+                expected = (x + rank).at[:size].set(total)
+                num_wrong += jnp.sum(y != expected)
+                x = (x + 1) % 1000
+            return (x, num_wrong), None
 
-        return jax.lax.scan(step, (x, jnp.int32(0)), choices)[0][1]
+        return jax.lax.scan(step, (x, jnp.int32(0)), length=steps)[0][1]
 
-    x = np.broadcast_to(np.arange(40_000, dtype=np.int32) % 997, (num_ranks, 40_000))
-    choices = np.random.default_rng(0).integers(0, len(calls), 100_000)
-    choices = np.broadcast_to(choices, (num_ranks, choices.size))
-    num_wrong = on_ranks(run, group.mesh, check_vma=False)(x, choices)
+    x = np.broadcast_to(np.arange(SIZES[-1], dtype=np.int32) % 997, (num_ranks, SIZES[-1]))
+    num_wrong = on_ranks(run, group.mesh, check_vma=False)(x)
     group.check(num_wrong)
     assert np.asarray(num_wrong).tolist() == [0] * num_ranks
 
@@ -68,13 +69,13 @@ def test_calls_in_a_row_share_memory(group):
     calls = _calls(group) * 3
 
     def run(x):
-        for call in calls:
+        for _, call in calls:
             x = call(x) % 1000
         return x
 
-    x = np.random.default_rng(1).integers(0, 100, (group.num_ranks, 40_000)).astype(np.int32)
+    x = np.random.default_rng(1).integers(0, 100, (group.num_ranks, SIZES[-1])).astype(np.int32)
     expected = x
-    for size in (1, 50, 2049, 8192, 40_000) * 3:
+    for size in SIZES * 3:
         for _ in range(3):
             total = expected.copy()
             total[:, :size] = np.sum(expected[:, :size], axis=0)

@@ -126,11 +126,11 @@ def mps(tmp_path_factory):
         subprocess.run([daemon], env=environment, input=b"quit\n", check=True, timeout=20)
 
 
-def _run(program, num_processes, *argv, environment=None, exit_codes=None):
+def _run(program, num_processes, *argv, environment=None, exit_codes=None, deadline=200.0):
     return launch.launch(
         ["-c", START + program, str(num_processes), *argv],
         num_processes=num_processes,
-        deadline=200.0,
+        deadline=deadline,
         environment={
             "XLA_FLAGS": "",
             "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.1",

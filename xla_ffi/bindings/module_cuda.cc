@@ -72,6 +72,7 @@ std::tuple<Numbers, int, int> Export(DeviceGroup& group, int position, uint64_t 
   const Numbers numbers = {static_cast<uint64_t>(e.traits.num_sms),
                            e.traits.max_shared_bytes,
                            e.traits.has_bulk_copy,
+                           e.gpu,
                            e.control_bytes,
                            e.pool.begin,
                            e.pool.bytes};
@@ -83,9 +84,10 @@ void Import(DeviceGroup& group, int position, const Numbers& n, int control, int
                                      .max_shared_bytes = n.at(1),
                                      .has_bulk_copy = n.at(2) != 0,
                                      .highest_priority = 0},
+                          .gpu = n.at(3),
                           .control = control,
-                          .control_bytes = n.at(3),
-                          .pool = {.begin = n.at(4), .bytes = n.at(5), .descriptor = pool}});
+                          .control_bytes = n.at(4),
+                          .pool = {.begin = n.at(5), .bytes = n.at(6), .descriptor = pool}});
 }
 
 void CheckDevices(const std::vector<int64_t>& devices) {

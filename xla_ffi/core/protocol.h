@@ -18,7 +18,7 @@
 //                                     of the sum                          before it reads it
 //   pushed[n, p, b] rank p            none; its block b has stored its    the owner's block b,
 //                                     part of an operand here, in half n  before it reads it
-//   packet          any rank          4 bytes of an operand               the owner
+//   packet          any rank          12 bytes of an operand              the owner
 //   told[p]         rank p            what p has found to be wrong     the owner, when it aborts
 //   abort           any rank          1, for good, behind told[p]      the owner, in every wait
 //
@@ -104,22 +104,25 @@ struct ControlBlock {
 
 /// Behind a ControlBlock lie packets of small operands, room for pushed ones, and for staged ones.
 ///
-/// A packet is one 8-byte store of 4 bytes and the epoch, so that what has come needs no signal.
+/// A packet is one 16-byte store of 12 bytes and the epoch, so that what has come needs no signal.
 /// Packets, pushed operands and their signals have two halves: a call of epoch n uses half n % 2,
 /// which is overwritten in epoch n + 2, and a peer begins that when it has had this rank's part in
 /// n + 1. Epochs skip 0, which unwritten memory holds, and 1, so that halves take turns
 /// (NextEpoch).
 inline constexpr size_t kPacketsOffset = (sizeof(ControlBlock) + 255) / 256 * 256;
-inline constexpr size_t kMaxPacketPayload = 512 * 1024;
+/// Packets are stored by warps: a group of 96 vectors of 16 bytes in 128 packets.
+inline constexpr size_t kPacketGroupPayload = 96 * 16;
+inline constexpr size_t kPacketGroupBytes = 128 * 16;
+inline constexpr size_t kPacketGroups = 2048;  // from all ranks together, in one half
 
 /// What one rank can send to another in one call.
-JAX_EP_HOST_DEVICE constexpr size_t PacketPayload(int num_ranks) {
-  return num_ranks <= 8 ? kMaxPacketPayload : kMaxPacketPayload * 8 / num_ranks / 512 * 512;
+JAX_EP_HOST_DEVICE constexpr size_t PacketGroups(int num_ranks) {
+  return kPacketGroups / num_ranks;
 }
-/// From all ranks, in both halves.
-JAX_EP_HOST_DEVICE constexpr size_t PacketBytes(int num_ranks) {
-  return size_t{2} * num_ranks * 2 * PacketPayload(num_ranks);
+constexpr size_t PacketPayload(int num_ranks) {
+  return PacketGroups(num_ranks) * kPacketGroupPayload;
 }
+inline constexpr size_t kPacketBytes = 2 * kPacketGroups * kPacketGroupBytes;
 
 /// What one rank can push to another in one call, and the room for it, of all ranks in both halves.
 inline constexpr size_t kMaxPushPayload = 4 * 1024 * 1024;
@@ -128,7 +131,7 @@ JAX_EP_HOST_DEVICE constexpr size_t PushPayload(int num_ranks) {
 }
 constexpr size_t PushBytes(int num_ranks) { return size_t{2} * num_ranks * PushPayload(num_ranks); }
 constexpr size_t SharedBytes(int num_ranks) {
-  return kPacketsOffset + PacketBytes(num_ranks) + PushBytes(num_ranks);
+  return kPacketsOffset + kPacketBytes + PushBytes(num_ranks);
 }
 
 JAX_EP_HOST_DEVICE constexpr uint32_t NextEpoch(uint32_t epoch) {

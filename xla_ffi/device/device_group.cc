@@ -47,6 +47,18 @@ DeviceTraits TraitsOf(int64_t device) {
       .highest_priority = highest};
 }
 
+// The same for all processes of a host.
+uint64_t GpuOf(int64_t device) {
+  uint64_t place = 0;
+  for (const cudaDeviceAttr name :
+       {cudaDevAttrPciDomainId, cudaDevAttrPciBusId, cudaDevAttrPciDeviceId}) {
+    int value = 0;
+    Check("cudaDeviceGetAttribute", cudaDeviceGetAttribute(&value, name, static_cast<int>(device)));
+    place = place << 16 | static_cast<uint32_t>(value);
+  }
+  return place;
+}
+
 ErrorRecord::Kind KindOf(FailureRecord::Kind kind) {
   switch (kind) {
     case FailureRecord::Kind::kPeerTimeout:
@@ -153,6 +165,7 @@ void DeviceGroup::Open(int64_t timeout_ns, const LoadKernels& load_kernels) {
                       cudaHostAllocPortable | cudaHostAllocMapped));
   for (size_t i = 0; i < size; ++i) records_[i] = {};
   members_.resize(size);
+  gpus_.resize(size);
   control_.resize(size);
   pools_.resize(size);
   maps_.resize(size);
@@ -166,6 +179,7 @@ void DeviceGroup::Open(int64_t timeout_ns, const LoadKernels& load_kernels) {
                                           DevicesHere());
     Check("cudaDeviceSynchronize", cudaDeviceSynchronize());
     members_[i].traits = TraitsOf(device);
+    gpus_[i] = GpuOf(device);
     members_[i].endpoint = {.rank = seats_[i].member.rank,
                             .num_ranks = num_ranks_,
                             .position = static_cast<int32_t>(i),
@@ -187,6 +201,7 @@ DeviceGroup::Exported DeviceGroup::Export(int position, uint64_t address) {
   Member& member = members_.at(position);
   const OnDevice on_device(seats_.at(position).device_id);
   Exported exported{.traits = member.traits,
+                    .gpu = gpus_.at(position),
                     .control = control_.at(position).Export(),
                     .control_bytes = control_.at(position).bytes(),
                     .pool = {.begin = 0, .bytes = 0, .descriptor = -1}};
@@ -205,6 +220,7 @@ void DeviceGroup::Import(int position, const Exported& exported) {
   const OnDevice on_device(DevicesHere().front());
   try {
     members_.at(position).traits = exported.traits;
+    gpus_.at(position) = exported.gpu;
     control_.at(position) =
         ShareableMemory::Import(exported.control, exported.control_bytes, DevicesHere());
     if (exported.pool.descriptor >= 0) {
@@ -230,6 +246,13 @@ void DeviceGroup::Complete() {
     least.max_shared_bytes = std::min(least.max_shared_bytes, t.max_shared_bytes);
     least.has_bulk_copy = least.has_bulk_copy && t.has_bulk_copy;
   }
+  // Ranks of several processes may share a GPU: the blocks of all of them must fit at once, since
+  // they wait for one another.
+  int most_ranks = 1;
+  for (const uint64_t gpu : gpus_) {
+    most_ranks = std::max<int>(most_ranks, std::count(gpus_.begin(), gpus_.end(), gpu));
+  }
+  least.num_sms = std::max(1, least.num_sms / most_ranks);
   for (size_t i = 0; i < seats_.size(); ++i) {
     if (!is_here_[i]) continue;
     Member& member = members_[i];

@@ -66,7 +66,8 @@ class DeviceGroup {
   /// What another process needs to reach a device of this one.
   struct Exported {
     DeviceTraits traits;
-    int control;  // descriptor; the receiver closes both
+    uint64_t gpu;  // which it is, on its host
+    int control;   // descriptor; the receiver closes both
     size_t control_bytes;
     ExportedAllocation pool;  // no descriptor where all operands are staged
   };
@@ -100,6 +101,7 @@ class DeviceGroup {
   bool stages_all_;
   std::vector<bool> is_here_;             // by position, as is all that follows
   std::vector<Member> members_;           // without those elsewhere, of which only traits are known
+  std::vector<uint64_t> gpus_;            // which each is, on the host
   std::vector<ShareableMemory> control_;  // of a ControlBlock each
   std::vector<ShareableMemory> pools_;    // of those elsewhere
   std::vector<PeerPool> maps_;

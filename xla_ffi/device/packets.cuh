@@ -11,88 +11,128 @@
 
 namespace jax_ep {
 
-/// The packets of one vector.
-struct PacketPair {
-  uint64_t low[2];
-  uint64_t high[2];
+/// Vectors of a lane in its part of a group, and the packets that they fill.
+inline constexpr int kPacketVectors = 3;
+inline constexpr int kLanePackets = 4;
+inline constexpr int kGroupVectors = kPacketVectors * kWarpSize;
+static_assert(kGroupVectors * kVectorBytes == kPacketGroupPayload);
+static_assert(kLanePackets * kWarpSize * kVectorBytes == kPacketGroupBytes);
+
+__device__ inline int PacketLane() { return threadIdx.x % kWarpSize; }
+
+/// Vector `v` of this lane in a group, among those of the operand. A warp's loads and stores fill
+/// whole lines, as do those of its packets.
+__device__ inline int64_t VectorOf(int64_t group, int v) {
+  return group * kGroupVectors + v * kWarpSize + PacketLane();
+}
+
+struct Packet {
+  uint64_t low;
+  uint64_t high;  // its upper half is the epoch
 };
 
-/// Where `holder` finds vector `i` of what `source` sends it: of 32 vectors all low packets, then
-/// all high ones, so that a warp's stores fill whole lines.
-__device__ inline uint64_t* PacketsAt(const Endpoint& self, int holder, int source, uint32_t epoch,
-                                      int64_t i) {
-  const int64_t part = int64_t{epoch & 1} * self.num_ranks + source;
-  auto* packets = reinterpret_cast<std::byte*>(self.control[holder]) + kPacketsOffset +
-                  part * 2 * static_cast<int64_t>(PacketPayload(self.num_ranks));
-  const int64_t at = i / kWarpSize * (2 * kWarpSize) + i % kWarpSize;
-  return reinterpret_cast<uint64_t*>(packets + at * kVectorBytes);
+/// This lane's packets of a group.
+struct LanePackets {
+  Packet at[kLanePackets];
+};
+
+/// Where `holder` finds what `source` sends it; this lane's first packet of a group.
+__device__ inline std::byte* PacketsAt(const Endpoint& self, int holder, int source, uint32_t epoch,
+                                       int64_t group) {
+  const int64_t groups = static_cast<int64_t>(PacketGroups(self.num_ranks));
+  const int64_t place = int64_t{epoch & 1} * kPacketGroups + source * groups + group;
+  return reinterpret_cast<std::byte*>(self.control[holder]) + kPacketsOffset +
+         place * kPacketGroupBytes + PacketLane() * kVectorBytes;
 }
 
-inline constexpr int kHighPackets = kWarpSize * kVectorBytes / sizeof(uint64_t);
-
-__device__ inline void StorePackets(uint64_t* to, uint32_t first, uint32_t second, uint32_t epoch) {
-  const uint64_t a = uint64_t{epoch} << 32 | first;
-  const uint64_t b = uint64_t{epoch} << 32 | second;
-  asm volatile("st.relaxed.sys.global.v2.b64 [%0], {%1, %2};" ::"l"(to), "l"(a), "l"(b) : "memory");
+__device__ inline void StorePacket(std::byte* to, Packet packet) {
+  // One access of 16 bytes: whoever sees the epoch sees the rest.
+  asm volatile(
+      "{\n\t.reg .b128 packet;\n\tmov.b128 packet, {%1, %2};\n\t"
+      "st.relaxed.sys.global.b128 [%0], packet;\n\t}" ::"l"(to),
+      "l"(packet.low), "l"(packet.high)
+      : "memory");
 }
 
-__device__ inline void LoadPackets(const uint64_t* from, uint64_t (&packets)[2]) {
-  asm volatile("ld.relaxed.sys.global.v2.b64 {%0, %1}, [%2];"
-               : "=l"(packets[0]), "=l"(packets[1])
-               : "l"(from)
-               : "memory");
+__device__ inline Packet LoadPacket(const std::byte* from) {
+  Packet packet;
+  asm volatile(
+      "{\n\t.reg .b128 packet;\n\tld.relaxed.sys.global.b128 packet, [%2];\n\t"
+      "mov.b128 {%0, %1}, packet;\n\t}"
+      : "=l"(packet.low), "=l"(packet.high)
+      : "l"(from)
+      : "memory");
+  return packet;
 }
 
-/// Sends vector `i` to a peer.
-__device__ inline void Send(const Endpoint& self, int peer, uint32_t epoch, int64_t i,
-                            uint4 vector) {
-  uint64_t* to = PacketsAt(self, peer, self.rank, epoch, i);
-  StorePackets(to, vector.x, vector.y, epoch);
-  StorePackets(to + kHighPackets, vector.z, vector.w, epoch);
+/// By a warp: sends a group of vectors to a peer.
+__device__ inline void Send(const Endpoint& self, int peer, uint32_t epoch, int64_t group,
+                            const uint4 (&vectors)[kPacketVectors]) {
+  std::byte* to = PacketsAt(self, peer, self.rank, epoch, group);
+  const auto store = [&](int p, uint32_t x, uint32_t y, uint32_t z) {
+    StorePacket(to + p * kWarpSize * kVectorBytes,
+                {.low = uint64_t{y} << 32 | x, .high = uint64_t{epoch} << 32 | z});
+  };
+  const uint4 a = vectors[0];
+  const uint4 b = vectors[1];
+  const uint4 c = vectors[2];
+  store(0, a.x, a.y, a.z);
+  store(1, a.w, b.x, b.y);
+  store(2, b.z, b.w, c.x);
+  store(3, c.y, c.z, c.w);
 }
 
-/// Looks for vector `i` of a peer; Receive waits for it.
-__device__ inline void Look(const Endpoint& self, int peer, uint32_t epoch, int64_t i,
-                            PacketPair& pair) {
-  const uint64_t* from = PacketsAt(self, self.rank, peer, epoch, i);
-  LoadPackets(from, pair.low);
-  LoadPackets(from + kHighPackets, pair.high);
+/// By a warp: looks for what a peer sends; Receive waits for it.
+__device__ inline LanePackets Look(const Endpoint& self, int peer, uint32_t epoch, int64_t group) {
+  LanePackets packets;
+  const std::byte* from = PacketsAt(self, self.rank, peer, epoch, group);
+#pragma unroll
+  for (int p = 0; p < kLanePackets; ++p) {
+    packets.at[p] = LoadPacket(from + p * kWarpSize * kVectorBytes);
+  }
+  return packets;
 }
 
-__device__ inline bool IsThere(const PacketPair& pair, uint32_t epoch) {
-  const auto is_of_epoch = [epoch](uint64_t packet) { return packet >> 32 == epoch; };
-  return is_of_epoch(pair.low[0]) && is_of_epoch(pair.low[1]) && is_of_epoch(pair.high[0]) &&
-         is_of_epoch(pair.high[1]);
+__device__ inline bool AreThere(const LanePackets& packets, uint32_t epoch) {
+  bool are_there = true;
+#pragma unroll
+  for (int p = 0; p < kLanePackets; ++p) are_there &= packets.at[p].high >> 32 == epoch;
+  return are_there;
 }
 
 /// False when the group fails first.
-__device__ inline bool Receive(const Endpoint& self, OpId op, int peer, uint32_t epoch, int64_t i,
-                               PacketPair& pair, uint4& vector) {
+__device__ inline bool Receive(const Endpoint& self, OpId op, int peer, uint32_t epoch,
+                               int64_t group, LanePackets& packets,
+                               uint4 (&vectors)[kPacketVectors]) {
   // Most of what is waited for comes soon: the word that ends all waits, and the time, are not
   // looked at each time.
   constexpr int kLooks = 64;
-  bool is_there = IsThere(pair, epoch);
-  for (int n = 0; n < kLooks && !is_there; ++n) {
-    Look(self, peer, epoch, i, pair);
-    is_there = IsThere(pair, epoch);
+  bool are_there = AreThere(packets, epoch);
+  for (int n = 0; n < kLooks && !are_there; ++n) {
+    packets = Look(self, peer, epoch, group);
+    are_there = AreThere(packets, epoch);
   }
-  if (!is_there) {
-    is_there = WaitUntil(self, op, peer, [&] {
-      Look(self, peer, epoch, i, pair);
-      return IsThere(pair, epoch);
+  if (!are_there) {
+    are_there = WaitUntil(self, op, peer, [&] {
+      packets = Look(self, peer, epoch, group);
+      return AreThere(packets, epoch);
     });
   }
-  vector = make_uint4(static_cast<uint32_t>(pair.low[0]), static_cast<uint32_t>(pair.low[1]),
-                      static_cast<uint32_t>(pair.high[0]), static_cast<uint32_t>(pair.high[1]));
-  return is_there;
+  const auto first = [&](int p) { return static_cast<uint32_t>(packets.at[p].low); };
+  const auto second = [&](int p) { return static_cast<uint32_t>(packets.at[p].low >> 32); };
+  const auto third = [&](int p) { return static_cast<uint32_t>(packets.at[p].high); };
+  vectors[0] = make_uint4(first(0), second(0), third(0), first(1));
+  vectors[1] = make_uint4(second(1), third(1), first(2), second(2));
+  vectors[2] = make_uint4(third(2), first(3), second(3), third(3));
+  return are_there;
 }
 
 /// Where `holder` finds what `source` has pushed to it.
 __device__ inline std::byte* PushedAt(const Endpoint& self, int holder, int source,
                                       uint32_t epoch) {
   const int64_t part = int64_t{epoch & 1} * self.num_ranks + source;
-  return reinterpret_cast<std::byte*>(self.control[holder]) + kPacketsOffset +
-         PacketBytes(self.num_ranks) + part * static_cast<int64_t>(PushPayload(self.num_ranks));
+  return reinterpret_cast<std::byte*>(self.control[holder]) + kPacketsOffset + kPacketBytes +
+         part * static_cast<int64_t>(PushPayload(self.num_ranks));
 }
 
 /// Every thread of a block, which has stored its part at all peers: tells the same block of each of

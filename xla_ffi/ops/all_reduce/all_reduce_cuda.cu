@@ -13,8 +13,7 @@
 namespace jax_ep {
 namespace {
 
-constexpr int kLowLatencyBlocks = 32;
-constexpr int kOneShotBlocks = kMaxReduceBlocks;
+constexpr int kMinLowLatencyWarps = 4;
 
 // A one-shot of what the peers have room for.
 bool IsPushed(const AllReduceArgs& args, Algorithm algorithm) {
@@ -81,23 +80,29 @@ cudaError_t LaunchAllReduce(const AllReduceLaunch& launch, Algorithm algorithm,
                             const DeviceTraits& device, cudaStream_t stream) {
   const AllReduceArgs& args = launch.args;
   const Kernels kernels = KernelsOf(args.movement, args.dtype);
+  const auto divide = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   const int64_t num_vectors = NumVectors(args.bytes);
-  const bool is_low_latency = algorithm == Algorithm::kLowLatency;
-  const int64_t most =
-      std::min(device.num_sms, is_low_latency ? kLowLatencyBlocks : kOneShotBlocks);
-  const int64_t of_block = algorithm == Algorithm::kTwoShot
-                               ? int64_t{kReduceThreads} * launch.self.num_ranks
-                               : kReduceThreads;
-  const int64_t wanted = (num_vectors + of_block - 1) / of_block;
-  const int64_t num_warps = (num_vectors + kWarpSize - 1) / kWarpSize;
-  const LaunchConfig config{
-      .num_blocks = static_cast<int>(std::min(most, wanted)),
-      .num_threads = static_cast<int>(std::min<int64_t>(kReduceThreads, num_warps * kWarpSize)),
-      .shared_bytes = 0,
-      .is_behind = false,
-      .priority = device.highest_priority,
-      .stream = stream};
-  if (is_low_latency) return Launch(kernels.low_latency, config, launch);
+  LaunchConfig config{.num_blocks = 1,
+                      .num_threads = kReduceThreads,
+                      .shared_bytes = 0,
+                      .is_behind = false,
+                      .priority = device.highest_priority,
+                      .stream = stream};
+  const int64_t most_blocks = std::min(device.num_sms, kMaxReduceBlocks);
+  if (algorithm == Algorithm::kLowLatency) {
+    const int64_t num_groups = divide(num_vectors, kGroupVectors);
+    const int64_t wanted = divide(num_groups, most_blocks);
+    constexpr int64_t kMaxWarps = kReduceThreads / kWarpSize;
+    const int64_t num_warps = std::clamp<int64_t>(wanted, kMinLowLatencyWarps, kMaxWarps);
+    config.num_threads = static_cast<int>(num_warps * kWarpSize);
+    config.num_blocks = static_cast<int>(std::min(most_blocks, divide(num_groups, num_warps)));
+    return Launch(kernels.low_latency, config, launch);
+  }
+  const int64_t num_chunks = algorithm == Algorithm::kTwoShot ? launch.self.num_ranks : 1;
+  const int64_t wanted = divide(num_vectors, kReduceThreads * num_chunks);
+  config.num_blocks = static_cast<int>(std::min(most_blocks, wanted));
+  config.num_threads = static_cast<int>(
+      std::min<int64_t>(kReduceThreads, divide(num_vectors, kWarpSize) * kWarpSize));
   if (IsPushed(args, algorithm)) return Launch(kernels.push, config, launch);
   Results results;
   results.Add(args.out, args.out_bytes());

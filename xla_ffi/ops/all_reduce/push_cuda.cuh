@@ -15,18 +15,20 @@ namespace jax_ep {
 
 // Stores what a peer needs of this rank's operand at the peer, and takes what comes.
 //
-// Geometry   512 threads, a vector of 16 bytes each, up to 32 blocks; more vectors in turns.
+// Geometry   a warp for a group of 96 vectors of 16 bytes; 128 threads, more where 64 blocks of
+// them
+//            would take groups in turns.
 // Protocol   packets to every peer; nothing else, since what has come carries its epoch.
-// Traffic    per rank: bytes read, 2 * bytes stored at each peer, as much polled from the own L2,
-//            the result written.
-// Floor      2 * bytes * (num_ranks - 1) over NVLink push; a launch, a load, a store's way to a
-// peer.
+// Traffic    per rank: bytes read, 4/3 of them stored at each peer, as much polled from the own L2
+//            for each peer, the result written.
+// Floor      4/3 * bytes * (num_ranks - 1) over NVLink push; a launch, a load, a store's way to a
+//            peer.
 template <typename Element>
 __global__ void __launch_bounds__(kReduceThreads)
     LowLatencyKernel(const __grid_constant__ AllReduceLaunch launch) {
   constexpr bool kGathers = std::is_same_v<Element, Byte>;
   constexpr int kBytes = kElementBytes<Element>;
-  constexpr int kPeersAtOnce = 4;
+  constexpr int kPeersAtOnce = 2;
   const Endpoint& self = launch.self;
   const AllReduceArgs& a = launch.args;
   const uint32_t epoch = CurrentEpoch(self);
@@ -35,46 +37,65 @@ __global__ void __launch_bounds__(kReduceThreads)
     is_good = IsInPlace(self, kReduceOp, launch.position);
   }
   const int64_t num_vectors = NumVectors(a.bytes);
-  const int64_t first = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  const int64_t step = int64_t{gridDim.x} * blockDim.x;
-  if (is_good) {
-    for (int64_t i = first; i < num_vectors; i += step) {
-      uint4 vector = LoadVector<kBytes>(a.in, i, a.bytes);
-      for (int r = 0; r < self.num_ranks; ++r) {
-        if (a.in_stride() != 0) vector = LoadVector<kBytes>(a.in + r * a.in_stride(), i, a.bytes);
-        if (r != self.rank) Send(self, r, epoch, i, vector);
-      }
+  const int64_t num_groups = (num_vectors + kGroupVectors - 1) / kGroupVectors;
+  const int num_warps = blockDim.x / kWarpSize;
+  const int64_t first = int64_t{threadIdx.x / kWarpSize} * gridDim.x + blockIdx.x;
+  const int64_t step = int64_t{gridDim.x} * num_warps;
+  const auto load = [&](const std::byte* array, int64_t group, uint4(&vectors)[kPacketVectors]) {
+#pragma unroll
+    for (int v = 0; v < kPacketVectors; ++v) {
+      const int64_t i = VectorOf(group, v);
+      vectors[v] = i < num_vectors ? LoadVector<kBytes>(array, i, a.bytes) : uint4{};
+    }
+  };
+  for (int64_t group = first; is_good && group < num_groups; group += step) {
+    uint4 vectors[kPacketVectors];
+    load(a.in, group, vectors);
+    for (int r = 0; r < self.num_ranks; ++r) {
+      if (a.in_stride() != 0) load(a.in + r * a.in_stride(), group, vectors);
+      if (r != self.rank) Send(self, r, epoch, group, vectors);
     }
   }
   EndEpoch(self, epoch);
   const std::byte* own = a.in + self.rank * a.in_stride();
-  for (int64_t i = first; i < num_vectors; i += step) {
-    Sum<std::conditional_t<kGathers, float, Element>> sum;
-    const uint4 own_vector = LoadVector<kBytes>(own, i, a.bytes);
+  for (int64_t group = first; group < num_groups; group += step) {
+    Sum<std::conditional_t<kGathers, float, Element>> sums[kPacketVectors];
+    uint4 own_vectors[kPacketVectors];
+    load(own, group, own_vectors);
     for (int begin = 0; begin < self.num_ranks; begin += kPeersAtOnce) {
-      PacketPair pairs[kPeersAtOnce];
+      LanePackets packets[kPeersAtOnce];
 #pragma unroll
       for (int u = 0; u < kPeersAtOnce; ++u) {
         const int r = begin + u;
-        if (r < self.num_ranks && r != self.rank) Look(self, r, epoch, i, pairs[u]);
+        if (r < self.num_ranks && r != self.rank) packets[u] = Look(self, r, epoch, group);
       }
 #pragma unroll
       for (int u = 0; u < kPeersAtOnce; ++u) {
         const int r = begin + u;
         if (r >= self.num_ranks) break;
-        uint4 vector = own_vector;
+        uint4 vectors[kPacketVectors] = {own_vectors[0], own_vectors[1], own_vectors[2]};
         if (r != self.rank && is_good) {
-          is_good = Receive(self, kReduceOp, r, epoch, i, pairs[u], vector);
+          is_good = Receive(self, kReduceOp, r, epoch, group, packets[u], vectors);
         }
-        if constexpr (kGathers) {
-          StoreVector<kBytes>(a.out + r * a.bytes, i, a.bytes, is_good ? vector : Poison());
-        } else {
-          sum.Add(r, vector);
+#pragma unroll
+        for (int v = 0; v < kPacketVectors; ++v) {
+          if constexpr (kGathers) {
+            const int64_t i = VectorOf(group, v);
+            const uint4 vector = is_good ? vectors[v] : Poison();
+            if (i < num_vectors) StoreVector<kBytes>(a.out + r * a.bytes, i, a.bytes, vector);
+          } else {
+            sums[v].Add(r, vectors[v]);
+          }
         }
       }
     }
     if constexpr (!kGathers) {
-      StoreVector<kBytes>(a.out, i, a.bytes, is_good ? sum.Round() : Poison());
+#pragma unroll
+      for (int v = 0; v < kPacketVectors; ++v) {
+        const int64_t i = VectorOf(group, v);
+        const uint4 vector = is_good ? sums[v].Round() : Poison();
+        if (i < num_vectors) StoreVector<kBytes>(a.out, i, a.bytes, vector);
+      }
     }
   }
   if (!is_good) KeepWhatWasTold(self);

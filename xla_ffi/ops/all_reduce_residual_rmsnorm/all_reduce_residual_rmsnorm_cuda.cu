@@ -14,9 +14,10 @@
 namespace jax_ep {
 namespace {
 
-constexpr int kMaxThreads = 1024;
-constexpr int kMaxVectors = 4;  // of a row, that a thread holds
-static_assert(kMaxNormRowBytes == int64_t{kMaxThreads} * kMaxVectors * kVectorBytes);
+constexpr int kMaxThreads = 480;
+constexpr int kMaxGroups = 3;  // of a row, that a warp takes
+static_assert(kMaxNormRowBytes <=
+              int64_t{kMaxThreads} / kWarpSize * kMaxGroups * kGroupVectors * kVectorBytes);
 constexpr int kMaxBlocks = 64;
 constexpr OpId kOp = OpId::kRmsNorm;
 
@@ -33,15 +34,17 @@ __device__ float SumOfBlock(float value, float* warps) {
 }
 
 // Adds the rows of all ranks and the residual, and normalises the sum; one block for each row,
-// whose vectors stay in registers in between. What travels, travels as in all_reduce's kernels of
-// the same names: in packets, or read where it lies (kPulls).
+// whose vectors stay in registers in between. What travels, travels as in all_reduce: in packets,
+// or read where it lies (kPulls).
 //
-// Geometry   a thread for up to four vectors of a row, 1,024 at most; up to 64 blocks, which take
-//            rows in turns.
+// Geometry   a warp for up to three groups of 96 vectors of a row; up to 64 blocks, which take rows
+// in
+//            turns.
 // Protocol   packets to every peer; kPulls: publishes its operand, meets its peers, ends with
 //            read_done to every peer.
-// Traffic    per row: its bytes read from every rank (packets: stored twice as many at each peer),
-//            the residual and the scale read, two rows written.
+// Traffic    per row: its bytes read from every rank (packets: 4/3 of them stored at each peer),
+// the
+//            residual and the scale read, two rows written.
 // Floor      the larger of what crosses NVLink and of all bytes over HBM; a launch, a load, a
 // store's
 //            way to a peer.
@@ -58,6 +61,16 @@ __global__ void __launch_bounds__(kMaxThreads)
   const RmsNormArgs& a = launch.args;
   const int64_t row_bytes = a.row_bytes();
   const int row_vectors = static_cast<int>((row_bytes + kVectorBytes - 1) / kVectorBytes);
+  const int row_groups = (row_vectors + kGroupVectors - 1) / kGroupVectors;
+  const int num_warps = blockDim.x / kWarpSize;
+  const int warp = threadIdx.x / kWarpSize;
+  const auto load = [&](const std::byte* row, int group, uint4(&vectors)[kPacketVectors]) {
+#pragma unroll
+    for (int v = 0; v < kPacketVectors; ++v) {
+      const int64_t i = VectorOf(group, v);
+      vectors[v] = i < row_vectors ? LoadVector<kBytes>(row, i, row_bytes) : uint4{};
+    }
+  };
   uint32_t epoch = 0;
   bool is_good;
   if constexpr (kPulls) {
@@ -72,10 +85,11 @@ __global__ void __launch_bounds__(kMaxThreads)
       is_good = IsInPlace(self, kOp, launch.position);
     }
     for (int64_t row = blockIdx.x; is_good && row < a.num_rows; row += gridDim.x) {
-      for (int i = threadIdx.x; i < row_vectors; i += blockDim.x) {
-        const uint4 vector = LoadVector<kBytes>(a.in + row * row_bytes, i, row_bytes);
+      for (int group = warp; group < row_groups; group += num_warps) {
+        uint4 vectors[kPacketVectors];
+        load(a.in + row * row_bytes, group, vectors);
         for (int r = 0; r < self.num_ranks; ++r) {
-          if (r != self.rank) Send(self, r, epoch, row * row_vectors + i, vector);
+          if (r != self.rank) Send(self, r, epoch, row * row_groups + group, vectors);
         }
       }
     }
@@ -84,62 +98,75 @@ __global__ void __launch_bounds__(kMaxThreads)
   const bool has_met = is_good;
   for (int64_t row = blockIdx.x; row < a.num_rows; row += gridDim.x) {
     const int64_t at = row * row_bytes;
-    uint4 held[kMaxVectors];
+    uint4 held[kMaxGroups][kPacketVectors] = {};
     float squares = 0.0f;
 #pragma unroll
-    for (int v = 0; v < kMaxVectors; ++v) {
-      const int i = threadIdx.x + v * blockDim.x;
-      if (i >= row_vectors) break;
-      float sum[kSize];
-      float term[kSize];
-      Values::Load(LoadVector<kBytes>(a.residual + at, i, row_bytes), term);
-      for (int r = 0; is_good && r < self.num_ranks; ++r) {
-        uint4 vector;
+    for (int g = 0; g < kMaxGroups; ++g) {
+      const int group = warp + g * num_warps;
+      if (group >= row_groups) break;
+      float sums[kPacketVectors][kSize];
+      uint4 residual[kPacketVectors];
+      load(a.residual + at, group, residual);
+      for (int r = 0; r < self.num_ranks; ++r) {
+        uint4 vectors[kPacketVectors] = {};
         if (kPulls) {
-          vector = LoadVector<kBytes>(peers.at[0][r] + at, i, row_bytes);
+          if (is_good) load(peers.at[0][r] + at, group, vectors);
         } else if (r == self.rank) {
-          vector = LoadVector<kBytes>(a.in + at, i, row_bytes);
-        } else {
-          PacketPair pair;
-          Look(self, r, epoch, row * row_vectors + i, pair);
-          is_good = Receive(self, kOp, r, epoch, row * row_vectors + i, pair, vector);
+          load(a.in + at, group, vectors);
+        } else if (is_good) {
+          LanePackets packets = Look(self, r, epoch, row * row_groups + group);
+          is_good = Receive(self, kOp, r, epoch, row * row_groups + group, packets, vectors);
         }
-        float values[kSize];
-        Values::Load(vector, values);
 #pragma unroll
-        for (int e = 0; e < kSize; ++e) sum[e] = r == 0 ? values[e] : sum[e] + values[e];
+        for (int v = 0; v < kPacketVectors; ++v) {
+          float term[kSize];
+          Values::Load(vectors[v], term);
+#pragma unroll
+          for (int e = 0; e < kSize; ++e) sums[v][e] = r == 0 ? term[e] : sums[v][e] + term[e];
+        }
       }
-      Values::Load(Values::Round(sum), sum);
 #pragma unroll
-      for (int e = 0; e < kSize; ++e) sum[e] += term[e];
-      held[v] = is_good ? Values::Round(sum) : make_uint4(~0u, ~0u, ~0u, ~0u);
-      StoreVector<kBytes>(a.new_residual + at, i, row_bytes, held[v]);
-      Values::Load(held[v], sum);
+      for (int v = 0; v < kPacketVectors; ++v) {
+        const int64_t i = VectorOf(group, v);
+        float h[kSize];
+        float term[kSize];
+        Values::Load(Values::Round(sums[v]), h);
+        Values::Load(residual[v], term);
 #pragma unroll
-      for (int e = 0; e < kSize; ++e) squares += sum[e] * sum[e];
+        for (int e = 0; e < kSize; ++e) h[e] += term[e];
+        held[g][v] = is_good ? Values::Round(h) : make_uint4(~0u, ~0u, ~0u, ~0u);
+        if (i >= row_vectors) continue;
+        StoreVector<kBytes>(a.new_residual + at, i, row_bytes, held[g][v]);
+        Values::Load(held[g][v], h);
+#pragma unroll
+        for (int e = 0; e < kSize; ++e) squares += h[e] * h[e];
+      }
     }
     const float mean = SumOfBlock(squares, warps) / static_cast<float>(a.hidden);
     const float factor = 1.0f / sqrtf(mean + a.eps);
 #pragma unroll
-    for (int v = 0; v < kMaxVectors; ++v) {
-      const int i = threadIdx.x + v * blockDim.x;
-      if (i >= row_vectors) break;
-      float h[kSize];
-      float scale[kSize];
-      Values::Load(held[v], h);
-      if (a.has_f32_scale) {
-        constexpr int kF32Vectors = kSize * 4 / kVectorBytes;
+    for (int g = 0; g < kMaxGroups; ++g) {
 #pragma unroll
-        for (int f = 0; f < kF32Vectors; ++f) {
-          Vector<float>::Load(LoadVector<4>(a.scale, int64_t{i} * kF32Vectors + f, a.hidden * 4),
-                              scale + f * Vector<float>::kSize);
+      for (int v = 0; v < kPacketVectors; ++v) {
+        const int64_t i = VectorOf(warp + g * num_warps, v);
+        if (i >= row_vectors) break;
+        float h[kSize];
+        float scale[kSize];
+        Values::Load(held[g][v], h);
+        if (a.has_f32_scale) {
+          constexpr int kF32Vectors = kSize * 4 / kVectorBytes;
+#pragma unroll
+          for (int f = 0; f < kF32Vectors; ++f) {
+            Vector<float>::Load(LoadVector<4>(a.scale, i * kF32Vectors + f, a.hidden * 4),
+                                scale + f * Vector<float>::kSize);
+          }
+        } else {
+          Values::Load(LoadVector<kBytes>(a.scale, i, row_bytes), scale);
         }
-      } else {
-        Values::Load(LoadVector<kBytes>(a.scale, i, row_bytes), scale);
-      }
 #pragma unroll
-      for (int e = 0; e < kSize; ++e) h[e] = h[e] * factor * scale[e];
-      StoreVector<kBytes>(a.normed + at, i, row_bytes, Values::Round(h));
+        for (int e = 0; e < kSize; ++e) h[e] = h[e] * factor * scale[e];
+        StoreVector<kBytes>(a.normed + at, i, row_bytes, Values::Round(h));
+      }
     }
   }
   if constexpr (kPulls) {
@@ -147,6 +174,12 @@ __global__ void __launch_bounds__(kMaxThreads)
   } else {
     if (!is_good) KeepWhatWasTold(self);
   }
+}
+
+// Of packets: each row begins with one of its own.
+int64_t RowGroups(const RmsNormArgs& args) {
+  constexpr int64_t kBytes = kPacketGroupPayload;
+  return (args.row_bytes() + kBytes - 1) / kBytes;
 }
 
 using Kernel = void (*)(RmsNormLaunch, Results);
@@ -186,8 +219,7 @@ cudaError_t LoadRmsNormKernels(DeviceTraits&) {
 cudaError_t LaunchRmsNorm(const RmsNormLaunch& launch, Algorithm algorithm,
                           const DeviceTraits& device, cudaStream_t stream) {
   const RmsNormArgs& args = launch.args;
-  const int64_t row_vectors = (args.row_bytes() + kVectorBytes - 1) / kVectorBytes;
-  const int64_t num_warps = (row_vectors + kWarpSize - 1) / kWarpSize;
+  const int64_t num_warps = RowGroups(args);
   const int64_t most = std::min(kMaxBlocks, device.num_sms);
   const LaunchConfig config{
       .num_blocks = static_cast<int>(std::min(most, args.num_rows)),
@@ -219,10 +251,10 @@ ffi::Error RmsNorm(DeviceSite* site, cudaStream_t stream, int32_t device_id, I32
   JAX_EP_REQUIRE(args.num_rows > 0, kName, ": there are no rows");
   JAX_EP_REQUIRE(args.row_bytes() <= kMaxNormRowBytes, kName, ": a row has ", args.row_bytes(),
                  " bytes, at most ", kMaxNormRowBytes);
-  const int64_t padded = (args.row_bytes() + kVectorBytes - 1) / kVectorBytes * kVectorBytes;
-  JAX_EP_REQUIRE(how != Algorithm::kLowLatency ||
-                     args.num_rows * padded <= static_cast<int64_t>(PacketPayload(num_ranks)),
-                 kName, ": low_latency takes at most ", PacketPayload(num_ranks), " bytes");
+  JAX_EP_REQUIRE(how != Algorithm::kLowLatency || args.num_rows * RowGroups(args) <=
+                                                      static_cast<int64_t>(PacketGroups(num_ranks)),
+                 kName, ": low_latency takes at most ", PacketGroups(num_ranks),
+                 " groups of packets, got ", args.num_rows * RowGroups(args));
   DeviceCall call;
   error = FindDevice(kName, site, device_id, /*num_sms=*/1, call);
   if (error.failure()) return error;
