@@ -118,7 +118,11 @@ def mps(tmp_path_factory):
     if daemon is None:
         pytest.skip("needs CUDA MPS")
     place = str(tmp_path_factory.mktemp("mps"))
-    own = {"CUDA_MPS_PIPE_DIRECTORY": place, "CUDA_MPS_LOG_DIRECTORY": place}
+    own = {
+        "CUDA_MPS_PIPE_DIRECTORY": place,
+        "CUDA_MPS_LOG_DIRECTORY": place,
+        "CUDA_DEVICE_MAX_CONNECTIONS": "2",  # many clients have no room for more each
+    }
     environment = {**os.environ, **own}
     subprocess.run([daemon, "-d"], env=environment, check=True, timeout=20)
     yield own
