@@ -51,6 +51,19 @@ def test_train_moe_refuses_impossible_sizes(tmp_path):
     assert "must divide --devices 3" in done.stderr
 
 
+@pytest.mark.parametrize("devices", ["4", "3"])
+def test_tp_decode(devices):
+    """It compares its logits with psum's; the exit status is its verdict."""
+    flags = ["--steps", "2", "--tokens", "8", "--devices", devices]
+    command = [sys.executable, EXAMPLES / "tp_decode.py", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    # With three, eight heads are dealt to two.
+    assert f"{4 if devices == '4' else 2} x cpu, back end cpu" in done.stdout
+    for text in ("held-out loss", "--- generated\n\n\nimport ", "largest difference from psum"):
+        assert text in done.stdout
+
+
 def _run_processes(*program):
     command = [sys.executable, EXAMPLES / "multi_host.py", "--processes", "2", "--devices", "2"]
     command += program

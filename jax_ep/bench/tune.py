@@ -2,8 +2,6 @@
 
 import argparse
 import json
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -45,7 +43,6 @@ def main(args: argparse.Namespace) -> None:
         "ops": {op: _steps(found[_MEASURED_AS.get(op, op)]) for op in OPS},
         "measured": found,
         **asdict(Place.find(args.commit)),
-        "command": shlex.join(["python", *sys.argv]),
     }
     if jax.process_index() == 0:
         _write(args.out, entry)
