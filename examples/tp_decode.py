@@ -186,7 +186,8 @@ def main() -> None:
             params, state, value = train_step(params, state, windows(text))
             if step % 20 == 0:
                 bar.set_postfix_str(f"{float(value) / np.log(2):.2f} bits/byte")
-        unseen = np.mean([float(sharded_loss(params, windows(held_out))) for _ in range(8)])
+        measure = jax.jit(sharded_loss)
+        unseen = np.mean([float(measure(params, windows(held_out))) for _ in range(8)])
         print(f"held-out loss {unseen / np.log(2):.2f} bits/byte")
 
         length = min(CONTEXT, len(PROMPT) + FLAGS.tokens)

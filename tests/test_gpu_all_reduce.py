@@ -28,7 +28,7 @@ SIZES = (1, 50, 2049, 8192, 40_000)
 def _calls(group):
     """(size, call): each algorithm on parts of the same vector.
 
-    Concatenated, not set in place: XLA of JAX 0.11.2 crashes when it compiles that in a scan.
+    Concatenated, not set in place: XLA of JAX 0.11.2 was seen to crash compiling that in a scan.
     """
     call = partial(jax_ep.all_reduce, group=group, allow_psum=False)
     return [
