@@ -234,6 +234,9 @@ def test_tune_keeps_what_is_fastest(tmp_path):
         entry = {"device": device, "num_ranks": num_ranks}
         tune._write(path, {**entry, "ops": dict.fromkeys(_tuning.OPS, steps)})
     assert len(json.loads(path.read_text())["tables"]) == 3
+    measured = dict.fromkeys(("all_reduce", "halves"), found)
+    tune.plot({"device": "a", "num_ranks": 2, "measured": measured}, tmp_path / "t.png")
+    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_limits_agree_with_the_native_side():

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--out", type=Path, required=True, help="table to write; entries of others are kept")
     add("--most-mib", type=int, default=64, help="largest size; beyond it the last choice holds")
+    add("--plot", type=Path, help="also draw what was measured (needs matplotlib)")
     add("--repeats", type=int, default=7)
     add("--commit", help="what to record in place of what git says here")
 
@@ -47,6 +48,8 @@ def main(args: argparse.Namespace) -> None:
     if jax.process_index() == 0:
         _write(args.out, entry)
         print(f"the table of {entry['device']}, {entry['num_ranks']} ranks: {args.out}")
+        if args.plot is not None:
+            plot(entry, args.plot)
 
 
 def _measure(
@@ -83,3 +86,22 @@ def _write(path: Path, entry: dict[str, Any]) -> None:
     own = (entry["device"], entry["num_ranks"])
     kept = [t for t in tables if (t["device"], t["num_ranks"]) != own]
     path.write_text(json.dumps({"tables": [*kept, entry]}, indent=1) + "\n")
+
+
+def plot(entry: Mapping[str, Any], path: Path) -> None:
+    """Time over bytes of every algorithm, one panel for each operation. Needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.0 * len(entry["measured"]), 4.0), layout="constrained")
+    panels = figure.subplots(1, len(entry["measured"]), sharey=True)
+    names = (*reduce.OURS, "psum")
+    for axes, (op, found) in zip(panels, entry["measured"].items(), strict=True):
+        for color, name in enumerate(names):
+            points = [(int(num_bytes), us[name]) for num_bytes, us in found.items() if name in us]
+            if points:
+                axes.plot(*zip(*points, strict=True), f"C{color}.-", label=name)
+        axes.set(xscale="log", yscale="log", xlabel="bytes of a rank", title=op)
+    panels[0].set_ylabel("microseconds")
+    panels[0].legend(fontsize="small")
+    figure.suptitle(f"{entry['device']}, {entry['num_ranks']} ranks", fontsize="medium")
+    figure.savefig(path)
