@@ -58,21 +58,25 @@ class Opening:
         self._meeting.agree("staging", {"the room for staged operands": [spare, most]})
         why_staged = self._meeting.first_problem("allocators", why_staged or "")
         if why_staged is None:
-            group = self._open_cuda(None, spare)
-            why_staged = _bootstrap.share_devices(
-                self._meeting, group.handle, self._mesh, with_pools=True
-            )
+            group, why_staged = self._share(self._open_cuda(None, spare), with_pools=True)
             if why_staged is None:
                 return group
+        group, why_not = self._share(self._open_cuda(why_staged, most), with_pools=False)
+        return group if why_not is None else why_not
+
+    def _share(self, group: NativeGroup, *, with_pools: bool) -> tuple[NativeGroup, str | None]:
+        """The group, closed if its memory cannot be shared, and why."""
+        assert self._meeting is not None
+        try:
+            why_not = _bootstrap.share_devices(
+                self._meeting, group.handle, self._mesh, with_pools=with_pools
+            )
+        except BaseException:
             group.close(self._spec)
-        group = self._open_cuda(why_staged, most)
-        why_not = _bootstrap.share_devices(
-            self._meeting, group.handle, self._mesh, with_pools=False
-        )
-        if why_not is None:
-            return group
-        group.close(self._spec)
-        return why_not
+            raise
+        if why_not is not None:
+            group.close(self._spec)
+        return group, why_not
 
     def _open_cuda(self, why_staged: str | None, staging_bytes: int) -> NativeGroup:
         own = jax.process_index()

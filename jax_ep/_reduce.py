@@ -92,6 +92,8 @@ def _choose(
     chosen = _tuning.pick(group.tuning, op, num_bytes, choices)
     if chosen is not None:
         return chosen
+    if allow_psum:
+        return Algorithm.PSUM
     if not allowed:
         raise ConfigError(f"{op}: no algorithm but psum takes {num_bytes} bytes from a rank here")
     return allowed[-1]
@@ -156,9 +158,19 @@ _move.defvjp(_move_fwd, _move_bwd)
 
 
 def transpose_of_sum(spec: ReduceSpec, ct: jax.Array) -> jax.Array:
-    """Of all_reduce: what a rank's term gets of the sum's cotangent."""
-    missing = set(spec.group.axes) - _jax_compat.varying_axes(jax.typeof(ct))
-    if spec.is_typed and missing:
-        (cast,) = _jax_compat.vary_alike([ct], spec.group.axes)
-        return cast
-    return _move(spec, ct)
+    """Of all_reduce: what a rank's term gets of the sum's cotangent.
+
+    With types, only what the cotangent varies over is left to be summed: the sum itself does not
+    vary over the group's axes, but what it was added to may.
+    """
+    axes = spec.group.axes
+    if not spec.is_typed:
+        return _move(spec, ct)
+    varying = _jax_compat.varying_axes(jax.typeof(ct))
+    left = tuple(a for a in axes if a in varying)
+    if left == axes:
+        ct = _move(spec, ct)
+    elif left:
+        ct = jax.lax.psum(ct, left)
+    (cast,) = _jax_compat.vary_alike([ct], axes)
+    return cast

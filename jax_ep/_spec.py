@@ -127,6 +127,19 @@ class ReduceSpec:
     movement: config.Movement = config.Movement.ALL_REDUCE
     is_typed: bool = False
 
+    def is_carried(self, x: jax.Array) -> bool:
+        """Whether the custom calls can carry an operand, by this algorithm."""
+        if self.backend != "cuda" or self.group.staging_bytes is None:
+            return True
+        num_bytes = x.size * x.dtype.itemsize
+        if self.movement is config.Movement.REDUCE_SCATTER:
+            num_bytes //= self.group.num_ranks
+        is_pushed = num_bytes <= config.push_payload(self.group.num_ranks)
+        return {
+            config.Algorithm.LOW_LATENCY: True,
+            config.Algorithm.ONE_SHOT: is_pushed or self.group.can_stage(x),
+        }.get(self.algorithm, False)
+
 
 class Routed(NamedTuple):
     """What a back end's dispatch gives, on one rank. `C` = recv_capacity, `L` = local experts."""

@@ -39,7 +39,7 @@ def pick(table: Table, op: str, num_bytes: int, allowed: Sequence[Algorithm]) ->
 
 
 def load(device_kind: str, num_ranks: int) -> Table:
-    """The table for a group: of its device kind if there is one, of its size or the next smaller.
+    """The table for a group: of its size or the next smaller, of its device kind if there is one.
 
     Raises: ConfigError for a file of JAX_EP_TUNING that cannot be used.
     """
@@ -79,9 +79,11 @@ def _parse(text: str, source: str) -> list[tuple[str, int, Table]]:
 
 
 def _find(entries: list[tuple[str, int, Table]], device_kind: str, num_ranks: int) -> Table:
-    for device in (device_kind, _ANY_DEVICE):
-        sizes = {size: table for found, size, table in entries if found == device}
-        smaller = [size for size in sizes if size <= num_ranks]
-        if smaller:
-            return sizes[max(smaller)]
+    fitting = [
+        (size, device == device_kind, table)
+        for device, size, table in entries
+        if size <= num_ranks and device in (device_kind, _ANY_DEVICE)
+    ]
+    if fitting:
+        return max(fitting, key=lambda entry: entry[:2])[2]
     raise ConfigError(f"the table of algorithms has none for {device_kind}, {num_ranks} ranks")

@@ -109,7 +109,8 @@ def reduce_scatter(
             f"{op}: the first axis of x must be {expected} num_ranks={num_ranks}, got shape "
             f"{array.shape}".replace("  ", " ")
         )
-    parts = array.reshape(num_ranks, -1, *array.shape[1:]) if tiled else array
+    part = (array.shape[0] // num_ranks, *array.shape[1:])
+    parts = array.reshape(num_ranks, *part) if tiled else array
     spec = _reduce.make_spec(
         group,
         parts,
@@ -157,8 +158,8 @@ def all_gather(
     array = jnp.asarray(_checks.require_array(x, op=op, argument="x"))
     if tiled and array.ndim == 0:
         raise ShapeError(f"{op}: tiled, x must have an axis, got shape ()")
-    # What is differentiated comes back as a sum.
-    is_float = jnp.issubdtype(array.dtype, jnp.inexact)
+    # What is differentiated comes back as a sum; what is no whole bytes XLA packs as it likes.
+    is_summed = jnp.issubdtype(array.dtype, jnp.inexact) or not _is_whole_bytes(array.dtype)
     spec = _reduce.make_spec(
         group,
         array,
@@ -167,9 +168,16 @@ def all_gather(
         algorithm=algorithm,
         allow_psum=allow_psum,
         backend=backend,
-        dtypes=_reduce.SUM_DTYPES if is_float else None,
+        dtypes=_reduce.SUM_DTYPES if is_summed else None,
         movement=Movement.ALL_GATHER,
     )
     (array,) = _jax_compat.vary_alike([array], spec.group.axes)
     gathered = _reduce.move(spec, array)
-    return gathered.reshape(-1, *array.shape[1:]) if tiled else gathered
+    num_ranks = spec.group.num_ranks
+    whole = (num_ranks * array.shape[0], *array.shape[1:]) if tiled else gathered.shape
+    return gathered.reshape(whole)
+
+
+def _is_whole_bytes(dtype: Any) -> bool:
+    is_key = jnp.issubdtype(dtype, jax.dtypes.extended)
+    return not is_key and jax.dtypes.itemsize_bits(dtype) % 8 == 0

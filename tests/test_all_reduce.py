@@ -1,5 +1,6 @@
 """all_reduce and its relatives: types, transforms, choices. Their values are in the suite."""
 
+import dataclasses
 import json
 from argparse import Namespace
 from functools import partial
@@ -13,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_ep
 from jax_ep import _tuning, config, reference
+from jax_ep._spec import GroupSpec, ReduceSpec
 from jax_ep.bench import tune
 from jax_ep.config import Algorithm
 from jax_ep.testing.compare import assert_close, assert_same_bits
@@ -69,6 +71,68 @@ def test_other_axes_of_the_mesh_stay(backend):
         ]
         for got, expected in zip(*grads, strict=True):
             assert_close(got, np.asarray(expected), tolerance=1e-5)
+
+
+def test_a_residual_may_vary_over_the_ranks(backend):
+    """Over all of the group's axes, or one of them: the gradient is that of psum and a sum."""
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("a", "b"))
+    rng = np.random.default_rng(6)
+    x = rng.standard_normal((2, 2, 3, 8)).astype(np.float32)
+    with jax_ep.Group.open(mesh, ("a", "b"), name="varies") as group:
+        for axes in (("a", "b"), ("a",), ("b",), ()):
+            residual = rng.standard_normal((*(2 for _ in axes), 3, 8)).astype(np.float32)
+
+            def fused(x, residual):
+                scale = jnp.ones(8)
+                return jax_ep.all_reduce_residual_rmsnorm(
+                    x, residual, scale, group=group, backend=backend, algorithm="one_shot"
+                )
+
+            def stock(x, residual):
+                h = jax.lax.psum(x, ("a", "b")) + residual
+                return h / jnp.sqrt(jnp.mean(h * h, axis=-1, keepdims=True) + 1e-6), h
+
+            def loss(fn, x, residual, axes=axes):
+                n, h = fn(x[0, 0], residual.reshape(3, 8))
+                total = jnp.sum(n * h * h)
+                return jax.lax.psum(total, axes) if axes else total
+
+            grads = []
+            for fn in (fused, stock):
+                mapped = jax.shard_map(
+                    partial(loss, fn), mesh=mesh, in_specs=(P("a", "b"), P(*axes)), out_specs=P()
+                )
+                grads.append(jax.jit(jax.grad(mapped, argnums=(0, 1)))(x, residual))
+            for got, expected in zip(*grads, strict=True):
+                assert_close(got, np.asarray(expected), tolerance=1e-5, what=str(axes))
+
+
+def test_a_batch_too_large_for_its_algorithm_takes_another(groups):
+    """Each example fits into packets, the batch does not; on CPUs only the attribute shows it."""
+    group = groups(2)
+    x = np.ones((2, 4, config.packet_payload(2) // 8), np.float32)
+    call = partial(jax_ep.all_reduce, group=group, algorithm="low_latency")
+    text = str(jax.make_jaxpr(on_ranks(jax.vmap(call), group.mesh, check_vma=False))(x))
+    assert f"algorithm={Algorithm.ONE_SHOT.value}" in text
+    text = str(jax.make_jaxpr(on_ranks(jax.vmap(call), group.mesh, check_vma=False))(x[..., :9]))
+    assert f"algorithm={Algorithm.LOW_LATENCY.value}" in text
+
+
+def test_what_cannot_be_staged_takes_stock_collectives():
+    """Also in the backward pass, whose operand is larger; on the spec of a GPU group."""
+    spec = ReduceSpec(
+        GroupSpec("g", ("ep",), (("ep", 4),), (0, 1, 2, 3), staging_bytes=20 << 20),
+        "cuda",
+        Algorithm.ONE_SHOT,
+        config.Movement.ALL_GATHER,
+    )
+    small, large = (jax.ShapeDtypeStruct((n << 18,), jnp.float32) for n in (4, 10))
+    assert spec.is_carried(small)
+    assert spec.is_carried(large)
+    back = dataclasses.replace(spec, movement=config.Movement.REDUCE_SCATTER)
+    assert back.is_carried(jax.ShapeDtypeStruct((4, 4 << 18), jnp.float32))  # pushed
+    assert not back.is_carried(jax.ShapeDtypeStruct((4, 10 << 18), jnp.float32))
+    assert not dataclasses.replace(spec, algorithm=Algorithm.TWO_SHOT).is_carried(small)
 
 
 def test_vmap_folds_the_batch(groups, backend):
@@ -135,6 +199,8 @@ def test_tiled_and_trees(groups, backend):
     assert_same_bits(parts, np.sum(x, axis=0).reshape(3, 2, 2))
     whole = on_ranks(partial(jax_ep.all_gather, tiled=True, **options), group.mesh)(x)
     assert_same_bits(whole, np.broadcast_to(x.reshape(18, 2), (3, 18, 2)))
+    for op, shape in ((jax_ep.reduce_scatter, (3, 2, 0)), (jax_ep.all_gather, (3, 18, 0))):
+        assert on_ranks(partial(op, tiled=True, **options), group.mesh)(x[..., :0]).shape == shape
     tree = {"a": x, "b": (x[:, 0].astype(np.int32),)}
     sums = on_ranks(partial(jax_ep.all_reduce, **options), group.mesh, check_vma=False)(tree)
     assert_same_bits(sums["b"][0], reference.all_reduce(tree["b"][0]))
@@ -148,9 +214,19 @@ def test_what_is_not_ours_is_psum(groups, backend):
         got = on_ranks(partial(jax_ep.all_reduce, **options), group.mesh, check_vma=False)(x)
         assert got.dtype == jnp.asarray(x).dtype
         np.testing.assert_array_equal(got, np.broadcast_to(x.sum(0, dtype=x.dtype), x.shape))
+    quarters = np.ones((2, 3), jnp.int4)
+    got = on_ranks(partial(jax_ep.all_gather, **options), group.mesh)(quarters)
+    assert_same_bits(got.astype(jnp.int8), np.ones((2, 2, 3), np.int8))
     flags = np.array([[True, False], [False, False]])
     got = on_ranks(partial(jax_ep.all_gather, **options), group.mesh)(flags)
     np.testing.assert_array_equal(got, np.broadcast_to(flags, (2, 2, 2)))
+
+
+def test_a_table_of_fewer_ranks_gives_way_to_one_of_more():
+    """That of two H100 is not for eight of them."""
+    two, eight = (_tuning.load("NVIDIA H100 80GB HBM3", n) for n in (2, 8))
+    assert eight == _tuning.load("no such device", 8)
+    assert two != _tuning.load("no such device", 2)
 
 
 def test_the_table_chooses(monkeypatch, tmp_path):

@@ -1,15 +1,18 @@
 """The primitive of all_reduce; xla_ffi/ops/all_reduce/all_reduce_ffi.h is its other side."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from jax_ep import config
 from jax_ep._jax_compat import varying_axes
 from jax_ep._primitives._base import batch_at, make_primitive
 from jax_ep._primitives.check_mesh import check_mesh
 from jax_ep._spec import ReduceSpec
-from jax_ep.config import Movement
+from jax_ep.config import Algorithm, Movement
 
 
 def _results(
@@ -29,14 +32,31 @@ def _varying(position: Any, x: Any, *, movement: int, axes: tuple[str, ...], **_
 
 
 def _batch(
-    operands: Sequence[Any], dims: Sequence[Any], *, movement: int, **parameters: Any
+    operands: Sequence[Any],
+    dims: Sequence[Any],
+    *,
+    movement: int,
+    algorithm: int,
+    num_ranks: int,
+    **parameters: Any,
 ) -> tuple[Sequence[Any], Sequence[int]]:
-    """The elements of a batch are elements like others; a rank's axis stays in front of them."""
+    """The elements of a batch are elements like others; a rank's axis stays in front of them.
+
+    But a batch may be too large for what was chosen for one of it.
+    """
     position, x = operands
-    before = int(Movement(movement) is Movement.REDUCE_SCATTER)
+    kind = Movement(movement)
+    before = int(kind is Movement.REDUCE_SCATTER)
     x = batch_at(x, dims[1], before, x.shape[dims[1]])
-    after = int(Movement(movement) is Movement.ALL_GATHER)
-    return _bind(position, x, movement=movement, **parameters), [after]
+    num_bytes = x.size * x.dtype.itemsize // (x.shape[0] if before else 1)
+    if algorithm == Algorithm.LOW_LATENCY.value and num_bytes > config.packet_payload(num_ranks):
+        algorithm = Algorithm.ONE_SHOT.value
+    bind = partial(_bind, movement=movement, algorithm=algorithm, num_ranks=num_ranks, **parameters)
+    after = int(kind is Movement.ALL_GATHER)
+    if parameters["is_staged"] and num_bytes > config.push_payload(num_ranks):
+        each = [bind(position, jnp.take(x, i, before))[0] for i in range(x.shape[before])]
+        return [jnp.stack(each, after)], [after]
+    return bind(position, x), [after]
 
 
 _bind = make_primitive(
@@ -62,6 +82,7 @@ def all_reduce(spec: ReduceSpec, x: jax.Array) -> jax.Array:
         algorithm=spec.algorithm.value,
         axes=spec.group.axes,
         group=spec.group.identity,
+        is_staged=spec.group.staging_bytes is not None,
         movement=spec.movement.value,
         num_ranks=spec.group.num_ranks,
     )[0]

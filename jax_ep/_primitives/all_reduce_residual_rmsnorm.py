@@ -9,10 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jax_ep import config
 from jax_ep._jax_compat import varying_axes
 from jax_ep._primitives._base import batch_at, make_primitive
 from jax_ep._primitives.check_mesh import check_mesh
 from jax_ep._spec import ReduceSpec
+from jax_ep.config import Algorithm
 
 _OP = "all_reduce_residual_rmsnorm"
 
@@ -32,11 +34,14 @@ def _varying(
 def _batch(
     operands: Sequence[Any], dims: Sequence[Any], **parameters: Any
 ) -> tuple[Sequence[Any], Sequence[int]]:
-    """The rows of a batch are rows like others; with scales of their own, calls of their own."""
+    """The rows of a batch are rows like others; with scales of their own, calls of their own.
+
+    As are those of a batch that is too large for what was chosen for one of it.
+    """
     position, x, residual, scale = operands
     size = next(a.shape[d] for a, d in zip(operands, dims, strict=True) if d is not None)
     x, residual = (batch_at(a, d, 0, size) for a, d in ((x, dims[1]), (residual, dims[2])))
-    if dims[3] is not None:
+    if dims[3] is not None or not _has_room(x, **parameters):
         scale = batch_at(scale, dims[3], 0, size)
         calls = [
             _bind(position, *each, **parameters) for each in zip(x, residual, scale, strict=True)
@@ -45,6 +50,14 @@ def _batch(
     rows = (size * x.shape[1], x.shape[2])
     results = _bind(position, x.reshape(rows), residual.reshape(rows), scale, **parameters)
     return [r.reshape(x.shape) for r in results], [0, 0]
+
+
+def _has_room(x: jax.Array, *, algorithm: int, is_staged: bool, num_ranks: int, **_: Any) -> bool:
+    """Whether x [batch, rows, hidden] can go where one of the batch could."""
+    if algorithm != Algorithm.LOW_LATENCY.value:
+        return not is_staged
+    row_groups = -(-x.shape[2] * x.dtype.itemsize // config.PACKET_GROUP_PAYLOAD)
+    return x.shape[0] * x.shape[1] * row_groups <= config.PACKET_GROUPS // num_ranks
 
 
 _bind = make_primitive(
@@ -71,5 +84,7 @@ def all_reduce_residual_rmsnorm(
         axes=spec.group.axes,
         eps=eps,
         group=spec.group.identity,
+        is_staged=spec.group.staging_bytes is not None,
+        num_ranks=spec.group.num_ranks,
     )
     return normed, new_residual

@@ -37,6 +37,8 @@ def main(args: argparse.Namespace) -> None:
     with jax_ep.Group.open(mesh, "ep", name="tune", timeout=60.0) as group:
         if group.backend != "cuda":
             raise GroupError(f"tune: there is nothing to choose on back end {group.backend!r}")
+        if group.spec.staging_bytes is not None:
+            raise GroupError(f"tune: not where operands are staged: {group.info().staging}")
         found = {op: _measure(group, op, sizes, args.repeats) for op in reduce.OPS}
     entry = {
         "device": mesh.devices.flat[0].device_kind,

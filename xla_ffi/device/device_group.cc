@@ -261,6 +261,7 @@ void DeviceGroup::Complete() {
       const int rank = seats_[j].member.rank;
       member.endpoint.control[rank] = reinterpret_cast<ControlBlock*>(control_[j].data());
       member.endpoint.pools[rank] = maps_[j];
+      if (stages_all_) member.endpoint.pools[rank].bytes = 0;
     }
     least.highest_priority = member.traits.highest_priority;
     member.traits = least;

@@ -73,11 +73,18 @@ class Staging {
  private:
   // Null for what peers can read, and for what has no room.
   void* Place(const void* data, size_t bytes) {
-    const uint64_t offset = reinterpret_cast<uint64_t>(data) - member_.pool.begin;
-    const bool is_mapped = offset < member_.pool.bytes && bytes <= member_.pool.bytes - offset;
+    const auto address = reinterpret_cast<uint64_t>(data);
+    const uint64_t offset = address - member_.pool.begin;
+    // An address that cannot be told of peers cannot read either.
+    const bool is_told = (address + bytes - 1) < kInControl;
+    const bool is_mapped =
+        is_told && offset < member_.pool.bytes && bytes <= member_.pool.bytes - offset;
     if (data == nullptr || bytes == 0 || is_mapped) return nullptr;
     const size_t size = (bytes + kStagingAlignment - 1) / kStagingAlignment * kStagingAlignment;
-    if (size > member_.staging_bytes - used_) return nullptr;
+    if (size > member_.staging_bytes - used_) {
+      if (!is_told) status_ = cudaErrorInvalidValue;
+      return nullptr;
+    }
     used_ += size;
     return member_.staging + used_ - size;
   }
