@@ -7,19 +7,13 @@ The second line compares with psum by NCCL: by default XLA carries small sums by
 """
 
 import argparse
-import json
-import os
-import shlex
-import sys
-from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 
 import jax
 
 import jax_ep
 from jax_ep.bench import reduce
-from jax_ep.bench.record import Place
+from jax_ep.bench.record import append_records
 from jax_ep.testing.ranks import make_mesh
 
 NVLINK_GB_S = 330.0  # one direction, of two H100 (jax_ep/bench/floor.py)
@@ -37,16 +31,11 @@ def main() -> None:
     args = parser.parse_args()
     mesh = make_mesh(len(jax.devices()))
     shared = {
-        "steps": reduce.STEPS,
         "num_ranks": mesh.devices.size,
         "num_processes": jax.process_count(),
         "dtype": "bf16",
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        **asdict(Place.find(args.commit)),
-        "command": shlex.join(["python", *sys.argv]),
     }
-    path = args.out / f"{datetime.now(UTC):%Y-%m-%d}-{Place.find().slug()}-all_reduce.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    records = []
     with jax_ep.Group.open(mesh, "ep", name="reduce", timeout=60.0) as group:
         for op in args.ops or reduce.OPS:
             for kib in args.kib:
@@ -63,18 +52,17 @@ def main() -> None:
                 wire_us = num_bytes * (group.num_ranks - 1) / NVLINK_GB_S / 1e3
                 line = ", ".join(f"{m.algorithm} {m.us:.1f}" for m in found)
                 print(f"{op} {kib:g} KiB: {line}; wire {wire_us:.1f} us", flush=True)
-                if jax.process_index() == 0:
-                    record = {
+                records.append(
+                    {
                         "op": op,
                         "bytes": num_bytes,
                         "us": {m.algorithm: m.us for m in found},
                         "empty_us": found[0].empty,
                         "wire_us": wire_us,
-                        **shared,
                         "steps": steps,
                     }
-                    with path.open("a") as file:
-                        file.write(json.dumps(record) + "\n")
+                )
+    append_records(args.out, "all_reduce", records, shared, args.commit)
 
 
 if __name__ == "__main__":

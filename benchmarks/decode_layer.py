@@ -7,15 +7,9 @@ A layer is the attention's output projection and the MLP of a 70-billion-paramet
 """
 
 import argparse
-import json
-import os
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_ep
-from jax_ep.bench.record import Place
+from jax_ep.bench.record import append_records
 from jax_ep.testing.ranks import make_mesh, on_ranks, place
 
 HIDDEN, INTERMEDIATE = 8192, 28672
@@ -109,15 +103,8 @@ def main() -> None:
         "intermediate": INTERMEDIATE,
         "num_ranks": num_ranks,
         "dtype": "bf16",
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        **asdict(Place.find(args.commit)),
-        "command": shlex.join(["python", *sys.argv]),
     }
-    path = args.out / f"{datetime.now(UTC):%Y-%m-%d}-{Place.find().slug()}-decode_layer.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.writelines(json.dumps({**record, **shared}) + "\n" for record in records)
-    print(f"{len(records)} records appended to {path}")
+    append_records(args.out, "decode_layer", records, shared, args.commit)
 
 
 if __name__ == "__main__":

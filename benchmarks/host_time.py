@@ -8,15 +8,10 @@ Command buffers are off: a replayed call costs the host nothing.
 """
 
 import argparse
-import json
 import os
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 
 if "xla_gpu_enable_command_buffer" not in os.environ.get("XLA_FLAGS", ""):
@@ -28,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_ep
-from jax_ep.bench.record import Place
+from jax_ep.bench.record import append_records
 from jax_ep.testing.ranks import make_mesh, on_ranks
 
 TOKENS, HIDDEN, TOPK, EXPERTS_PER_RANK = 64, 512, 8, 8
@@ -90,19 +85,8 @@ def main() -> None:
                 print(f"{op}, {num_ranks} ranks: host {host:.1f} us, done {total:.1f} us")
                 us = {"host": host, "done": total}
                 records.append({"op": "host_time", "of": op, "num_ranks": num_ranks, "us": us})
-    shared = {
-        "tokens": TOKENS,
-        "hidden": HIDDEN,
-        "topk": TOPK,
-        "xla_flags": os.environ["XLA_FLAGS"],
-        **asdict(Place.find(args.commit)),
-        "command": shlex.join(["python", *sys.argv]),
-    }
-    path = args.out / f"{datetime.now(UTC):%Y-%m-%d}-{Place.find().slug()}-host_time.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.writelines(json.dumps({**record, **shared}) + "\n" for record in records)
-    print(f"{len(records)} records appended to {path}")
+    shared = {"tokens": TOKENS, "hidden": HIDDEN, "topk": TOPK}
+    append_records(args.out, "host_time", records, shared, args.commit)
 
 
 if __name__ == "__main__":

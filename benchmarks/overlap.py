@@ -8,15 +8,10 @@ everything in turn.
 
 import argparse
 import itertools
-import json
 import os
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_ep
-from jax_ep.bench.record import Place
+from jax_ep.bench.record import append_records
 from jax_ep.bench.shapes import SHAPES, make_inputs, make_point
 from jax_ep.testing.ranks import make_mesh, on_ranks, place
 
@@ -124,15 +119,8 @@ def main() -> None:
         "dtype": "bf16",
         "layout": "rank",
         "timing": "chain",
-        "xla_flags": os.environ["XLA_FLAGS"],
-        **asdict(Place.find(args.commit)),
-        "command": shlex.join(["python", *sys.argv]),
     }
-    path = args.out / f"{datetime.now(UTC):%Y-%m-%d}-{Place.find().slug()}-overlap.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.writelines(json.dumps({**record, **shared}) + "\n" for record in records)
-    print(f"{len(records)} records appended to {path}")
+    append_records(args.out, "overlap", records, shared, args.commit)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,12 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -135,6 +137,34 @@ def make_record(
         **asdict(measured),
         **asdict(place),
     )
+
+
+def append_records(
+    out: Path,
+    name: str,
+    records: Sequence[Mapping[str, Any]],
+    shared: Mapping[str, Any],
+    commit: str | None,
+) -> None:
+    """For scripts that measure something else than operations at points.
+
+    Adds `records` to `<out>/<date>-<device>-<name>.jsonl`, each with `shared`, XLA's flags, and
+    where and when it was measured; in process 0.
+    """
+    if jax.process_index() != 0:
+        return
+    place = Place.find(commit)
+    path = out / f"{datetime.now(UTC):%Y-%m-%d}-{place.slug()}-{name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = {
+        **shared,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        **asdict(place),
+        "command": shlex.join(["python", *sys.argv]),
+    }
+    with path.open("a") as file:
+        file.writelines(json.dumps({**record, **beside}) + "\n" for record in records)
+    print(f"{len(records)} records appended to {path}")
 
 
 def _name_device() -> str:
