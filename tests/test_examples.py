@@ -51,7 +51,7 @@ def test_train_moe_refuses_impossible_sizes(tmp_path):
     assert "must divide --devices 3" in done.stderr
 
 
-@pytest.mark.parametrize("devices", ["4", "3"])
+@pytest.mark.parametrize("devices", ["4", pytest.param("3", marks=pytest.mark.slow)])
 def test_tp_decode(devices):
     """It compares its logits with psum's; the exit status is its verdict."""
     flags = ["--steps", "2", "--tokens", "8", "--devices", devices]
