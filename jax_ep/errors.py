@@ -88,7 +88,7 @@ def error_of(record: dict[str, Any]) -> JaxEpError:
     if kind == "not_mapped":
         return GroupError(
             f"{op}: an operand of rank {peer} lies outside the memory that rank {rank} has mapped: "
-            "over several processes operands must lie in the pool that XLA allocates at first (a "
-            "constant of the program does not)"
+            "it lies outside XLA's pool and is larger than the room for copies "
+            "(JAX_EP_STAGING_MB), as a constant of the program may be"
         )
     return GroupError(f"{op}: rank {rank} arrived twice at one call: {record}")

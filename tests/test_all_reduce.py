@@ -4,6 +4,7 @@ import dataclasses
 import json
 from argparse import Namespace
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -316,11 +317,20 @@ def test_tune_keeps_what_is_fastest(tmp_path):
 
 
 def test_limits_agree_with_the_native_side():
-    text = (config.__file__).replace("jax_ep/config.py", "xla_ffi/core/protocol.h")
-    with open(text) as file:
-        source = file.read()
-    assert "kPacketGroups = 2048;" in source
-    assert "kPacketGroupPayload = 96 * 16;" in source
-    assert "kMaxPushPayload = 4 * 1024 * 1024;" in source
+    native = Path(config.__file__).parent.parent / "xla_ffi"
+    norm = "ops/all_reduce_residual_rmsnorm/all_reduce_residual_rmsnorm_cuda.cuh"
+    for file, text, value in (
+        ("core/protocol.h", "kPacketGroups = 2048;", config.PACKET_GROUPS == 2048),
+        ("core/protocol.h", "kPacketGroupPayload = 96 * 16;", config.PACKET_GROUP_PAYLOAD == 1536),
+        (
+            "core/protocol.h",
+            "kMaxPushPayload = 4 * 1024 * 1024;",
+            config.MAX_PUSH_PAYLOAD == 4 << 20,
+        ),
+        (norm, "kMaxNormRowBytes = 64 * 1024;", config.MAX_NORM_ROW_BYTES == 64 << 10),
+        ("ops/cuda_op.h", "kStagingAlignment = 256;", config.STAGING_ALIGNMENT == 256),
+    ):
+        assert text in (native / file).read_text()
+        assert value, text
     assert config.packet_payload(2) == 1536 * 1024
     assert config.push_payload(12) % 512 == 0

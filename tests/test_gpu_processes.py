@@ -26,6 +26,8 @@ from jax_ep.testing.ranks import make_mesh, on_group
 mesh = make_mesh(len(jax.devices()))
 me = jax.process_index()
 R = mesh.devices.size
+assert R == max(jax.process_count(), launch.count_gpus()) > 1
+assert jax.process_count() == int(sys.argv[1])
 """
 
 CONFORMANCE = """
@@ -169,7 +171,7 @@ def test_conformance_with_an_allocator_that_hides_memory(num_gpus):
     # In one process as well.
     alone = START.replace("launch.initialize()", "") + CONFORMANCE
     outputs = launch.launch(
-        ["-c", alone, str(num_gpus), "60", "stages"],
+        ["-c", alone, "1", "60", "stages"],
         num_processes=1,
         deadline=200.0,
         environment={"XLA_FLAGS": "", **environment},

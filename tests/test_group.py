@@ -322,7 +322,10 @@ def test_debug_mode_from_the_environment(monkeypatch):
 def test_info_command():
     command = [sys.executable, "-m", "jax_ep", "info"]
     out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
-    assert "cpu module: all_reduce, all_reduce_residual_rmsnorm, combine, dispatch, " in out
+    ops = (
+        "all_reduce, all_reduce_residual_rmsnorm, combine, dispatch, get_dispatch_layout, pull_rows"
+    )
+    assert f"cpu module: {ops};" in out
     assert "back end 'cpu', self-test passed" in out
     assert "rank 7:" in out
 
