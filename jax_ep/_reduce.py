@@ -111,13 +111,14 @@ def _limits(group: Group, spec: ReduceSpec, x: jax.Array, op: str) -> dict[Algor
     if spec.backend != "cuda":
         ours = (Algorithm.LOW_LATENCY, Algorithm.ONE_SHOT, Algorithm.TWO_SHOT)
         return dict.fromkeys(ours, _UNLIMITED)
-    # A two-shot reads results of peers, which are never staged.
     pushed = -1 if op == "all_reduce_residual_rmsnorm" else config.push_payload(group.num_ranks)
-    has_two_shot = op == "all_reduce" and group.spec.staging_bytes is None
+    # A large two-shot reads results of peers, which are never staged.
+    pulls = group.spec.staging_bytes is None
+    two_shot = _UNLIMITED if pulls else config.two_shot_payload(group.num_ranks)
     return {
         Algorithm.LOW_LATENCY: config.packet_payload(group.num_ranks),
         Algorithm.ONE_SHOT: _UNLIMITED if group.spec.can_stage(x) else pushed,
-        Algorithm.TWO_SHOT: _UNLIMITED if has_two_shot else -1,
+        Algorithm.TWO_SHOT: two_shot if op == "all_reduce" else -1,
     }
 
 

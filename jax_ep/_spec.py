@@ -134,10 +134,12 @@ class ReduceSpec:
         num_bytes = x.size * x.dtype.itemsize
         if self.movement is config.Movement.REDUCE_SCATTER:
             num_bytes //= self.group.num_ranks
-        is_pushed = num_bytes <= config.push_payload(self.group.num_ranks)
+        num_ranks = self.group.num_ranks
+        is_pushed = num_bytes <= config.push_payload(num_ranks)
         return {
             config.Algorithm.LOW_LATENCY: True,
             config.Algorithm.ONE_SHOT: is_pushed or self.group.can_stage(x),
+            config.Algorithm.TWO_SHOT: num_bytes <= config.two_shot_payload(num_ranks),
         }.get(self.algorithm, False)
 
 

@@ -32,10 +32,10 @@ def all_reduce(
       algorithm: how the arrays travel between GPUs. "low_latency": every rank stores its array
         at every other, each 12 bytes with a flag; up to 3 MiB over the number of ranks.
         "one_shot": the same without flags in the words, up to 4 MiB, less for more than 4 ranks;
-        larger arrays every rank reads where they lie. "two_shot": every rank adds a part, then
-        reads the other parts. "psum": the stock collective. "auto": by a table that was measured
-        for the device and the number of ranks (`python -m jax_ep tune`). On CPUs all of ours are
-        the same.
+        larger arrays every rank reads where they lie. "two_shot": every rank adds a part and
+        passes it on; stored up to 8 MiB (2 ranks: 4), read where it lies beyond. "psum": the
+        stock collective. "auto": by a table that was measured for the device and the number of
+        ranks (`python -m jax_ep tune`). On CPUs all of ours are the same.
       allow_psum: whether "auto" may choose psum: for arrays that it is faster for, for other
         dtypes, for empty arrays, and on the back end `xla`. False: those of ours only, or an error.
       backend: None (the group's), "cpu", "cuda" (GPU groups) or "xla".

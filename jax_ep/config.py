@@ -147,6 +147,11 @@ def push_payload(num_ranks: int) -> int:
     return MAX_PUSH_PAYLOAD * 4 // num_ranks // 512 * 512
 
 
+def two_shot_payload(num_ranks: int) -> int:
+    """Bytes that one rank can push in a two-shot: a chunk for each rank, and one of the sum."""
+    return num_ranks * push_payload(num_ranks) // 2
+
+
 def tuning_file_from_environment() -> str | None:
     """The table of algorithms to use in place of the package's."""
     return os.environ.get("JAX_EP_TUNING") or None

@@ -133,7 +133,11 @@ def test_what_cannot_be_staged_takes_stock_collectives():
     back = dataclasses.replace(spec, movement=config.Movement.REDUCE_SCATTER)
     assert back.is_carried(jax.ShapeDtypeStruct((4, 4 << 18), jnp.float32))  # pushed
     assert not back.is_carried(jax.ShapeDtypeStruct((4, 10 << 18), jnp.float32))
-    assert not dataclasses.replace(spec, algorithm=Algorithm.TWO_SHOT).is_carried(small)
+    two_shot = dataclasses.replace(
+        spec, algorithm=Algorithm.TWO_SHOT, movement=config.Movement.ALL_REDUCE
+    )
+    assert two_shot.is_carried(small)  # pushed
+    assert not two_shot.is_carried(large)
 
 
 def test_vmap_folds_the_batch(groups, backend):
@@ -334,3 +338,7 @@ def test_limits_agree_with_the_native_side():
         assert value, text
     assert config.packet_payload(2) == 1536 * 1024
     assert config.push_payload(12) % 512 == 0
+    assert (
+        "return num_ranks * PushPayload(num_ranks) / 2;" in (native / "core/protocol.h").read_text()
+    )
+    assert config.two_shot_payload(8) == 8 << 20

@@ -233,7 +233,9 @@ def test_beside_gives_the_same(group):
             values = jax.value_and_grad(partial(loss, is_beside=is_beside), (0, 1))(x, w, ids)
             return jax.tree.map(jnp.atleast_1d, values)
 
-        return on_ranks(both, group.mesh)(x, w, ids)
+        # By default the matmuls are TF32, or not, as XLA finds faster when it compiles.
+        with jax.default_matmul_precision("highest"):
+            return on_ranks(both, group.mesh)(x, w, ids)
 
     for got, expected in zip(jax.tree.leaves(run(True)), jax.tree.leaves(run(False)), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)  # fused in other ways

@@ -90,7 +90,8 @@ def test_calls_in_a_row_share_memory(group):
 
 def test_algorithms_give_the_same_bits(group):
     """Around the limits of low_latency and of what is pushed, one element more and less."""
-    limits = [config.packet_payload(group.num_ranks), config.push_payload(group.num_ranks)]
+    payloads = (config.packet_payload, config.push_payload, config.two_shot_payload)
+    limits = [payload(group.num_ranks) for payload in payloads]
     for limit in limits:
         for size in (limit // 2 - 1, limit // 2, limit // 2 + 1):
             x = np.random.default_rng(size).standard_normal((group.num_ranks, size))
@@ -138,8 +139,44 @@ def test_epochs_wrap_around():
             assert_same_bits(step(x, ids.astype(np.int32)), expected)
 
 
-@pytest.mark.parametrize("algorithm", ["low_latency", "one_shot", "two_shot"])
-def test_missing_peer_ends_in_an_exception(algorithm):
+# The small are stored at the peers, the large read where they lie.
+WAYS = [
+    ("low_latency", 5000),
+    ("one_shot", 5000),
+    ("two_shot", 5000),
+    ("one_shot", 2_500_000),
+    ("two_shot", 2_500_000),
+]
+
+
+@pytest.mark.parametrize(("algorithm", "size"), WAYS)
+def test_ranks_at_different_calls_are_an_error(algorithm, size):
+    """Calls of one size: nothing but their names tells them apart."""
+    num_ranks = len(jax.devices())
+    if num_ranks < 2:
+        pytest.skip("needs two GPUs")
+    group = jax_ep.Group.open(make_mesh(num_ranks), "ep", name="diverging", timeout=5.0)
+    call = partial(jax_ep.all_reduce, group=group, algorithm=algorithm)
+
+    def diverge(x):
+        def first(x):
+            return call(call(x) * 2) + 1
+
+        def second(x):
+            return call(call(x + 1) * 3)
+
+        return jax.lax.cond(jax.lax.axis_index("ep") == 0, first, second, x)
+
+    x = np.ones((num_ranks, size), np.float32)
+    y = on_ranks(diverge, group.mesh, check_vma=False)(x)
+    with pytest.raises(jax_ep.GroupError, match="at another call"):
+        group.check(y)
+    assert np.isnan(np.asarray(y)).all()
+    group.close()
+
+
+@pytest.mark.parametrize(("algorithm", "size"), WAYS)
+def test_missing_peer_ends_in_an_exception(algorithm, size):
     num_ranks = len(jax.devices())
     if num_ranks < 2:
         pytest.skip("needs two GPUs")
@@ -151,7 +188,7 @@ def test_missing_peer_ends_in_an_exception(algorithm):
         return x
 
     step = on_ranks(run, group.mesh, check_vma=False)
-    x = np.ones((num_ranks, 5000), np.float32)
+    x = np.ones((num_ranks, size), np.float32)
     assert_same_bits(step(x), x)
     group._native_group.handle.skip_rank(1)
     start = time.monotonic()

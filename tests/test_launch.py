@@ -116,3 +116,17 @@ print(child.pid)
 def test_initialize_outside_of_a_launch():
     with pytest.raises(ConfigError, match=r"JAX_EP_COORDINATOR, .* must be set"):
         launch.initialize()
+
+
+def test_counts_the_gpus_that_are_visible(monkeypatch, tmp_path):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text('#!/bin/sh\nfor i in 0 1 2 3; do echo "GPU $i: X (UUID: GPU-$i)"; done\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert launch.count_gpus() == 4
+    for visible, expected in (("2,3", 2), ("", 0), ("0,1,2,3,4", 4)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert launch.count_gpus() == expected
+    tool.unlink()
+    assert launch.count_gpus() == 0

@@ -24,12 +24,16 @@ _TAIL_CHARS = 6000
 
 
 def count_gpus() -> int:
-    """NVIDIA GPUs of this machine, without starting JAX on them."""
+    """NVIDIA GPUs that a process of this one would see, without starting JAX on them."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return 0
     listed = subprocess.run([tool, "-L"], capture_output=True, text=True, check=False)
-    return listed.stdout.count("UUID")
+    num_gpus = listed.stdout.count("UUID")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return num_gpus
+    return min(num_gpus, sum(bool(name.strip()) for name in visible.split(",")))
 
 
 def initialize() -> None:

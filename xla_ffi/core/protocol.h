@@ -14,11 +14,13 @@
 //   emptied[p, i]   rank p            token whose partial sum it has   the owner, before it fills
 //                                     read out of place i              the place again; p itself,
 //                                                                      before it says so again
-//   reduced[p, b]   rank p            none; its block b has its chunk     the owner's block b,
-//                                     of the sum                          before it reads it
-//   pushed[n, p, b] rank p            none; its block b has stored its    the owner's block b,
+//   reduced[p, b]   rank p            tag; its block b has its chunk of   the owner's block b,
+//                                     the sum                             before it reads it
+//   pushed[n, p, b] rank p            tag; its block b has stored its     the owner's block b,
 //                                     part of an operand here, in half n  before it reads it
 //   packet          any rank          12 bytes of an operand              the owner
+//   called[n, p]    rank p            tag of the call whose packets are   the owner, with the
+//                                     in half n                           packets
 //   told[p]         rank p            what p has found to be wrong     the owner, when it aborts
 //   abort           any rank          1, for good, behind told[p]      the owner, in every wait
 //
@@ -89,7 +91,7 @@ struct ControlBlock {
   uint32_t num_blocks_met;   // of the present call's kernel whose blocks wait for one another
   uint32_t num_blocks_done;  // of the last kernel of the present call
   uint32_t has_failed;       // whoever sets it writes the rank's record in host memory
-  uint32_t is_busy;          // a call is running
+  int32_t num_busy;          // of the blocks that must end before the next call begins
   // Of the host, for tests: the rank's calls end at once, poisoned, and signal nothing.
   uint32_t skip;
   // Of all ranks.
@@ -100,6 +102,7 @@ struct ControlBlock {
   PartialCells partials;
   Signal reduced[kMaxRanks][kMaxReduceBlocks];
   Signal pushed[2][kMaxRanks][kMaxReduceBlocks];
+  Signal called[2][kMaxRanks];
 };
 
 /// Behind a ControlBlock lie packets of small operands, room for pushed ones, and for staged ones.
@@ -129,6 +132,8 @@ inline constexpr size_t kMaxPushPayload = 4 * 1024 * 1024;
 JAX_EP_HOST_DEVICE constexpr size_t PushPayload(int num_ranks) {
   return num_ranks <= 4 ? kMaxPushPayload : kMaxPushPayload * 4 / num_ranks / 512 * 512;
 }
+/// What a two-shot can push: a chunk of the operand for each rank, and behind it one of the sum.
+constexpr size_t TwoShotPayload(int num_ranks) { return num_ranks * PushPayload(num_ranks) / 2; }
 constexpr size_t PushBytes(int num_ranks) { return size_t{2} * num_ranks * PushPayload(num_ranks); }
 constexpr size_t SharedBytes(int num_ranks) {
   return kPacketsOffset + kPacketBytes + PushBytes(num_ranks);

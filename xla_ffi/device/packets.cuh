@@ -31,10 +31,48 @@ struct Packet {
   uint64_t high;  // its upper half is the epoch
 };
 
-/// This lane's packets of a group.
+/// This lane's packets of a group, and what their sender calls.
 struct LanePackets {
   Packet at[kLanePackets];
+  Signal called;
 };
+
+/// A call that stores operands at its peers.
+struct PushCall {
+  OpId op;
+  uint32_t epoch;
+  uint32_t tag;
+  int32_t num_before;  // blocks of other calls that run; known to the first thread of all
+};
+
+/// Every thread of every block: tells the peers what this rank calls. False when the group has
+/// failed, or where the program takes this device to have another place in the mesh.
+__device__ inline bool Begin(const Endpoint& self, OpId op, const int32_t* position,
+                             PushCall& call) {
+  const bool is_first_block = blockIdx.x == 0;
+  const bool is_first = is_first_block && threadIdx.x == 0;
+  // All loads are under way before the first is looked at.
+  const uint32_t epoch = CurrentEpoch(self);
+  const bool is_aborted = IsAborted(self);
+  const int32_t found = is_first_block ? *position : self.position;
+  const int num_blocks = static_cast<int>(gridDim.x);
+  call = {.op = op,
+          .epoch = epoch,
+          .tag = TagOf(self, op),
+          .num_before = is_first ? atomicAdd(&self.own()->num_busy, num_blocks) : 0};
+  if (is_aborted) return false;
+  if (found != self.position) {
+    if (is_first) {
+      Fail(self, FailureRecord::Kind::kMeshMismatch, op, self.rank, self.position, found);
+    }
+    return false;
+  }
+  for (int r = threadIdx.x; is_first_block && r < self.num_ranks; r += blockDim.x) {
+    if (r == self.rank) continue;
+    StoreRelaxed(&self.control[r]->called[epoch & 1][self.rank], {epoch, call.tag});
+  }
+  return true;
+}
 
 /// Where `holder` finds what `source` sends it; this lane's first packet of a group.
 __device__ inline std::byte* PacketsAt(const Endpoint& self, int holder, int source, uint32_t epoch,
@@ -85,6 +123,7 @@ __device__ inline void Send(const Endpoint& self, int peer, uint32_t epoch, int6
 /// By a warp: looks for what a peer sends; Receive waits for it.
 __device__ inline LanePackets Look(const Endpoint& self, int peer, uint32_t epoch, int64_t group) {
   LanePackets packets;
+  packets.called = LoadRelaxed(&self.own()->called[epoch & 1][peer]);
   const std::byte* from = PacketsAt(self, self.rank, peer, epoch, group);
 #pragma unroll
   for (int p = 0; p < kLanePackets; ++p) {
@@ -94,26 +133,26 @@ __device__ inline LanePackets Look(const Endpoint& self, int peer, uint32_t epoc
 }
 
 __device__ inline bool AreThere(const LanePackets& packets, uint32_t epoch) {
-  bool are_there = true;
+  bool are_there = packets.called.epoch == epoch;
 #pragma unroll
   for (int p = 0; p < kLanePackets; ++p) are_there &= packets.at[p].high >> 32 == epoch;
   return are_there;
 }
 
 /// False when the group fails first.
-__device__ inline bool Receive(const Endpoint& self, OpId op, int peer, uint32_t epoch,
-                               int64_t group, LanePackets& packets,
-                               uint4 (&vectors)[kPacketVectors]) {
+__device__ inline bool Receive(const Endpoint& self, const PushCall& call, int peer, int64_t group,
+                               LanePackets& packets, uint4 (&vectors)[kPacketVectors]) {
   // Most of what is waited for comes soon: the word that ends all waits, and the time, are not
   // looked at each time.
   constexpr int kLooks = 64;
+  const uint32_t epoch = call.epoch;
   bool are_there = AreThere(packets, epoch);
   for (int n = 0; n < kLooks && !are_there; ++n) {
     packets = Look(self, peer, epoch, group);
     are_there = AreThere(packets, epoch);
   }
   if (!are_there) {
-    are_there = WaitUntil(self, op, peer, [&] {
+    are_there = WaitUntil(self, call.op, peer, [&] {
       packets = Look(self, peer, epoch, group);
       return AreThere(packets, epoch);
     });
@@ -124,7 +163,7 @@ __device__ inline bool Receive(const Endpoint& self, OpId op, int peer, uint32_t
   vectors[0] = make_uint4(first(0), second(0), third(0), first(1));
   vectors[1] = make_uint4(second(1), third(1), first(2), second(2));
   vectors[2] = make_uint4(third(2), first(3), second(3), third(3));
-  return are_there;
+  return are_there && IsCall(self, call.op, peer, call.tag, packets.called.value);
 }
 
 /// Where `holder` finds what `source` has pushed to it.
@@ -135,42 +174,30 @@ __device__ inline std::byte* PushedAt(const Endpoint& self, int holder, int sour
          part * static_cast<int64_t>(PushPayload(self.num_ranks));
 }
 
-/// Every thread of a block, which has stored its part at all peers: tells the same block of each of
-/// them, and waits for theirs. The same for the whole block; false when the group has failed.
-__device__ inline bool SwapPushed(const Endpoint& self, OpId op, uint32_t epoch) {
-  const auto cell = [&](int holder, int source) {
-    return &self.control[holder]->pushed[epoch & 1][source][blockIdx.x];
-  };
-  bool is_good = true;
-  __syncthreads();
-  for (int r = threadIdx.x; r < self.num_ranks; r += blockDim.x) {
-    if (r != self.rank) StoreRelease(cell(r, self.rank), {epoch, 0});
-  }
-  for (int r = threadIdx.x; is_good && r < self.num_ranks; r += blockDim.x) {
-    if (r == self.rank) continue;
-    is_good =
-        WaitUntil(self, op, r, [&] { return LoadAcquire(cell(self.rank, r)).epoch == epoch; });
-  }
-  return __syncthreads_and(is_good);
+/// SwapBlocks, when this block has pushed its part of an operand.
+__device__ inline bool SwapPushed(const Endpoint& self, const PushCall& call) {
+  return SwapBlocks(self, call.op, call.epoch, [&](int holder, int source) {
+    return &self.control[holder]->pushed[call.epoch & 1][source][blockIdx.x];
+  });
 }
 
 /// Every thread of every block, once it has read the epoch and whatever else ends with it: the last
 /// block that comes ends the epoch for the next call on the stream. For calls in which every rank
 /// receives from every other: they need not part.
-__device__ inline void EndEpoch(const Endpoint& self, uint32_t epoch) {
+__device__ inline void EndEpoch(const Endpoint& self, const PushCall& call) {
   __syncthreads();
   if (threadIdx.x != 0) return;
+  if (call.num_before > 0) Fail(self, FailureRecord::Kind::kOverlap, call.op, self.rank, 0, 1);
   if (gridDim.x > 1 && atomicAdd(&self.own()->num_blocks_done, 1) != gridDim.x - 1) return;
   StoreRelaxed(&self.own()->num_blocks_done, 0);
-  StoreRelaxed(&self.own()->epoch, epoch);
+  StoreRelaxed(&self.own()->epoch, call.epoch);
 }
 
-/// By any thread: whether this device has the place in the mesh that the program takes it to have.
-__device__ inline bool IsInPlace(const Endpoint& self, OpId op, const int32_t* position) {
-  const int32_t found = *position;
-  if (found == self.position) return true;
-  Fail(self, FailureRecord::Kind::kMeshMismatch, op, self.rank, self.position, found);
-  return false;
+/// Every thread of every block, when it has read what has come for it.
+__device__ inline void End(const Endpoint& self, bool is_good) {
+  if (!is_good) KeepWhatWasTold(self);
+  __syncthreads();
+  if (threadIdx.x == 0) atomicAdd(&self.own()->num_busy, -1);
 }
 
 }  // namespace jax_ep

@@ -163,6 +163,44 @@ __device__ bool WaitUntil(const Endpoint& self, OpId op, int peer, IsThere&& is_
   return WaitUntil(self, op, peer, is_there, [&] { return self.num_ranks - 1; });
 }
 
+/// Whether the call of a peer, whose tag it has sent, is this one; if not, the group fails.
+__device__ inline bool IsCall(const Endpoint& self, OpId op, int peer, uint32_t tag,
+                              uint32_t seen) {
+  if (seen == tag) return true;
+  Fail(self, FailureRecord::Kind::kCallMismatch, op, peer, tag, seen);
+  return false;
+}
+
+/// Every thread of a block: tells the same block of every peer that this one's part is stored, and
+/// waits for theirs. `cell(holder, source)` is where the holder finds the signal. The same for the
+/// whole block; false when the group has failed.
+template <typename Cell>
+__device__ bool SwapBlocks(const Endpoint& self, OpId op, uint32_t epoch, Cell&& cell) {
+  const uint32_t tag = TagOf(self, op);
+  bool is_good = true;
+  __syncthreads();
+  for (int r = threadIdx.x; r < self.num_ranks; r += blockDim.x) {
+    if (r != self.rank) StoreRelease(cell(r, self.rank), {epoch, tag});
+  }
+  for (int r = threadIdx.x; is_good && r < self.num_ranks; r += blockDim.x) {
+    if (r == self.rank) continue;
+    Signal seen;
+    is_good = WaitUntil(self, op, r, [&] {
+      seen = LoadAcquire(cell(self.rank, r));
+      return seen.epoch == epoch;
+    });
+    is_good = is_good && IsCall(self, op, r, tag, seen.value);
+  }
+  return __syncthreads_and(is_good);
+}
+
+/// SwapBlocks, when this block has its part of a chunk of a sum where the peers read it.
+__device__ inline bool SwapReduced(const Endpoint& self, OpId op, uint32_t epoch) {
+  return SwapBlocks(self, op, epoch, [&](int holder, int source) {
+    return &self.control[holder]->reduced[source][blockIdx.x];
+  });
+}
+
 /// How many ranks have sent the signal of `row` in a call.
 __device__ inline int CountSeen(const Endpoint& self, SignalRow row, uint32_t epoch) {
   int num_seen = 0;
@@ -216,7 +254,7 @@ __device__ inline bool Meet(const Endpoint& self, OpId op, const int32_t* positi
   const int32_t found_position = publishes ? *position : self.position;
   // Not by a thread that publishes.
   const bool is_busy = publishes && !is_aborted && threadIdx.x == blockDim.x - 1 &&
-                       atomicExch(&self.own()->is_busy, 1) != 0;
+                       atomicAdd(&self.own()->num_busy, 1) != 0;
   const uint32_t tag = TagOf(self, op);
   bool is_good = !is_aborted;
   if (is_busy) Fail(self, FailureRecord::Kind::kOverlap, op, self.rank, 0, 1);
@@ -242,10 +280,7 @@ __device__ inline bool Meet(const Endpoint& self, OpId op, const int32_t* positi
           return low.epoch == epoch && high.epoch == epoch;
         },
         [&] { return CountSeen(self, highs, epoch); });
-    if (is_good && high.value >> 16 != tag) {
-      Fail(self, FailureRecord::Kind::kCallMismatch, op, peer, tag, high.value >> 16);
-      is_good = false;
-    }
+    is_good = is_good && IsCall(self, op, peer, tag, high.value >> 16);
     if (!Translate(self, peer, low, high, peers.at[i % own.count][peer]) && is_good) {
       Fail(self, FailureRecord::Kind::kNotMapped, op, peer, i % own.count, 0);
       is_good = false;
@@ -341,7 +376,7 @@ __device__ inline void Part(const Endpoint& self, OpId op, bool has_met, const R
   for (uint32_t& next : self.own()->next_item) StoreRelaxed(&next, 0);
   StoreRelaxed(&self.own()->num_blocks_met, 0);
   StoreRelaxed(&self.own()->num_blocks_done, 0);
-  StoreRelaxed(&self.own()->is_busy, 0);
+  self.own()->num_busy = 0;
   StoreRelaxed(&self.own()->epoch, epoch);
 }
 

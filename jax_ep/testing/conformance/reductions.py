@@ -29,6 +29,7 @@ _OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]
     "reduce_scatter": (jax_ep.reduce_scatter, reference.reduce_scatter, jax.lax.psum_scatter),
     "all_gather": (jax_ep.all_gather, reference.all_gather, jax.lax.all_gather),
 }
+_PAYLOADS = {"one_shot": config.push_payload, "two_shot": config.two_shot_payload}
 _NORM_OP = "all_reduce_residual_rmsnorm"
 _NORM_TOLERANCES = {"bf16": 1e-2, "f16": 1e-3, "f32": 2e-6}
 
@@ -36,10 +37,14 @@ _NORM_TOLERANCES = {"bf16": 1e-2, "f16": 1e-3, "f32": 2e-6}
 def sums(group: jax_ep.Group, backend: str, *, op: str, dtype: str, algorithm: str) -> None:
     """All sizes in one program: its calls use the same memory in turns."""
     ours, reference_of, _ = _OPS[op]
-    # What peers on GPUs have no room for they read where it lies.
-    large = config.MAX_PUSH_PAYLOAD // np.dtype(DTYPES[dtype]).itemsize + 1
-    sizes = (*SIZES, large) if backend == "cuda" and algorithm == "one_shot" else SIZES
-    arrays = [_random(group, dtype, op, size, seed=size) for size in sizes]
+    arrays = [_random(group, dtype, op, size, seed=size) for size in SIZES]
+    # What peers on GPUs have no room for they read where it lies, or a copy of it.
+    if backend == "cuda" and algorithm in _PAYLOADS:
+        elements = _PAYLOADS[algorithm](group.num_ranks) // np.dtype(DTYPES[dtype]).itemsize
+        large = _random(group, dtype, op, elements + 1, seed=2)
+        copies = algorithm == "one_shot" and group.spec.can_stage(large[0])
+        if copies or group.spec.staging_bytes is None:
+            arrays.append(large)
     arrays.append(_random(group, dtype, op, 64, seed=1).reshape(_shape(group, op, (2, 4, 8))))
     call = partial(ours, group=group, algorithm=algorithm, allow_psum=False, backend=backend)
     results = on_group(lambda *xs: [call(x) for x in xs], group, check_vma=False)(*arrays)

@@ -15,10 +15,11 @@ namespace {
 
 constexpr int kMinLowLatencyWarps = 4;
 
-// A one-shot of what the peers have room for.
+// What the peers have room for.
 bool IsPushed(const AllReduceArgs& args, Algorithm algorithm) {
-  return algorithm == Algorithm::kOneShot &&
-         args.bytes <= static_cast<int64_t>(PushPayload(args.num_ranks));
+  const bool is_two_shot = algorithm == Algorithm::kTwoShot;
+  const size_t room = is_two_shot ? TwoShotPayload(args.num_ranks) : PushPayload(args.num_ranks);
+  return algorithm != Algorithm::kLowLatency && args.bytes <= static_cast<int64_t>(room);
 }
 
 using Pushing = void (*)(AllReduceLaunch);
@@ -26,7 +27,8 @@ using Pulling = void (*)(AllReduceLaunch, Results);
 
 struct Kernels {
   Pushing low_latency;
-  Pushing push;
+  Pushing push_one_shot;
+  Pushing push_two_shot;  // null: none
   Pulling one_shot;
   Pulling two_shot;  // null: none
 };
@@ -34,10 +36,10 @@ struct Kernels {
 template <typename Element>
 Kernels KernelsOf() {
   if constexpr (std::is_same_v<Element, Byte>) {
-    return {LowLatencyKernel<Byte>, PushKernel<Byte>, OneShotKernel<Byte>, nullptr};
+    return {LowLatencyKernel<Byte>, PushKernel<Byte>, nullptr, OneShotKernel<Byte>, nullptr};
   } else {
-    return {LowLatencyKernel<Element>, PushKernel<Element>, OneShotKernel<Element>,
-            TwoShotKernel<Element>};
+    return {LowLatencyKernel<Element>, PushKernel<Element>, PushTwoShotKernel<Element>,
+            OneShotKernel<Element>, TwoShotKernel<Element>};
   }
 }
 
@@ -63,7 +65,8 @@ cudaError_t LoadAllReduceKernels(DeviceTraits&) {
     for (const DType dtype : {DType::kBF16, DType::kF16, DType::kF32, DType::kI32}) {
       const Kernels kernels = KernelsOf(movement, dtype);
       for (const void* kernel : {reinterpret_cast<const void*>(kernels.low_latency),
-                                 reinterpret_cast<const void*>(kernels.push),
+                                 reinterpret_cast<const void*>(kernels.push_one_shot),
+                                 reinterpret_cast<const void*>(kernels.push_two_shot),
                                  reinterpret_cast<const void*>(kernels.one_shot),
                                  reinterpret_cast<const void*>(kernels.two_shot)}) {
         cudaFuncAttributes found{};
@@ -98,15 +101,17 @@ cudaError_t LaunchAllReduce(const AllReduceLaunch& launch, Algorithm algorithm,
     config.num_blocks = static_cast<int>(std::min(most_blocks, divide(num_groups, num_warps)));
     return Launch(kernels.low_latency, config, launch);
   }
-  const int64_t num_chunks = algorithm == Algorithm::kTwoShot ? launch.self.num_ranks : 1;
+  const bool is_two_shot = algorithm == Algorithm::kTwoShot;
+  const int64_t num_chunks = is_two_shot ? launch.self.num_ranks : 1;
   const int64_t wanted = divide(num_vectors, kReduceThreads * num_chunks);
   config.num_blocks = static_cast<int>(std::min(most_blocks, wanted));
   config.num_threads = static_cast<int>(
       std::min<int64_t>(kReduceThreads, divide(num_vectors, kWarpSize) * kWarpSize));
-  if (IsPushed(args, algorithm)) return Launch(kernels.push, config, launch);
+  if (IsPushed(args, algorithm)) {
+    return Launch(is_two_shot ? kernels.push_two_shot : kernels.push_one_shot, config, launch);
+  }
   Results results;
   results.Add(args.out, args.out_bytes());
-  const bool is_two_shot = algorithm == Algorithm::kTwoShot && kernels.two_shot != nullptr;
   return Launch(is_two_shot ? kernels.two_shot : kernels.one_shot, config, launch, results);
 }
 

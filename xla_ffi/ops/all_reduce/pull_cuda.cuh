@@ -92,8 +92,7 @@ __global__ void __launch_bounds__(kReduceThreads)
 //            the two halves; ends with read_done to every peer.
 // Traffic    per rank: bytes read in the first half and again in the second, bytes written.
 // Floor      2 * bytes * (num_ranks - 1) / num_ranks over NVLink pull; a launch, and three
-// exchanges
-//            of signals.
+//            exchanges of signals.
 template <typename Element>
 __global__ void __launch_bounds__(kReduceThreads)
     TwoShotKernel(const __grid_constant__ AllReduceLaunch launch,
@@ -110,16 +109,7 @@ __global__ void __launch_bounds__(kReduceThreads)
     const int64_t offset = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
     const auto end_of = [&](int r) { return min((r + 1) * chunk, num_vectors); };
     Pull<Element>(launch, peers, self.rank * chunk + offset, end_of(self.rank), step);
-    __syncthreads();
-    for (int r = threadIdx.x; r < self.num_ranks; r += blockDim.x) {
-      StoreRelease(&self.control[r]->reduced[self.rank][blockIdx.x], {epoch, 0});
-    }
-    for (int r = threadIdx.x; r < self.num_ranks; r += blockDim.x) {
-      const Signal* reduced = &self.own()->reduced[r][blockIdx.x];
-      is_good = is_good &&
-                WaitUntil(self, kReduceOp, r, [&] { return LoadAcquire(reduced).epoch == epoch; });
-    }
-    is_good = __syncthreads_and(is_good);
+    is_good = SwapReduced(self, kReduceOp, epoch);
     // Each begins with its next peer: not all read from the same one.
     for (int d = 1; is_good && d < self.num_ranks; ++d) {
       const int r = (self.rank + d) % self.num_ranks;

@@ -37,17 +37,15 @@ __device__ float SumOfBlock(float value, float* warps) {
 // whose vectors stay in registers in between. What travels, travels as in all_reduce: in packets,
 // or read where it lies (kPulls).
 //
-// Geometry   a warp for up to three groups of 96 vectors of a row; up to 64 blocks, which take rows
-// in
-//            turns.
-// Protocol   packets to every peer; kPulls: publishes its operand, meets its peers, ends with
+// Geometry   a warp for up to three groups of 96 vectors of a row; up to 64 blocks, which take
+//            rows in turns.
+// Protocol   called and packets to every peer; kPulls: publishes its operand, meets its peers, ends
+// with
 //            read_done to every peer.
 // Traffic    per row: its bytes read from every rank (packets: 4/3 of them stored at each peer),
-// the
-//            residual and the scale read, two rows written.
+//            the residual and the scale read, two rows written.
 // Floor      the larger of what crosses NVLink and of all bytes over HBM; a launch, a load, a
-// store's
-//            way to a peer.
+//            store's way to a peer.
 template <typename Element, bool kPulls>
 __global__ void __launch_bounds__(kMaxThreads)
     RmsNormKernel(const __grid_constant__ RmsNormLaunch launch,
@@ -71,7 +69,7 @@ __global__ void __launch_bounds__(kMaxThreads)
       vectors[v] = i < row_vectors ? LoadVector<kBytes>(row, i, row_bytes) : uint4{};
     }
   };
-  uint32_t epoch = 0;
+  PushCall call;
   bool is_good;
   if constexpr (kPulls) {
     OwnAddresses own;
@@ -79,21 +77,17 @@ __global__ void __launch_bounds__(kMaxThreads)
     own.count = 1;
     is_good = Meet(self, kOp, launch.position, own, peers);
   } else {
-    epoch = CurrentEpoch(self);
-    is_good = !IsAborted(self);
-    if (blockIdx.x == 0 && threadIdx.x == 0 && is_good) {
-      is_good = IsInPlace(self, kOp, launch.position);
-    }
+    is_good = Begin(self, kOp, launch.position, call);
     for (int64_t row = blockIdx.x; is_good && row < a.num_rows; row += gridDim.x) {
       for (int group = warp; group < row_groups; group += num_warps) {
         uint4 vectors[kPacketVectors];
         load(a.in + row * row_bytes, group, vectors);
         for (int r = 0; r < self.num_ranks; ++r) {
-          if (r != self.rank) Send(self, r, epoch, row * row_groups + group, vectors);
+          if (r != self.rank) Send(self, r, call.epoch, row * row_groups + group, vectors);
         }
       }
     }
-    EndEpoch(self, epoch);
+    EndEpoch(self, call);
   }
   const bool has_met = is_good;
   for (int64_t row = blockIdx.x; row < a.num_rows; row += gridDim.x) {
@@ -114,8 +108,8 @@ __global__ void __launch_bounds__(kMaxThreads)
         } else if (r == self.rank) {
           load(a.in + at, group, vectors);
         } else if (is_good) {
-          LanePackets packets = Look(self, r, epoch, row * row_groups + group);
-          is_good = Receive(self, kOp, r, epoch, row * row_groups + group, packets, vectors);
+          LanePackets packets = Look(self, r, call.epoch, row * row_groups + group);
+          is_good = Receive(self, call, r, row * row_groups + group, packets, vectors);
         }
 #pragma unroll
         for (int v = 0; v < kPacketVectors; ++v) {
@@ -172,7 +166,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   if constexpr (kPulls) {
     Part(self, kOp, has_met, results);
   } else {
-    if (!is_good) KeepWhatWasTold(self);
+    End(self, is_good);
   }
 }
 

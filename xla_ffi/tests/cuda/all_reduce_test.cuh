@@ -170,6 +170,56 @@ inline void TestRmsNorm(Algorithm algorithm, int64_t num_rows, int64_t hidden, c
   }
 }
 
+// Ranks that call different things, and a call beside another one of its rank: each is found, by
+// whatever is stored at the peers.
+inline void TestMisuse(int num_devices) {
+  constexpr int kNumRanks = 2;
+  using Kind = FailureRecord::Kind;
+  for (const Algorithm algorithm : {Algorithm::kLowLatency, Algorithm::kOneShot}) {
+    for (const Kind misuse : {Kind::kCallMismatch, Kind::kOverlap}) {
+      const Ranks ranks(kNumRanks, num_devices, std::chrono::seconds(5));
+      const std::string name = "misuse " + std::to_string(static_cast<int>(misuse)) +
+                               " algorithm " + std::to_string(static_cast<int>(algorithm));
+      constexpr int64_t kCount = 5000;
+      std::vector<Device<float>> ins, outs;
+      cudaStream_t beside;
+      for (int r = 0; r < kNumRanks; ++r) {
+        ranks.Select(r);
+        ins.emplace_back(std::vector<float>(kCount, 1.0f));
+        outs.emplace_back(kCount);
+        Cuda(cudaDeviceSynchronize());
+      }
+      ranks.Select(0);
+      Cuda(cudaStreamCreateWithFlags(&beside, cudaStreamNonBlocking));
+      const auto call = [&](int r, uint32_t site, cudaStream_t stream) {
+        ranks.Select(r);
+        AllReduceLaunch launch{.self = ranks.endpoint(r),
+                               .position = ranks.position(r),
+                               .args = {.movement = Movement::kAllReduce,
+                                        .dtype = DType::kF32,
+                                        .num_ranks = kNumRanks,
+                                        .bytes = kCount * 4,
+                                        .in = reinterpret_cast<const std::byte*>(ins[r].get()),
+                                        .out = reinterpret_cast<std::byte*>(outs[r].get())}};
+        launch.self.site = site;
+        Cuda(LaunchAllReduce(launch, algorithm, ranks.traits(), stream));
+      };
+      const bool is_overlap = misuse == Kind::kOverlap;
+      call(0, 1, ranks.stream(0));
+      // The first waits for the rank that has not come yet, and does not end before.
+      if (is_overlap) call(0, 2, beside);
+      if (!is_overlap) call(1, 2, ranks.stream(1));
+      ranks.Synchronize();
+      Cuda(cudaStreamSynchronize(beside));
+      Cuda(cudaStreamDestroy(beside));
+      for (int r = 0; r < (is_overlap ? 1 : kNumRanks); ++r) {
+        CHECK(ranks.record(r).is_set && ranks.record(r).kind == misuse, name, ranks.Failure());
+        for (const float value : outs[r].Read()) CHECK(std::isnan(value), name, r);
+      }
+    }
+  }
+}
+
 inline int TestReductions(const Ranks& ranks, bool is_small) {
   int seed = 0;
   std::vector<int64_t> counts = {1, 7, 8, 9, 4097, 60001};
@@ -193,6 +243,12 @@ inline int TestReductions(const Ranks& ranks, bool is_small) {
         TestReduction({movement, Algorithm::kOneShot, DType::kF32, many}, ranks, seed++, 2);
         TestReduction({movement, Algorithm::kOneShot, DType::kBF16, 2 * many - 1}, ranks, seed++,
                       2);
+      }
+      for (const int64_t fitting : {many, static_cast<int64_t>(TwoShotPayload(ranks.size())) / 4}) {
+        for (const int64_t more : {0, 1}) {
+          TestReduction({Movement::kAllReduce, Algorithm::kTwoShot, DType::kF32, fitting + more},
+                        ranks, seed++, 2);
+        }
       }
     }
     for (const Algorithm algorithm : {Algorithm::kLowLatency, Algorithm::kOneShot}) {

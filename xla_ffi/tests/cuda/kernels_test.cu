@@ -444,12 +444,19 @@ int main(int argc, char** argv) {
   const bool is_small = argc > 1 && std::string(argv[1]) == "small";
   int num_devices = 0;
   jax_ep::Cuda(cudaGetDeviceCount(&num_devices));
+  for (int device = 0; device < num_devices; ++device) {
+    jax_ep::Cuda(cudaSetDevice(device));
+    for (int peer = 0; peer < num_devices; ++peer) {
+      if (peer != device) jax_ep::Cuda(cudaDeviceEnablePeerAccess(peer, 0));
+    }
+  }
   const int only = argc > 1 + is_small ? std::atoi(argv[1 + is_small]) : 0;
   for (int d = 1; d <= num_devices; ++d) {
     if (only != 0 && d != only) continue;
     std::printf("on %d devices\n", d);
     jax_ep::TestMatrix(d, is_small);
     jax_ep::TestSkippedRank(d);
+    jax_ep::TestMisuse(d);
   }
   std::printf("ok\n");
   return 0;

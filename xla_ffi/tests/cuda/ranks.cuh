@@ -63,10 +63,6 @@ class Ranks {
     std::fill_n(records_, num_ranks, FailureRecord{});
     for (int r = 0; r < num_ranks; ++r) {
       Select(r);
-      for (int d = 0; d < num_devices; ++d) {
-        if (d != r % num_devices) cudaDeviceEnablePeerAccess(d, 0);
-      }
-      cudaGetLastError();
       ControlBlock* control = nullptr;
       const size_t bytes = SharedBytes(num_ranks);
       Cuda(cudaMalloc(reinterpret_cast<void**>(&control), bytes));
@@ -87,7 +83,11 @@ class Ranks {
                                   r % num_devices));
       int major = 0;
       Cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, r % num_devices));
-      traits_ = {.num_sms = 132,
+      int num_sms = 0;
+      Cuda(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, r % num_devices));
+      // The blocks of all ranks of a device wait for one another: they must fit at once.
+      const int most_ranks = (num_ranks + num_devices - 1) / num_devices;
+      traits_ = {.num_sms = num_sms / most_ranks,
                  .max_shared_bytes = static_cast<size_t>(shared),
                  .has_bulk_copy = major >= 9,
                  .highest_priority = -1};
