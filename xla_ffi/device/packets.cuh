@@ -37,6 +37,17 @@ struct LanePackets {
   Signal called;
 };
 
+/// Adds, and does not wait for what was there until that is looked at: the compiler would, for the
+/// lanes that add at once.
+__device__ inline int32_t AddLater(int32_t* word, int32_t value) {
+  int32_t before;
+  asm volatile("atom.relaxed.gpu.global.add.s32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(word), "r"(value)
+               : "memory");
+  return before;
+}
+
 /// A call that stores operands at its peers.
 struct PushCall {
   OpId op;
@@ -59,7 +70,7 @@ __device__ inline bool Begin(const Endpoint& self, OpId op, const int32_t* posit
   call = {.op = op,
           .epoch = epoch,
           .tag = TagOf(self, op),
-          .num_before = is_first ? atomicAdd(&self.own()->num_busy, num_blocks) : 0};
+          .num_before = is_first ? AddLater(&self.own()->num_busy, num_blocks) : 0};
   if (is_aborted) return false;
   if (found != self.position) {
     if (is_first) {
@@ -174,8 +185,14 @@ __device__ inline std::byte* PushedAt(const Endpoint& self, int holder, int sour
          part * static_cast<int64_t>(PushPayload(self.num_ranks));
 }
 
+/// By the first thread, as early as it is known: a call that runs beside another one.
+__device__ inline void RefuseOverlap(const Endpoint& self, const PushCall& call) {
+  if (call.num_before > 0) Fail(self, FailureRecord::Kind::kOverlap, call.op, self.rank, 0, 1);
+}
+
 /// SwapBlocks, when this block has pushed its part of an operand.
 __device__ inline bool SwapPushed(const Endpoint& self, const PushCall& call) {
+  RefuseOverlap(self, call);
   return SwapBlocks(self, call.op, call.epoch, [&](int holder, int source) {
     return &self.control[holder]->pushed[call.epoch & 1][source][blockIdx.x];
   });
@@ -187,7 +204,7 @@ __device__ inline bool SwapPushed(const Endpoint& self, const PushCall& call) {
 __device__ inline void EndEpoch(const Endpoint& self, const PushCall& call) {
   __syncthreads();
   if (threadIdx.x != 0) return;
-  if (call.num_before > 0) Fail(self, FailureRecord::Kind::kOverlap, call.op, self.rank, 0, 1);
+  RefuseOverlap(self, call);
   if (gridDim.x > 1 && atomicAdd(&self.own()->num_blocks_done, 1) != gridDim.x - 1) return;
   StoreRelaxed(&self.own()->num_blocks_done, 0);
   StoreRelaxed(&self.own()->epoch, call.epoch);

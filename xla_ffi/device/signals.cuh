@@ -84,8 +84,9 @@ __device__ inline void Write(volatile FailureRecord& to, const FailureRecord& fr
 }
 
 /// Keeps the record if it is this rank's first, tells it to every rank, since they may be in other
-/// processes, and ends every wait of the group.
-__device__ inline void Fail(const Endpoint& self, FailureRecord::Kind kind, OpId op, int peer,
+/// processes, and ends every wait of the group. Never inlined: what seldom runs would lie between
+/// what always does, and first runs of kernels wait for their instructions.
+static __device__ __noinline__ void Fail(const Endpoint& self, FailureRecord::Kind kind, OpId op, int peer,
                             int64_t expected, int64_t seen) {
   if (atomicExch(&self.own()->has_failed, 1) == 0) {
     const FailureRecord found{.is_set = 1,
@@ -103,7 +104,7 @@ __device__ inline void Fail(const Endpoint& self, FailureRecord::Kind kind, OpId
 }
 
 /// By one thread of a rank that ends by another's failure: keeps what it was told.
-__device__ inline void KeepWhatWasTold(const Endpoint& self) {
+static __device__ __noinline__ void KeepWhatWasTold(const Endpoint& self) {
   if (LoadRelaxed(&self.own()->abort) == 0) return;
   __threadfence_system();
   for (int r = 0; r < self.num_ranks; ++r) {
