@@ -18,12 +18,15 @@ class Check:
       run: (group, backend, **params); raises AssertionError.
       ops: the public operations that the back end must have.
       params: plain data.
+      uses_stock: whether it runs JAX's own collectives too, which NCCL refuses to ranks that share
+        a GPU.
       exempt: (back end, platform) that is known not to hold, and why.
     """
 
     run: Callable[..., None]
     ops: frozenset[str]
     params: Mapping[str, Any]
+    uses_stock: bool = False
     exempt: Mapping[tuple[str, str], str] = field(default_factory=dict)
 
     @property

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 import jax_ep
 from jax_ep import config, reference
@@ -88,22 +87,23 @@ def norms(group: jax_ep.Group, backend: str, *, dtype: str, algorithm: str) -> N
         residual = np.broadcast_to(rng.standard_normal(shape[1:]), shape).astype(DTYPES[dtype])
         scale = np.broadcast_to(rng.random(hidden), (group.num_ranks, hidden))
         scale = scale.astype(DTYPES[dtype] if rows % 2 else np.float32)
-        call = partial(
-            jax_ep.all_reduce_residual_rmsnorm,
-            eps=1e-3,
-            group=group,
-            algorithm=algorithm,
-            allow_psum=False,
-            backend=backend,
-        )
-        normed, new_residual = on_group(call, group, check_vma=False)(x, residual, scale)
-        group.check(normed, new_residual)
+        options: dict[str, Any] = {"group": group, "allow_psum": False, "backend": backend}
+        call = partial(jax_ep.all_reduce_residual_rmsnorm, eps=1e-3, algorithm=algorithm, **options)
+        pass_on = partial(jax_ep.all_gather, algorithm="one_shot", **options)
+
+        def run(*operands: Any, call: Any = call, pass_on: Any = pass_on) -> Any:
+            normed, new_residual = call(*operands)
+            return normed, new_residual, pass_on(normed)[0]
+
+        results = on_group(run, group, check_vma=False)(x, residual, scale)
+        group.check(results)
+        normed, new_residual, of_rank_0 = results
         expected = reference.all_reduce_residual_rmsnorm(x, residual, scale, eps=1e-3)
         with noted(f"{rows} rows of {hidden}"):
             assert_same_bits(new_residual, expected[1], what="new_residual")
             assert_close(normed, expected[0], tolerance=_NORM_TOLERANCES[dtype], what="normed")
-            for _, values in shards(normed):
-                assert_same_bits(values[0], _first(normed), what="normed of another rank")
+            for (_, own), (_, other) in zip(shards(normed), shards(of_rank_0), strict=True):
+                assert_same_bits(own, other, what="normed of rank 0")
 
 
 def reduction_gradients(
@@ -172,11 +172,6 @@ def _gradient(
     )
 
 
-def _first(x: jax.Array) -> Any:
-    """Rank 0's part, known to every process."""
-    return multihost_utils.process_allgather(x, tiled=True)[0]
-
-
 def _shape(group: jax_ep.Group, op: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Of what all ranks bring."""
     ranks = (group.num_ranks,) * (2 if op == "reduce_scatter" else 1)
@@ -207,13 +202,15 @@ def _checks() -> Iterator[Check]:
     for dtype in _NORM_TOLERANCES:
         for algorithm in ALGORITHMS[:2]:
             params = {"dtype": dtype, "algorithm": algorithm}
-            yield Check(norms, frozenset({_NORM_OP}), params)
+            yield Check(norms, frozenset({_NORM_OP, "all_gather"}), params)
     for check_vma in (True, False):
         for outside in (True, False):
             how = {"check_vma": check_vma, "outside": outside}
             for op in _OPS:
-                yield Check(reduction_gradients, frozenset({op}), {"op": op, **how})
-            yield Check(norm_gradients, frozenset({_NORM_OP}), how)
+                yield Check(
+                    reduction_gradients, frozenset({op}), {"op": op, **how}, uses_stock=True
+                )
+            yield Check(norm_gradients, frozenset({_NORM_OP}), how, uses_stock=True)
 
 
 CHECKS = tuple(_checks())
