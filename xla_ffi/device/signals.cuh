@@ -86,20 +86,20 @@ __device__ inline void Write(volatile FailureRecord& to, const FailureRecord& fr
 /// Keeps the record if it is this rank's first, tells it to every rank, since they may be in other
 /// processes, and ends every wait of the group. Never inlined: what seldom runs would lie between
 /// what always does, and first runs of kernels wait for their instructions.
-static __device__ __noinline__ void Fail(const Endpoint& self, FailureRecord::Kind kind, OpId op, int peer,
-                            int64_t expected, int64_t seen) {
-  if (atomicExch(&self.own()->has_failed, 1) == 0) {
-    const FailureRecord found{.is_set = 1,
-                              .kind = kind,
-                              .op = op,
-                              .rank = self.rank,
-                              .peer = peer,
-                              .expected = expected,
-                              .seen = seen};
-    Write(*self.record, found);
-    for (int r = 0; r < self.num_ranks; ++r) Write(self.control[r]->told[self.rank], found);
-    __threadfence_system();
-  }
+static __device__ __noinline__ void Fail(const Endpoint& self, FailureRecord::Kind kind, OpId op,
+                                         int peer, int64_t expected, int64_t seen) {
+  // Whoever comes later must not end the waits: the first has not told everyone yet.
+  if (atomicExch(&self.own()->has_failed, 1) != 0) return;
+  const FailureRecord found{.is_set = 1,
+                            .kind = kind,
+                            .op = op,
+                            .rank = self.rank,
+                            .peer = peer,
+                            .expected = expected,
+                            .seen = seen};
+  Write(*self.record, found);
+  for (int r = 0; r < self.num_ranks; ++r) Write(self.control[r]->told[self.rank], found);
+  __threadfence_system();
   for (int r = 0; r < self.num_ranks; ++r) StoreRelaxed(&self.control[r]->abort, 1);
 }
 
