@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jax_ep import _backends, _checks, _jax_compat, _tuning, _xla_reduce, config
 from jax_ep._spec import ReduceSpec
@@ -59,6 +60,10 @@ def make_spec(
         chosen = _choose(group, stock, x, num_bytes, op=op, allow_psum=allow_psum, dtypes=dtypes)
         return spec(chosen)
     wanted = config.choice(Algorithm, algorithm, op=op, argument="algorithm")
+    if wanted is Algorithm.TWO_SHOT and op != "all_reduce":
+        raise ConfigError(f"{op}: algorithm must not be 'two_shot'; there is none")
+    if wanted is Algorithm.PSUM and not allow_psum:
+        raise ConfigError(f"{op}: allow_psum=False forbids algorithm='psum'")
     if wanted is not Algorithm.PSUM:
         _require_operand(x, dtypes, op)
         most = _limits(group, spec(wanted), x, op)[wanted]
@@ -108,15 +113,15 @@ def _require_operand(x: jax.Array, dtypes: Sequence[Any] | None, op: str) -> Non
 
 def _limits(group: Group, spec: ReduceSpec, x: jax.Array, op: str) -> dict[Algorithm, int]:
     """Bytes from each rank that an algorithm can carry, -1 for none; the last for the largest."""
+    packets = {Algorithm.LOW_LATENCY: config.packet_payload(group.num_ranks)}
     if spec.backend != "cuda":
-        ours = (Algorithm.LOW_LATENCY, Algorithm.ONE_SHOT, Algorithm.TWO_SHOT)
-        return dict.fromkeys(ours, _UNLIMITED)
+        # Packets have their limit everywhere: a program that runs here runs there.
+        return packets | dict.fromkeys((Algorithm.ONE_SHOT, Algorithm.TWO_SHOT), _UNLIMITED)
     pushed = -1 if op == "all_reduce_residual_rmsnorm" else config.push_payload(group.num_ranks)
     # A large two-shot reads results of peers, which are never staged.
     pulls = group.spec.staging_bytes is None
     two_shot = _UNLIMITED if pulls else config.two_shot_payload(group.num_ranks)
-    return {
-        Algorithm.LOW_LATENCY: config.packet_payload(group.num_ranks),
+    return packets | {
         Algorithm.ONE_SHOT: _UNLIMITED if group.spec.can_stage(x) else pushed,
         Algorithm.TWO_SHOT: two_shot if op == "all_reduce" else -1,
     }
@@ -125,8 +130,14 @@ def _limits(group: Group, spec: ReduceSpec, x: jax.Array, op: str) -> dict[Algor
 def move(spec: ReduceSpec, x: jax.Array) -> jax.Array:
     """The operation, with its gradient, on an array that varies over the group's axes."""
     if spec.algorithm is Algorithm.PSUM:
-        return _xla_reduce.stock(spec, x)
-    return _move(typed(spec, x), x)
+        return named(_xla_reduce.stock(spec, x))
+    return named(_move(typed(spec, x), x))
+
+
+def named(result: jax.Array) -> jax.Array:
+    """What save_communication_policy keeps."""
+    kept: jax.Array = checkpoint_name(result, config.REDUCE_NAME)
+    return kept
 
 
 def typed(spec: ReduceSpec, x: jax.Array) -> ReduceSpec:
@@ -151,8 +162,11 @@ def _move_bwd(spec: ReduceSpec, _: None, ct: jax.Array) -> tuple[jax.Array]:
         Movement.REDUCE_SCATTER: Movement.ALL_GATHER,
         Movement.ALL_GATHER: Movement.REDUCE_SCATTER,
     }[spec.movement]
+    spec = replace(spec, movement=back)
+    if back is Movement.REDUCE_SCATTER and ct.dtype not in [jnp.dtype(d) for d in SUM_DTYPES]:
+        return (_xla_reduce.stock(replace(spec, algorithm=Algorithm.PSUM), ct),)
     # As many bytes from each rank, so the same algorithm.
-    return (_move(replace(spec, movement=back), ct),)
+    return (_move(spec, ct),)
 
 
 _move.defvjp(_move_fwd, _move_bwd)

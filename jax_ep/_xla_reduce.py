@@ -1,7 +1,4 @@
-"""The `xla` back end of all_reduce and its relatives: sums of ours out of stock collectives.
-
-Any mesh will do that has the group's axes: ranks are counted along them.
-"""
+"""The `xla` back end of all_reduce and its relatives: sums of ours out of stock collectives."""
 
 import functools
 from collections.abc import Callable
@@ -9,6 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from jax_ep._primitives.check_mesh import check_mesh
 from jax_ep._spec import ReduceSpec
 from jax_ep.config import Algorithm, Movement
 
@@ -16,6 +14,7 @@ from jax_ep.config import Algorithm, Movement
 def all_reduce(spec: ReduceSpec, x: jax.Array) -> jax.Array:
     """The contract of the custom call: sums in the order of the ranks."""
     axes = spec.group.axes
+    x = _check_mesh(spec, x)
     if spec.movement is Movement.ALL_GATHER:
         gathered: jax.Array = jax.lax.all_gather(x, axes)
         return gathered
@@ -36,15 +35,17 @@ def stock(spec: ReduceSpec, x: jax.Array) -> jax.Array:
         Movement.REDUCE_SCATTER: jax.lax.psum_scatter,
         Movement.ALL_GATHER: jax.lax.all_gather,
     }
-    return collectives[spec.movement](x, spec.group.axes)
+    return collectives[spec.movement](_check_mesh(spec, x), spec.group.axes)
 
 
 def all_reduce_residual_rmsnorm(
     spec: ReduceSpec, x: jax.Array, residual: jax.Array, scale: jax.Array, eps: float
 ) -> tuple[jax.Array, jax.Array]:
     """The same by one operation after the other."""
-    reduce = stock if spec.algorithm is Algorithm.PSUM else all_reduce
-    new_residual = reduce(spec, x) + residual
+    if spec.algorithm is Algorithm.PSUM:
+        new_residual = stock(spec, x) + residual
+    else:
+        new_residual = _keep(all_reduce(spec, x) + residual)
     return rms_norm(new_residual, scale, eps), new_residual
 
 
@@ -53,11 +54,22 @@ def rms_norm(h: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     wide = h.astype(jnp.float32)
     mean = jnp.mean(wide * wide, axis=-1, keepdims=True)
     factor = 1.0 / jnp.sqrt(mean + jnp.float32(eps))
-    return (wide * factor * scale.astype(jnp.float32)).astype(h.dtype)
+    wide_scale = scale.astype(jnp.float32).reshape(*(1 for _ in h.shape[1:]), -1)
+    return (wide * factor * wide_scale).astype(h.dtype)
 
 
 def _sum(terms: jax.Array) -> jax.Array:
     """Over the leading axis, one by one."""
     is_float = jnp.issubdtype(terms.dtype, jnp.floating)
     wide = terms.astype(jnp.float32) if is_float else terms
-    return functools.reduce(jnp.add, list(wide)).astype(terms.dtype)
+    return _keep(functools.reduce(jnp.add, list(wide)).astype(terms.dtype))
+
+
+def _keep(rounded: jax.Array) -> jax.Array:
+    """Behind the barrier XLA cannot hand the unrounded value to whoever widens the result again."""
+    kept: jax.Array = jax.lax.optimization_barrier(rounded)
+    return kept
+
+
+def _check_mesh(spec: ReduceSpec, x: jax.Array) -> jax.Array:
+    return check_mesh(x, spec.group, op=spec.movement.name.lower(), transforms=True)

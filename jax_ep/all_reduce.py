@@ -26,8 +26,8 @@ def all_reduce(
     every size, algorithm and back end. Where psum takes over, that ends: its order is XLA's.
 
     Args:
-      x: an array, or a pytree of them, of any shape. bf16, f16, f32, int32; others by psum. Each
-        array is a call of its own.
+      x: an array or a Python number, or a pytree of them, of any shape. bf16, f16, f32, int32;
+        others by psum. Each array is a call of its own.
       group: the ranks.
       algorithm: how the arrays travel between GPUs. "low_latency": every rank stores its array
         at every other, each 12 bytes with a flag; up to 3 MiB over the number of ranks.
@@ -50,9 +50,10 @@ def all_reduce(
     Source: NCCL's LL protocol (NVIDIA, 2017) for low_latency; vLLM's custom all-reduce (2024) for
       the one-shot and the two-shot. These read and write XLA's buffers, without registration.
     """
+    _checks.require_group(group, op="all_reduce")
 
     def reduce(leaf: Any) -> jax.Array:
-        array = jnp.asarray(_checks.require_array(leaf, op="all_reduce", argument="x"))
+        array = _array(leaf, op="all_reduce")
         spec = _reduce.make_spec(
             group,
             array,
@@ -69,19 +70,19 @@ def all_reduce(
 
 
 def reduce_scatter(
-    x: jax.Array,
+    x: Any,
     *,
     group: Group,
     tiled: bool = False,
     algorithm: str = "auto",
     allow_psum: bool = True,
     backend: str | None = None,
-) -> jax.Array:
+) -> Any:
     """This rank's part of the sum over the ranks: `lax.psum_scatter` over the group's axes.
 
     Args:
-      x: [num_ranks, ...]; tiled: [num_ranks * n, ...]. Part r goes to rank r. Numerics and dtypes
-        as in `all_reduce`.
+      x: [num_ranks, ...]; tiled: [num_ranks * n, ...]; or a pytree of such. Part r goes to rank r.
+        Numerics and dtypes as in `all_reduce`.
       group: the ranks.
       tiled: whether the ranks' parts are one behind the other along the first axis, or along an
         axis of their own.
@@ -98,51 +99,56 @@ def reduce_scatter(
     Source: as in `all_reduce`.
     """
     op = "reduce_scatter"
-    array = jnp.asarray(_checks.require_array(x, op=op, argument="x"))
     num_ranks = _checks.require_group(group, op=op).num_ranks
-    fits = array.ndim > 0 and (
-        array.shape[0] % num_ranks == 0 if tiled else array.shape[0] == num_ranks
-    )
-    if not fits:
-        expected = "a multiple of" if tiled else ""
+
+    def scatter(leaf: Any) -> jax.Array:
+        parts = _parts(_array(leaf, op=op), num_ranks, tiled=tiled)
+        spec = _reduce.make_spec(
+            group,
+            parts,
+            parts.nbytes // num_ranks,
+            op=op,
+            algorithm=algorithm,
+            allow_psum=allow_psum,
+            backend=backend,
+            movement=Movement.REDUCE_SCATTER,
+        )
+        (parts,) = _jax_compat.vary_alike([parts], spec.group.axes)
+        return _reduce.move(spec, parts)
+
+    return jax.tree.map(scatter, x)
+
+
+def _parts(array: jax.Array, num_ranks: int, *, tiled: bool) -> jax.Array:
+    """[num_ranks, ...]: a part for each rank."""
+    rest = array.shape[0] % num_ranks if tiled and array.ndim else 0
+    if array.ndim == 0 or rest or not (tiled or array.shape[0] == num_ranks):
+        expected = "a multiple of num_ranks" if tiled else "num_ranks"
         raise ShapeError(
-            f"{op}: the first axis of x must be {expected} num_ranks={num_ranks}, got shape "
-            f"{array.shape}".replace("  ", " ")
+            f"reduce_scatter: the first axis of x must be {expected}={num_ranks}, got shape "
+            f"{array.shape}"
         )
     part = (array.shape[0] // num_ranks, *array.shape[1:])
-    parts = array.reshape(num_ranks, *part) if tiled else array
-    spec = _reduce.make_spec(
-        group,
-        parts,
-        parts.nbytes // num_ranks,
-        op=op,
-        algorithm=algorithm,
-        allow_psum=allow_psum,
-        backend=backend,
-        movement=Movement.REDUCE_SCATTER,
-    )
-    (parts,) = _jax_compat.vary_alike([parts], spec.group.axes)
-    return _reduce.move(spec, parts)
+    return array.reshape(num_ranks, *part) if tiled else array
 
 
 def all_gather(
-    x: jax.Array,
+    x: Any,
     *,
     group: Group,
     tiled: bool = False,
     algorithm: str = "auto",
     allow_psum: bool = True,
     backend: str | None = None,
-) -> jax.Array:
+) -> Any:
     """The arrays of all ranks, on every rank: `lax.all_gather` over the group's axes.
 
     Args:
-      x: [...], any dtype of whole bytes.
+      x: [...], or a pytree of such. Any dtype of whole bytes; others by `lax.all_gather`.
       group: the ranks.
       tiled: whether the ranks' arrays are put one behind the other along the first axis, or along
         a new one.
-      algorithm: as in `all_reduce`, by the bytes of one rank; there is no two-shot. Its gradient,
-        a sum, is by psum for the dtypes that `all_reduce` does not take.
+      algorithm: as in `all_reduce`, by the bytes of one rank; there is no two-shot.
       allow_psum: whether "auto" may choose `lax.all_gather`, as in `all_reduce`.
       backend: as in `all_reduce`.
 
@@ -150,32 +156,43 @@ def all_gather(
       [num_ranks, ...]; tiled: [num_ranks * n, ...] of [n, ...].
 
     Collective: yes.
-    Gradient: reduce_scatter of the cotangent.
+    Gradient: reduce_scatter of the cotangent; for dtypes that it does not take,
+      `lax.psum_scatter`.
     Raises: ShapeError; as in `all_reduce`.
     Source: as in `all_reduce`.
     """
     op = "all_gather"
-    array = jnp.asarray(_checks.require_array(x, op=op, argument="x"))
-    if tiled and array.ndim == 0:
-        raise ShapeError(f"{op}: tiled, x must have an axis, got shape ()")
-    # What is differentiated comes back as a sum; what is no whole bytes XLA packs as it likes.
-    is_summed = jnp.issubdtype(array.dtype, jnp.inexact) or not _is_whole_bytes(array.dtype)
-    spec = _reduce.make_spec(
-        group,
-        array,
-        array.nbytes,
-        op=op,
-        algorithm=algorithm,
-        allow_psum=allow_psum,
-        backend=backend,
-        dtypes=_reduce.SUM_DTYPES if is_summed else None,
-        movement=Movement.ALL_GATHER,
-    )
-    (array,) = _jax_compat.vary_alike([array], spec.group.axes)
-    gathered = _reduce.move(spec, array)
-    num_ranks = spec.group.num_ranks
-    whole = (num_ranks * array.shape[0], *array.shape[1:]) if tiled else gathered.shape
-    return gathered.reshape(whole)
+    _checks.require_group(group, op=op)
+
+    def gather(leaf: Any) -> jax.Array:
+        array = _array(leaf, op=op)
+        if tiled and array.ndim == 0:
+            raise ShapeError(f"{op}: tiled, x must have an axis, got shape ()")
+        spec = _reduce.make_spec(
+            group,
+            array,
+            array.nbytes,
+            op=op,
+            algorithm=algorithm,
+            allow_psum=allow_psum,
+            backend=backend,
+            # What is no whole bytes XLA packs as it likes.
+            dtypes=None if _is_whole_bytes(array.dtype) else _reduce.SUM_DTYPES,
+            movement=Movement.ALL_GATHER,
+        )
+        (array,) = _jax_compat.vary_alike([array], spec.group.axes)
+        gathered = _reduce.move(spec, array)
+        num_ranks = spec.group.num_ranks
+        whole = (num_ranks * array.shape[0], *array.shape[1:]) if tiled else gathered.shape
+        return gathered.reshape(whole)
+
+    return jax.tree.map(gather, x)
+
+
+def _array(leaf: Any, *, op: str) -> jax.Array:
+    if isinstance(leaf, (int, float, complex)):
+        return jnp.asarray(leaf)
+    return jnp.asarray(_checks.require_array(leaf, op=op, argument="x"))
 
 
 def _is_whole_bytes(dtype: Any) -> bool:

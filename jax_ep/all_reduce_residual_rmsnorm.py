@@ -67,15 +67,14 @@ def all_reduce_residual_rmsnorm(
     _checks.require_dtype(scale, (jnp.float32, x.dtype), op=_OP, argument="scale")
     if not isinstance(eps, (int, float)) or not eps >= 0:
         raise ConfigError(f"{_OP}: eps must be a static number of at least 0, got {eps!r}")
-    if algorithm == "two_shot":
-        raise ConfigError(f"{_OP}: algorithm must not be 'two_shot'; there is none")
     spec = _choose(group, x, algorithm, allow_psum=allow_psum, backend=backend)
     axes = spec.group.axes
     operands = _vary(axes, x, residual, scale)
     terms, onto = (a.reshape(-1, x.shape[-1]) for a in operands[:2])
     if spec.algorithm is Algorithm.PSUM:
         call = _xla_reduce.all_reduce_residual_rmsnorm
-        results = call(spec, terms, onto, operands[2], float(eps))
+        normed, new_residual = call(spec, terms, onto, operands[2], float(eps))
+        results = normed, _reduce.named(new_residual)
     else:
         results = _fused(_reduce.typed(spec, terms), float(eps), terms, onto, operands[2])
     normed, new_residual = (r.reshape(x.shape) for r in results)
@@ -132,11 +131,12 @@ def _fused(
     spec: ReduceSpec, eps: float, x: jax.Array, residual: jax.Array, scale: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     call = _backends.get(spec.backend).all_reduce_residual_rmsnorm
-    return call(spec, x, residual, scale, eps)
+    normed, new_residual = call(spec, x, residual, scale, eps)
+    return _reduce.named(normed), _reduce.named(new_residual)
 
 
 def _fused_fwd(spec: ReduceSpec, eps: float, *operands: jax.Array) -> Any:
-    normed, new_residual = _fused(spec, eps, *operands)
+    normed, new_residual = _fused.fun(spec, eps, *operands)
     return (normed, new_residual), (new_residual, operands[2])
 
 

@@ -41,6 +41,7 @@ MAX_TOPK = 32
 # What jax.ad_checkpoint.checkpoint_name calls the results of communication.
 DISPATCH_NAME = "jax_ep_dispatch"
 COMBINE_NAME = "jax_ep_combine"
+REDUCE_NAME = "jax_ep_all_reduce"
 MAX_INDEX = 2**31 - 1
 
 

@@ -88,6 +88,7 @@ def dispatch(
             "num_experts": num_experts,
             "recv_capacity": recv_capacity,
             "expert_alignment": None if expert_alignment == 1 else expert_alignment,
+            "fill": None if fill == "zeros" else fill,
             "layout": None if layout in ("rank", handle.layout) else layout,
         }
         extra = ", ".join(name for name, value in given.items() if value is not None)

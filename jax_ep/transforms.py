@@ -11,7 +11,8 @@ from jax_ep.errors import GroupError
 def save_communication_policy(*names: str) -> Any:
     """A policy for `jax.checkpoint` that keeps what has crossed between ranks.
 
-    With it the backward pass recomputes everything but dispatch and combine.
+    With it the backward pass recomputes everything but dispatch, combine, and all_reduce and its
+    relatives.
 
     Args:
       names: further `checkpoint_name`s to keep.
@@ -20,7 +21,7 @@ def save_communication_policy(*names: str) -> Any:
       `jax.checkpoint(layer, policy=jax_ep.save_communication_policy())`
     """
     return jax.checkpoint_policies.save_only_these_names(
-        config.DISPATCH_NAME, config.COMBINE_NAME, *names
+        config.DISPATCH_NAME, config.COMBINE_NAME, config.REDUCE_NAME, *names
     )
 
 

@@ -140,6 +140,85 @@ def test_what_cannot_be_staged_takes_stock_collectives():
     assert not two_shot.is_carried(large)
 
 
+def test_pytrees_and_numbers(groups, backend):
+    """As lax.psum and its relatives take them."""
+    group = groups(2)
+    x = np.arange(8, dtype=np.float32).reshape(2, 2, 2)
+
+    def run(x):
+        options = {"group": group, "backend": backend}
+        total = jax_ep.all_reduce({"x": x, "n": 1, "y": (2.5, [])}, **options)
+        parts = jax_ep.reduce_scatter([x, 2 * x], **options)
+        return total, parts, jax_ep.all_gather((parts[0], 3), **options)
+
+    total, parts, gathered = on_ranks(run, group.mesh, check_vma=False)(x)
+    assert_same_bits(total["x"], np.broadcast_to(x.sum(0), x.shape))
+    assert (np.asarray(total["n"]).tolist(), total["n"].dtype) == ([2, 2], np.int32)
+    assert np.asarray(total["y"][0]).tolist() == [5.0, 5.0]
+    assert_same_bits(parts[1], 2 * x.sum(0))
+    assert_same_bits(gathered[0], np.broadcast_to(x.sum(0), x.shape))
+    assert np.asarray(gathered[1]).tolist() == [[3, 3], [3, 3]]
+    with pytest.raises(jax_ep.GroupError, match="all_reduce: group must be"):
+        jax_ep.all_reduce({}, group="no")
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "complex64", "uint8"])
+def test_gathers_move_bytes(groups, backend, dtype):
+    group = groups(2)
+    x = np.arange(12).reshape(2, 6).astype(jnp.dtype(dtype))
+    gather = partial(jax_ep.all_gather, group=group, allow_psum=False, backend=backend)
+    got = on_ranks(gather, group.mesh, check_vma=False)(x)
+    assert_same_bits(got.view(np.uint8), np.stack([x, x]).view(np.uint8))
+    if dtype == "complex64":
+
+        def loss(x, gather):
+            return jnp.sum(jnp.abs(gather(x) * jnp.arange(1, 3)[:, None]))
+
+        grads = [
+            on_ranks(jax.grad(partial(loss, gather=g)), group.mesh, check_vma=False)(x + 1)
+            for g in (gather, lambda x: jax.lax.all_gather(x, "ep"))
+        ]
+        assert_close(*(np.asarray(g).view(np.float32) for g in grads), tolerance=1e-6)
+
+
+@pytest.mark.parametrize("op", [*OPS, jax_ep.all_reduce_residual_rmsnorm])
+@pytest.mark.parametrize("algorithm", ["psum", "one_shot"])
+def test_another_device_order_is_an_error(groups, backend, op, algorithm):
+    group = groups(2)
+    backwards = Mesh(group.mesh.devices[::-1], group.axes)
+    num_operands = 1 if op in OPS else 3
+
+    def run(x):
+        operands = (x, x, x[0])[:num_operands]
+        return op(*operands, group=group, backend=backend, algorithm=algorithm)
+
+    with pytest.raises(jax_ep.GroupError, match=r"jax\.shard_map runs over the mesh"):
+        on_ranks(run, backwards, check_vma=False)(np.ones((2, 2, 4), np.float32))
+
+
+@pytest.mark.parametrize(
+    "op", [jax_ep.all_reduce, jax_ep.all_gather, jax_ep.all_reduce_residual_rmsnorm]
+)
+def test_the_policy_keeps_sums(groups, op):
+    """Nothing is sent twice: as many calls as with everything kept."""
+    group = groups(2)
+    num_operands = 3 if op is jax_ep.all_reduce_residual_rmsnorm else 1
+
+    def layer(x):
+        h = jnp.tanh(x)
+        results = op(*(h, h, h[0])[:num_operands], group=group, algorithm="one_shot")
+        return sum(jnp.sum(jnp.sin(y)) for y in jax.tree.leaves(results))
+
+    def count(policy):
+        grad = jax.grad(lambda x: jnp.sin(jax.checkpoint(layer, policy=policy)(x)))
+        mapped = on_ranks(grad, group.mesh, check_vma=False)
+        x = np.ones((2, 2, 4), np.float32)
+        return mapped.lower(x).as_text().count("@jax_ep.all_reduce")
+
+    kept = count(jax.checkpoint_policies.everything_saveable)
+    assert count(jax_ep.save_communication_policy()) == kept < count(None)
+
+
 def test_vmap_folds_the_batch(groups, backend):
     group = groups(4)
     rng = np.random.default_rng(2)
@@ -157,6 +236,8 @@ def test_vmap_folds_the_batch(groups, backend):
     def norm(x, scale):
         return jax_ep.all_reduce_residual_rmsnorm(x, x[:1] * 0 + 1 + 0 * x, scale, **options)
 
+    none = on_ranks(jax.vmap(norm), group.mesh)(x[:, :0], scale[:, :0])
+    assert none[0].shape == (4, 0, 4, 8)
     for axes in ((0, None), (0, 0)):
         scales = scale if axes[1] == 0 else scale[:, 0]
         got = on_ranks(jax.vmap(norm, in_axes=axes), group.mesh)(x, scales)
@@ -280,6 +361,10 @@ BAD = {
     "scale": (jax_ep.all_reduce_residual_rmsnorm, [np.ones((2, 3)), np.ones((2, 3)), np.ones((2, 4))], {}, jax_ep.ShapeError, r"scale must have shape \(3,\), got \(4,\)"),
     "norm_dtype": (jax_ep.all_reduce_residual_rmsnorm, [np.ones((2, 3), np.int32)] * 3, {}, jax_ep.DTypeError, "x must be bfloat16, float16, float32, got int32"),
     "eps": (jax_ep.all_reduce_residual_rmsnorm, [np.ones((2, 3))] * 3, {"eps": -1.0}, jax_ep.ConfigError, "eps must be a static number of at least 0, got -1.0"),
+    "packets": (jax_ep.all_reduce, [np.ones((2, 400_000))], {"algorithm": "low_latency"}, jax_ep.ConfigError, "algorithm='low_latency' takes at most 1572864 bytes from a rank here, got 1600000"),
+    "two_halves": (jax_ep.reduce_scatter, [np.ones((2, 2))], {"algorithm": "two_shot"}, jax_ep.ConfigError, "reduce_scatter: algorithm must not be 'two_shot'"),
+    "two_others": (jax_ep.all_gather, [np.ones((2, 2))], {"algorithm": "two_shot"}, jax_ep.ConfigError, "all_gather: algorithm must not be 'two_shot'"),
+    "neither": (jax_ep.all_reduce, [np.ones((2, 2))], {"algorithm": "psum", "allow_psum": False}, jax_ep.ConfigError, "all_reduce: allow_psum=False forbids algorithm='psum'"),
     "two_shot": (jax_ep.all_reduce_residual_rmsnorm, [np.ones((2, 3))] * 3, {"algorithm": "two_shot"}, jax_ep.ConfigError, "algorithm must not be 'two_shot'"),
     "wide": (jax_ep.all_reduce_residual_rmsnorm, [np.ones((2, 20_000))] * 3, {"allow_psum": False}, jax_ep.ConfigError, "without psum a row has at most 65536 bytes, got 80000"),
 }  # fmt: skip

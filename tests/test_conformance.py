@@ -157,6 +157,38 @@ WRONG = {
     ),
     "a weight": ("combine_weights", lambda w: w.at[0].set(0.0), "combine_weights["),
     "rounding": ("dispatch_fp8", lambda o: _change(o, x=o.x * 1.125), "dispatch_fp8["),
+    "last bit of an all_reduce": ("all_reduce", _last_bit, "sums[op=all_reduce"),
+    "a part of another rank": (
+        "reduce_scatter",
+        lambda y: jnp.roll(y, 1),
+        "sums[op=reduce_scatter",
+    ),
+    "a rank left out": ("all_gather", lambda y: y.at[-1].set(y[0]), "sums[op=all_gather"),
+    "a gradient of a sum": (
+        "all_reduce",
+        lambda y: y + jax.lax.stop_gradient(y) - y * 1.0,
+        "reduction_gradients[op=all_reduce",
+    ),
+    "a sign of zero": (
+        "all_reduce",
+        lambda y: jnp.where(y == 0, jnp.abs(y), y),
+        "special_values[dtype=f32",
+    ),
+    "a norm": (
+        "all_reduce_residual_rmsnorm",
+        lambda results: (results[0] * 1.01, results[1]),
+        "norms[dtype=f32",
+    ),
+    "a residual": (
+        "all_reduce_residual_rmsnorm",
+        lambda results: (results[0], _last_bit(results[1])),
+        "norms[dtype=f32",
+    ),
+    "a gradient of a norm": (
+        "all_reduce_residual_rmsnorm",
+        lambda results: (jax.lax.stop_gradient(results[0]), results[1]),
+        "norm_gradients[",
+    ),
     "a mask": (
         "get_dispatch_layout",
         lambda o: _change(o, is_token_in_rank=~o.is_token_in_rank),

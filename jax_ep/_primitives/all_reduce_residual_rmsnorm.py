@@ -41,6 +41,8 @@ def _batch(
     position, x, residual, scale = operands
     size = next(a.shape[d] for a, d in zip(operands, dims, strict=True) if d is not None)
     x, residual = (batch_at(a, d, 0, size) for a, d in ((x, dims[1]), (residual, dims[2])))
+    if size == 0:
+        return [jnp.zeros_like(x), jnp.zeros_like(residual)], [0, 0]
     if dims[3] is not None or not _has_room(x, **parameters):
         scale = batch_at(scale, dims[3], 0, size)
         calls = [

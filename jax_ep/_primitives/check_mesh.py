@@ -14,7 +14,7 @@ from jax_ep._spec import GroupSpec
 from jax_ep.errors import GroupError
 
 
-def _lower(ctx: Any, x: Any, *, op: str, spec: GroupSpec) -> Any:
+def _lower(ctx: Any, x: Any, *, op: str, spec: GroupSpec, transforms: bool) -> Any:
     mesh = lowering_mesh(ctx)
     if mesh is not None:
         device_ids = tuple(d.id for d in mesh.devices.flat)
@@ -29,22 +29,31 @@ def _lower(ctx: Any, x: Any, *, op: str, spec: GroupSpec) -> Any:
     return [x]
 
 
-def _refuse_batching(*_: Any, op: str, **__: Any) -> Any:
-    refuse_batching(op)
+def _batch(operands: Any, dims: Any, *, op: str, transforms: bool, **parameters: Any) -> Any:
+    if not transforms:
+        refuse_batching(op)
+    (x,) = operands
+    return _check_mesh_p.bind(x, op=op, transforms=transforms, **parameters), dims[0]
 
 
-def _refuse_jvp(*_: Any, op: str, **__: Any) -> Any:
-    refuse_jvp(op)
+def _jvp(primals: Any, tangents: Any, *, op: str, transforms: bool, **parameters: Any) -> Any:
+    if not transforms:
+        refuse_jvp(op)
+    (x,) = primals
+    return _check_mesh_p.bind(x, op=op, transforms=transforms, **parameters), tangents[0]
 
 
 _check_mesh_p = Primitive("jax_ep.check_mesh")
-_check_mesh_p.def_abstract_eval(lambda x, *, op, spec: x)
+_check_mesh_p.def_abstract_eval(lambda x, **_: x)
 mlir.register_lowering(_check_mesh_p, _lower)
-batching.primitive_batchers[_check_mesh_p] = _refuse_batching
-ad.primitive_jvps[_check_mesh_p] = _refuse_jvp
+batching.primitive_batchers[_check_mesh_p] = _batch
+ad.primitive_jvps[_check_mesh_p] = _jvp
 
 
-def check_mesh(x: jax.Array, spec: GroupSpec, *, op: str) -> jax.Array:
-    """`x`. Raises GroupError when the program is lowered for another mesh."""
-    checked: jax.Array = _check_mesh_p.bind(x, op=op, spec=spec)
+def check_mesh(x: jax.Array, spec: GroupSpec, *, op: str, transforms: bool = False) -> jax.Array:
+    """`x`. Raises GroupError when the program is lowered for another mesh.
+
+    `transforms`: whether it can be differentiated and batched; refused by the name of op otherwise.
+    """
+    checked: jax.Array = _check_mesh_p.bind(x, op=op, spec=spec, transforms=transforms)
     return checked

@@ -23,10 +23,11 @@ DTYPES: dict[str, Any] = {
 ALGORITHMS = ("low_latency", "one_shot", "two_shot")
 # Around a vector of 16 bytes, a warp's vectors, a block's and several blocks'.
 SIZES = (1, 3, 4, 5, 8, 9, 255, 257, 4096, 4099, 40_000)
-_OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
-    "all_reduce": (jax_ep.all_reduce, reference.all_reduce, jax.lax.psum),
-    "reduce_scatter": (jax_ep.reduce_scatter, reference.reduce_scatter, jax.lax.psum_scatter),
-    "all_gather": (jax_ep.all_gather, reference.all_gather, jax.lax.all_gather),
+# What JAX has in their place.
+_STOCK: dict[str, Callable[..., Any]] = {
+    "all_reduce": jax.lax.psum,
+    "reduce_scatter": jax.lax.psum_scatter,
+    "all_gather": jax.lax.all_gather,
 }
 _PAYLOADS = {"one_shot": config.push_payload, "two_shot": config.two_shot_payload}
 _NORM_OP = "all_reduce_residual_rmsnorm"
@@ -35,7 +36,7 @@ _NORM_TOLERANCES = {"bf16": 1e-2, "f16": 1e-3, "f32": 2e-6}
 
 def sums(group: jax_ep.Group, backend: str, *, op: str, dtype: str, algorithm: str) -> None:
     """All sizes in one program: its calls use the same memory in turns."""
-    ours, reference_of, _ = _OPS[op]
+    ours, reference_of = getattr(jax_ep, op), getattr(reference, op)
     arrays = [_random(group, dtype, op, size, seed=size) for size in SIZES]
     # What peers on GPUs have no room for they read where it lies, or a copy of it.
     if backend == "cuda" and algorithm in _PAYLOADS:
@@ -46,11 +47,18 @@ def sums(group: jax_ep.Group, backend: str, *, op: str, dtype: str, algorithm: s
             arrays.append(large)
     arrays.append(_random(group, dtype, op, 64, seed=1).reshape(_shape(group, op, (2, 4, 8))))
     call = partial(ours, group=group, algorithm=algorithm, allow_psum=False, backend=backend)
-    results = on_group(lambda *xs: [call(x) for x in xs], group, check_vma=False)(*arrays)
+
+    def run(*xs: Any) -> Any:
+        sums = [call(x) for x in xs]
+        return sums, sums[-1].astype(jnp.float32)
+
+    results, wide = on_group(run, group, check_vma=False)(*arrays)
     group.check(results)
     for x, got in zip(arrays, results, strict=True):
         with noted(f"shape {x.shape}"):
             assert_same_bits(got, reference_of(x), what=op)
+    # Also for whoever widens it in the same program: it has been rounded.
+    assert_same_bits(wide, reference_of(arrays[-1]).astype(np.float32), what=f"{op}, widened")
 
 
 def special_values(group: jax_ep.Group, backend: str, *, dtype: str, algorithm: str) -> None:
@@ -93,14 +101,17 @@ def norms(group: jax_ep.Group, backend: str, *, dtype: str, algorithm: str) -> N
 
         def run(*operands: Any, call: Any = call, pass_on: Any = pass_on) -> Any:
             normed, new_residual = call(*operands)
-            return normed, new_residual, pass_on(normed)[0]
+            wide = new_residual.astype(jnp.float32)
+            return normed, new_residual, wide, pass_on(normed)[0]
 
         results = on_group(run, group, check_vma=False)(x, residual, scale)
         group.check(results)
-        normed, new_residual, of_rank_0 = results
+        normed, new_residual, wide, of_rank_0 = results
         expected = reference.all_reduce_residual_rmsnorm(x, residual, scale, eps=1e-3)
         with noted(f"{rows} rows of {hidden}"):
             assert_same_bits(new_residual, expected[1], what="new_residual")
+            # Also for whoever widens it in the same program: it has been rounded.
+            assert_same_bits(wide, expected[1].astype(np.float32), what="new_residual, widened")
             assert_close(normed, expected[0], tolerance=_NORM_TOLERANCES[dtype], what="normed")
             for (_, own), (_, other) in zip(shards(normed), shards(of_rank_0), strict=True):
                 assert_same_bits(own, other, what="normed of rank 0")
@@ -110,7 +121,7 @@ def reduction_gradients(
     group: jax_ep.Group, backend: str, *, op: str, check_vma: bool, outside: bool
 ) -> None:
     """Those of JAX's own collectives; small integers make every sum exact."""
-    ours, _, stock = _OPS[op]
+    ours, stock = getattr(jax_ep, op), _STOCK[op]
     x = np.random.default_rng(4).integers(-3, 4, _shape(group, op, (6, 5))).astype(np.float32)
     grads = [
         _gradient(group, lambda x, call=call: call(2 * x), check_vma=check_vma, outside=outside)(x)
@@ -187,7 +198,7 @@ def _random(group: jax_ep.Group, dtype: str, op: str, size: int, *, seed: int) -
 
 
 def _checks() -> Iterator[Check]:
-    for op in _OPS:
+    for op in _STOCK:
         for dtype in DTYPES:
             for algorithm in ALGORITHMS[: 3 if op == "all_reduce" else 2]:
                 params = {"op": op, "dtype": dtype, "algorithm": algorithm}
@@ -206,7 +217,7 @@ def _checks() -> Iterator[Check]:
     for check_vma in (True, False):
         for outside in (True, False):
             how = {"check_vma": check_vma, "outside": outside}
-            for op in _OPS:
+            for op in _STOCK:
                 yield Check(
                     reduction_gradients, frozenset({op}), {"op": op, **how}, uses_stock=True
                 )
