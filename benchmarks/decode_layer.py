@@ -7,8 +7,7 @@ A layer is the attention's output projection and the MLP of a 70-billion-paramet
 """
 
 import argparse
-import statistics
-import time
+import uuid
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_ep
-from jax_ep.bench.record import append_records
+from jax_ep.bench.record import append_brief_records, brief_record
+from jax_ep.bench.reduce import psum_and_norm
+from jax_ep.bench.timing import percentiles, seconds_of, take_turns
 from jax_ep.testing.ranks import make_mesh, on_ranks, place
 
 HIDDEN, INTERMEDIATE = 8192, 28672
@@ -27,14 +28,6 @@ LAYERS = 8  # of one program, with the same weights; they are larger than any ca
 RUNS = 15
 
 Norm = Callable[[Any, Any, Any], tuple[Any, Any]]
-
-
-def psum_and_norm(x: Any, residual: Any, scale: Any) -> tuple[Any, Any]:
-    """What is written by hand in stock JAX."""
-    residual = jax.lax.psum(x, "tp") + residual
-    wide = residual.astype(jnp.float32)
-    factor = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-6)
-    return (wide * factor * scale.astype(jnp.float32)).astype(x.dtype), residual
 
 
 def no_sum(x: Any, residual: Any, scale: Any) -> tuple[Any, Any]:
@@ -75,36 +68,40 @@ def main() -> None:
     records = []
     with jax_ep.Group.open(mesh, "tp", name="decode", timeout=60.0) as group:
         fused = partial(jax_ep.all_reduce_residual_rmsnorm, group=group)
-        norms: dict[str, Norm] = {"psum": psum_and_norm, "fused": fused, "no_sum": no_sum}
+        norms: dict[str, tuple[str, Norm]] = {
+            "psum": ("xla", partial(psum_and_norm, axes="tp")),
+            "jax_ep": (group.backend, fused),
+            "no_sum": ("xla", no_sum),
+        }
         for batch in args.batch:
             rows = np.full((num_ranks, batch, HIDDEN), 0.5, jnp.bfloat16)
             own = place((rows, rows, np.ones((num_ranks, HIDDEN), jnp.bfloat16)), mesh)
-            programs = {
-                name: on_ranks(partial(layers, norm), mesh, check_vma=False)
-                for name, norm in norms.items()
-            }
-            taken: dict[str, list[float]] = {name: [] for name in programs}
-            for run in range(RUNS + 1):
-                for name, program in programs.items():
-                    begin = time.perf_counter()
-                    jax.block_until_ready(program(*own, weights))
-                    if run > 0:  # the first compiles
-                        taken[name].append((time.perf_counter() - begin) / LAYERS * 1e6)
-            us = {name: statistics.median(times) for name, times in taken.items()}
-            print(
-                f"batch {batch}: "
-                + ", ".join(f"{name} {t:.1f} us" for name, t in us.items())
-                + " a layer",
-                flush=True,
-            )
-            records.append({"op": "decode_layer", "batch": batch, "us": us})
-    shared = {
-        "hidden": HIDDEN,
-        "intermediate": INTERMEDIATE,
-        "num_ranks": num_ranks,
-        "dtype": "bf16",
-    }
-    append_records(args.out, "decode_layer", records, shared, args.commit)
+            runs = []
+            for _, norm in norms.values():
+                program = on_ranks(partial(layers, norm), mesh, check_vma=False)
+                runs.append(partial(seconds_of, program, *own, weights))
+                runs[-1]()  # compiles
+            taken = take_turns(runs, repeats=RUNS) / LAYERS * 1e6
+            us = {name: percentiles(t) for name, t in zip(norms, taken, strict=True)}
+            medians = ", ".join(f"{name} {own['p50']:.1f} us" for name, own in us.items())
+            print(f"batch {batch}: {medians} a layer", flush=True)
+            run = uuid.uuid4().hex
+            records += [
+                brief_record(
+                    "decode_layer",
+                    name,
+                    backend,
+                    us[name],
+                    run,
+                    num_ranks=num_ranks,
+                    batch=batch,
+                    hidden=HIDDEN,
+                    intermediate=INTERMEDIATE,
+                    dtype="bf16",
+                )
+                for name, (backend, _) in norms.items()
+            ]
+    append_brief_records(args.out, "decode_layer", records, args.commit)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,12 @@ Command buffers are off: a replayed call costs the host nothing.
 
 import argparse
 import os
-import statistics
 import time
+import uuid
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 if "xla_gpu_enable_command_buffer" not in os.environ.get("XLA_FLAGS", ""):
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer="
@@ -23,16 +25,17 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_ep
-from jax_ep.bench.record import append_records
-from jax_ep.testing.ranks import make_mesh, on_ranks
+from jax_ep.bench.record import append_brief_records, brief_record
+from jax_ep.bench.timing import percentiles, take_turns
+from jax_ep.testing.ranks import make_mesh, on_ranks, place
 
 TOKENS, HIDDEN, TOPK, EXPERTS_PER_RANK = 64, 512, 8, 8
 FEW, MANY = 20, 120  # calls of a program; each is at most two kernels, and 1,024 fit in a queue
 RUNS = 21
 
 
-def microseconds_of_a_call(group: jax_ep.Group, op: str) -> tuple[float, float]:
-    """On the host, and until all is done: the medians of several runs."""
+def microseconds_of_a_call(group: jax_ep.Group, op: str) -> dict[str, dict[str, float]]:
+    """Until the host has enqueued it, and until it is done."""
     num_experts = group.num_ranks * EXPERTS_PER_RANK
 
     def send(x: jax.Array, ids: jax.Array) -> jax_ep.Dispatched:
@@ -54,21 +57,22 @@ def microseconds_of_a_call(group: jax_ep.Group, op: str) -> tuple[float, float]:
     num_ranks = group.num_ranks
     x = np.ones((num_ranks, TOKENS, HIDDEN), jnp.bfloat16)
     ids = rng.integers(0, num_experts, (num_ranks, TOKENS, TOPK), dtype=np.int32)
-    medians = {}
-    for count in (FEW, MANY):
-        program = chain(count)
-        operands = jax.block_until_ready(jax.device_put((x, ids)))
-        jax.block_until_ready(program(*operands))
-        taken = []
-        for _ in range(RUNS):
-            begin = time.perf_counter()
-            result = program(*operands)
-            enqueued = time.perf_counter()
-            jax.block_until_ready(result)
-            taken.append((enqueued - begin, time.perf_counter() - begin))
-        medians[count] = [statistics.median(column) for column in zip(*taken, strict=True)]
-    host, total = ((m - f) / (MANY - FEW) * 1e6 for f, m in zip(*medians.values(), strict=True))
-    return host, total
+    operands = place((x, ids), group.mesh)
+    runs = [partial(seconds, chain(count), operands) for count in (FEW, MANY)]
+    for run in runs:
+        run()  # compiles
+    few, many = take_turns(runs, repeats=RUNS)
+    enqueued, done = (many - few).T / (MANY - FEW) * 1e6
+    return {"enqueued": percentiles(enqueued), "done": percentiles(done)}
+
+
+def seconds(program: Callable[..., jax.Array], operands: Any) -> tuple[float, float]:
+    """Of one run, until the host has enqueued it, and until it is done."""
+    begin = time.perf_counter()
+    result = program(*operands)
+    enqueued = time.perf_counter()
+    jax.block_until_ready(result)
+    return enqueued - begin, time.perf_counter() - begin
 
 
 def main() -> None:
@@ -81,12 +85,28 @@ def main() -> None:
     for num_ranks in sorted({1, len(jax.devices())}):
         with jax_ep.Group.open(make_mesh(num_ranks), "ep", name="host", timeout=60.0) as group:
             for op in ("dispatch", "combine"):
-                host, total = microseconds_of_a_call(group, op)
-                print(f"{op}, {num_ranks} ranks: host {host:.1f} us, done {total:.1f} us")
-                us = {"host": host, "done": total}
-                records.append({"op": "host_time", "of": op, "num_ranks": num_ranks, "us": us})
-    shared = {"tokens": TOKENS, "hidden": HIDDEN, "topk": TOPK}
-    append_records(args.out, "host_time", records, shared, args.commit)
+                us = microseconds_of_a_call(group, op)
+                medians = ", ".join(f"{until} {own['p50']:.1f} us" for until, own in us.items())
+                print(f"{op}, {num_ranks} ranks: {medians}")
+                run = uuid.uuid4().hex
+                records += [
+                    brief_record(
+                        "host_time",
+                        "jax_ep",
+                        group.backend,
+                        own,
+                        run,
+                        of=op,
+                        until=until,
+                        num_ranks=num_ranks,
+                        tokens=TOKENS,
+                        hidden=HIDDEN,
+                        topk=TOPK,
+                        dtype="bf16",
+                    )
+                    for until, own in us.items()
+                ]
+    append_brief_records(args.out, "host_time", records, args.commit)
 
 
 if __name__ == "__main__":

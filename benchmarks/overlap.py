@@ -9,8 +9,7 @@ everything in turn.
 import argparse
 import itertools
 import os
-import statistics
-import time
+import uuid
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,8 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_ep
-from jax_ep.bench.record import append_records
+from jax_ep.bench.record import append_brief_records, brief_record
 from jax_ep.bench.shapes import SHAPES, make_inputs, make_point
+from jax_ep.bench.timing import percentiles, seconds_of, take_turns
 from jax_ep.testing.ranks import make_mesh, on_ranks, place
 
 STEPS = 16  # of one program
@@ -50,17 +50,16 @@ def chain(make: Callable[..., list[jax.Array]], *own: Any) -> jax.Array:
 
 
 def microseconds(
-    make: Callable[..., list[jax.Array]], mesh: Any, operands: tuple[Any, ...]
-) -> float:
-    """Of one step, the median of several runs."""
-    program = on_ranks(partial(chain, make), mesh, check_vma=False)
-    jax.block_until_ready(program(*operands))
-    taken = []
-    for _ in range(RUNS):
-        begin = time.perf_counter()
-        jax.block_until_ready(program(*operands))
-        taken.append((time.perf_counter() - begin) / STEPS * 1e6)
-    return statistics.median(taken)
+    ways: dict[str, Callable[..., list[jax.Array]]], mesh: Any, operands: tuple[Any, ...]
+) -> dict[str, dict[str, float]]:
+    """Of one step, every way in its turn."""
+    runs = []
+    for make in ways.values():
+        program = on_ranks(partial(chain, make), mesh, check_vma=False)
+        runs.append(partial(seconds_of, program, *operands))
+        runs[-1]()  # compiles
+    taken = take_turns(runs, repeats=RUNS) / STEPS * 1e6
+    return {name: percentiles(t) for name, t in zip(ways, taken, strict=True)}
 
 
 def main() -> None:
@@ -102,25 +101,35 @@ def main() -> None:
                 "in_turn": lambda x, ids, a, w: [send(x, ids), matmul(a, w)],
                 "beside": lambda x, ids, a, w: [send(x, ids), jax_ep.beside(matmul)(a, w)],
             }
-            us = {name: microseconds(make, mesh, operands) for name, make in ways.items()}
-            longer = max(us["dispatch"], us["matmul"])
+            us = microseconds(ways, mesh, operands)
+            medians = {name: own["p50"] for name, own in us.items()}
+            longer = max(medians["dispatch"], medians["matmul"])
             print(
                 f"width {width}, {sms} SMs: "
-                + ", ".join(f"{name} {t:.0f} us" for name, t in us.items())
-                + f"; beside over the longer {us['beside'] / longer:.2f}",
+                + ", ".join(f"{name} {t:.0f} us" for name, t in medians.items())
+                + f"; beside over the longer {medians['beside'] / longer:.2f}",
                 flush=True,
             )
-            records.append({"op": "overlap", "sms": sms, "us": us, "width": width})
-    shared = {
-        "shape": args.shape,
-        "num_ranks": num_ranks,
-        "tokens": point.num_tokens,
-        "hidden": point.hidden,
-        "dtype": "bf16",
-        "layout": "rank",
-        "timing": "chain",
-    }
-    append_records(args.out, "overlap", records, shared, args.commit)
+            run = uuid.uuid4().hex
+            records += [
+                brief_record(
+                    "overlap",
+                    name,
+                    "xla" if name == "matmul" else group.backend,
+                    own,
+                    run,
+                    shape=args.shape,
+                    num_ranks=num_ranks,
+                    tokens=point.num_tokens,
+                    hidden=point.hidden,
+                    width=width,
+                    dtype="bf16",
+                    layout="rank",
+                    sms=sms,
+                )
+                for name, own in us.items()
+            ]
+    append_brief_records(args.out, "overlap", records, args.commit)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,9 @@ from jax.sharding import PartitionSpec as P
 import jax_ep
 from jax_ep import _tuning, config, reference
 from jax_ep._spec import GroupSpec, ReduceSpec
-from jax_ep.bench import tune
+from jax_ep.bench import reduce, tune
+from jax_ep.bench.record import find_place
+from jax_ep.bench.session import Session
 from jax_ep.config import Algorithm
 from jax_ep.testing.compare import assert_close, assert_same_bits
 from jax_ep.testing.ranks import make_mesh, on_ranks
@@ -380,7 +382,7 @@ def test_bad_input(groups, case):
 
 
 def test_tune_measures_on_gpus_only(tmp_path):
-    args = Namespace(out=tmp_path / "t.json", most_mib=1, repeats=1, commit=None)
+    args = Namespace(out=tmp_path / "t.json", most_mib=1, commit=None)
     with pytest.raises(jax_ep.GroupError, match="nothing to choose on back end 'cpu'"):
         tune.main(args)
 
@@ -400,9 +402,26 @@ def test_tune_keeps_what_is_fastest(tmp_path):
         entry = {"device": device, "num_ranks": num_ranks}
         tune._write(path, {**entry, "ops": dict.fromkeys(_tuning.OPS, steps)})
     assert len(json.loads(path.read_text())["tables"]) == 3
-    measured = dict.fromkeys(("all_reduce", "halves"), found)
-    tune.plot({"device": "a", "num_ranks": 2, "measured": measured}, tmp_path / "t.png")
-    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tune_measures_what_bench_does(groups, tmp_path, monkeypatch):
+    """The same records, of every algorithm at every size that holds a row; their medians count."""
+    group = groups(2)
+    monkeypatch.setattr(reduce, "_STEPS", 2)
+    monkeypatch.setattr(reduce, "HIDDEN", 512)
+    names = ["low_latency", "two_shot", "psum"]
+    place = find_place("c")
+    session = Session(group, place, repeats=1, copy_rate=1e9, backends=["cpu"], algorithms=names)
+    rows = tune.measure(session, [512, 1024], repeats=1)
+    medians = tune.collect([row.record for row in rows])
+    assert list(medians) == list(_tuning.OPS)
+    for op, sizes in medians.items():
+        expected = names if op == "all_reduce" else [n for n in names if n != "two_shot"]
+        assert list(sizes) == ([1024] if op == "all_reduce_residual_rmsnorm" else [512, 1024])
+        assert all(list(us) == expected for us in sizes.values())
+        assert tune._steps(sizes)[-1][0] is None
+    first = rows[0].record
+    assert medians["all_reduce"][512]["low_latency"] == round(first.us["p50"], 2)
 
 
 def test_limits_agree_with_the_native_side():

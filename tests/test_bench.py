@@ -3,25 +3,35 @@
 No test here looks at a time.
 """
 
+import argparse
+import ctypes
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 import types
 import typing
 from dataclasses import fields
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_ep.bench import floor, timing
+import jax_ep
+from jax_ep import __main__, reference
+from jax_ep.bench import floor, reduce, timing
+from jax_ep.bench import run as bench
 from jax_ep.bench.contenders import contenders, ours, ragged_all_to_all
-from jax_ep.bench.record import Record
-from jax_ep.bench.shapes import Shape, make_inputs, make_point
-from jax_ep.testing.compare import assert_same_bits
-from jax_ep.testing.ranks import on_ranks
+from jax_ep.bench.record import Place, Record, find_place
+from jax_ep.bench.shapes import Shape, make_inputs, make_point, make_reduce_point
+from jax_ep.testing import launch
+from jax_ep.testing.compare import assert_close, assert_same_bits
+from jax_ep.testing.ranks import on_ranks, place
 
+ROOT = Path(__file__).parent.parent
 OPS = ["dispatch", "combine", "round_trip"]
 ALL_OPS = [*OPS, "cached_dispatch"]
 TINY = ["--tokens", "16", "--hidden", "32", "--repeats", "2", "--backends", "cpu"]
@@ -66,17 +76,77 @@ def records(tmp_path_factory):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_records_are_whole(records):
+@pytest.fixture(scope="module")
+def reduce_records(tmp_path_factory):
+    """What the same command writes of all_reduce and its relatives; in short chains."""
+    out = tmp_path_factory.mktemp("bench")
+    command = ["bench", *reduce.OPS, "--kib", "0.25", "2", "--hidden", "256", "--dtype", "f32"]
+    command += ["--ranks", "2", "--repeats", "2", "--backends", "cpu", "--plot", "--commit", "c"]
+    command += ["--algorithms", "low_latency", "two_shot", "psum", "--out", str(out)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [__main__.__file__, *command])
+        patch.setattr(reduce, "_STEPS", 3)
+        patch.setattr(floor, "_COPY_BYTES", 1 << 20)
+        __main__.main()
+    (path,) = out.glob("*-all_reduce-reduce_scatter-all_gather-*.jsonl")
+    image = path.with_name(f"{path.stem}-sizes.png")
+    assert image.read_bytes().startswith(b"\x89PNG")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _check_whole(record):
     kinds = {f.name: typing.get_type_hints(Record)[f.name] for f in fields(Record)}
+    assert list(record) == list(kinds)
+    for name, kind in kinds.items():
+        assert _is_a(record[name], kind), f"{name}: {record[name]!r}"
+    assert set(record["us"]) == {"p50", "p10", "p90", "p99"}
+    assert set(record["versions"]) == {"jax", "jaxlib", "driver", "nccl"}
+    assert record["versions"]["jax"] == jax.__version__
+    assert record["timing"] == "chain"
+
+
+def test_records_are_whole(records):
     for record in records:
-        assert list(record) == list(kinds)
-        for name, kind in kinds.items():
-            assert _is_a(record[name], kind), f"{name}: {record[name]!r}"
-        assert set(record["us"]) == {"p50", "p10", "p90", "p99"}
-        assert set(record["versions"]) == {"jax", "jaxlib", "driver", "nccl"}
-        assert record["versions"]["jax"] == jax.__version__
+        _check_whole(record)
         assert record["command"].startswith("python -m jax_ep bench dispatch")
         assert (record["num_ranks"], record["tokens"], record["hidden"]) == (4, 16, 32)
+
+
+def test_records_of_all_reduce_are_whole(reduce_records):
+    for record in reduce_records:
+        _check_whole(record)
+        assert record["command"].startswith("python -m jax_ep bench all_reduce")
+        # Whether the tree was clean is not known of a commit that was named.
+        assert (record["commit"], record["dirty"]) == ("c", None)
+        assert (record["num_ranks"], record["num_processes"]) == (2, 1)
+        kib = record["tokens"] * record["hidden"] * 4 / 1024
+        assert record["shape"] == f"{kib:g} KiB"
+        assert record["floor_us"] > 0
+        assert record["bytes"] >= 2 * kib * 1024
+        assert record["xla_flags"] == os.environ["XLA_FLAGS"]
+
+
+def test_contenders_of_a_size_share_a_run(reduce_records):
+    runs = {}
+    for record in reduce_records:
+        runs.setdefault(record["run"], []).append(record)
+    packets, two_shot = ("jax_ep", "low_latency"), ("jax_ep", "two_shot")
+    expected = {
+        "all_reduce": [packets, two_shot, ("psum", None)],
+        "reduce_scatter": [packets, ("psum_scatter", None)],
+        "all_gather": [packets, ("all_gather", None)],
+        "all_reduce_residual_rmsnorm": [packets, ("psum", None)],
+    }
+    seen = []
+    for run in runs.values():
+        (op,) = {r["op"] for r in run}
+        (shape,) = {r["shape"] for r in run}
+        assert [(r["contender"], r["algorithm"]) for r in run] == expected[op]
+        seen.append((op, shape))
+    sizes = ["0.25 KiB", "2 KiB"]
+    norm = "all_reduce_residual_rmsnorm"
+    # 0.25 KiB are less than a row of 256.
+    assert seen == [(op, s) for op in expected for s in sizes if (op, s) != (norm, sizes[0])]
 
 
 def test_contenders_of_a_point_share_a_run(records):
@@ -95,6 +165,15 @@ def test_refuses_unknown_operations():
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode != 0
     assert "got 'tango'" in done.stderr
+
+
+def test_bench_means_all_operations():
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    pairs = list(bench.make_pairs(parser.parse_args([]), 8))
+    assert list(dict.fromkeys(op for op, _ in pairs)) == [*timing.OPS, *reduce.OPS]
+    with pytest.raises(jax_ep.ConfigError, match="fp8 rows are dispatched only"):
+        list(bench.make_pairs(parser.parse_args(["all_reduce", "--dtype", "fp8"]), 8))
 
 
 def _ragged_all_to_all(rows, out, first_in, send, first_out, recv, *, axis_name):
@@ -204,6 +283,90 @@ def test_nothing_is_hoisted_out_of_a_chain(groups, op, layout):
         assert "all-gather(" in text or "all-to-all(" in text or "reduce-scatter(" in text
 
 
+def _reduce_point(op, num_bytes=4096, hidden=256):
+    return make_reduce_point(op, num_bytes, dtype="f32", hidden=hidden)
+
+
+def _run_chain(group, op, run, operands, *, steps=3, unroll=False):
+    chain = reduce.make_chain(op, run, steps, group.num_ranks, unroll=unroll)
+    return on_ranks(chain, group.mesh, check_vma=False)(operands)
+
+
+@pytest.mark.parametrize("op", reduce.OPS)
+def test_chain_of_sums_computes_the_operation(groups, op):
+    """Every contender does what it is timed for, and the empty chain only the passes."""
+    group, point = groups(4), _reduce_point(op)
+    rng = np.random.default_rng(0)
+    start = [rng.standard_normal(a.shape, np.float32) for a in reduce.start(point, group)]
+    operands = place(tuple(start), group.mesh)
+    us, other, stock = reduce.contenders(point, group, ["cpu", "xla"])
+    assert (us.name, us.backend, other.backend) == ("jax_ep", "cpu", "xla")
+    x = start[0]
+    steps = {
+        "all_reduce": (lambda x: reference.all_reduce(x) / 4, lambda x: x / 4),
+        "reduce_scatter": (
+            lambda x: np.repeat(reference.reduce_scatter(x)[:, None] / 4, 4, axis=1),
+            lambda x: np.repeat(x[:, :1] / 4, 4, axis=1),
+        ),
+        "all_gather": (lambda x: -reference.all_gather(x)[:, 0], lambda x: -x),
+    }
+    if op in steps:
+        expected, nothing = x, x
+        for _ in range(3):
+            expected, nothing = (f(a) for f, a in zip(steps[op], (expected, nothing), strict=True))
+        expected, nothing = (expected,), (nothing,)
+    else:
+        expected, nothing = start, (x / 64, *start[1:])
+        for _ in range(3):
+            normed, h = reference.all_reduce_residual_rmsnorm(*expected, eps=1e-6)
+            expected = (normed / 4, h, start[2])
+    for contender in (us, other, stock):
+        got = _run_chain(group, op, contender.run, operands)
+        for g, e in zip(got, expected, strict=True):
+            assert_close(g, e, tolerance=1e-5, what=contender.name)
+    for unroll in (False, True):
+        got = _run_chain(group, op, None, operands, unroll=unroll)
+        for g, e in zip(got, nothing, strict=True):
+            assert_same_bits(g, e)
+
+
+@pytest.mark.parametrize("op", reduce.OPS)
+def test_every_call_of_a_chain_is_made(groups, op):
+    """In a loop nothing is hoisted, unrolled there are as many collectives as steps."""
+    group, point = groups(2), _reduce_point(op)
+    (stock,) = reduce.contenders(point, group, [], None)
+    collective = {"psum": " all-reduce(", "psum_scatter": " reduce-scatter("}
+    name = collective.get(stock.name, " all-gather(")
+    for unroll in (False, True):
+        chain = reduce.make_chain(op, stock.run, 4, 2, unroll=unroll)
+        mapped = on_ranks(chain, group.mesh, check_vma=False)
+        text = mapped.lower(reduce.start(point, group)).compile().as_text()
+        entry = text[text.index("\nENTRY ") :].partition("\n}")[0]
+        assert entry.count(name) == (4 if unroll else 0)
+        assert text.count(name) == (4 if unroll else 1)
+
+
+def test_who_can_carry_a_size(groups, monkeypatch):
+    group = groups(2)
+
+    def names(op, *args, hidden=256, backends=("cpu",)):
+        point = _reduce_point(op, 1 << 17, hidden=hidden)
+        found = reduce.contenders(point, group, backends, *args)
+        return [(c.name, c.algorithm) for c in found]
+
+    # On CPUs all of ours are the same.
+    assert names("all_reduce") == [("jax_ep", "one_shot"), ("psum", None)]
+    assert names("all_gather", ["two_shot"]) == []
+    # A row of more than 64 KiB is normalised apart.
+    norm = "all_reduce_residual_rmsnorm"
+    assert names(norm, hidden=1 << 15) == [("psum", None)]
+    assert make_reduce_point(norm, 1 << 10, dtype="f32", hidden=512) is None
+    flag = "--xla_gpu_experimental_use_collective_kernels="
+    for flags, algorithm in (("", "nccl"), ("allreduce", None)):
+        monkeypatch.setenv("XLA_FLAGS", f"--xla_a=1 {flag}{flags} --xla_b=2")
+        assert names("all_reduce", ["psum"]) == [("psum", algorithm)]
+
+
 # Two ranks of two tokens, two experts each; tokens 0, 1 on rank 0 and 2, 3 on rank 1. Token 0 has
 # both experts of rank 1, token 1 one of each rank, token 2 one of rank 1, token 3 one of rank 0.
 RECV_SRC = np.array([[1, 3, -1, -1], [0, 0, 1, 2]])
@@ -231,6 +394,114 @@ def test_floor_arithmetic():
     hbm = 7 * 32 / (2 * floor.HBM_COPY_BYTES_PER_S)
     wire = 2 * 32 / floor.NVLINK_BYTES_PER_S
     assert floor.gpu_floor_us(moved) == pytest.approx(1e6 * max(hbm, wire))
+
+
+def test_floor_of_sums():
+    size = 4096
+    expected = {
+        # of four ranks, in arrays of one: wire, read, written
+        "all_reduce": (1.5, 1, 1),
+        "reduce_scatter": (3, 4, 1),
+        "all_gather": (3, 4, 4),
+        "all_reduce_residual_rmsnorm": (1.5, 2.25, 2),  # a row is a quarter
+    }
+    assert set(expected) == set(reduce.OPS)
+    for op, arrays in expected.items():
+        moved = floor.reduce_traffic(_reduce_point(op, size), 4)
+        got = (moved.wire, moved.read, moved.written)
+        np.testing.assert_array_equal(np.array(got), np.array([[a * size] * 4 for a in arrays]))
+    moved = floor.reduce_traffic(_reduce_point("all_reduce", size), 2)
+    wire = size / floor.NVLINK_BYTES_PER_S
+    assert floor.gpu_floor_us(moved) == pytest.approx(1e6 * wire)
+    assert floor.cpu_floor_us(moved, 1e6) == pytest.approx(2 * size)
+    alone = floor.reduce_traffic(_reduce_point("all_reduce", size), 1)
+    assert floor.gpu_floor_us(alone) == pytest.approx(1e6 * size / floor.HBM_COPY_BYTES_PER_S)
+
+
+def test_nccl_is_named(monkeypatch):
+    class Loaded:
+        @staticmethod
+        def ncclGetVersion(code):
+            code._obj.value = 22907
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name, mode: Loaded)
+    assert find_place("c").versions["nccl"] == "2.29.7"
+
+    def none(name, mode):
+        raise OSError(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", none)
+    known = {"nvidia-nccl-cu12": "2.27.3"}
+    monkeypatch.setattr("jax_ep.bench.record._version_of_wheel", known.get)
+    assert find_place("c").versions["nccl"] == "2.27.3"
+    known.clear()
+    assert find_place("c").versions["nccl"] is None
+
+
+SCRIPTS = {
+    "decode_layer": (
+        ["--batch", "1"],
+        {"HIDDEN": 128, "INTERMEDIATE": 256, "LAYERS": 2, "RUNS": 2},
+        ["psum", "jax_ep", "no_sum"],
+    ),
+    "overlap": (
+        ["--shape", "tiny", "--width", "8", "--sms", "4"],
+        {"STEPS": 2, "RUNS": 2},
+        ["dispatch", "matmul", "in_turn", "beside"],
+    ),
+    "host_time": (
+        [],
+        {"TOKENS": 8, "HIDDEN": 16, "TOPK": 2, "FEW": 1, "MANY": 3, "RUNS": 2},
+        ["jax_ep"] * 8,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_write_records(name, tmp_path, monkeypatch):
+    """With what all records have, one line for each way; contenders of a point share a run."""
+    arguments, sizes, contenders = SCRIPTS[name]
+    path = ROOT / "benchmarks" / f"{name}.py"
+    monkeypatch.setattr(sys, "argv", [str(path), *arguments, "--out", str(tmp_path)])
+    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])  # which two of them add to
+    spec = importlib.util.spec_from_file_location(name, path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    for size, value in sizes.items():
+        monkeypatch.setattr(script, size, value)
+    script.main()
+    (written,) = tmp_path.glob(f"*-{name}.jsonl")
+    lines = [json.loads(line) for line in written.read_text().splitlines()]
+    assert [line["contender"] for line in lines] == contenders
+    assert len({line["run"] for line in lines}) == (4 if name == "host_time" else 1)
+    kinds = typing.get_type_hints(Record)
+    shared = {f.name for f in fields(Place)}
+    shared |= {"op", "contender", "backend", "num_ranks", "dtype", "us", "timing", "run"}
+    for line in lines:
+        assert shared <= set(line)
+        assert all(_is_a(line[field], kinds[field]) for field in shared)
+        assert line["op"] == name
+        assert set(line["us"]) == {"p50", "p10", "p90", "p99"}
+        assert line["command"].startswith(f"python {path}")
+
+
+@pytest.mark.slow
+def test_several_processes(tmp_path):
+    command = ["bench", "all_reduce", "all_gather", "--kib", "1", "--repeats", "2"]
+    command += ["--backends", "cpu", "--out", str(tmp_path)]
+    outputs = launch.launch(
+        [str(ROOT / "examples" / "multi_host.py"), str(Path(__main__.__file__)), *command],
+        num_processes=2,
+        deadline=200.0,
+        environment={"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PJRT_NPROC": "16"},
+    )
+    assert "4 records appended" in outputs[0]
+    assert "records appended" not in outputs[1]
+    (path,) = tmp_path.glob("*-all_reduce-all_gather.jsonl")
+    for line in path.read_text().splitlines():
+        found = json.loads(line)
+        _check_whole(found)
+        assert (found["num_ranks"], found["num_processes"]) == (4, 2)
 
 
 def test_capacity_defaults():

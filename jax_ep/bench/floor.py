@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jax_ep.bench.shapes import Point
+from jax_ep.bench.shapes import Point, ReducePoint
 
 # Measured on 2 x H100 SXM, driver 580, with kernels that only load or copy: loads from the peer by
 # 16 or more SMs with both directions busy, and bytes copied inside one GPU's memory.
@@ -78,6 +78,29 @@ def _count_pairs(point: Point, recv_src: Bytes) -> Bytes:
         is_pair[sources[sources >= 0], dst] = True
     counts: Bytes = is_pair.reshape(point.num_ranks, point.num_tokens, -1).sum(axis=1)
     return counts
+
+
+def reduce_traffic(point: ReducePoint, num_ranks: int) -> Traffic:
+    """Bytes of all_reduce or one of its relatives, alike on all ranks.
+
+    No switch adds up on the way: a scatter takes in a part from every other rank, a gather an
+    array, and a sum of everything is a scatter of 1 / num_ranks of it and the gather of the sums.
+    """
+    size = point.num_bytes
+    others = (num_ranks - 1) * size
+    wire, read, written = {
+        "all_reduce": (2 * others // num_ranks, size, size),
+        "reduce_scatter": (others, num_ranks * size, size),
+        "all_gather": (others, num_ranks * size, num_ranks * size),
+        # Beside x and the norm: the residual, read and written, and the scale.
+        "all_reduce_residual_rmsnorm": (
+            2 * others // num_ranks,
+            2 * size + point.row_bytes,
+            2 * size,
+        ),
+    }[point.op]
+    wires, reads, writes = (np.full(num_ranks, n) for n in (wire, read, written))
+    return Traffic(wire=wires, read=reads, read_once=reads, written=writes)
 
 
 def cpu_floor_us(moved: Traffic, copy_bytes_per_s: float) -> float:

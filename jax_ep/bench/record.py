@@ -1,5 +1,6 @@
 """One line of a result file: a contender at a point, and where and when it was measured."""
 
+import ctypes
 import json
 import os
 import platform
@@ -10,22 +11,22 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from jax_ep.bench.contenders import Contender
-from jax_ep.bench.shapes import Point
+from jax_ep.testing.cases import DTYPES
 
 
 @dataclass(frozen=True)
-class Record:
-    """What is kept of one contender at one point.
+class Subject:
+    """A contender at a point.
 
-    `tokens`, `bytes`, `wire_bytes` and `extra_memory_bytes` are those of one rank, the busiest
-    one; `us` is per operation, on the slowest rank, after subtraction of the empty chain.
+    [tokens, hidden] is a rank's x; of reduce_scatter, each of the parts of x. `sms` is the budget
+    where a call takes one. What an operation does not have is None.
     """
 
     op: str
@@ -34,29 +35,61 @@ class Record:
     algorithm: str | None
     shape: str
     num_ranks: int
-    num_processes: int
     tokens: int
     hidden: int
-    topk: int
-    experts: int
+    topk: int | None
+    experts: int | None
     dtype: str
     layout: str | None
-    recv_capacity: int
+    recv_capacity: int | None
     fill: str | None
-    bytes: int
     sms: int | None
     cached: bool
+
+    @property
+    def num_bytes(self) -> int:
+        """Of that array; not for fp8, which has scales beside it."""
+        return self.tokens * self.hidden * jnp.dtype(DTYPES[self.dtype]).itemsize
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The numbers of one contender at one point.
+
+    `us` is per operation, on the slowest rank, after subtraction of the empty chain. The bytes are
+    those of one rank, the busiest one; `bytes` is what it reads and what it writes, together.
+    """
+
     us: dict[str, float]
     timing: str
+    bytes: int
     wire_bytes: int
     floor_us: float
     extra_memory_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Machine, software and command of a session.
+
+    `dirty` says whether files differ from `commit`. It is None where nobody knows: there is no
+    checkout, or the commit was named by --commit, and whether the tree was clean was not.
+    """
+
+    num_processes: int
     device: str
     versions: dict[str, str | None]
+    xla_flags: str
     commit: str | None
     dirty: bool | None
     command: str
     time: str
+
+
+@dataclass(frozen=True)
+class Record(Place, Measured, Subject):
+    """All of it; contenders that took turns share `run`."""
+
     run: str
 
     def to_json(self) -> str:
@@ -64,107 +97,96 @@ class Record:
         return json.dumps(asdict(self))
 
 
-@dataclass(frozen=True)
-class Place:
-    """Machine, software and command of a session."""
-
-    device: str
-    versions: dict[str, str | None]
-    commit: str | None
-    dirty: bool | None
-    command: str
-    time: str
-
-    @classmethod
-    def find(cls, commit: str | None = None) -> "Place":
-        """The present one; `commit` names a tree of which the caller knows more than git here."""
-        found, dirty = (commit, None) if commit else _find_commit()
-        return cls(
-            device=_name_device(),
-            versions={
-                "jax": jax.__version__,
-                "jaxlib": version("jaxlib"),
-                "driver": _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-                "nccl": None,
-            },
-            commit=found,
-            dirty=dirty,
-            command=shlex.join(["python", "-m", "jax_ep", *sys.argv[1:]]),
-            time=datetime.now(UTC).isoformat(timespec="seconds"),
-        )
-
-    def slug(self) -> str:
-        """The device's name in a file name."""
-        return re.sub(r"[^a-z0-9]+", "-", self.device.lower()).strip("-")
-
-
-@dataclass(frozen=True)
-class Measured:
-    """The numbers of one contender at one point."""
-
-    us: dict[str, float]
-    bytes: int
-    wire_bytes: int
-    floor_us: float
-    extra_memory_bytes: int | None
-
-
-def make_record(
-    op: str, point: Point, contender: Contender, measured: Measured, *, place: Place, run: str
-) -> Record:
+def make_record(subject: Subject, measured: Measured, place: Place, run: str) -> Record:
     """Joins all that is known about one measurement."""
-    return Record(
-        op=op,
-        contender=contender.name,
-        backend=contender.backend,
-        algorithm=contender.algorithm,
-        shape=point.shape,
-        num_ranks=point.num_ranks,
+    return Record(run=run, **asdict(subject), **asdict(measured), **asdict(place))
+
+
+def brief_record(
+    op: str, contender: str, backend: str, us: Mapping[str, float], run: str, **facts: Any
+) -> dict[str, Any]:
+    """For scripts that measure something else than operations at points: `facts` in their place.
+
+    The rest is what a Record has, once `append_brief_records` has added the place.
+    """
+    return {
+        "op": op,
+        "contender": contender,
+        "backend": backend,
+        **facts,
+        "us": dict(us),
+        "timing": "chain",
+        "run": run,
+    }
+
+
+def append_brief_records(
+    out: Path, name: str, records: Sequence[Mapping[str, Any]], commit: str | None
+) -> None:
+    """Adds them to the file of this day, device and name; in process 0."""
+    place = find_place(commit)
+    if jax.process_index() == 0:
+        lines = [json.dumps({**record, **asdict(place)}) for record in records]
+        append_lines(result_path(out, place, name), lines)
+
+
+def result_path(out: Path, place: Place, name: str) -> Path:
+    """Of this day's records."""
+    device = re.sub(r"[^a-z0-9]+", "-", place.device.lower()).strip("-")
+    return out / f"{datetime.now(UTC):%Y-%m-%d}-{device}-{name}.jsonl"
+
+
+def append_lines(path: Path, lines: Sequence[str]) -> None:
+    """To a file that there may be already."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.writelines(line + "\n" for line in lines)
+    print(f"{len(lines)} records appended to {path}")
+
+
+def find_place(commit: str | None = None) -> Place:
+    """The present one; `commit` names a tree of which the caller knows more than git here."""
+    found, dirty = (commit, None) if commit else _find_commit()
+    return Place(
         num_processes=jax.process_count(),
-        tokens=point.num_tokens,
-        hidden=point.hidden,
-        topk=point.num_topk,
-        experts=point.num_experts,
-        dtype=point.dtype,
-        layout=point.layout,
-        recv_capacity=contender.recv_capacity,
-        # Along a handle, all rows without a token are zero.
-        fill="zeros" if op == "cached_dispatch" and contender.fill else contender.fill,
-        sms=contender.sms,
-        cached=op == "cached_dispatch",
-        timing="chain",
-        run=run,
-        **asdict(measured),
-        **asdict(place),
+        device=_name_device(),
+        versions={
+            "jax": jax.__version__,
+            "jaxlib": version("jaxlib"),
+            "driver": _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+            "nccl": _find_nccl(),
+        },
+        xla_flags=os.environ.get("XLA_FLAGS", ""),
+        commit=found,
+        dirty=dirty,
+        command=_name_command(),
+        time=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
 
-def append_records(
-    out: Path,
-    name: str,
-    records: Sequence[Mapping[str, Any]],
-    shared: Mapping[str, Any],
-    commit: str | None,
-) -> None:
-    """For scripts that measure something else than operations at points.
+def _name_command() -> str:
+    is_module = Path(sys.argv[0]).name == "__main__.py"
+    program = ["-m", "jax_ep"] if is_module else sys.argv[:1]
+    return shlex.join(["python", *program, *sys.argv[1:]])
 
-    Adds `records` to `<out>/<date>-<device>-<name>.jsonl`, each with `shared`, XLA's flags, and
-    where and when it was measured; in process 0.
-    """
-    if jax.process_index() != 0:
-        return
-    place = Place.find(commit)
-    path = out / f"{datetime.now(UTC):%Y-%m-%d}-{place.slug()}-{name}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = {
-        **shared,
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        **asdict(place),
-        "command": shlex.join(["python", *sys.argv]),
-    }
-    with path.open("a") as file:
-        file.writelines(json.dumps({**record, **beside}) + "\n" for record in records)
-    print(f"{len(records)} records appended to {path}")
+
+def _find_nccl() -> str | None:
+    """The version of the NCCL that this process has loaded, else of the wheel that XLA loads."""
+    try:
+        # NOLOAD: to load another one than XLA's would do harm.
+        library = ctypes.CDLL("libnccl.so.2", mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+        code = ctypes.c_int()
+        library.ncclGetVersion(ctypes.byref(code))
+    except (OSError, AttributeError):
+        return _version_of_wheel("nvidia-nccl-cu13") or _version_of_wheel("nvidia-nccl-cu12")
+    return f"{code.value // 10000}.{code.value // 100 % 100}.{code.value % 100}"
+
+
+def _version_of_wheel(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def _name_device() -> str:

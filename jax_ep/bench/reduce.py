@@ -1,149 +1,237 @@
 """How all_reduce and its relatives are measured: chains of dependent calls in one jitted program.
 
-A step is the operation and what keeps the chain finite, an elementwise scale; the same chain
-without the operation is subtracted.
+A step is the operation, and one elementwise pass that makes the next operands of its results. The
+chain without the operation has the passes too; it is subtracted. On GPUs the chain is unrolled: a
+turn of a loop takes longer than a small sum. On CPUs it is a loop, since XLA makes one kernel of
+unrolled passes there.
 """
 
-import statistics
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import jax_ep
-from jax_ep import config
-from jax_ep.bench.timing import slowest
+from jax_ep import _tuning
+from jax_ep.bench import memory, timing
+from jax_ep.bench.shapes import ReducePoint
+from jax_ep.errors import ConfigError
+from jax_ep.testing.cases import DTYPES
 from jax_ep.testing.ranks import on_ranks, place
 
-STEPS = 100
-HIDDEN = 8192
+OPS = _tuning.OPS
 OURS = ("low_latency", "one_shot", "two_shot")
-# Pairs of halves are measured as one: a gather, and the scatter of what was gathered.
-OPS = ("all_reduce", "halves", "all_reduce_residual_rmsnorm")
+PSUM = "psum"  # as an algorithm: the stock collective
+HIDDEN = 8192  # of the rows that are normalised
+_STEPS, _STEPS_OF_LARGE = 100, 25
+_LARGE_BYTES, _LARGE_BYTES_ON_CPU = 4 << 20, 256 << 10
 
-Step = Callable[[Any], Any]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Microseconds of one operation on the slowest rank: the chain's share, and the empty one's."""
-
-    algorithm: str
-    chain: float
-    empty: float
-
-    @property
-    def us(self) -> float:
-        """Of the operation by itself."""
-        return self.chain - self.empty
+# Operands and results are tuples and arrays of one rank.
+Run = Callable[..., Any]
 
 
-def algorithms_of(op: str, num_bytes: int, group: jax_ep.Group) -> list[str]:
-    """Those that can carry so many bytes from each rank, and psum."""
-    ours = OURS if op == "all_reduce" else OURS[:2]
-    packets = config.packet_payload(group.num_ranks)
-    return [a for a in ours if a != "low_latency" or num_bytes <= packets] + ["psum"]
+class Contender(NamedTuple):
+    """One way to do it.
+
+    Attributes:
+      name: "jax_ep" or the stock collective.
+      backend: "cpu", "cuda" or "xla".
+      algorithm: of ours; of a stock one "nccl", where XLA is told to use nothing else.
+      run: operands to results.
+    """
+
+    name: str
+    backend: str
+    algorithm: str | None
+    run: Run
+
+
+class _Op(NamedTuple):
+    """What is particular to an operation; n is a rank's x, or its part of a scatter.
+
+    Attributes:
+      ours: the public function.
+      stock_name: of the collective.
+      stock: (*operands, axes) to results of the same shapes.
+      start: (n, num_ranks) to the first operands, on the host.
+      stand_in: operands to what takes the results' place in the chain without the operation.
+      again: (results, operands, 1 / num_ranks) to the next operands, by one pass; finite for ever.
+    """
+
+    ours: Run
+    stock_name: str
+    stock: Run
+    start: Callable[[Any, int], tuple[Any, ...]]
+    stand_in: Run
+    again: Callable[[Any, tuple[Any, ...], jax.Array], tuple[Any, ...]]
+
+
+def psum_and_norm(
+    x: jax.Array, residual: jax.Array, scale: jax.Array, axes: Any
+) -> tuple[jax.Array, jax.Array]:
+    """all_reduce_residual_rmsnorm as one writes it in stock JAX."""
+    residual = jax.lax.psum(x, axes) + residual
+    wide = residual.astype(jnp.float32)
+    factor = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-6)
+    return (wide * factor * scale.astype(jnp.float32)).astype(x.dtype), residual
+
+
+_OPS = {
+    "all_reduce": _Op(
+        jax_ep.all_reduce,
+        "psum",
+        jax.lax.psum,
+        lambda n, num_ranks: (n,),
+        lambda x: x,
+        lambda made, operands, share: (made * share,),
+    ),
+    "reduce_scatter": _Op(
+        jax_ep.reduce_scatter,
+        "psum_scatter",
+        jax.lax.psum_scatter,
+        lambda n, num_ranks: (np.broadcast_to(n, (num_ranks, *n.shape)),),
+        lambda x: x[0],
+        lambda made, operands, share: (jnp.broadcast_to(made * share, operands[0].shape),),
+    ),
+    "all_gather": _Op(
+        jax_ep.all_gather,
+        "all_gather",
+        jax.lax.all_gather,
+        lambda n, num_ranks: (n,),
+        lambda x: x[None],
+        lambda made, operands, share: (-made[0],),
+    ),
+    "all_reduce_residual_rmsnorm": _Op(
+        jax_ep.all_reduce_residual_rmsnorm,
+        "psum",
+        psum_and_norm,
+        lambda n, num_ranks: (n, np.zeros_like(n), n[0]),
+        lambda x, residual, scale: (x, residual),
+        lambda made, operands, share: (made[0] * share, made[1], operands[2]),
+    ),
+}
+
+
+def contenders(
+    point: ReducePoint,
+    group: jax_ep.Group,
+    backends: Sequence[str],
+    algorithms: Sequence[str] | None = None,
+) -> list[Contender]:
+    """All that can carry a point's bytes: ours on each back end, then the stock collective.
+
+    Only on the back end `cuda` do our algorithms differ, so one stands for all of them elsewhere,
+    unless `algorithms` names them.
+    """
+    op = _OPS[point.op]
+    found = []
+    for backend in backends:
+        for algorithm in algorithms or (OURS if backend == "cuda" else ("one_shot",)):
+            run = partial(op.ours, group=group, algorithm=algorithm, backend=backend)
+            if algorithm != PSUM and _takes(run, point, group):
+                found.append(Contender("jax_ep", backend, algorithm, run))
+    if algorithms is None or PSUM in algorithms:
+
+        def stock(*operands: jax.Array) -> Any:
+            return op.stock(*operands, group.axes)
+
+        found.append(Contender(op.stock_name, "xla", _stock_algorithm(), stock))
+    return found
+
+
+def _takes(run: Run, point: ReducePoint, group: jax_ep.Group) -> bool:
+    """Whether the operation has such an algorithm, and it so much room."""
+    try:
+        jax.eval_shape(_mapped(_spread(run), group), _on_host(point, group.num_ranks))
+    except ConfigError:
+        return False
+    return True
+
+
+def _stock_algorithm() -> str | None:
+    """By default XLA adds up small arrays with kernels of its own; an empty list of them: NCCL."""
+    flag = "--xla_gpu_experimental_use_collective_kernels="
+    given = [f for f in os.environ.get("XLA_FLAGS", "").split() if f.startswith(flag)]
+    return "nccl" if given and given[-1] == flag else None
+
+
+def start(point: ReducePoint, group: jax_ep.Group) -> tuple[jax.Array, ...]:
+    """The first operands [R, ...]."""
+    placed: tuple[jax.Array, ...] = place(_on_host(point, group.num_ranks), group.mesh, group.axes)
+    return placed
+
+
+def _on_host(point: ReducePoint, num_ranks: int) -> tuple[Any, ...]:
+    own = np.ones((point.tokens, point.hidden), DTYPES[point.dtype])
+    operands = _OPS[point.op].start(own, num_ranks)
+    return tuple(np.broadcast_to(a, (num_ranks, *a.shape)) for a in operands)
+
+
+def count_steps(point: ReducePoint, *, is_cpu: bool) -> int:
+    """Calls of a chain."""
+    large = _LARGE_BYTES_ON_CPU if is_cpu else _LARGE_BYTES
+    return _STEPS if point.num_bytes < large else _STEPS_OF_LARGE
+
+
+def make_chain(
+    op: str, run: Run | None, steps: int, num_ranks: int, *, unroll: bool
+) -> Callable[[Any], Any]:
+    """`steps` dependent calls, or passes alone; operands to operands of one rank."""
+    stand_in, again = _OPS[op].stand_in, _OPS[op].again
+
+    def step(operands: tuple[Any, ...], _: None) -> tuple[tuple[Any, ...], None]:
+        share = jnp.asarray(1 / num_ranks, operands[0].dtype)
+        # Results are made in whole, also what no pass reads, and not by the pass's kernel.
+        made = (
+            jax.lax.optimization_barrier(run(*operands)) if run is not None else stand_in(*operands)
+        )
+        # Or the unrolled passes of the chain without the operation would be one kernel.
+        return jax.lax.optimization_barrier(again(made, operands, share)), None
+
+    def chain(operands: tuple[Any, ...]) -> Any:
+        return jax.lax.scan(step, operands, length=steps, unroll=steps if unroll else 1)[0]
+
+    return chain
 
 
 def measure(
+    point: ReducePoint,
     group: jax_ep.Group,
-    op: str,
-    num_bytes: int,
+    entrants: Sequence[Contender],
     *,
-    algorithms: Sequence[str] | None = None,
-    dtype: Any = jnp.bfloat16,
-    repeats: int = 9,
-    steps: int = STEPS,
-) -> list[Measured]:
-    """All algorithms at one size, in turns; the median of the repeats."""
-    names = algorithms_of(op, num_bytes, group) if algorithms is None else list(algorithms)
-    make_start, make_step = _PROGRAMS[op]
-    start = make_start(group, num_bytes, jnp.dtype(dtype))
-    programs = [
-        _compile(group, make_step(group, name), start, steps) for name in (*names, "nothing")
-    ]
-    taken: list[list[float]] = [[] for _ in programs]
-    for _ in range(repeats):
-        for program, column in zip(programs, taken, strict=True):
-            begin = time.perf_counter()
-            jax.block_until_ready(program(start))
-            column.append((time.perf_counter() - begin) / steps * 1e6)
-    medians = [statistics.median(column) for column in slowest(taken)]
-    return [Measured(name, us, medians[-1]) for name, us in zip(names, medians, strict=False)]
+    repeats: int,
+    tick: Callable[[], None] = lambda: None,
+) -> list[timing.Timing]:
+    """Times all contenders of a point, turn by turn, with one chain without the operation."""
+    is_cpu = group.mesh.devices.flat[0].platform == "cpu"
+    steps, operands = count_steps(point, is_cpu=is_cpu), start(point, group)
+    runs = []
+    for run in (*(entrant.run for entrant in entrants), None):
+        chain = make_chain(point.op, run, steps, group.num_ranks, unroll=not is_cpu)
+        program = _mapped(chain, group).lower(operands).compile()
+        jax.block_until_ready(program(operands))
+        runs.append(partial(timing.seconds_of, program, operands))
+    *taken, empty = timing.take_turns(runs, repeats=repeats, tick=tick)
+    return [timing.make_timing(full, empty, steps) for full in taken]
 
 
-def _compile(group: jax_ep.Group, step: Step, start: Any, steps: int) -> Callable[[Any], Any]:
-    def chain(state: Any) -> Any:
-        for _ in range(steps):
-            # Or XLA would make one kernel of all scales of the chain without the operation.
-            state = jax.lax.optimization_barrier(step(state))
-        return state
-
-    mapped: Any = on_ranks(chain, group.mesh, axes=group.axes, check_vma=False)
-    program: Callable[[Any], Any] = mapped.lower(start).compile()
-    jax.block_until_ready(program(start))
-    return program
+def extra_memory(
+    point: ReducePoint, group: jax_ep.Group, entrants: Sequence[Contender]
+) -> Iterator[int | None]:
+    """Bytes of one rank, while one operation of each runs, beyond operands and results."""
+    operands = start(point, group)
+    for entrant in entrants:
+        compiled = _mapped(_spread(entrant.run), group).lower(operands).compile()
+        yield memory.extra_bytes(compiled, operands, len(group.mesh.local_devices))
 
 
-def _start_vector(group: jax_ep.Group, num_bytes: int, dtype: Any) -> Any:
-    shape = (group.num_ranks, max(1, num_bytes // dtype.itemsize))
-    return place((np.ones(shape, dtype),), group.mesh, group.axes)[0]
+def _spread(run: Run) -> Callable[[Any], Any]:
+    return lambda operands: run(*operands)
 
 
-def _reduce_step(group: jax_ep.Group, algorithm: str) -> Step:
-    def step(x: Any) -> Any:
-        if algorithm == "psum":
-            x = jax.lax.psum(x, group.axes)
-        elif algorithm != "nothing":
-            x = jax_ep.all_reduce(x, group=group, algorithm=algorithm)
-        return x * jnp.asarray(1 / group.num_ranks, x.dtype)
-
-    return step
-
-
-def _halves_step(group: jax_ep.Group, algorithm: str) -> Step:
-    def step(x: Any) -> Any:
-        if algorithm == "psum":
-            x = jax.lax.psum_scatter(jax.lax.all_gather(x, group.axes), group.axes)
-        elif algorithm != "nothing":
-            call = partial(jax_ep.all_gather, group=group, algorithm=algorithm)
-            x = jax_ep.reduce_scatter(call(x), group=group, algorithm=algorithm)
-        return x * jnp.asarray(1 / group.num_ranks, x.dtype)
-
-    return step
-
-
-def _start_rows(group: jax_ep.Group, num_bytes: int, dtype: Any) -> Any:
-    rows = max(1, num_bytes // dtype.itemsize // HIDDEN)
-    shape = (group.num_ranks, rows, HIDDEN)
-    arrays = np.ones(shape, dtype), np.zeros(shape, dtype), np.ones((shape[0], HIDDEN), dtype)
-    return place(arrays, group.mesh, group.axes)
-
-
-def _norm_step(group: jax_ep.Group, algorithm: str) -> Step:
-    def step(state: Any) -> Any:
-        x, residual, scale = state
-        if algorithm == "psum":
-            residual = jax.lax.psum(x, group.axes) + residual
-            wide = residual.astype(jnp.float32)
-            factor = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-6)
-            x = (wide * factor * scale.astype(jnp.float32)).astype(x.dtype)
-        elif algorithm != "nothing":
-            x, residual = jax_ep.all_reduce_residual_rmsnorm(
-                x, residual, scale, group=group, algorithm=algorithm
-            )
-        return x * jnp.asarray(1 / group.num_ranks, x.dtype), residual, scale
-
-    return step
-
-
-_PROGRAMS: dict[str, tuple[Callable[..., Any], Callable[..., Step]]] = {
-    "all_reduce": (_start_vector, _reduce_step),
-    "halves": (_start_vector, _halves_step),
-    "all_reduce_residual_rmsnorm": (_start_rows, _norm_step),
-}
+def _mapped(fn: Callable[[Any], Any], group: jax_ep.Group) -> Any:
+    return on_ranks(fn, group.mesh, axes=group.axes, check_vma=False)

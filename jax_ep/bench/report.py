@@ -21,7 +21,7 @@ class Progress:
         except ImportError:
             self._bar: Any = None
         else:
-            self._bar = tqdm(total=total, file=sys.stderr, unit="chain")
+            self._bar = tqdm(total=total, file=sys.stderr, unit="turn")
 
     def label(self, text: str) -> None:
         """Names what is being measured."""
@@ -69,8 +69,9 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "op": lambda r: r.record.op,
     "shape": lambda r: r.record.shape,
     "tokens": lambda r: str(r.record.tokens),
-    "layout": lambda r: str(r.record.layout),
+    "layout": lambda r: r.record.layout or "",
     "contender": lambda r: f"{r.record.contender} {r.record.backend}",
+    "algorithm": lambda r: r.record.algorithm or "",
     "sms": lambda r: "" if r.record.sms is None else str(r.record.sms),
     "chain us": lambda r: f"{_median(r.timing.chain):.1f}",
     "empty us": lambda r: f"{_median(r.timing.empty):.1f}",
@@ -78,29 +79,25 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "p10": lambda r: f"{r.record.us['p10']:.1f}",
     "p90": lambda r: f"{r.record.us['p90']:.1f}",
     "p99": lambda r: f"{r.record.us['p99']:.1f}",
-    "floor us": lambda r: f"{r.record.floor_us:.1f}",
+    "floor us": lambda r: f"{r.record.floor_us:.2f}",
     "x floor": lambda r: f"{r.record.us['p50'] / r.record.floor_us:.2f}",
     "wire GB/s": lambda r: f"{r.record.wire_bytes / r.record.us['p50'] / 1e3:.0f}",
     "extra MiB": lambda r: _mebibytes(r.record.extra_memory_bytes),
     "count": lambda r: str(r.timing.count),
 }
-_NUM_TEXT_COLUMNS = 6
+_TEXT_COLUMNS = ("op", "shape", "layout", "contender", "algorithm")
 
 
 def format_table(rows: Sequence[Row]) -> str:
-    """Aligned text. `us` is `chain us` - `empty us`, repeat by repeat."""
-    lines = [list(_COLUMNS), *([cell(row) for cell in _COLUMNS.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-
-    def pad(line: list[str]) -> str:
-        cells = zip(line, widths, strict=True)
-        text = [
-            cell.ljust(width) if i < _NUM_TEXT_COLUMNS else cell.rjust(width)
-            for i, (cell, width) in enumerate(cells)
-        ]
-        return "  ".join(text).rstrip()
-
-    return "\n".join(map(pad, lines))
+    """Aligned text, without empty columns. `us` is `chain us` - `empty us`, repeat by repeat."""
+    columns = []
+    for name, cell in _COLUMNS.items():
+        cells = [cell(row) for row in rows]
+        if any(cells):
+            width = max(map(len, (name, *cells)))
+            pad = str.ljust if name in _TEXT_COLUMNS else str.rjust
+            columns.append([pad(text, width) for text in (name, *cells)])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
 
 
 def _median(values: Sequence[float]) -> float:
@@ -132,6 +129,36 @@ def plot(records: Sequence[Record], path: Path) -> None:
     axes.set_title(records[0].device, fontsize="medium")
     axes.legend()
     figure.savefig(path)
+
+
+def plot_sizes(records: Sequence[Record], path: Path) -> None:
+    """Time over bytes of all_reduce and its relatives, one panel for each. Needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    ops = list(dict.fromkeys(r.op for r in records))
+    names = list(dict.fromkeys(map(_way_label, records)))
+    figure = Figure(figsize=(4.0 * len(ops), 4.0), layout="constrained")
+    panels = figure.subplots(1, len(ops), sharey=True, squeeze=False)[0]
+    for axes, op in zip(panels, ops, strict=True):
+        own = [r for r in records if r.op == op]
+        for color, name in enumerate(names):
+            line = sorted((r.num_bytes, r.us["p50"]) for r in own if _way_label(r) == name)
+            if line:
+                axes.plot(*zip(*line, strict=True), f"C{color}.-", label=name)
+        floor = sorted({(r.num_bytes, r.floor_us) for r in own})
+        axes.plot(*zip(*floor, strict=True), color="black", linewidth=0.8, label="floor")
+        axes.set(xscale="log", yscale="log", xlabel="bytes of a rank", title=op)
+        axes.legend(fontsize="small")
+    panels[0].set_ylabel("microseconds (p50)")
+    title = f"{records[0].device}, {records[0].num_ranks} ranks"
+    figure.suptitle(title, fontsize="medium")
+    figure.savefig(path)
+
+
+def _way_label(record: Record) -> str:
+    if record.contender != "jax_ep":
+        return "stock by NCCL" if record.algorithm == "nccl" else "stock"
+    return f"{record.algorithm} {record.backend}"
 
 
 def _contender_label(record: Record) -> str:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import jax_ep
@@ -96,6 +97,48 @@ def make_point(
         expert_alignment=expert_alignment,
         fill=fill,
     )
+
+
+@dataclass(frozen=True)
+class ReducePoint:
+    """A size at which all_reduce or one of its relatives is measured.
+
+    Attributes:
+      op: which of them.
+      tokens: rows of a rank's x; of reduce_scatter, of each of the parts of x.
+      hidden: elements of a row.
+      dtype: a key of DTYPES.
+    """
+
+    op: str
+    tokens: int
+    hidden: int
+    dtype: str
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return self.hidden * jnp.dtype(DTYPES[self.dtype]).itemsize
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the algorithm is chosen by."""
+        return self.tokens * self.row_bytes
+
+    @property
+    def shape(self) -> str:
+        """The size by name."""
+        return f"{self.num_bytes / 1024:g} KiB"
+
+
+def make_reduce_point(op: str, num_bytes: int, *, dtype: str, hidden: int) -> ReducePoint | None:
+    """As many whole rows as `num_bytes` holds, if any; where no norm is taken, one row of all."""
+    elements = num_bytes // jnp.dtype(DTYPES[dtype]).itemsize
+    if op == "all_reduce_residual_rmsnorm":
+        tokens = elements // hidden
+    else:
+        tokens, hidden = min(elements, 1), elements
+    return ReducePoint(op, tokens, hidden, dtype) if tokens else None
 
 
 def make_inputs(point: Point, mesh: jax.sharding.Mesh, seed: int = 0) -> tuple[Any, ...]:

@@ -1,14 +1,16 @@
 """How it is measured: chains of dependent operations inside one jitted program.
 
-A chain is a scan whose carry holds all operands and all results, so each result is written in full.
-Between two operations a zero that the compiler cannot know to be one, made from the last results,
-is added to the operands: nothing can be elided, hoisted or run ahead. The empty
-chain is the same scan without the operation; its time is subtracted.
+A chain of dispatches or combines is a scan whose carry holds all operands and all results, so each
+result is written in full. Between two operations a zero that the compiler cannot know to be one,
+made from the last results, is added to the operands: nothing can be elided, hoisted or run ahead.
+The empty chain is the same scan without the operation; its time is subtracted. Chains of all_reduce
+and its relatives are in reduce.py.
 """
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -57,8 +59,12 @@ class Timing:
 
     def percentiles(self) -> dict[str, float]:
         """Of chain - empty, repeat by repeat."""
-        own = np.subtract(self.chain, self.empty)
-        return {f"p{p}": float(np.percentile(own, p)) for p in PERCENTILES}
+        return percentiles(np.subtract(self.chain, self.empty))
+
+
+def percentiles(values: Any) -> dict[str, float]:
+    """As records have them."""
+    return {f"p{p}": float(np.percentile(values, p)) for p in PERCENTILES}
 
 
 def make_program(op: str, contender: Contender) -> Program:
@@ -172,11 +178,8 @@ class Chain:
 
     def seconds(self, count: int, *, is_empty: bool) -> float:
         """One run, until the slowest rank is done."""
-        compiled = self._compiled[is_empty, count]
-        jax.block_until_ready(self.carry)
-        begin = time.perf_counter()
-        self.carry = jax.block_until_ready(compiled(self.carry))
-        return time.perf_counter() - begin
+        seconds, self.carry = run_timed(self._compiled[is_empty, count], self.carry)
+        return seconds
 
 
 def choose_count(chain: Chain) -> int:
@@ -192,18 +195,52 @@ def slowest(values: Any) -> Any:
     return np.max(np.reshape(process_allgather(own), (-1, *own.shape)), axis=0)
 
 
+def run_timed(program: Callable[..., Any], *operands: Any) -> tuple[float, Any]:
+    """Seconds from the call until this process's ranks are done, and the results."""
+    jax.block_until_ready(operands)
+    begin = time.perf_counter()
+    results = jax.block_until_ready(program(*operands))
+    return time.perf_counter() - begin, results
+
+
+def seconds_of(program: Callable[..., Any], *operands: Any) -> float:
+    """The same of a program whose results nobody needs."""
+    return run_timed(program, *operands)[0]
+
+
+def take_turns(
+    runs: Sequence[Callable[[], Any]], *, repeats: int, tick: Callable[[], None] = lambda: None
+) -> Any:
+    """[runs, repeats, ...]: every run once, then all of them again; the slowest process's numbers.
+
+    A run returns a number of seconds, or several.
+    """
+    taken: list[list[Any]] = [[] for _ in runs]
+    for _ in range(repeats):
+        for run, column in zip(runs, taken, strict=True):
+            column.append(run())
+        tick()
+    return slowest(taken)
+
+
 def measure(chains: Sequence[Chain], *, repeats: int, tick: Callable[[], None]) -> list[Timing]:
     """Times all chains of a point, interleaved repeat by repeat."""
     counts = [choose_count(chain) for chain in chains]
     for chain, count in zip(chains, counts, strict=True):
         chain.compile(count)
-    taken: list[tuple[list[float], list[float]]] = [([], []) for _ in chains]
-    for _ in range(repeats):
-        for chain, count, columns in zip(chains, counts, taken, strict=True):
-            for is_empty, column in zip((False, True), columns, strict=True):
-                column.append(chain.seconds(count, is_empty=is_empty) * 1e6 / count)
-            tick()
-    return [
-        Timing(tuple(map(float, full)), tuple(map(float, empty)), count)
-        for (full, empty), count in zip(slowest(taken), counts, strict=True)
+    runs = [
+        partial(chain.seconds, count, is_empty=is_empty)
+        for chain, count in zip(chains, counts, strict=True)
+        for is_empty in (False, True)
     ]
+    taken = take_turns(runs, repeats=repeats, tick=tick)
+    return [
+        make_timing(full, empty, count)
+        for full, empty, count in zip(taken[::2], taken[1::2], counts, strict=True)
+    ]
+
+
+def make_timing(full: Any, empty: Any, count: int) -> Timing:
+    """Of the seconds that chains of `count` operations took."""
+    chain, without = (tuple(float(s) * 1e6 / count for s in column) for column in (full, empty))
+    return Timing(chain, without, count)

@@ -1,0 +1,186 @@
+"""What all points of one command share, and how one point becomes rows of a table and records."""
+
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental.multihost_utils import process_allgather
+
+import jax_ep
+from jax_ep.bench import floor, reduce, report, timing
+from jax_ep.bench.contenders import Contender, contenders, ours
+from jax_ep.bench.record import (
+    Measured,
+    Place,
+    Record,
+    Subject,
+    append_lines,
+    make_record,
+    result_path,
+)
+from jax_ep.bench.shapes import Point, ReducePoint, make_inputs
+from jax_ep.testing.ranks import on_ranks
+
+
+class Session:
+    """A group, and who is measured on it."""
+
+    def __init__(
+        self,
+        group: jax_ep.Group,
+        place: Place,
+        *,
+        repeats: int,
+        copy_rate: float | None = None,
+        backends: Sequence[str] | None = None,
+        budgets: Sequence[int] | None = None,
+        algorithms: Sequence[str] | None = None,
+    ):
+        """`copy_rate` is the memory's, on CPUs.
+
+        None for the back ends: those that are usable; for the SM budgets: the group's; for the
+        algorithms of all_reduce and its relatives: all that can carry a size.
+        """
+        usable = [b for b, reason in group.info().backends.items() if reason == "usable"]
+        self._backends = backends or usable
+        self._entries: list[tuple[str, int | None]] = [
+            (backend, sms)
+            for backend in self._backends
+            for sms in ((budgets or [group.num_sms]) if backend == "cuda" else [None])
+        ]
+        self._algorithms = algorithms
+        self._group, self._place, self._copy_rate = group, place, copy_rate
+        self._repeats = repeats
+
+    def measure(
+        self, op: str, point: Point | ReducePoint, progress: report.Progress
+    ) -> list[report.Row]:
+        """All contenders of one operation at one point, interleaved, under one run id."""
+        if isinstance(point, ReducePoint):
+            return self._measure_reduce(point, progress)
+        progress.label(f"{op} {point.shape} {point.num_tokens} {point.layout}")
+        mesh = self._group.mesh
+        inputs = make_inputs(point, mesh)
+        everyone = contenders(point, self._group, self._entries)
+        entrants = [e for e in everyone if op != "cached_dispatch" or e.again is not None]
+        programs = [timing.make_program(op, entrant) for entrant in entrants]
+        chains = [timing.Chain(program, mesh, inputs) for program in programs]
+        extra = [chain.extra_memory() for chain in chains]
+        taken = timing.measure(chains, repeats=self._repeats, tick=progress.tick)
+        recv_src = _route(point, self._group, self._entries[0][0], inputs)
+        moved = floor.traffic(op, point, recv_src)
+        subjects = [_subject(op, point, entrant) for entrant in entrants]
+        return self._rows(subjects, taken, moved, extra)
+
+    def _measure_reduce(self, point: ReducePoint, progress: report.Progress) -> list[report.Row]:
+        progress.label(f"{point.op} {point.shape}")
+        group = self._group
+        entrants = reduce.contenders(point, group, self._backends, self._algorithms)
+        taken = reduce.measure(point, group, entrants, repeats=self._repeats, tick=progress.tick)
+        extra = reduce.extra_memory(point, group, entrants)
+        moved = floor.reduce_traffic(point, group.num_ranks)
+        subjects = [_reduce_subject(point, group.num_ranks, entrant) for entrant in entrants]
+        return self._rows(subjects, taken, moved, extra)
+
+    def _rows(
+        self,
+        subjects: Sequence[Subject],
+        taken: Sequence[timing.Timing],
+        moved: floor.Traffic,
+        extra: Iterable[int | None],
+    ) -> list[report.Row]:
+        run = uuid.uuid4().hex
+        rows = []
+        for subject, own, extra_bytes in zip(subjects, taken, extra, strict=True):
+            measured = Measured(
+                us=own.percentiles(),
+                timing="chain",
+                bytes=int((moved.read + moved.written).max()),
+                wire_bytes=int(moved.wire.max()),
+                floor_us=self._floor_us(moved),
+                extra_memory_bytes=extra_bytes,
+            )
+            rows.append(report.Row(make_record(subject, measured, self._place, run), own))
+        return rows
+
+    def _floor_us(self, moved: floor.Traffic) -> float:
+        if self._copy_rate is None:
+            return floor.gpu_floor_us(moved)
+        return floor.cpu_floor_us(moved, self._copy_rate)
+
+
+def _subject(op: str, point: Point, contender: Contender) -> Subject:
+    return Subject(
+        op=op,
+        contender=contender.name,
+        backend=contender.backend,
+        algorithm=contender.algorithm,
+        shape=point.shape,
+        num_ranks=point.num_ranks,
+        tokens=point.num_tokens,
+        hidden=point.hidden,
+        topk=point.num_topk,
+        experts=point.num_experts,
+        dtype=point.dtype,
+        layout=point.layout,
+        recv_capacity=contender.recv_capacity,
+        # Along a handle, all rows without a token are zero.
+        fill="zeros" if op == "cached_dispatch" and contender.fill else contender.fill,
+        sms=contender.sms,
+        cached=op == "cached_dispatch",
+    )
+
+
+def _reduce_subject(point: ReducePoint, num_ranks: int, contender: reduce.Contender) -> Subject:
+    return Subject(
+        op=point.op,
+        contender=contender.name,
+        backend=contender.backend,
+        algorithm=contender.algorithm,
+        shape=point.shape,
+        num_ranks=num_ranks,
+        tokens=point.tokens,
+        hidden=point.hidden,
+        topk=None,
+        experts=None,
+        dtype=point.dtype,
+        layout=None,
+        recv_capacity=None,
+        fill=None,
+        sms=None,
+        cached=False,
+    )
+
+
+def _route(point: Point, group: jax_ep.Group, backend: str, inputs: Any) -> Any:
+    """recv_src [R, C] of a dispatch at the point."""
+    dispatch = ours(point, group, backend, None).dispatch
+    recv_src = on_ranks(lambda *own: dispatch(*own).handle.recv_src, group.mesh)(*inputs)
+    return process_allgather(recv_src, tiled=True)
+
+
+def measure_copy_rate() -> float | None:
+    """Of CPUs; by process 0, while the others wait: they may share a memory."""
+    if jax.devices()[0].platform != "cpu":
+        return None
+    return float(timing.slowest(floor.measure_copy_rate() if jax.process_index() == 0 else 0.0))
+
+
+def save(
+    records: Sequence[Record], ops: Iterable[str], place: Place, out: Path, *, plot: bool
+) -> None:
+    """Appends them to this day's file of the operations, and draws them beside it."""
+    path = result_path(out, place, "-".join(dict.fromkeys(ops)))
+    append_lines(path, [record.to_json() for record in records])
+    kinds: dict[str, tuple[bool, Callable[[Sequence[Record], Path], None]]] = {
+        ".png": (False, report.plot),
+        "-sizes.png": (True, report.plot_sizes),
+    }
+    for ending, (is_reduce, draw) in kinds.items():
+        own = [r for r in records if (r.op in reduce.OPS) == is_reduce]
+        if plot and own:
+            image = path.with_name(path.stem + ending)
+            draw(own, image)
+            print(f"plot: {image}")
