@@ -32,7 +32,7 @@ Norm = Callable[[Any, Any, Any], tuple[Any, Any]]
 
 def no_sum(x: Any, residual: Any, scale: Any) -> tuple[Any, Any]:
     """What the rest of the layer takes: neither a sum nor a norm."""
-    return x * scale, residual + x
+    return x * scale[None], residual + x
 
 
 def layers(norm: Norm, x: Any, residual: Any, scale: Any, weights: tuple[Any, ...]) -> Any:

@@ -1,10 +1,13 @@
 """Checks that several operations share. Each message: operation, argument, expected, got."""
 
+import contextlib
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_ep import _registry, config
 from jax_ep.errors import ConfigError, DTypeError, GroupError, ShapeError
@@ -20,6 +23,21 @@ def require_group(group: Any, *, op: str) -> Group:
         raise GroupError(f"{op}: group must be a jax_ep.Group, got {type(group).__name__}")
     group.require_traceable(op)
     return group
+
+
+def require_positive_number(value: Any, *, op: str, argument: str, or_zero: bool = False) -> float:
+    """A static, finite number of Python's or NumPy's; `or_zero`: zero will do."""
+    number = math.nan
+    # A bool is an int of Python's.
+    is_number = isinstance(value, (int, float, np.integer, np.floating))
+    if is_number and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):  # an int beyond every float
+            number = float(value)
+    is_in_range = 0 < number < math.inf or (or_zero and number == 0)
+    if not is_in_range:
+        kind = "number of at least 0" if or_zero else "positive number"
+        raise ConfigError(f"{op}: {argument} must be a static {kind}, got {value!r}")
+    return number
 
 
 def require_array(x: Any, *, op: str, argument: str) -> Any:
@@ -75,6 +93,17 @@ def require_stream(
     if jnp.issubdtype(x.dtype, jax.dtypes.extended) or jax.dtypes.itemsize_bits(x.dtype) % 8:
         raise DTypeError(f"{op}: rows of {argument} must be whole bytes; pack {x.dtype} into uint8")
     return jnp.asarray(x)
+
+
+def require_blocks(x: jax.Array, block: Any, *, op: str) -> int:
+    """The block, of which x [num_tokens, hidden] has whole ones in every row."""
+    size = config.require_int(block, minimum=1, op=op, argument="block")
+    if x.ndim != 2 or x.shape[1] < 1 or x.shape[1] % size:
+        raise ShapeError(
+            f"{op}: x must be [num_tokens, hidden], hidden a positive multiple of block={size}, "
+            f"got shape {x.shape}"
+        )
+    return size
 
 
 def require_handle(handle: Any, *, op: str) -> Group:
@@ -160,7 +189,7 @@ def report_bad_routing(topk_idx: jax.Array, *, num_experts: int, group: Group, o
     is_expert = (topk_idx >= 0) & (topk_idx < num_experts)
     num_invalid = jnp.sum((topk_idx != -1) & ~is_expert)
     repeated = topk_idx[:, :, None] == topk_idx[:, None, :]
-    earlier = jnp.tri(topk_idx.shape[1], k=-1, dtype=jnp.bool_)
+    earlier = jnp.tri(topk_idx.shape[1], k=-1, dtype=jnp.bool_)[None]
     num_repeated = jnp.sum(repeated & earlier & is_expert[:, :, None])
     rank = jax.lax.axis_index(group.axes)
 

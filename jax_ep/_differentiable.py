@@ -112,7 +112,7 @@ def _place_of_choice(spec: DispatchSpec, topk_idx: jax.Array, send_row: jax.Arra
         return jnp.where(send_row >= 0, rank * spec.recv_capacity + send_row, -1)
     row = jnp.take_along_axis(send_row, rank, axis=1)
     num_topk = topk_idx.shape[1]
-    choice = jnp.arange(num_topk, dtype=jnp.int32)
+    choice = jnp.arange(num_topk, dtype=jnp.int32)[None, :]
     place = (rank * spec.recv_capacity + row) * num_topk + choice
     return jnp.where(is_expert & (row >= 0), place, -1)
 

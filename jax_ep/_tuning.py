@@ -61,14 +61,7 @@ def to_plain(table: Table) -> dict[str, list[list[Any]]]:
 
 def _parse(text: str, source: str) -> list[tuple[str, int, Table]]:
     try:
-        entries: list[tuple[str, int, Table]] = [
-            (
-                str(entry["device"]),
-                int(entry["num_ranks"]),
-                {op: [Step(b, Algorithm[a.upper()]) for b, a in entry["ops"][op]] for op in OPS},
-            )
-            for entry in json.loads(text)["tables"]
-        ]
+        entries = [_entry(plain) for plain in json.loads(text)["tables"]]
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ConfigError(f"{source} is no table of algorithms: {type(e).__name__}: {e}") from e
     for _, _, table in entries:
@@ -76,6 +69,27 @@ def _parse(text: str, source: str) -> list[tuple[str, int, Table]]:
             if not steps or steps[-1].bytes is not None:
                 raise ConfigError(f"{source}: the last entry of {op} must be for any size (null)")
     return entries
+
+
+def _entry(plain: Any) -> tuple[str, int, Table]:
+    device, num_ranks, ops = plain["device"], plain["num_ranks"], plain["ops"]
+    if not isinstance(device, str):
+        raise TypeError(f"device must be a string, got {device!r}")
+    if not _is_whole(num_ranks):
+        raise TypeError(f"num_ranks must be a whole number, got {num_ranks!r}")
+    return device, num_ranks, {op: [_step(pair) for pair in ops[op]] for op in OPS}
+
+
+def _step(pair: Any) -> Step:
+    num_bytes, algorithm = pair
+    if num_bytes is not None and not _is_whole(num_bytes):
+        raise TypeError(f"bytes must be a whole number or null, got {num_bytes!r}")
+    return Step(num_bytes, Algorithm[algorithm.upper()])
+
+
+def _is_whole(value: Any) -> bool:
+    # Not isinstance: true is no number.
+    return type(value) is int and value >= 0
 
 
 def _find(entries: list[tuple[str, int, Table]], device_kind: str, num_ranks: int) -> Table:

@@ -38,7 +38,7 @@ def _route_ranks(
 ) -> Routed:
     group, num_local, capacity = spec.group, spec.num_local_experts, spec.recv_capacity
     rank = jax.lax.axis_index(group.axes)
-    ranks = jnp.arange(group.num_ranks)
+    ranks = jnp.arange(group.num_ranks, dtype=jnp.int32)[None, None, :]
     wanted = jnp.any(_rank_of(ids, num_local)[:, :, None] == ranks, axis=1)  # [tokens, ranks]
     row = jnp.cumsum(wanted, axis=0, dtype=jnp.int32) - 1
     row = jnp.where(wanted & (row < capacity), row, -1)
@@ -72,20 +72,22 @@ def _route_experts(
     group, num_local, capacity = spec.group, spec.num_local_experts, spec.recv_capacity
     num_all, num_topk = ids.shape
     rank = jax.lax.axis_index(group.axes)
-    experts = jnp.arange(spec.num_experts)
+    experts = jnp.arange(spec.num_experts, dtype=jnp.int32)[None, None, :]
     chosen = jnp.sum(ids[:, :, None] == experts, axis=1, dtype=jnp.int32)  # [tokens, experts]
     upto = jnp.cumsum(chosen, axis=0, dtype=jnp.int32)
 
     # Aligned sizes only grow along the tokens, so "fits" is a prefix of whole tokens.
     aligned = -(-upto // spec.expert_alignment) * spec.expert_alignment
-    per_rank = jnp.sum(aligned.reshape(num_all, group.num_ranks, num_local), axis=-1)
+    aligned = aligned.reshape(num_all, group.num_ranks, num_local)
+    per_rank = jnp.sum(aligned, axis=-1, dtype=jnp.int32)
     fits = jnp.repeat(per_rank <= capacity, num_local, axis=1)  # [tokens, experts]
     kept = jnp.max(jnp.where(fits, upto, 0), axis=0)
     sizes = (-(-kept // spec.expert_alignment) * spec.expert_alignment).reshape(-1, num_local)
-    first = (jnp.cumsum(sizes, axis=1) - sizes).reshape(-1)
+    first = (jnp.cumsum(sizes, axis=1, dtype=jnp.int32) - sizes).reshape(-1)
 
     safe = jnp.maximum(ids, 0)
-    same = (ids[:, :, None] == ids[:, None, :]) & jnp.tri(num_topk, k=-1, dtype=jnp.bool_)
+    earlier = jnp.tri(num_topk, k=-1, dtype=jnp.bool_)[None]
+    same = (ids[:, :, None] == ids[:, None, :]) & earlier
     before = jnp.take_along_axis(upto - chosen, safe, axis=1) + jnp.sum(
         same, axis=-1, dtype=jnp.int32
     )

@@ -65,18 +65,17 @@ def all_reduce_residual_rmsnorm(
     _checks.require_dtype(residual, (x.dtype,), op=_OP, argument="residual")
     _checks.require_shape(scale, x.shape[-1:], op=_OP, argument="scale")
     _checks.require_dtype(scale, (jnp.float32, x.dtype), op=_OP, argument="scale")
-    if not isinstance(eps, (int, float)) or not eps >= 0:
-        raise ConfigError(f"{_OP}: eps must be a static number of at least 0, got {eps!r}")
+    eps = _checks.require_positive_number(eps, op=_OP, argument="eps", or_zero=True)
     spec = _choose(group, x, algorithm, allow_psum=allow_psum, backend=backend)
     axes = spec.group.axes
     operands = _vary(axes, x, residual, scale)
     terms, onto = (a.reshape(-1, x.shape[-1]) for a in operands[:2])
     if spec.algorithm is Algorithm.PSUM:
         call = _xla_reduce.all_reduce_residual_rmsnorm
-        normed, new_residual = call(spec, terms, onto, operands[2], float(eps))
+        normed, new_residual = call(spec, terms, onto, operands[2], eps)
         results = normed, _reduce.named(new_residual)
     else:
-        results = _fused(_reduce.typed(spec, terms), float(eps), terms, onto, operands[2])
+        results = _fused(_reduce.typed(spec, terms), eps, terms, onto, operands[2])
     normed, new_residual = (r.reshape(x.shape) for r in results)
     return normed, new_residual
 

@@ -2,7 +2,7 @@
 
 import math
 
-from jax_ep import config
+from jax_ep import _checks, config
 from jax_ep.config import Layout
 from jax_ep.errors import ConfigError
 
@@ -45,9 +45,8 @@ def recv_capacity(
         raise ConfigError(
             f"{op}: num_experts must be a multiple of num_ranks={num_ranks}, got {num_experts}"
         )
-    is_number = isinstance(balance, (int, float)) and 0 < balance < math.inf
-    if balance is not None and not is_number:
-        raise ConfigError(f"{op}: balance must be a positive number or None, got {balance!r}")
+    if balance is not None:
+        balance = _checks.require_positive_number(balance, op=op, argument="balance")
     num_local = num_experts // num_ranks
     if config.choice(Layout, layout, op=op, argument="layout") is Layout.RANK:
         if alignment != 1:

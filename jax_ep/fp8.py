@@ -1,4 +1,8 @@
-"""fp8 rows with a scale per block, and a dispatch of them that can be differentiated."""
+"""Rows to fp8 with a scale for each block of elements, and back."""
+
+import enum
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -6,11 +10,18 @@ import ml_dtypes
 import numpy as np
 from jax.typing import DTypeLike
 
-from jax_ep import config
-from jax_ep.errors import ConfigError, DTypeError, ShapeError
+from jax_ep import _checks, config
+from jax_ep.errors import DTypeError, ShapeError
 
 FP8_DTYPES = (jnp.float8_e4m3fn, jnp.float8_e5m2)
 _E8M0_BIAS = 127
+
+
+class Scales(enum.Enum):
+    """What a scale is stored as."""
+
+    F32 = 0
+    E8M0 = 1
 
 
 def quantize_fp8(
@@ -23,7 +34,7 @@ def quantize_fp8(
     """Rounds rows to fp8, with one scale per block of consecutive elements.
 
     Args:
-      x: [num_tokens, hidden] bf16, f16 or f32; hidden a multiple of block.
+      x: [num_tokens, hidden] bf16, f16 or f32; hidden a positive multiple of block.
       block: elements per scale; DeepSeek-V3 uses 128.
       scales: "f32", or "e8m0": powers of two as exponent bytes (uint8, exponent + 127), as the
         microscaling formats have them.
@@ -37,27 +48,24 @@ def quantize_fp8(
     Raises: ShapeError, ConfigError, DTypeError.
     Source: DeepSeek-V3 (2024), fine-grained quantisation; OCP microscaling formats (2023).
     """
-    if jnp.dtype(dtype) not in [jnp.dtype(d) for d in FP8_DTYPES]:
-        raise DTypeError(f"quantize_fp8: dtype must be float8_e4m3fn or float8_e5m2, got {dtype}")
-    if x.ndim != 2 or block < 1 or x.shape[1] % block:
-        raise ShapeError(
-            f"quantize_fp8: x must be [num_tokens, hidden], hidden a multiple of block={block}, "
-            f"got shape {x.shape}"
-        )
-    blocks = x.astype(jnp.float32).reshape(x.shape[0], -1, block)
+    op = "quantize_fp8"
+    dtype = _require_result(dtype, FP8_DTYPES, op=op)
+    kind = config.choice(Scales, scales, op=op, argument="scales")
+    x = _checks.require_array(x, op=op, argument="x")
+    _checks.require_dtype(x, _checks.FLOAT_DTYPES, op=op, argument="x")
+    block = _checks.require_blocks(x, block, op=op)
+    blocks = jnp.asarray(x).astype(jnp.float32).reshape(x.shape[0], x.shape[1] // block, block)
     largest = float(ml_dtypes.finfo(dtype).max)  # type: ignore[no-untyped-call]
     scale = jnp.max(jnp.abs(blocks), axis=-1) / largest
     # A block of zeros keeps a scale that divides.
     scale = jnp.maximum(scale, np.finfo(np.float32).tiny)
-    if scales == "e8m0":
+    stored = scale
+    if kind is Scales.E8M0:
         mantissa, exponent = jnp.frexp(scale)
-        exponent = exponent - (mantissa == 0.5)  # an exact power of two is its own ceiling
+        # An exact power of two is its own ceiling.
+        exponent = jnp.where(mantissa == 0.5, exponent - 1, exponent)
         stored = jnp.clip(exponent + _E8M0_BIAS, 0, 254).astype(jnp.uint8)
         scale = _as_f32(stored)
-    elif scales == "f32":
-        stored = scale
-    else:
-        raise ConfigError(f"quantize_fp8: scales must be one of 'f32', 'e8m0', got {scales!r}")
     scaled = jnp.clip(blocks / scale[..., None], -largest, largest)
     return scaled.astype(dtype).reshape(x.shape), stored
 
@@ -66,16 +74,48 @@ def dequantize_fp8(x: jax.Array, scales: jax.Array, dtype: DTypeLike = jnp.bfloa
     """The inverse of quantize_fp8: [rows, hidden] of `dtype`.
 
     Args:
-      x: [rows, hidden] fp8.
+      x: [rows, hidden] float8_e4m3fn or float8_e5m2.
       scales: [rows, hidden / block] f32, or uint8 exponent bytes.
-      dtype: of the result.
+      dtype: of the result: bf16, f16 or f32.
 
     Returns:
       x * scales, computed in f32, rounded once.
+
+    Collective: no. Gradient: of f32 scales, that of the product; of x none of use, since JAX rounds
+      it to fp8; see `dispatch_fp8`.
+    Raises: ShapeError, DTypeError.
+    Source: as in `quantize_fp8`.
     """
+    op = "dequantize_fp8"
+    dtype = _require_result(dtype, _checks.FLOAT_DTYPES, op=op)
+    x = _checks.require_array(x, op=op, argument="x")
+    _checks.require_dtype(x, FP8_DTYPES, op=op, argument="x")
+    if x.ndim != 2 or x.shape[1] < 1:
+        raise ShapeError(f"{op}: x must be [rows, hidden], hidden positive, got shape {x.shape}")
+    scales = _checks.require_array(scales, op=op, argument="scales")
+    _checks.require_dtype(scales, (jnp.float32, jnp.uint8), op=op, argument="scales")
+    rows, hidden = x.shape
+    num_blocks = scales.shape[1] if scales.ndim == 2 else 0
+    if num_blocks < 1 or scales.shape[0] != rows or hidden % num_blocks:
+        raise ShapeError(
+            f"{op}: scales must be [rows={rows}, a divisor of hidden={hidden}], got shape "
+            f"{scales.shape}"
+        )
+    scales = jnp.asarray(scales)
     wide = scales if scales.dtype == jnp.float32 else _as_f32(scales)
-    blocks = x.astype(jnp.float32).reshape(*wide.shape, -1) * wide[..., None]
-    return blocks.reshape(x.shape).astype(dtype)
+    blocks = jnp.asarray(x).astype(jnp.float32).reshape(rows, num_blocks, hidden // num_blocks)
+    return (blocks * wide[..., None]).reshape(x.shape).astype(dtype)
+
+
+def _require_result(dtype: Any, dtypes: Sequence[Any], *, op: str) -> Any:
+    """One of the dtypes, however it is written."""
+    allowed = [jnp.dtype(d) for d in dtypes]
+    # Compared, not converted: that would raise NumPy's own error for what is no dtype.
+    for d in allowed:
+        if d == dtype:
+            return d
+    names = ", ".join(d.name for d in allowed)
+    raise DTypeError(f"{op}: dtype must be {names}, got {dtype!r}")
 
 
 def _as_f32(exponent_byte: jax.Array) -> jax.Array:

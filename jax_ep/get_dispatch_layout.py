@@ -69,9 +69,11 @@ def _stock(
 ) -> tuple[jax.Array, ...]:
     is_expert = (topk_idx >= 0) & (topk_idx < num_experts)
     ids = jnp.where(is_expert, topk_idx, num_experts)
-    per_expert = jnp.sum(ids[:, :, None] == jnp.arange(num_experts), axis=(0, 1), dtype=jnp.int32)
+    experts = jnp.arange(num_experts, dtype=jnp.int32)[None, None, :]
+    per_expert = jnp.sum(ids[:, :, None] == experts, axis=(0, 1), dtype=jnp.int32)
     rank = ids // (num_experts // num_ranks)
-    in_rank = jnp.any(rank[:, :, None] == jnp.arange(num_ranks), axis=1)
+    ranks = jnp.arange(num_ranks, dtype=jnp.int32)[None, None, :]
+    in_rank = jnp.any(rank[:, :, None] == ranks, axis=1)
     in_node = jnp.any(in_rank.reshape(-1, num_nodes, num_ranks // num_nodes), axis=-1)
     return (
         jnp.sum(in_rank, axis=0, dtype=jnp.int32),

@@ -4,9 +4,11 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
 
+import jax
 import pytest
 
 import jax_ep
@@ -16,6 +18,19 @@ from jax_ep.testing.ranks import make_mesh, prepare_virtual_devices
 prepare_virtual_devices()
 BACKENDS = ("cpu", "xla")
 LAYOUTS = ("rank", "expert")
+# These run programs as users write them, and so do the GPU tests.
+PROGRAMS = ("test_bench.py", "test_docs.py")
+
+
+@pytest.fixture(autouse=True)
+def no_implicit_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Users may forbid promotion of ranks and dtypes, so the library does without."""
+    is_program = request.path.name in PROGRAMS or request.node.get_closest_marker("gpu")
+    with contextlib.ExitStack() as settings:
+        if not is_program:
+            settings.enter_context(jax.numpy_rank_promotion("raise"))
+            settings.enter_context(jax.numpy_dtype_promotion("strict"))
+        yield
 
 
 @pytest.fixture(scope="session")

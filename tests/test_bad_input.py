@@ -1,6 +1,7 @@
 """Bad input: an exception of ours that names operation, argument, expected and got."""
 
 import dataclasses
+import json
 import re
 
 import jax
@@ -11,6 +12,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
+from jax_ep import _checks, _tuning
 from jax_ep.testing.ranks import make_mesh, on_ranks
 
 F32 = jnp.float32
@@ -132,7 +134,7 @@ HANDLES = {
     "layout_unknown": (lambda h: {"layout": "foo"}, jax_ep.ConfigError, "combine: handle.layout must be one of 'rank', 'expert', got 'foo'"),
     "no_send_rank": (lambda h: {"send_rank": None}, jax_ep.GroupError, "combine: the handle's arrays do not fit its layout='expert'"),
     "no_recv_k": (lambda h: {"recv_k": None}, jax_ep.GroupError, "combine: the handle's arrays do not fit its layout='expert'"),
-    "send_row_dtype": (lambda h: {"send_row": h.send_row * 1.0}, jax_ep.DTypeError, "combine: handle.send_row must be int32, got float32"),
+    "send_row_dtype": (lambda h: {"send_row": h.send_row.astype(F32)}, jax_ep.DTypeError, "combine: handle.send_row must be int32, got float32"),
     "send_rank_shape": (lambda h: {"send_rank": h.send_rank[:1]}, jax_ep.ShapeError, "combine: handle.send_rank must have shape (4, 2), got (1, 2)"),
     "recv_k_shape": (lambda h: {"recv_k": h.recv_k[:1]}, jax_ep.ShapeError, "combine: handle.recv_k must have shape (16,), got (1,)"),
 }  # fmt: skip
@@ -264,6 +266,71 @@ def test_open(name):
     call, message = OPEN[name]
     with pytest.raises(jax_ep.JaxEpError, match=re.escape(f"Group.open: {message}")):
         call()
+
+
+@pytest.mark.parametrize(
+    "value", [2, 0.5, np.float32(1.25), np.float16(2), np.float64(1), np.int64(3)]
+)
+def test_numbers_of_python_and_numpy(value):
+    number = _checks.require_positive_number(value, op="op", argument="x")
+    assert type(number) is float
+    assert number == value
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        True,
+        np.True_,
+        None,
+        "1",
+        -1,
+        np.float32("nan"),
+        np.inf,
+        pytest.param(10**400, id="huge"),
+        1j,
+        np.ones(1),
+        [1],
+    ],
+)
+def test_what_is_no_number(value):
+    for or_zero, kind in ((False, "positive number"), (True, "number of at least 0")):
+        message = re.escape(f"op: x must be a static {kind}, got {value!r}")
+        with pytest.raises(jax_ep.ConfigError, match=message):
+            _checks.require_positive_number(value, op="op", argument="x", or_zero=or_zero)
+
+
+def test_zero_is_a_number_where_it_may_be():
+    assert _checks.require_positive_number(0, op="op", argument="x", or_zero=True) == 0.0
+    with pytest.raises(jax_ep.ConfigError, match="op: x must be a static positive number, got 0"):
+        _checks.require_positive_number(0, op="op", argument="x")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"step": ["1024", "one_shot"]}, "bytes must be a whole number or null, got '1024'"),
+        ({"step": [1024.0, "one_shot"]}, "bytes must be a whole number or null, got 1024.0"),
+        ({"step": [True, "one_shot"]}, "bytes must be a whole number or null, got True"),
+        ({"step": [-1, "one_shot"]}, "bytes must be a whole number or null, got -1"),
+        ({"step": [1024, 3]}, "AttributeError"),
+        ({"step": [1024, "ring"]}, "KeyError: 'RING'"),
+        ({"step": [1024]}, "ValueError: not enough values"),
+        ({"num_ranks": "2"}, "num_ranks must be a whole number, got '2'"),
+        ({"num_ranks": 2.5}, "num_ranks must be a whole number, got 2.5"),
+        ({"device": None}, "device must be a string, got None"),
+    ],
+)
+def test_table_of_algorithms(monkeypatch, tmp_path, change, message):
+    """Found when it is read, not when a call looks something up."""
+    change = dict(change)
+    steps = [change.pop("step", [1024, "one_shot"]), [None, "psum"]]
+    table = {"device": "any", "num_ranks": 1, "ops": dict.fromkeys(_tuning.OPS, steps)} | change
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps({"tables": [table]}))
+    monkeypatch.setenv("JAX_EP_TUNING", str(path))
+    with pytest.raises(jax_ep.ConfigError, match=f"is no table of algorithms: .*{message}"):
+        _tuning.load("cpu", 2)
 
 
 def test_altered_handle_cannot_reach_outside(groups, layout):

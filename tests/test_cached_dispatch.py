@@ -3,6 +3,8 @@
 Values of those that travel are in the conformance suite.
 """
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,13 +40,62 @@ def test_quantize_fp8(scales):
         )
 
 
-def test_quantize_fp8_bad_input():
-    with pytest.raises(jax_ep.ShapeError, match=r"quantize_fp8: .* block=128, got shape"):
-        jax_ep.quantize_fp8(jnp.ones((2, 100)))
-    with pytest.raises(jax_ep.ConfigError, match="scales must be one of 'f32', 'e8m0', got 'f16'"):
-        jax_ep.quantize_fp8(jnp.ones((2, 128)), scales="f16")
-    with pytest.raises(jax_ep.DTypeError, match="dtype must be float8_e4m3fn or float8_e5m2"):
-        jax_ep.quantize_fp8(jnp.ones((2, 128)), dtype=jnp.float32)
+def test_no_rows_are_rows():
+    rounded, scales = jax_ep.quantize_fp8(jnp.ones((0, 256)))
+    assert (rounded.shape, scales.shape) == ((0, 256), (0, 2))
+    assert jax_ep.dequantize_fp8(rounded, scales).shape == (0, 256)
+
+
+def test_gradient_of_scales():
+    x, scales = jax_ep.quantize_fp8(jnp.arange(512.0).reshape(2, 256))
+    grad = jax.grad(lambda s: jnp.sum(jax_ep.dequantize_fp8(x, s, jnp.float32)))(scales)
+    np.testing.assert_allclose(grad, np.asarray(x, np.float32).reshape(2, 2, 128).sum(-1))
+
+
+ONES = np.ones((2, 128), np.float32)
+QUANTIZE = {
+    "list": (([[1.0] * 128],), {}, jax_ep.DTypeError, "x must be an array, got list"),
+    "int32": ((ONES.astype(np.int32),), {}, jax_ep.DTypeError, "x must be bfloat16, float16, float32, got int32"),
+    "float64": ((ONES.astype(np.float64),), {}, jax_ep.DTypeError, "x must be bfloat16, float16, float32, got float64"),
+    "rank": ((ONES[0],), {}, jax_ep.ShapeError, "x must be [num_tokens, hidden], hidden a positive multiple of block=128, got shape (128,)"),
+    "hidden": ((ONES[:, :100],), {}, jax_ep.ShapeError, "x must be [num_tokens, hidden], hidden a positive multiple of block=128, got shape (2, 100)"),
+    "no_hidden": ((ONES[:, :0],), {}, jax_ep.ShapeError, "x must be [num_tokens, hidden], hidden a positive multiple of block=128, got shape (2, 0)"),
+    "block_none": ((ONES,), {"block": None}, jax_ep.ConfigError, "block must be a static integer, got None"),
+    "block_zero": ((ONES,), {"block": 0}, jax_ep.ConfigError, "block must be at least 1, got 0"),
+    "scales": ((ONES,), {"scales": "f16"}, jax_ep.ConfigError, "scales must be one of 'f32', 'e8m0', got 'f16'"),
+    "dtype": ((ONES,), {"dtype": jnp.float32}, jax_ep.DTypeError, "dtype must be float8_e4m3fn, float8_e5m2, got "),
+    "dtype_text": ((ONES,), {"dtype": "fp8"}, jax_ep.DTypeError, "dtype must be float8_e4m3fn, float8_e5m2, got 'fp8'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", QUANTIZE)
+def test_quantize_fp8_bad_input(name):
+    args, options, error, message = QUANTIZE[name]
+    with pytest.raises(error, match=re.escape(f"quantize_fp8: {message}")):
+        jax_ep.quantize_fp8(*args, **options)
+
+
+ROWS, SCALES = ONES.astype(FP8_DTYPES[0]), np.ones((2, 2), np.float32)
+DEQUANTIZE = {
+    "list": ((ROWS, [[1.0, 1.0]] * 2), jax_ep.DTypeError, "scales must be an array, got list"),
+    "bf16": ((ROWS, SCALES.astype(jnp.bfloat16)), jax_ep.DTypeError, "scales must be float32, uint8, got bfloat16"),
+    "f16": ((ROWS, SCALES.astype(np.float16)), jax_ep.DTypeError, "scales must be float32, uint8, got float16"),
+    "rows": ((ROWS, SCALES[:1]), jax_ep.ShapeError, "scales must be [rows=2, a divisor of hidden=128], got shape (1, 2)"),
+    "more_rows": ((ROWS, np.ones((4, 1), np.float32)), jax_ep.ShapeError, "scales must be [rows=2, a divisor of hidden=128], got shape (4, 1)"),
+    "blocks": ((ROWS, np.ones((2, 3), np.float32)), jax_ep.ShapeError, "scales must be [rows=2, a divisor of hidden=128], got shape (2, 3)"),
+    "no_blocks": ((ROWS, SCALES[:, :0]), jax_ep.ShapeError, "scales must be [rows=2, a divisor of hidden=128], got shape (2, 0)"),
+    "one_axis": ((ROWS, SCALES[:, 0]), jax_ep.ShapeError, "scales must be [rows=2, a divisor of hidden=128], got shape (2,)"),
+    "x_dtype": ((ONES, SCALES), jax_ep.DTypeError, "x must be float8_e4m3fn, float8_e5m2, got float32"),
+    "x_rank": ((ROWS[None], SCALES), jax_ep.ShapeError, "x must be [rows, hidden], hidden positive, got shape (1, 2, 128)"),
+    "dtype": ((ROWS, SCALES, jnp.int32), jax_ep.DTypeError, "dtype must be bfloat16, float16, float32, got "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DEQUANTIZE)
+def test_dequantize_fp8_bad_input(name):
+    args, error, message = DEQUANTIZE[name]
+    with pytest.raises(error, match=re.escape(f"dequantize_fp8: {message}")):
+        jax_ep.dequantize_fp8(*args)
 
 
 def test_what_cannot_be_differentiated_is_refused_by_name(groups):
@@ -76,6 +127,7 @@ def test_what_cannot_be_differentiated_is_refused_by_name(groups):
 
 BAD = {
     "routing_and_handle": (lambda x, ids, h: jax_ep.dispatch(x, ids, handle=h), jax_ep.ConfigError, r"dispatch: with handle= the routing is known, got also topk_idx"),
+    "fill_and_handle": (lambda x, ids, h: jax_ep.dispatch(x, handle=h, fill="none"), jax_ep.ConfigError, r"dispatch: with handle= the routing is known, got also fill"),
     "tokens": (lambda x, ids, h: jax_ep.dispatch(x[:3], handle=h), jax_ep.ShapeError, r"dispatch: x must have shape \(4, 128\), got \(3, 128\)"),
     "not_a_handle": (lambda x, ids, h: jax_ep.dispatch(x, handle=ids), jax_ep.ConfigError, "dispatch: handle must be the DispatchHandle of a dispatch, got"),
     "triple": (lambda x, ids, h: jax_ep.dispatch((x, x, x), handle=h), jax_ep.DTypeError, "dispatch: x must be an array or a pair, got 3 arrays"),

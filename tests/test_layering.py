@@ -14,13 +14,14 @@ PACKAGE = Path(jax_ep.__file__).parent
 # A module may import from its own layer and from those below it.
 LAYERS = [
     {"errors", "config"},
-    {"_jax_compat", "_registry", "_sockets", "_spec", "_tuning", "reference", "capacity"},
-    {"_bootstrap", "_native", "_primitives"},
-    {"_native_group", "_xla", "_xla_reduce", "handle", "fp8"},
+    {"_jax_compat", "_registry", "_sockets", "_spec", "_tuning", "reference"},
+    {"_bootstrap", "_conversation", "_native", "_open_arguments", "_primitives"},
+    {"_native_group", "_xla", "_xla_reduce", "handle"},
     {"_backends"},
-    {"_self_test"},
+    {"_group_info", "_self_test"},
     {"group"},
     {"_checks"},
+    {"capacity", "fp8"},
     {"_differentiable", "_reduce"},
     {"dispatch", "get_dispatch_layout", "all_reduce", "all_reduce_residual_rmsnorm"},
     {"beside", "combine", "dispatch_fp8", "transforms"},
@@ -79,7 +80,19 @@ def test_imports_go_downwards(path):
             assert own == "_jax_compat", f"{own} imports {name}"
 
 
-OPERATIONS = ["dispatch", "dispatch_fp8", "combine", "combine_weights", "get_dispatch_layout"]
+# Public functions that are no operations on arrays.
+HELPERS = {
+    "beside": "computes what its caller's function does",
+    "export_safety_checks": "a list for jax.export",
+    "recv_capacity": "computes a number",
+    "save_communication_policy": "a policy for jax.checkpoint",
+}
+FUNCTIONS = {name for name, value in vars(jax_ep).items() if inspect.isfunction(value)}
+OPERATIONS = sorted(FUNCTIONS - set(HELPERS))
+
+
+def test_helpers_are_public_functions():
+    assert set(HELPERS) <= FUNCTIONS
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -89,15 +102,39 @@ def test_docstrings_of_operations_are_complete(name):
         assert part in doc, f"{name}: {part}"
 
 
-def test_one_op_one_stem():
+# Operations without a stem of their own.
+STEMLESS = {
+    "all_gather": "the kernels of all_reduce, without the sum",
+    "combine_weights": "combine in the rank layout, pull_rows in the other",
+    "dequantize_fp8": "plain JAX",
+    "dispatch_fp8": "dispatch between quantize_fp8 and dequantize_fp8",
+    "quantize_fp8": "plain JAX",
+    "reduce_scatter": "the kernels of all_reduce, which keep a part",
+}
+# Stems that lack a file.
+NOT_PUBLIC = {"pull_rows"}  # what gradients and handles need
+TESTED_ELSEWHERE = {"all_reduce_residual_rmsnorm"}  # beside the sum, in test_all_reduce.py
+NOT_NATIVE = {"check_mesh"}  # the identity
+STEMS = sorted(set(OPERATIONS) - set(STEMLESS) | NOT_PUBLIC)
+TESTS = Path(__file__).parent
+OPS = TESTS.parent / "xla_ffi" / "ops"
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_one_op_one_stem(stem):
     """Public module, primitive, native folder and test of each operation share its name."""
-    ffi = Path(__file__).parent.parent / "xla_ffi" / "ops"
-    for stem in ("dispatch", "combine", "get_dispatch_layout", "pull_rows"):
-        assert (PACKAGE / f"{stem}.py").exists() == (stem != "pull_rows")  # not public
-        assert (PACKAGE / "_primitives" / f"{stem}.py").exists()
-        assert (Path(__file__).parent / f"test_{stem}.py").exists()
-        for suffix in (".h", "_ffi.h", "_cpu.cc", "_cuda.cu"):
-            assert (ffi / stem / f"{stem}{suffix}").exists()
+    if stem not in NOT_PUBLIC:
+        assert getattr(jax_ep, stem).__module__ == f"jax_ep.{stem}"
+    assert (TESTS / f"test_{stem}.py").exists() == (stem not in TESTED_ELSEWHERE)
+    for suffix in (".h", "_ffi.h", "_cpu.cc", "_cuda.cu"):
+        assert (OPS / stem / f"{stem}{suffix}").exists()
+
+
+def test_every_primitive_has_a_stem():
+    primitives = {p.stem for p in (PACKAGE / "_primitives").glob("*.py") if p.stem[0] != "_"}
+    assert sorted(primitives - NOT_NATIVE) == STEMS
+    assert sorted(p.name for p in OPS.iterdir() if p.is_dir()) == STEMS
+    assert set(STEMLESS) <= set(OPERATIONS)
 
 
 NATIVE = Path(__file__).parent.parent / "xla_ffi"

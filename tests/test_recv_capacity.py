@@ -31,6 +31,7 @@ def test_values():
     sizes = {"num_tokens": 4096, "num_topk": 8, "num_experts": 256, "num_ranks": 8}
     assert jax_ep.recv_capacity(**sizes, balance=None) == 4096 * 8 * 8
     assert jax_ep.recv_capacity(**sizes, balance=1.25) == 4096 * 8 * 1.25
+    assert jax_ep.recv_capacity(**sizes, balance=np.float32(1.25)) == 4096 * 8 * 1.25
     assert jax_ep.recv_capacity(**sizes, balance=1.0, expert_alignment=128) == 36864
     assert jax_ep.recv_capacity(**sizes, layout="rank", balance=None) == 4096 * 8
     # 5.29 of 8 ranks are reached by a token on average
@@ -43,8 +44,9 @@ def test_values():
     [
         ({"num_tokens": 0}, "num_tokens must be at least 1, got 0"),
         ({"num_experts": 9}, "num_experts must be a multiple of num_ranks=4, got 9"),
-        ({"balance": 0}, "balance must be a positive number or None, got 0"),
-        ({"balance": float("nan")}, "balance must be a positive number or None, got nan"),
+        ({"balance": 0}, "balance must be a static positive number, got 0"),
+        ({"balance": float("nan")}, "balance must be a static positive number, got nan"),
+        ({"balance": True}, "balance must be a static positive number, got True"),
         ({"num_tokens": 8.5}, "num_tokens must be a static integer, got 8.5"),
         (
             {"layout": "rank", "expert_alignment": 8},

@@ -137,7 +137,7 @@ def _pack(point: Point, ids: jax.Array, slots: int) -> tuple[jax.Array, jax.Arra
     to = choice // point.experts_per_rank
     count = jnp.bincount(to, length=point.num_ranks).astype(jnp.int32)
     first = jnp.cumsum(count) - count
-    nth = jnp.arange(slots, dtype=jnp.int32)
+    nth = jnp.arange(slots, dtype=jnp.int32)[None]
     chosen = order[jnp.minimum(first[:, None] + nth, choice.size - 1)]
     local = choice[chosen] % point.experts_per_rank
     expert = jnp.where(nth < count[:, None], local, point.experts_per_rank)

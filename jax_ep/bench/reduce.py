@@ -77,7 +77,8 @@ def psum_and_norm(
     residual = jax.lax.psum(x, axes) + residual
     wide = residual.astype(jnp.float32)
     factor = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-6)
-    return (wide * factor * scale.astype(jnp.float32)).astype(x.dtype), residual
+    wide_scale = scale.astype(jnp.float32)[None]
+    return (wide * factor * wide_scale).astype(x.dtype), residual
 
 
 _OPS = {
