@@ -6,75 +6,83 @@ refuses two ranks on one GPU.
 
 import atexit
 import ctypes
-import json
-import os
 import secrets
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import jax
-import numpy as np
 
-from jax_ep import _jax_compat, _native, _registry, _sockets, config
-from jax_ep.errors import GroupError
+from jax_ep import _jax_compat, _native, _sockets, config
+from jax_ep._conversation import Conversation
+from jax_ep.errors import GroupError, PeerTimeoutError
 
 _LEAVE_S, _LEAVE_POLL_S = 5.0, 0.05
 
 
 class Meeting:
-    """The processes of one group. Every method is collective over them unless it says otherwise.
+    """The processes of one group; it may be of one process alone.
+
+    The group is opened in the body of a `with`: what one process raises there, all raise. Every
+    method is collective over the processes unless it says otherwise.
 
     Attributes:
       processes: their indices in JAX.
-      links: to the others, after `connect`.
+      is_alone: whether there is none but this.
+      links: to the others, after `connect`, until somebody takes them over.
       why_not_linked: or why there are none.
+      asks_for_others: of whoever took them over: whether another process is still there.
       timeout: seconds to wait for one another.
     """
 
-    def __init__(self, identity: str, processes: Sequence[int], *, timeout: float):
-        self.processes = processes
+    def __init__(self, identity: str, owners: Sequence[int], *, timeout: float):
+        """`owners`: the process of each device, in the order of the mesh."""
+        self.processes = sorted(set(owners))
+        self.is_alone = self.processes == [jax.process_index()]
         self.links: list[_sockets.Link] = []
         self.why_not_linked: str | None = None
-        self._identity = identity
-        self._prefix = f"jax_ep/{identity}/{_registry.count_opening(identity)}"
-        self._keys: list[str] = []
-        self._waited_in_vain = False
+        self.asks_for_others: Callable[[], bool] | None = None
         self.timeout = timeout
+        self._leaves_alone = False
+        self._conversation = (
+            None if self.is_alone else Conversation(identity, owners, timeout=timeout)
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None:
+            return
+        raised = error
+        if self._conversation is not None:
+            with suppress(GroupError):  # nobody hears it
+                raised = self._conversation.end(error)
+        self._leaves_alone = False
+        if isinstance(raised, PeerTimeoutError):
+            self.leave_alone_at_exit()
+        else:
+            self.asks_for_others = None
+        self.close()
+        if raised is not error:
+            raise raised from error
 
     def gather(self, topic: str, message: Any) -> dict[int, Any]:
         """What each process says about a topic, as JSON; once for each topic.
 
-        Raises: GroupError, naming a process that says nothing within the timeout.
+        Raises: as Conversation.gather.
         """
-        client = _jax_compat.distributed_client()
-        if client is None:
-            raise GroupError(
-                "Group.open: the mesh spans processes, but jax.distributed was not initialised"
-            )
-        key = f"{self._prefix}/{topic}"
-        own = f"{key}/{jax.process_index()}"
-        try:
-            client.key_value_set(own, json.dumps(message))
-        except jax.errors.JaxRuntimeError as e:
-            raise GroupError(f"Group.open: JAX's distributed runtime cannot be reached: {e}") from e
-        self._keys.append(own)
-        deadline = time.monotonic() + self.timeout
-        said = {}
-        for process in self.processes:
-            remaining_ms = max(1, int(1000 * (deadline - time.monotonic())))
-            try:
-                text = client.blocking_key_value_get(f"{key}/{process}", remaining_ms)
-            except jax.errors.JaxRuntimeError as e:
-                self._waited_in_vain = True
-                raise GroupError(
-                    f"Group.open: process {process} did not open the same group (name, axes, "
-                    f"devices) within {self.timeout:g} s: {e}"
-                ) from e
-            said[process] = json.loads(text)
-        return said
+        if self._conversation is None:
+            return {jax.process_index(): message}
+        return self._conversation.gather(topic, message)
 
     def agree(self, topic: str, settings: Mapping[str, Any]) -> None:
         """Raises GroupError in every process if they open the group with different settings."""
@@ -85,23 +93,32 @@ class Meeting:
                 listed = ", ".join(f"process {p} has {v!r}" for p, v in values.items())
                 raise GroupError(f"Group.open: the processes disagree about {name}: {listed}")
 
+    def first_problem(self, topic: str, problem: str, *, is_echo: bool = False) -> str | None:
+        """Of all processes; the same answer in each of them.
+
+        `is_echo`: another process's problem is behind this one's, and comes before it.
+        """
+        said = self.gather(topic, [is_echo, problem])
+        return _first({p: said[p][1] for p in sorted(said, key=lambda p: said[p][0])})
+
     def connect(self, *, reads_memory: bool) -> None:
         """Links this process to all others, or says in all of them why not.
 
         `reads_memory`: only if each can read every other one's memory.
         """
+        if self.is_alone:
+            return
         me = jax.process_index()
         token = secrets.token_bytes(_sockets.TOKEN_BYTES)
         mine = {"problem": "", "host": "", "address": "", "token": token.hex()}
         listener = None
-        try:
-            listener, mine["address"] = _sockets.listen(len(self.processes))
-            mine["host"] = _sockets.host()
-        except OSError as e:
-            mine["problem"] = str(e)
         with ExitStack() as stack:
-            if listener is not None:
+            try:
+                listener, mine["address"] = _sockets.listen(len(self.processes))
                 stack.enter_context(listener)
+                mine["host"] = _sockets.host()
+            except OSError as e:
+                mine["problem"] = str(e)
             said = self.gather("address", mine)
             self.why_not_linked = _first({p: told["problem"] for p, told in said.items()})
             hosts = {p: told["host"] for p, told in said.items()}
@@ -133,27 +150,43 @@ class Meeting:
 
     def close(self) -> None:
         """Closes the sockets that nobody has taken over. Not collective."""
+        if self._leaves_alone:
+            return  # this process asks at exit who is still there
         for link in self.links:
             link.socket.close()
         self.links = []
 
+    def hand_over(self) -> None:
+        """From now on somebody else closes the sockets. Not collective."""
+        for link in self.links:
+            link.socket.detach()
+        self.links = []
+
     def has_others(self) -> bool:
         """Whether another process is still there, as far as is known. Not collective."""
+        if self.asks_for_others is not None:
+            return self.asks_for_others()
         return _sockets.any_is_open(self.links)
 
-    def abandon(self) -> None:
-        """After a failure: the group may be opened again. Not collective.
+    def leave_alone_at_exit(self) -> None:
+        """After a peer was lost: the interpreter's exit does not wait for all processes of JAX.
 
-        If others did not come in time, it is as if this process had not come either.
+        JAX's own shutdown would wait for those that are gone until their heartbeats are missed, and
+        abort the process. JAX also aborts processes whose coordinator, process 0, has gone before
+        them: it leaves last, unless the others stay for long. Not collective.
         """
-        self.close()
-        if not self._waited_in_vain:
+        if not self.is_alone and not self._leaves_alone:
+            self._leaves_alone = True
+            atexit.register(self._leave)
+
+    def _leave(self) -> None:
+        if not self._leaves_alone or _jax_compat.distributed_client() is None:
             return
-        client = _jax_compat.distributed_client()
-        for key in self._keys:
-            with suppress(jax.errors.JaxRuntimeError):
-                client.key_value_delete(key)
-        _registry.openings[self._identity] -= 1
+        if jax.process_index() == 0:
+            deadline = time.monotonic() + _LEAVE_S
+            while self.has_others() and time.monotonic() < deadline:
+                time.sleep(_LEAVE_POLL_S)
+        _jax_compat.abandon_distributed_runtime()
 
     def _first_unreadable(self) -> str | None:
         """Each process reads a random number out of every other one's memory."""
@@ -175,108 +208,27 @@ class Meeting:
         ]
         return self.first_problem("reading", problems[0] if problems else "")
 
-    def first_problem(self, topic: str, problem: str) -> str | None:
-        """Of all processes; the same answer in each of them."""
-        return _first(self.gather(topic, problem))
-
 
 def _first(problems: Mapping[int, str]) -> str | None:
     found = [f"process {process}: {problem}" for process, problem in problems.items() if problem]
     return found[0] if found else None
 
 
-def meet(mesh: jax.sharding.Mesh, identity: str, settings: Mapping[str, Any]) -> Meeting | None:
-    """Of a mesh that spans processes: those that open the group with the same settings, linked."""
-    processes = sorted({d.process_index for d in mesh.devices.flat})
-    if processes == [jax.process_index()]:
-        return None
-    if jax.process_index() not in processes:
+def meet(mesh: jax.sharding.Mesh, identity: str, *, timeout: float) -> Meeting:
+    """The processes of a mesh, which are about to open a group. Waits for none of them."""
+    owners = [d.process_index for d in mesh.devices.flat]
+    me = jax.process_index()
+    if me not in owners:
         raise GroupError(
-            f"Group.open: process {jax.process_index()} has no device of the mesh; only processes "
-            f"{processes} open this group"
+            f"Group.open: process {me} has no device of the mesh; only processes "
+            f"{sorted(set(owners))} open this group"
         )
-    if settings["timeout"] >= config.JAX_HEARTBEAT_TIMEOUT_S:
+    meeting = Meeting(identity, owners, timeout=timeout)
+    if not meeting.is_alone and timeout >= config.JAX_HEARTBEAT_TIMEOUT_S:
         warnings.warn(
-            f"Group.open: timeout={settings['timeout']:g} s: JAX aborts processes that wait for "
-            f"a lost one after heartbeat_timeout_seconds ({config.JAX_HEARTBEAT_TIMEOUT_S:g} by "
-            "default): only below it they get an exception",
+            f"Group.open: timeout={timeout:g} s: JAX aborts processes that wait for a lost one "
+            f"after heartbeat_timeout_seconds ({config.JAX_HEARTBEAT_TIMEOUT_S:g} by default): "
+            "only below it they get an exception",
             stacklevel=3,
         )
-    meeting = Meeting(identity, processes, timeout=settings["timeout"])
-    try:
-        meeting.agree("settings", settings)
-        meeting.connect(reads_memory=all(d.platform == "cpu" for d in mesh.devices.flat))
-    except BaseException:
-        meeting.abandon()
-        raise
     return meeting
-
-
-def share_devices(
-    meeting: Meeting, native: Any, mesh: jax.sharding.Mesh, *, with_pools: bool
-) -> str | None:
-    """Maps the group's memory on the GPUs of all processes into each of them, and XLA's.
-
-    `with_pools`: whether XLA's is, as the native group was opened for.
-
-    Returns why that cannot be done, the same in all processes, or None.
-    """
-    topic = "pools" if with_pools else "signals"
-    numbers = []
-    own: list[int] = []  # descriptors to close
-    held: list[int] = []
-    problem = ""
-    try:
-        for position, device in enumerate(mesh.devices.flat):
-            if device.process_index == jax.process_index():
-                buffer = jax.device_put(np.zeros(1, np.float32), device)
-                told, control, pool = native.export_seat(position, buffer.unsafe_buffer_pointer())
-                numbers.append((position, told))
-                own += [control, pool] if with_pools else [control]
-    except RuntimeError as e:
-        problem = str(e)
-    try:
-        why_not = meeting.first_problem(f"exports of {topic}", problem)
-        if why_not is not None:
-            return why_not
-        try:
-            swapped = _sockets.swap(meeting.links, numbers, own, held, timeout=meeting.timeout)
-            for seats, received in swapped.values():
-                controls = received[::2] if with_pools else received
-                pools = received[1::2] if with_pools else [-1] * len(received)
-                for (position, told), control, pool in zip(seats, controls, pools, strict=True):
-                    for descriptor in {control, pool} - {-1}:
-                        held.remove(descriptor)
-                    native.import_seat(position, told, control, pool)
-        except (OSError, RuntimeError, ValueError) as e:
-            problem = str(e)
-        why_not = meeting.first_problem(f"mapping of {topic}", problem)
-    finally:
-        for descriptor in own + held:
-            os.close(descriptor)
-    if why_not is None:
-        native.complete()
-    return why_not
-
-
-def leave_alone_at_exit(has_others: Callable[[], bool]) -> None:
-    """After a peer was lost: the interpreter's exit does not wait for all processes of JAX.
-
-    JAX's own shutdown would wait for those that are gone until their heartbeats are missed, and
-    abort the process. JAX also aborts processes whose coordinator, process 0, has gone before them:
-    it leaves last, unless the others stay for long.
-
-    Args:
-      has_others: whether other processes of the group are still there.
-    """
-    if jax.process_count() == 1:
-        return
-
-    def leave() -> None:
-        if jax.process_index() == 0:
-            deadline = time.monotonic() + _LEAVE_S
-            while has_others() and time.monotonic() < deadline:
-                time.sleep(_LEAVE_POLL_S)
-        _jax_compat.abandon_distributed_runtime()
-
-    atexit.register(leave)

@@ -1,11 +1,16 @@
 """Opening the native half of a group: who sits where, and what memory the ranks share."""
 
 import math
+import os
+import socket
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
-from jax_ep import _bootstrap, _native, config
+from jax_ep import _native, _sockets, config
+from jax_ep._bootstrap import Meeting
 from jax_ep._spec import GroupSpec
 from jax_ep.errors import GroupError
 
@@ -37,7 +42,7 @@ class Opening:
         self,
         mesh: jax.sharding.Mesh,
         spec: GroupSpec,
-        meeting: _bootstrap.Meeting | None,
+        meeting: Meeting,
         timeout: float,
     ):
         self._mesh = mesh
@@ -47,13 +52,16 @@ class Opening:
 
     def open_cpu(self) -> NativeGroup:
         """Over CPU devices."""
-        return NativeGroup(self._open("cpu", self._spec.seats(), **self._processes()), "cpu")
+        handle = self._open("cpu", self._spec.seats(), **self._processes())
+        if not self._meeting.is_alone:
+            self._meeting.asks_for_others = handle.has_other_processes
+        return NativeGroup(handle, "cpu")
 
     def open_cuda(self) -> NativeGroup | str:
         """Over GPUs; or why the processes cannot map one another's memory."""
         spare, most = config.staging_bytes_from_environment()
-        why_staged = config.why_staged(spans_processes=self._meeting is not None)
-        if self._meeting is None:
+        why_staged = config.why_staged(spans_processes=not self._meeting.is_alone)
+        if self._meeting.is_alone:
             return self._open_cuda(why_staged, spare if why_staged is None else most)
         self._meeting.agree("staging", {"the room for staged operands": [spare, most]})
         why_staged = self._meeting.first_problem("allocators", why_staged or "")
@@ -66,11 +74,8 @@ class Opening:
 
     def _share(self, group: NativeGroup, *, with_pools: bool) -> tuple[NativeGroup, str | None]:
         """The group, closed if its memory cannot be shared, and why."""
-        assert self._meeting is not None
         try:
-            why_not = _bootstrap.share_devices(
-                self._meeting, group.handle, self._mesh, with_pools=with_pools
-            )
+            why_not = _share_devices(self._meeting, group.handle, self._mesh, with_pools=with_pools)
         except BaseException:
             group.close(self._spec)
             raise
@@ -94,7 +99,10 @@ class Opening:
 
     def _open(self, backend: str, seats: list[tuple[int, int, int]], **own: Any) -> Any:
         try:
-            return _native.register(backend).open_group(
+            native = _native.register(backend)
+            if "links" in own:
+                self._meeting.hand_over()
+            return native.open_group(
                 identity=self._spec.identity,
                 seats=seats,
                 num_slices=self._mesh.size // self._spec.num_ranks,
@@ -107,13 +115,13 @@ class Opening:
 
     def _processes(self) -> dict[str, Any]:
         """What the CPU's native group must know of them; it takes the sockets over."""
-        if self._meeting is None:
+        if self._meeting.is_alone:
             return {}
         return {
             "processes": [d.process_index for d in self._mesh.devices.flat],
             "own_process": jax.process_index(),
             "links": [
-                (link.process, link.pid, link.socket.detach()) for link in self._meeting.links
+                (link.process, link.pid, link.socket.fileno()) for link in self._meeting.links
             ],
         }
 
@@ -125,3 +133,64 @@ class Opening:
             for d in self._mesh.devices.flat
         }
         return [(ordinals[device], slice_, rank) for device, slice_, rank in self._spec.seats()]
+
+
+def _share_devices(
+    meeting: Meeting, native: Any, mesh: jax.sharding.Mesh, *, with_pools: bool
+) -> str | None:
+    """Maps the group's memory on the GPUs of all processes into each of them, and XLA's.
+
+    `with_pools`: whether XLA's is, as the native group was opened for.
+
+    Returns why that cannot be done, the same in all processes, or None.
+    """
+    topic = "pools" if with_pools else "signals"
+    numbers = []
+    own: list[int] = []  # descriptors to close
+    held: list[int] = []
+    problem, is_echo = "", False
+    try:
+        try:
+            for position, device in enumerate(mesh.devices.flat):
+                if device.process_index == jax.process_index():
+                    buffer = jax.device_put(np.zeros(1, np.float32), device)
+                    address = buffer.unsafe_buffer_pointer()
+                    told, control, pool = native.export_seat(position, address)
+                    numbers.append((position, told))
+                    own += [control, pool] if with_pools else [control]
+        except RuntimeError as e:
+            problem = str(e)
+        why_not = meeting.first_problem(f"exports of {topic}", problem)
+        if why_not is not None:
+            return why_not
+        try:
+            swapped = _swap(meeting, numbers, own, held)
+            for seats, received in swapped.values():
+                controls = received[::2] if with_pools else received
+                pools = received[1::2] if with_pools else [-1] * len(received)
+                for (position, told), control, pool in zip(seats, controls, pools, strict=True):
+                    for descriptor in {control, pool} - {-1}:
+                        held.remove(descriptor)
+                    native.import_seat(position, told, control, pool)
+        except (OSError, RuntimeError, ValueError) as e:
+            problem, is_echo = str(e), isinstance(e, ConnectionError)
+        why_not = meeting.first_problem(f"mapping of {topic}", problem, is_echo=is_echo)
+    finally:
+        for descriptor in own + held:
+            os.close(descriptor)
+    if why_not is None:
+        native.complete()
+    return why_not
+
+
+def _swap(
+    meeting: Meeting, numbers: Any, own: list[int], held: list[int]
+) -> dict[int, tuple[Any, list[int]]]:
+    try:
+        return _sockets.swap(meeting.links, numbers, own, held, timeout=meeting.timeout)
+    except OSError:
+        # The others need not wait for the rest, and nobody may take it for another message.
+        for link in meeting.links:
+            with suppress(OSError):
+                link.socket.shutdown(socket.SHUT_RDWR)
+        raise

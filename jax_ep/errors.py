@@ -7,7 +7,11 @@ from typing import Any
 
 
 class JaxEpError(Exception):
-    """Base of all exceptions of this package."""
+    """Base of all exceptions of this package. They can be pickled and copied."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exception's own way calls the class with the message, which need not be its argument.
+        return _restore, (type(self), self.args), self.__dict__
 
 
 class ShapeError(JaxEpError, ValueError):
@@ -59,9 +63,18 @@ class PeerTimeoutError(JaxEpError, RuntimeError):
         self.seen = seen
         self.is_lost = is_lost
 
+    def to_plain(self) -> dict[str, Any]:
+        """The arguments that make the same exception elsewhere, as JSON has them."""
+        names = ("op", "rank", "peer", "expected", "seen", "is_lost")
+        return {name: getattr(self, name) for name in names}
+
 
 class LaunchError(JaxEpError, RuntimeError):
     """A program of several processes failed, or did not end in time."""
+
+
+def _restore(kind: type[JaxEpError], args: tuple[Any, ...]) -> JaxEpError:
+    return kind.__new__(kind, *args)
 
 
 def error_of(record: dict[str, Any]) -> JaxEpError:

@@ -1,8 +1,7 @@
 """Group: the ranks that exchange rows, and everything they own."""
 
-import hashlib
-import math
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self
@@ -12,52 +11,23 @@ import jax
 from jax_ep import (
     _backends,
     _bootstrap,
+    _group_info,
     _jax_compat,
     _native,
     _native_group,
+    _open_arguments,
     _registry,
     _self_test,
     _tuning,
     config,
 )
 from jax_ep._backends import Usability
+from jax_ep._group_info import GroupInfo
 from jax_ep._native_group import NativeGroup
 from jax_ep._spec import GroupSpec
-from jax_ep.errors import ConfigError, GroupError, PeerTimeoutError, RoutingError, error_of
+from jax_ep.errors import GroupError, JaxEpError, PeerTimeoutError, RoutingError, error_of
 
-
-@dataclass(frozen=True)
-class GroupInfo:
-    """What `Group.info()` tells.
-
-    Attributes:
-      identity: what compiled code carries; equal in every process.
-      axes: the mesh axes that the ranks run along.
-      num_ranks: ranks of one slice.
-      num_slices: independent copies of the group along the mesh's other axes.
-      ranks_per_node: ranks that share memory at full speed.
-      backend: the back end in use.
-      backends: every back end, and why it is or is not usable here.
-      staging: why, and up to how much, operands are copied to where peers can read them, and what
-        is done with larger ones; None: peers read operands in place.
-      devices: one line per device, in mesh order.
-      timeout: seconds that a rank waits for its peers.
-      num_sms: SMs that a call uses on GPUs unless it says otherwise.
-      debug: whether routings are checked on the device.
-    """
-
-    identity: str
-    axes: tuple[str, ...]
-    num_ranks: int
-    num_slices: int
-    ranks_per_node: int
-    backend: str
-    backends: dict[str, str]
-    staging: str | None
-    devices: tuple[str, ...]
-    timeout: float
-    num_sms: int
-    debug: bool
+__all__ = ["Group", "GroupInfo"]
 
 
 @dataclass(eq=False, repr=False)
@@ -81,10 +51,9 @@ class Group:
     spec: GroupSpec
     backends: dict[str, Usability]
     tuning: _tuning.Table
-    _meeting: _bootstrap.Meeting | None = None
+    _meeting: _bootstrap.Meeting
     _native_group: NativeGroup | None = None
     _is_open: bool = True
-    _leaves_alone: bool = False
     _bad_routings: Counter[str] = field(default_factory=Counter)
 
     @classmethod
@@ -122,82 +91,54 @@ class Group:
 
         Collective: every process of the mesh opens it, with the same arguments.
         Raises: ConfigError; GroupError, also where the processes disagree, or one does not come
-          within `timeout`.
+          within `timeout`; PeerTimeoutError where one that came is lost. What fails in one process
+          is raised in all of them.
         Source: DeepEP's Buffer (DeepSeek, 2025), with the mesh in the place of a process group.
         """
-        axes = _check_mesh(mesh, axis)
-        sizes = dict(mesh.shape)
-        num_ranks = math.prod(sizes[a] for a in axes)
-        ranks_per_node = config.require_int(
-            num_ranks if ranks_per_node is None else ranks_per_node,
-            minimum=1,
-            op="Group.open",
-            argument="ranks_per_node",
+        arguments = _open_arguments.check(
+            mesh,
+            axis,
+            name=name,
+            timeout=timeout,
+            num_sms=num_sms,
+            ranks_per_node=ranks_per_node,
         )
-        if num_ranks % ranks_per_node:
-            raise ConfigError(
-                f"Group.open: ranks_per_node must divide num_ranks={num_ranks}, "
-                f"got {ranks_per_node}"
+        identity = arguments.spec.identity
+        with ExitStack() as undo, _bootstrap.meet(mesh, identity, timeout=timeout) as meeting:
+            if identity in _registry.open_groups:
+                raise GroupError(
+                    f"Group.open: a group named {arguments.name!r} over the same axes and devices "
+                    "is open; pass another name="
+                )
+            debug = config.debug_from_environment() if debug is None else debug
+            tuning = _tuning.load(mesh.devices.flat[0].device_kind, arguments.num_ranks)
+            meeting.agree(
+                "settings",
+                {
+                    "backend": backend,
+                    "tuning": _tuning.to_plain(tuning),
+                    "num_sms": arguments.num_sms,
+                    "ranks_per_node": arguments.ranks_per_node,
+                    "timeout": timeout,
+                    "debug": debug,
+                },
             )
-        is_number = isinstance(timeout, (int, float))
-        if not is_number or not 0 < timeout <= config.MAX_TIMEOUT_S:
-            raise ConfigError(
-                "Group.open: timeout must be positive seconds, at most "
-                f"{config.MAX_TIMEOUT_S:.0f}, got {timeout!r}"
-            )
-        num_sms = config.require_int(
-            config.DEFAULT_NUM_SMS if num_sms is None else num_sms,
-            minimum=1,
-            op="Group.open",
-            argument="num_sms",
-        )
-        name = name if name is not None else "_".join(axes)
-        if not isinstance(name, str):
-            raise ConfigError(f"Group.open: name must be a string, got {name!r}")
-        spec = _make_spec(mesh, axes, name)
-        if spec.identity in _registry.open_groups:
-            raise GroupError(
-                f"Group.open: a group named {name!r} over the same axes and devices is open; "
-                "pass another name="
-            )
-        debug = config.debug_from_environment() if debug is None else debug
-        tuning = _tuning.load(mesh.devices.flat[0].device_kind, num_ranks)
-        settings = {
-            "backend": backend,
-            "tuning": _tuning.to_plain(tuning),
-            "num_sms": num_sms,
-            "ranks_per_node": ranks_per_node,
-            "timeout": timeout,
-            "debug": debug,
-        }
-        meeting = _bootstrap.meet(mesh, spec.identity, settings)
-        try:
-            chosen, usability = _backends.resolve(
-                mesh, backend, None if meeting is None else meeting.why_not_linked
-            )
-            if meeting is not None:
-                complete = sorted(b for b, u in usability.items() if _backends.is_complete(u))
-                meeting.agree("back ends", {"the back ends that are usable": complete})
+            meeting.connect(reads_memory=all(d.platform == "cpu" for d in mesh.devices.flat))
+            chosen, usability = _backends.resolve(mesh, backend, meeting.why_not_linked)
+            complete = sorted(b for b, u in usability.items() if _backends.is_complete(u))
+            meeting.agree("back ends", {"the back ends that are usable": complete})
             group = cls(
                 mesh=mesh,
-                axes=axes,
-                name=name,
-                num_ranks=num_ranks,
-                ranks_per_node=ranks_per_node,
-                num_sms=num_sms,
+                **arguments._asdict(),
                 backend=chosen,
-                timeout=timeout,
                 debug=debug,
-                spec=spec,
                 backends=usability,
                 tuning=tuning,
                 _meeting=meeting,
             )
+            undo.callback(group._discard)
             group._start(is_wanted=backend == chosen)
-        except BaseException:
-            if meeting is not None:
-                meeting.abandon()
-            raise
+            undo.pop_all()
         return group
 
     @property
@@ -209,15 +150,18 @@ class Group:
         """`is_wanted`: the caller has named the back end, and takes no other."""
         if self.backends["cuda"].ops:
             _native.register("cuda")
-        try:
-            for backend in ("cpu", "cuda"):
-                if _backends.is_complete(self.backends[backend]):
-                    self._open_native(backend, is_wanted=is_wanted)
-            _registry.open_groups[self.identity] = self
-            _self_test.run(self)
-        except BaseException:
-            self.close()
-            raise
+        for backend in ("cpu", "cuda"):
+            if _backends.is_complete(self.backends[backend]):
+                self._open_native(backend, is_wanted=is_wanted)
+        _registry.open_groups[self.identity] = self
+        # In the self-test ranks wait for one another where nobody can tell them of a failure.
+        self.wait_for_all("native half")
+        _self_test.run(self)
+        self.wait_for_all("self-test")
+
+    def wait_for_all(self, step: str) -> None:
+        """While the group opens: until all processes have come so far, or one has failed."""
+        self._meeting.gather(step, None)
 
     def _open_native(self, backend: str, *, is_wanted: bool) -> None:
         opening = _native_group.Opening(self.mesh, self.spec, self._meeting, self.timeout)
@@ -241,8 +185,12 @@ class Group:
         _registry.open_groups.pop(self.identity, None)
         if self._native_group is not None:
             self._native_group.close(self.spec)
-        if self._meeting is not None and not self._leaves_alone:
-            self._meeting.close()
+        self._meeting.close()
+
+    def _discard(self) -> None:
+        """After a failure to open: all is freed now, not with the exception that refers to it."""
+        self.close()
+        self._native_group = None
 
     def __enter__(self) -> Self:
         return self
@@ -256,6 +204,9 @@ class Group:
         try:
             if error is None:
                 self.check()
+            elif (failure := self._recorded()) is not None and str(failure) != str(error):
+                # It may be why: a failed call gives NaNs.
+                error.add_note(f"group {self.identity}: {type(failure).__name__}: {failure}")
         finally:
             self.close()
 
@@ -265,29 +216,7 @@ class Group:
 
     def info(self) -> GroupInfo:
         """Who is in the group and what it runs on."""
-        return GroupInfo(
-            identity=self.identity,
-            axes=self.axes,
-            num_ranks=self.num_ranks,
-            num_slices=self.mesh.size // self.num_ranks,
-            ranks_per_node=self.ranks_per_node,
-            backend=self.backend,
-            backends={name: usability.reason for name, usability in self.backends.items()},
-            staging=self._staging(),
-            devices=tuple(str(d) for d in self.mesh.devices.flat),
-            timeout=self.timeout,
-            num_sms=self.num_sms,
-            debug=self.debug,
-        )
-
-    def _staging(self) -> str | None:
-        native = self._native_group
-        if native is None or native.why_staged is None or native.staging_bytes is None:
-            return None
-        return (
-            f"operands of up to {native.staging_bytes >> 20} MiB a call are copied before peers "
-            f"read them, larger ones take back end 'xla': {native.why_staged}"
-        )
+        return _group_info.describe(self, self._native_group)
 
     def check(self, *results: Any) -> None:
         """Raises what went wrong on a device: a peer that did not come, a bad routing.
@@ -311,30 +240,27 @@ class Group:
         self._raise_record()
 
     def _raise_record(self) -> None:
+        failure = self._recorded()
+        if failure is not None:
+            raise failure
+
+    def _recorded(self) -> JaxEpError | None:
+        """What went wrong as far as is known now, without waiting for anything."""
         native = self._native_group
         record = native.handle.error() if native is not None else None
         if record is not None:
-            error = error_of(record)
-            if isinstance(error, PeerTimeoutError):
-                self._leave_alone_at_exit()
-            raise error
-        if self._bad_routings:
-            message = "\n".join(
-                line if times == 1 else f"{line} ({times} times)"
-                for line, times in self._bad_routings.items()
-            )
-            self._bad_routings.clear()
-            raise RoutingError(message)
-
-    def _leave_alone_at_exit(self) -> None:
-        native = self._native_group
-        if self._meeting is None or native is None or self._leaves_alone:
-            return
-        self._leaves_alone = True
-        on_cpus = native.backend == "cpu"
-        _bootstrap.leave_alone_at_exit(
-            native.handle.has_other_processes if on_cpus else self._meeting.has_others
+            failure = error_of(record)
+            if isinstance(failure, PeerTimeoutError):
+                self._meeting.leave_alone_at_exit()
+            return failure
+        if not self._bad_routings:
+            return None
+        message = "\n".join(
+            line if times == 1 else f"{line} ({times} times)"
+            for line, times in self._bad_routings.items()
         )
+        self._bad_routings.clear()
+        return RoutingError(message)
 
     def require_traceable(self, op: str) -> None:
         """Raises unless `op` may be traced here with this group."""
@@ -371,30 +297,3 @@ class Group:
                 f"[-1, num_experts) and repeats an expert in a token {int(num_repeated)} times"
             )
             self._bad_routings[line] += 1
-
-
-def _check_mesh(mesh: jax.sharding.Mesh, axis: Any) -> tuple[str, ...]:
-    """The axes of the group, as a tuple."""
-    if not isinstance(mesh, jax.sharding.Mesh):
-        raise GroupError(
-            f"Group.open: mesh must be a jax.sharding.Mesh with devices, got {type(mesh).__name__}"
-        )
-    axes = tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
-    if not axes or not set(axes) <= set(mesh.axis_names) or len(set(axes)) != len(axes):
-        raise GroupError(
-            f"Group.open: axis must name distinct axes of the mesh {tuple(mesh.axis_names)}, "
-            f"got {axes}"
-        )
-    return axes
-
-
-def _make_spec(mesh: jax.sharding.Mesh, axes: tuple[str, ...], name: str) -> GroupSpec:
-    mesh_axes = tuple(mesh.shape.items())
-    device_ids = tuple(d.id for d in mesh.devices.flat)
-    fingerprint = hashlib.sha256(repr((name, axes, mesh_axes, device_ids)).encode()).hexdigest()
-    return GroupSpec(
-        identity=f"{name}-{fingerprint[:16]}",
-        axes=axes,
-        mesh_axes=mesh_axes,
-        device_ids=device_ids,
-    )

@@ -2,9 +2,14 @@
 
 import re
 import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import pytest
 
+from jax_ep import _conversation
+from jax_ep.errors import GroupError, PeerTimeoutError
 from jax_ep.testing import launch
 
 START = """
@@ -122,6 +127,138 @@ if me == 0:  # in vain; the next time the other one comes
 time.sleep(0 if me == 0 else 2.0)
 with jax_ep.Group.open(mesh, "ep", name="late", timeout=20.0):
     print("opened late")
+"""
+
+LOCAL_FAILURES = """
+from jax_ep import _backends, _jax_compat, _native_group, _self_test, _tuning
+
+def descriptors(most):
+    for _ in range(100):  # threads of the native groups close theirs
+        gc.collect()
+        jax.clear_caches()
+        found = len(os.listdir("/proc/self/fd"))
+        if found <= most:
+            break
+        time.sleep(0.05)
+    return found
+
+def use():
+    with jax_ep.Group.open(mesh, "ep", timeout=30.0) as group:
+        assert group.backend == "cpu", group.info()
+        y = on_group(lambda x, ids: echo(group, x, ids), group)(x, ids)
+        assert_same_bits(y, x * num_ranks_of(ids).astype(np.float32))
+
+def fails(*args, **kwargs):
+    raise MemoryError("no room")
+
+def fails_after(fn):
+    def do(*args, **kwargs):
+        fn(*args, **kwargs)
+        fails()
+    return do
+
+STAGES = {
+    "tuning": (_tuning, "load", fails),
+    "back ends": (_backends, "resolve", fails),
+    "opening": (_native_group.Opening, "open_cpu", fails),
+    "native": (_native_group.Opening, "_open", fails),
+    "opened": (jax_ep.Group, "_open_native", fails_after(jax_ep.Group._open_native)),
+    "self-test": (_self_test, "run", fails_after(_self_test.run)),
+}
+use()
+use()
+before = descriptors(0)
+for stage, (place, name, failing) in STAGES.items():
+    original = getattr(place, name)
+    if me == 1:
+        setattr(place, name, failing)
+    start = time.monotonic()
+    try:
+        jax_ep.Group.open(mesh, "ep", timeout=30.0)
+        raise AssertionError(stage)
+    except MemoryError as e:
+        assert me == 1
+    except jax_ep.GroupError as e:
+        assert me != 1 and str(e) == "Group.open: process 1 failed: no room", e
+    assert time.monotonic() - start < 10.0, stage
+    setattr(place, name, original)
+    use()  # at once, whatever the others have read by now
+    assert descriptors(before) <= before, stage
+    print("told of", stage)
+listed = _jax_compat.distributed_client().key_value_dir_get("jax_ep")
+assert len(listed) == jax.process_count(), listed
+assert not [name for name in os.listdir("/dev/shm") if "jax_ep" in name]
+print("passed")
+"""
+
+HURRIES = """
+rng = np.random.default_rng(me)
+for i in range(15):
+    time.sleep(rng.random() * 0.06)
+    with jax_ep.Group.open(mesh, "ep", backend="xla", timeout=30.0):
+        pass
+    if i % 3 == 0:
+        try:
+            jax_ep.Group.open(mesh, "ep", num_sms=20 + me, timeout=30.0)
+            raise AssertionError
+        except jax_ep.GroupError as e:
+            assert "disagree about num_sms" in str(e), e
+print("passed")
+"""
+
+DIES = """
+from jax_ep import _native_group, _self_test
+place, name = {"opening": (_native_group.Opening, "open_cpu"), "self-test": (_self_test, "run")}[
+    sys.argv[1]
+]
+def die(*args):
+    os.kill(os.getpid(), signal.SIGKILL)
+if me == 1:
+    setattr(place, name, die)
+start = time.monotonic()
+try:
+    jax_ep.Group.open(mesh, "ep", timeout=float(sys.argv[2]))
+except jax_ep.PeerTimeoutError as e:
+    print("waited", time.monotonic() - start)
+    print(e)
+    sys.exit(7)
+"""
+
+SHARES = """
+from jax_ep import _bootstrap, _native_group, _sockets
+
+class Native:  # as that of GPUs is
+    def __init__(self):
+        self.got = {}
+
+    def export_seat(self, position, address):
+        return [10 * position], os.memfd_create("control"), os.memfd_create("pool")
+
+    def import_seat(self, position, told, control, pool):
+        os.close(control)
+        os.close(pool)
+        self.got[position] = told
+
+    def complete(self):
+        others = [p for p, d in enumerate(mesh.devices.flat) if d.process_index != me]
+        assert self.got == {p: [10 * p] for p in others}, self.got
+
+def fails(*args, **kwargs):
+    raise OSError("too many open files")
+
+for swap, expected in ((_sockets.swap, None), (fails, "process 1: too many open files")):
+    with _bootstrap.meet(mesh, "pools", timeout=30.0) as meeting:
+        meeting.connect(reads_memory=False)
+        before = len(os.listdir("/proc/self/fd"))
+        if me == 1:
+            _sockets.swap = swap
+        start = time.monotonic()
+        why_not = _native_group._share_devices(meeting, Native(), mesh, with_pools=True)
+        assert why_not == expected, why_not
+        assert time.monotonic() - start < 10.0
+        assert len(os.listdir("/proc/self/fd")) == before
+        meeting.close()
+print("passed")
 """
 
 UNREADABLE = """
@@ -262,6 +399,162 @@ def test_a_process_that_does_not_come_is_named():
         assert f"process {1 - me} did not open the same group" in output
         assert "waited True" in output
         assert "opened late" in output
+
+
+@pytest.mark.timeout(300)
+def test_a_failure_to_open_is_raised_in_every_process():
+    """At once and with its reason, at every stage; nothing is left, and the next opening works."""
+    for output in _run(LOCAL_FAILURES, processes=3):
+        assert output.count("told of") == 6
+        assert output.endswith("passed\n")
+
+
+def test_openings_that_follow_one_another_do_not_mix():
+    """The fastest process is already in the next one, or has failed, while others leave."""
+    assert all(output.endswith("passed\n") for output in _run(HURRIES, processes=3))
+
+
+@pytest.mark.parametrize(
+    ("stage", "timeout", "how"),
+    [("opening", 3.0, "until the timeout: expected 6 ranks, got 4"), ("self-test", 20.0, "ended")],
+)
+def test_a_process_that_dies_while_the_group_opens_is_named(stage, timeout, how):
+    """At once where its ranks are waited for by the ranks of the others."""
+    codes = [7, -signal.SIGKILL, 7]
+    for output in _run(DIES, stage, str(timeout), processes=3, exit_codes=codes)[::2]:
+        assert re.search(rf"waited for rank [23],? .*{how}", output)
+        assert float(re.search(r"waited ([\d.]+)\n", output)[1]) < (
+            10.0 if stage == "self-test" else timeout + 3.0
+        )
+
+
+def test_memory_is_shared_or_every_process_knows_why_not():
+    assert all(output.endswith("passed\n") for output in _run(SHARES, processes=3))
+
+
+class Store:
+    """As JAX's key-value store."""
+
+    def __init__(self):
+        self.values = {}
+
+    def key_value_dir_get(self, folder):
+        return [(key, text) for key, text in self.values.items() if key.startswith(f"{folder}/")]
+
+    def key_value_set(self, key, text, *, allow_overwrite):
+        assert allow_overwrite
+        self.values[key] = text
+
+
+@pytest.fixture
+def converse(monkeypatch):
+    """converse(process, timeout): that process's part in a new opening by processes 0, 1, 2."""
+    store = Store()
+    monkeypatch.setattr(_conversation._jax_compat, "distributed_client", lambda: store)
+
+    def make(process, timeout=20.0):
+        monkeypatch.setattr(jax, "process_index", lambda: process)
+        return _conversation.Conversation("a//b", [0, 0, 1, 1, 2, 2], timeout=timeout)
+
+    make.store = store
+    return make
+
+
+def _at_once(*calls):
+    """What the calls return, or raise, side by side."""
+    with ThreadPoolExecutor(len(calls)) as pool:
+        futures = [pool.submit(*call) for call in calls]
+        return [future.exception() or future.result() for future in futures]
+
+
+def test_what_was_said_in_another_opening_is_not_heard(converse):
+    first = [converse(p) for p in range(3)]
+    assert _at_once(*[(c.gather, "x", i) for i, c in enumerate(first)]) == [{0: 0, 1: 1, 2: 2}] * 3
+    early = [converse(p, timeout=0.2) for p in range(2)]
+    for error in _at_once(*[(c.gather, "x", "early") for c in early]):
+        assert isinstance(error, GroupError)
+        assert "process 2 did not open the same group" in str(error)
+    second = [converse(p) for p in range(3)]
+    said = {p: f"second {p}" for p in range(3)}
+    assert _at_once(*[(c.gather, "x", said[p]) for p, c in enumerate(second)]) == [said] * 3
+    assert len(converse.store.values) == 3
+
+
+def test_the_end_of_an_opening_is_heard_from_within_the_next(converse):
+    first = [converse(p) for p in range(3)]
+    _at_once(*[(c.gather, "x", 0) for c in first])
+    assert first[1].end(MemoryError("no room")).args == ("no room",)
+    again = converse(1, timeout=0.2)
+    with pytest.raises(GroupError, match="did not open"):
+        again.gather("x", 0)
+    for c in (first[0], first[2]):
+        with pytest.raises(GroupError, match=r"^Group\.open: process 1 failed: no room$") as caught:
+            c.gather("y", 0)
+        assert c.end(caught.value) is caught.value
+    # A success as well.
+    second = [converse(p) for p in range(3)]
+    _at_once(*[(c.gather, "x", 0) for c in second])
+    slow, *fast = [(c.gather, "y", p) for p, c in enumerate(second)]
+    with ThreadPoolExecutor(2) as pool:
+        ahead = [pool.submit(*call) for call in fast]
+        second[0]._now["said"]["y"] = 0
+        second[0]._write()
+        assert [future.result() for future in ahead] == [{0: 0, 1: 1, 2: 2}] * 2
+    with pytest.raises(GroupError):
+        converse(1, timeout=0.1).gather("x", "next")
+    assert slow[0](*slow[1:]) == {0: 0, 1: 1, 2: 2}
+
+
+def test_a_failure_before_the_first_word_is_told(converse):
+    parts = [converse(p) for p in range(3)]
+    error = MemoryError("Group.open: no room")
+    calls = [(parts[0].gather, "x", 0), (parts[1].end, error), (parts[2].gather, "x", 2)]
+    first, own, last = _at_once(*calls)
+    assert own is error
+    assert str(first) == str(last) == "Group.open: process 1 failed: no room"
+    interrupt = KeyboardInterrupt()
+    assert converse(1).end(interrupt) is interrupt  # and waits for nobody
+
+
+def test_a_failure_is_told_though_the_next_opening_has_begun(converse):
+    """Those who have looked before, and look again only now, do not take part in that one."""
+    for _ in range(5):
+        parts = [converse(p) for p in range(3)]
+
+        def fails_and_begins_again(part, again):
+            time.sleep(0.15)  # by now the others look seldom
+            part.end(MemoryError("no room"))
+            again.gather("x", 1)
+
+        again = converse(1, timeout=0.3)
+        waits = [(parts[p].gather, "x", p) for p in (0, 2)]
+        first, last, late = _at_once(*waits, (fails_and_begins_again, parts[1], again))
+        assert str(first) == str(last) == "Group.open: process 1 failed: no room"
+        assert "did not open the same group" in str(late)
+
+
+def test_a_process_that_falls_silent_is_a_peer_that_did_not_come(converse):
+    parts = [converse(p, timeout=0.5 if p == 0 else 20.0) for p in range(3)]
+    _at_once(*[(c.gather, "x", 0) for c in parts])
+
+    def falls_out(part):
+        try:
+            part.gather("y", 0)
+        except PeerTimeoutError as e:
+            return part.end(e)
+
+    for error in _at_once((falls_out, parts[0]), (falls_out, parts[2])):
+        assert (error.op, error.rank, error.peer) == ("Group.open", 0, 2)
+        assert (error.expected, error.seen, error.is_lost) == (6, 4, False)
+
+
+def test_a_peer_that_failed_is_behind_its_not_coming(converse):
+    parts = [converse(p) for p in range(3)]
+    _at_once(*[(c.gather, "x", 0) for c in parts])
+    parts[2].end(MemoryError("no room"))
+    raised = parts[0].end(PeerTimeoutError("pull_rows", 0, 4, 6, 4))
+    assert isinstance(raised, GroupError)
+    assert str(raised) == "Group.open: process 2 failed: no room"
 
 
 def test_memory_that_cannot_be_read_leaves_xla():

@@ -1,0 +1,99 @@
+"""The arguments of `Group.open`, checked and with their defaults."""
+
+import hashlib
+import math
+from typing import Any, NamedTuple
+
+import jax
+
+from jax_ep import config
+from jax_ep._spec import GroupSpec
+from jax_ep.errors import ConfigError, GroupError
+
+
+class OpenArguments(NamedTuple):
+    """Those that need no look at the environment. The names are those of Group's fields."""
+
+    axes: tuple[str, ...]
+    name: str
+    num_ranks: int
+    ranks_per_node: int
+    num_sms: int
+    timeout: float
+    spec: GroupSpec
+
+
+def check(
+    mesh: jax.sharding.Mesh,
+    axis: str | tuple[str, ...],
+    *,
+    name: str | None,
+    timeout: float,
+    num_sms: int | None,
+    ranks_per_node: int | None,
+) -> OpenArguments:
+    """Raises ConfigError or GroupError."""
+    axes = _check_mesh(mesh, axis)
+    sizes = dict(mesh.shape)
+    num_ranks = math.prod(sizes[a] for a in axes)
+    ranks_per_node = config.require_int(
+        num_ranks if ranks_per_node is None else ranks_per_node,
+        minimum=1,
+        op="Group.open",
+        argument="ranks_per_node",
+    )
+    if num_ranks % ranks_per_node:
+        raise ConfigError(
+            f"Group.open: ranks_per_node must divide num_ranks={num_ranks}, got {ranks_per_node}"
+        )
+    is_number = isinstance(timeout, (int, float))
+    if not is_number or not 0 < timeout <= config.MAX_TIMEOUT_S:
+        raise ConfigError(
+            "Group.open: timeout must be positive seconds, at most "
+            f"{config.MAX_TIMEOUT_S:.0f}, got {timeout!r}"
+        )
+    num_sms = config.require_int(
+        config.DEFAULT_NUM_SMS if num_sms is None else num_sms,
+        minimum=1,
+        op="Group.open",
+        argument="num_sms",
+    )
+    name = name if name is not None else "_".join(axes)
+    if not isinstance(name, str):
+        raise ConfigError(f"Group.open: name must be a string, got {name!r}")
+    return OpenArguments(
+        axes=axes,
+        name=name,
+        num_ranks=num_ranks,
+        ranks_per_node=ranks_per_node,
+        num_sms=num_sms,
+        timeout=timeout,
+        spec=_make_spec(mesh, axes, name),
+    )
+
+
+def _check_mesh(mesh: jax.sharding.Mesh, axis: Any) -> tuple[str, ...]:
+    """The axes of the group, as a tuple."""
+    if not isinstance(mesh, jax.sharding.Mesh):
+        raise GroupError(
+            f"Group.open: mesh must be a jax.sharding.Mesh with devices, got {type(mesh).__name__}"
+        )
+    axes = tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
+    if not axes or not set(axes) <= set(mesh.axis_names) or len(set(axes)) != len(axes):
+        raise GroupError(
+            f"Group.open: axis must name distinct axes of the mesh {tuple(mesh.axis_names)}, "
+            f"got {axes}"
+        )
+    return axes
+
+
+def _make_spec(mesh: jax.sharding.Mesh, axes: tuple[str, ...], name: str) -> GroupSpec:
+    mesh_axes = tuple(mesh.shape.items())
+    device_ids = tuple(d.id for d in mesh.devices.flat)
+    fingerprint = hashlib.sha256(repr((name, axes, mesh_axes, device_ids)).encode()).hexdigest()
+    return GroupSpec(
+        identity=f"{name}-{fingerprint[:16]}",
+        axes=axes,
+        mesh_axes=mesh_axes,
+        device_ids=device_ids,
+    )
