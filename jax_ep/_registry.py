@@ -1,6 +1,5 @@
-"""The only mutable state of a process: groups open, groups ever opened, modules registered."""
+"""The only mutable state of a process: groups open, modules registered."""
 
-from collections import Counter
 from typing import TYPE_CHECKING
 
 from jax_ep.errors import GroupError
@@ -10,16 +9,6 @@ if TYPE_CHECKING:
 
 open_groups: "dict[str, Group]" = {}
 registered_backends: set[str] = set()
-openings: Counter[str] = Counter()
-
-
-def count_opening(identity: str) -> int:
-    """How many times a group of this identity was opened before; equal in every process.
-
-    An opening that others did not come to is taken back (_bootstrap.Meeting.abandon).
-    """
-    openings[identity] += 1
-    return openings[identity] - 1
 
 
 def find_group(identity: str, *, op: str) -> "Group":

@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 
 def run(group: "Group") -> None:
-    """Every rank pulls one number from every rank; GroupError names the first wrong pair."""
+    """Every rank pulls one number from every rank; GroupError names the first wrong pair.
+
+    All processes run the program, or none does: JAX numbers the launches of a program in each
+    process, and a number that differs keeps ranks on CPU devices from meeting ever after.
+    """
     num_ranks = group.num_ranks
     backend = _backends.get(group.backend)
     spec = CallSpec(group.spec, group.backend, group.num_sms)
@@ -32,7 +36,9 @@ def run(group: "Group") -> None:
     test = jax.shard_map(
         pull_one_each, mesh=group.mesh, in_specs=(), out_specs=partition, check_vma=False
     )
-    result = jax.jit(test)()
+    compiled = jax.jit(test).lower().compile()
+    group.wait_for_all("compiled self-test")
+    result = compiled()
     group.check(result)
     for shard in result.addressable_shards:
         rank = group.spec.rank_of(shard.device.id)

@@ -58,7 +58,7 @@ def test_other_axes_of_the_mesh_stay(backend):
 
         def stock(x, residual, scale):
             h = jax.lax.psum(x[0, 0], "ep") + residual
-            n = h / jnp.sqrt(jnp.mean(h * h, axis=-1, keepdims=True) + 1e-6) * scale
+            n = h / jnp.sqrt(jnp.mean(h * h, axis=-1, keepdims=True) + 1e-6) * scale[None]
             return jax.lax.psum(jnp.sum(n * h), "data")
 
         rng = np.random.default_rng(1)
@@ -174,7 +174,7 @@ def test_gathers_move_bytes(groups, backend, dtype):
     if dtype == "complex64":
 
         def loss(x, gather):
-            return jnp.sum(jnp.abs(gather(x) * jnp.arange(1, 3)[:, None]))
+            return jnp.sum(jnp.abs(gather(x) * jnp.arange(1, 3, dtype=x.dtype)[:, None]))
 
         grads = [
             on_ranks(jax.grad(partial(loss, gather=g)), group.mesh, check_vma=False)(x + 1)

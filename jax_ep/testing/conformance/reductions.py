@@ -149,7 +149,7 @@ def norm_gradients(group: jax_ep.Group, backend: str, *, check_vma: bool, outsid
     def one_by_one(x: Any) -> Any:
         h = jax.lax.psum(x, group.axes) + jnp.asarray(residual, x.dtype) * 2
         mean = jnp.mean(h * h, axis=-1, keepdims=True)
-        return h / jnp.sqrt(mean + 1e-6) * jnp.asarray(scale, x.dtype), h
+        return h / jnp.sqrt(mean + 1e-6) * jnp.asarray(scale[None], x.dtype), h
 
     grads = [
         _gradient(
