@@ -22,7 +22,7 @@ def all_reduce(spec: ReduceSpec, x: jax.Array) -> jax.Array:
         return _sum(jax.lax.all_to_all(x, axes, split_axis=0, concat_axis=0))
     # Not all_gather, whose result is typed as varying: a sum of bits with zeros is exact.
     bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
-    places = jnp.arange(spec.group.num_ranks).reshape(-1, *(1 for _ in x.shape))
+    places = jnp.arange(spec.group.num_ranks, dtype=jnp.int32).reshape(-1, *(1 for _ in x.shape))
     placed = jnp.where(places == jax.lax.axis_index(axes), bits, jnp.zeros((), bits.dtype))
     return _sum(jax.lax.bitcast_convert_type(jax.lax.psum(placed, axes), x.dtype))
 

@@ -4,7 +4,8 @@ import jax
 
 from jax_ep import _checks, _differentiable, config
 from jax_ep.dispatch import assemble, prepare, vary_alike
-from jax_ep.errors import ConfigError
+from jax_ep.errors import ShapeError
+from jax_ep.fp8 import Scales
 from jax_ep.group import Group
 from jax_ep.handle import Dispatched
 
@@ -57,13 +58,12 @@ def dispatch_fp8(
     """
     group = _checks.require_group(group, op=_OP)
     x = _checks.require_rows(x, op=_OP, argument="x")
-    if block < 1 or x.shape[1] % block or x.shape[1] % config.ROW_BYTES_MULTIPLE:
-        raise ConfigError(
-            f"{_OP}: hidden must be a multiple of block={block} and of "
-            f"{config.ROW_BYTES_MULTIPLE}, got {x.shape[1]}"
+    block = _checks.require_blocks(x, block, op=_OP)
+    if x.shape[1] % config.ROW_BYTES_MULTIPLE:
+        raise ShapeError(
+            f"{_OP}: hidden must be a multiple of {config.ROW_BYTES_MULTIPLE}, got {x.shape[1]}"
         )
-    if scales not in ("f32", "e8m0"):
-        raise ConfigError(f"{_OP}: scales must be one of 'f32', 'e8m0', got {scales!r}")
+    config.choice(Scales, scales, op=_OP, argument="scales")
     spec, topk_idx, weights = prepare(
         topk_idx,
         topk_weights,

@@ -98,6 +98,28 @@ def test_dequantize_fp8_bad_input(name):
         jax_ep.dequantize_fp8(*args)
 
 
+DISPATCH_FP8 = {
+    "hidden": (100, {}, jax_ep.ShapeError, "x must be [num_tokens, hidden], hidden a positive multiple of block=128, got shape (4, 100)"),
+    "fp8_bytes": (24, {"block": 8}, jax_ep.ShapeError, "hidden must be a multiple of 16, got 24"),
+    "block_none": (128, {"block": None}, jax_ep.ConfigError, "block must be a static integer, got None"),
+    "block_zero": (128, {"block": 0}, jax_ep.ConfigError, "block must be at least 1, got 0"),
+    "scales": (128, {"scales": "f16"}, jax_ep.ConfigError, "scales must be one of 'f32', 'e8m0', got 'f16'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DISPATCH_FP8)
+def test_dispatch_fp8_bad_input(groups, name):
+    """The errors of quantize_fp8, under its own name."""
+    hidden, options, error, message = DISPATCH_FP8[name]
+    group = groups(2)
+
+    def fn(x, ids):
+        return jax_ep.dispatch_fp8(x, ids, group=group, num_experts=2, **options).x
+
+    with pytest.raises(error, match=re.escape(f"dispatch_fp8: {message}")):
+        on_ranks(fn, group.mesh)(np.ones((2, 4, hidden), np.float32), np.zeros((2, 4, 1), np.int32))
+
+
 def test_what_cannot_be_differentiated_is_refused_by_name(groups):
     group = groups(2)
     x, ids = np.ones((2, 4, 128), np.float32), np.zeros((2, 4, 1), np.int32)
