@@ -207,11 +207,17 @@ print("passed")
 """
 
 DIES = """
-from jax_ep import _native_group, _self_test
-place, name = {"opening": (_native_group.Opening, "open_cpu"), "self-test": (_self_test, "run")}[
-    sys.argv[1]
-]
+from jax_ep import _native_group
+place, name = {
+    "opening": (_native_group.Opening, "open_cpu"),
+    "self-test": (jax_ep.Group, "wait_for_all"),
+}[sys.argv[1]]
+original = getattr(place, name)
 def die(*args):
+    if sys.argv[1] == "self-test":
+        original(*args)
+        if args[-1] != "compiled self-test":
+            return
     os.kill(os.getpid(), signal.SIGKILL)
 if me == 1:
     setattr(place, name, die)
