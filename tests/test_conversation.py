@@ -1,0 +1,135 @@
+"""What processes say while a group opens: threads in their place, and a store of the test's own."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import pytest
+
+from jax_ep import _conversation
+from jax_ep.errors import GroupError, PeerTimeoutError
+
+
+class Store:
+    """As JAX's key-value store."""
+
+    def __init__(self):
+        self.values = {}
+
+    def key_value_dir_get(self, folder):
+        return [(key, text) for key, text in self.values.items() if key.startswith(f"{folder}/")]
+
+    def key_value_set(self, key, text, *, allow_overwrite):
+        assert allow_overwrite
+        self.values[key] = text
+
+
+@pytest.fixture
+def converse(monkeypatch):
+    """converse(process, timeout): that process's part in a new opening by processes 0, 1, 2."""
+    store = Store()
+    monkeypatch.setattr(_conversation._jax_compat, "distributed_client", lambda: store)
+
+    def make(process, timeout=20.0):
+        monkeypatch.setattr(jax, "process_index", lambda: process)
+        return _conversation.Conversation("a//b", [0, 0, 1, 1, 2, 2], timeout=timeout)
+
+    make.store = store
+    return make
+
+
+def _at_once(*calls):
+    """What the calls return, or raise, side by side."""
+    with ThreadPoolExecutor(len(calls)) as pool:
+        futures = [pool.submit(*call) for call in calls]
+        return [future.exception() or future.result() for future in futures]
+
+
+def test_what_was_said_in_another_opening_is_not_heard(converse):
+    first = [converse(p) for p in range(3)]
+    assert _at_once(*[(c.gather, "x", i) for i, c in enumerate(first)]) == [{0: 0, 1: 1, 2: 2}] * 3
+    early = [converse(p, timeout=0.2) for p in range(2)]
+    for error in _at_once(*[(c.gather, "x", "early") for c in early]):
+        assert isinstance(error, GroupError)
+        assert "process 2 did not open the same group" in str(error)
+    second = [converse(p) for p in range(3)]
+    said = {p: f"second {p}" for p in range(3)}
+    assert _at_once(*[(c.gather, "x", said[p]) for p, c in enumerate(second)]) == [said] * 3
+    assert len(converse.store.values) == 3
+
+
+def test_the_end_of_an_opening_is_heard_from_within_the_next(converse):
+    first = [converse(p) for p in range(3)]
+    _at_once(*[(c.gather, "x", 0) for c in first])
+    assert first[1].end(MemoryError("no room")).args == ("no room",)
+    again = converse(1, timeout=0.2)
+    with pytest.raises(GroupError, match="did not open"):
+        again.gather("x", 0)
+    for c in (first[0], first[2]):
+        with pytest.raises(GroupError, match=r"^Group\.open: process 1 failed: no room$") as caught:
+            c.gather("y", 0)
+        assert c.end(caught.value) is caught.value
+    # A success as well.
+    second = [converse(p) for p in range(3)]
+    _at_once(*[(c.gather, "x", 0) for c in second])
+    slow, *fast = [(c.gather, "y", p) for p, c in enumerate(second)]
+    with ThreadPoolExecutor(2) as pool:
+        ahead = [pool.submit(*call) for call in fast]
+        second[0]._now["said"]["y"] = 0
+        second[0]._write()
+        assert [future.result() for future in ahead] == [{0: 0, 1: 1, 2: 2}] * 2
+    with pytest.raises(GroupError):
+        converse(1, timeout=0.1).gather("x", "next")
+    assert slow[0](*slow[1:]) == {0: 0, 1: 1, 2: 2}
+
+
+def test_a_failure_before_the_first_word_is_told(converse):
+    parts = [converse(p) for p in range(3)]
+    error = MemoryError("Group.open: no room")
+    calls = [(parts[0].gather, "x", 0), (parts[1].end, error), (parts[2].gather, "x", 2)]
+    first, own, last = _at_once(*calls)
+    assert own is error
+    assert str(first) == str(last) == "Group.open: process 1 failed: no room"
+    interrupt = KeyboardInterrupt()
+    assert converse(1).end(interrupt) is interrupt  # and waits for nobody
+
+
+def test_a_failure_is_told_though_the_next_opening_has_begun(converse):
+    """Those who have looked before, and look again only now, do not take part in that one."""
+    for _ in range(5):
+        parts = [converse(p) for p in range(3)]
+
+        def fails_and_begins_again(part, again):
+            time.sleep(0.15)  # by now the others look seldom
+            part.end(MemoryError("no room"))
+            again.gather("x", 1)
+
+        again = converse(1, timeout=0.3)
+        waits = [(parts[p].gather, "x", p) for p in (0, 2)]
+        first, last, late = _at_once(*waits, (fails_and_begins_again, parts[1], again))
+        assert str(first) == str(last) == "Group.open: process 1 failed: no room"
+        assert "did not open the same group" in str(late)
+
+
+def test_a_process_that_falls_silent_is_a_peer_that_did_not_come(converse):
+    parts = [converse(p, timeout=0.5 if p == 0 else 20.0) for p in range(3)]
+    _at_once(*[(c.gather, "x", 0) for c in parts])
+
+    def falls_out(part):
+        try:
+            part.gather("y", 0)
+        except PeerTimeoutError as e:
+            return part.end(e)
+
+    for error in _at_once((falls_out, parts[0]), (falls_out, parts[2])):
+        assert (error.op, error.rank, error.peer) == ("Group.open", 0, 2)
+        assert (error.expected, error.seen, error.is_lost) == (6, 4, False)
+
+
+def test_a_peer_that_failed_is_behind_its_not_coming(converse):
+    parts = [converse(p) for p in range(3)]
+    _at_once(*[(c.gather, "x", 0) for c in parts])
+    parts[2].end(MemoryError("no room"))
+    raised = parts[0].end(PeerTimeoutError("pull_rows", 0, 4, 6, 4))
+    assert isinstance(raised, GroupError)
+    assert str(raised) == "Group.open: process 2 failed: no room"
