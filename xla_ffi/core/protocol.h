@@ -91,7 +91,7 @@ struct ControlBlock {
   uint32_t num_blocks_met;   // of the present call's kernel whose blocks wait for one another
   uint32_t num_blocks_done;  // of the last kernel of the present call
   uint32_t has_failed;       // whoever sets it writes the rank's record in host memory
-  int32_t num_busy;          // of the blocks that must end before the next call begins
+  uint32_t is_busy;          // a call runs that has not yet read, or ended, its epoch
   // Of the host, for tests: the rank's calls end at once, poisoned, and signal nothing.
   uint32_t skip;
   // Of all ranks.

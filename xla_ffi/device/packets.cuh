@@ -37,23 +37,12 @@ struct LanePackets {
   Signal called;
 };
 
-/// Adds, and does not wait for what was there until that is looked at: the compiler would, for the
-/// lanes that add at once.
-__device__ inline int32_t AddLater(int32_t* word, int32_t value) {
-  int32_t before;
-  asm volatile("atom.relaxed.gpu.global.add.s32 %0, [%1], %2;"
-               : "=r"(before)
-               : "l"(word), "r"(value)
-               : "memory");
-  return before;
-}
-
 /// A call that stores operands at its peers.
 struct PushCall {
   OpId op;
   uint32_t epoch;
   uint32_t tag;
-  int32_t num_before;  // blocks of other calls that run; known to the first thread of all
+  uint32_t was_busy;  // another call had begun; known to the first thread of all
 };
 
 /// Every thread of every block: tells the peers what this rank calls. False when the group has
@@ -66,11 +55,10 @@ __device__ inline bool Begin(const Endpoint& self, OpId op, const int32_t* posit
   const uint32_t epoch = CurrentEpoch(self);
   const bool is_aborted = IsAborted(self);
   const int32_t found = is_first_block ? *position : self.position;
-  const int num_blocks = static_cast<int>(gridDim.x);
   call = {.op = op,
           .epoch = epoch,
           .tag = TagOf(self, op),
-          .num_before = is_first ? AddLater(&self.own()->num_busy, num_blocks) : 0};
+          .was_busy = is_first ? atomicExch(&self.own()->is_busy, 1) : 0};
   if (is_aborted) return false;
   if (found != self.position) {
     if (is_first) {
@@ -185,9 +173,10 @@ __device__ inline std::byte* PushedAt(const Endpoint& self, int holder, int sour
          part * static_cast<int64_t>(PushPayload(self.num_ranks));
 }
 
-/// By the first thread, as early as it is known: a call that runs beside another one.
+/// By the first thread, when what it asked for has come: calls of one epoch would take one
+/// another's operands.
 __device__ inline void RefuseOverlap(const Endpoint& self, const PushCall& call) {
-  if (call.num_before > 0) Fail(self, FailureRecord::Kind::kOverlap, call.op, self.rank, 0, 1);
+  if (call.was_busy) Fail(self, FailureRecord::Kind::kOverlap, call.op, self.rank, 0, 1);
 }
 
 /// SwapBlocks, when this block has pushed its part of an operand.
@@ -207,14 +196,8 @@ __device__ inline void EndEpoch(const Endpoint& self, const PushCall& call) {
   RefuseOverlap(self, call);
   if (gridDim.x > 1 && atomicAdd(&self.own()->num_blocks_done, 1) != gridDim.x - 1) return;
   StoreRelaxed(&self.own()->num_blocks_done, 0);
+  StoreRelaxed(&self.own()->is_busy, 0);
   StoreRelaxed(&self.own()->epoch, call.epoch);
-}
-
-/// Every thread of every block, when it has read what has come for it.
-__device__ inline void End(const Endpoint& self, bool is_good) {
-  if (!is_good) KeepWhatWasTold(self);
-  __syncthreads();
-  if (threadIdx.x == 0) atomicAdd(&self.own()->num_busy, -1);
 }
 
 }  // namespace jax_ep

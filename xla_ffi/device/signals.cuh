@@ -255,7 +255,7 @@ __device__ inline bool Meet(const Endpoint& self, OpId op, const int32_t* positi
   const int32_t found_position = publishes ? *position : self.position;
   // Not by a thread that publishes.
   const bool is_busy = publishes && !is_aborted && threadIdx.x == blockDim.x - 1 &&
-                       atomicAdd(&self.own()->num_busy, 1) != 0;
+                       atomicExch(&self.own()->is_busy, 1) != 0;
   const uint32_t tag = TagOf(self, op);
   bool is_good = !is_aborted;
   if (is_busy) Fail(self, FailureRecord::Kind::kOverlap, op, self.rank, 0, 1);
@@ -377,7 +377,7 @@ __device__ inline void Part(const Endpoint& self, OpId op, bool has_met, const R
   for (uint32_t& next : self.own()->next_item) StoreRelaxed(&next, 0);
   StoreRelaxed(&self.own()->num_blocks_met, 0);
   StoreRelaxed(&self.own()->num_blocks_done, 0);
-  self.own()->num_busy = 0;
+  StoreRelaxed(&self.own()->is_busy, 0);
   StoreRelaxed(&self.own()->epoch, epoch);
 }
 

@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kReduceThreads)
       }
     }
   }
-  End(self, is_good);
+  if (!is_good) KeepWhatWasTold(self);
 }
 
 // Stores what a peer needs of this rank's operand in room of the peer's, and adds or puts side by
@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(kReduceThreads)
       }
     }
   });
-  End(self, is_good);
+  if (!is_good) KeepWhatWasTold(self);
 }
 
 // Stores each peer's chunk of this rank's operand in room of the peer's, adds what comes to the own
@@ -290,7 +290,7 @@ __global__ void __launch_bounds__(kReduceThreads)
       }
     }
   }
-  End(self, is_good);
+  if (!is_good) KeepWhatWasTold(self);
 }
 
 }  // namespace jax_ep

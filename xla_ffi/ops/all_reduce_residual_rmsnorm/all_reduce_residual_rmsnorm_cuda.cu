@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   if constexpr (kPulls) {
     Part(self, kOp, has_met, results);
   } else {
-    End(self, is_good);
+    if (!is_good) KeepWhatWasTold(self);
   }
 }
 

@@ -175,8 +175,11 @@ inline void TestRmsNorm(Algorithm algorithm, int64_t num_rows, int64_t hidden, c
 inline void TestMisuse(int num_devices) {
   constexpr int kNumRanks = 2;
   using Kind = FailureRecord::Kind;
-  for (const Algorithm algorithm : {Algorithm::kLowLatency, Algorithm::kOneShot}) {
+  for (const Algorithm algorithm :
+       {Algorithm::kLowLatency, Algorithm::kOneShot, Algorithm::kTwoShot}) {
     for (const Kind misuse : {Kind::kCallMismatch, Kind::kOverlap}) {
+      // With packets the next call of a rank may begin while this one still waits for its peers'.
+      if (misuse == Kind::kOverlap && algorithm == Algorithm::kLowLatency) continue;
       const Ranks ranks(kNumRanks, num_devices, std::chrono::seconds(5));
       const std::string name = "misuse " + std::to_string(static_cast<int>(misuse)) +
                                " algorithm " + std::to_string(static_cast<int>(algorithm));
