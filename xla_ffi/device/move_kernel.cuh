@@ -306,7 +306,7 @@ __global__ void __launch_bounds__(kWarpSize* kMaxMoveWarps)
   __shared__ PeerAddresses peers;
   WaitForPrevious();
   const bool has_met = args.position == nullptr
-                           ? Rejoin(args.self, args.own.count, peers)
+                           ? Rejoin(args.self, args.op, args.own.count, peers)
                            : Meet(args.self, args.op, args.position, args.own, peers);
   const int warp = threadIdx.x / kWarpSize;
   const int num_bulk_warps = geometry.num_bulk_warps;

@@ -131,11 +131,12 @@ __device__ inline LanePackets Look(const Endpoint& self, int peer, uint32_t epoc
   return packets;
 }
 
-__device__ inline bool AreThere(const LanePackets& packets, uint32_t epoch) {
-  bool are_there = packets.called.epoch == epoch;
+/// Or never will be, since the peer calls something else.
+__device__ inline bool AreThere(const LanePackets& packets, const PushCall& call) {
+  bool are_there = true;
 #pragma unroll
-  for (int p = 0; p < kLanePackets; ++p) are_there &= packets.at[p].high >> 32 == epoch;
-  return are_there;
+  for (int p = 0; p < kLanePackets; ++p) are_there &= packets.at[p].high >> 32 == call.epoch;
+  return packets.called.epoch == call.epoch && (are_there || packets.called.value != call.tag);
 }
 
 /// False when the group fails first.
@@ -145,15 +146,15 @@ __device__ inline bool Receive(const Endpoint& self, const PushCall& call, int p
   // looked at each time.
   constexpr int kLooks = 64;
   const uint32_t epoch = call.epoch;
-  bool are_there = AreThere(packets, epoch);
+  bool are_there = AreThere(packets, call);
   for (int n = 0; n < kLooks && !are_there; ++n) {
     packets = Look(self, peer, epoch, group);
-    are_there = AreThere(packets, epoch);
+    are_there = AreThere(packets, call);
   }
   if (!are_there) {
     are_there = WaitUntil(self, call.op, peer, [&] {
       packets = Look(self, peer, epoch, group);
-      return AreThere(packets, epoch);
+      return AreThere(packets, call);
     });
   }
   const auto first = [&](int p) { return static_cast<uint32_t>(packets.at[p].low); };
@@ -196,8 +197,8 @@ __device__ inline void EndEpoch(const Endpoint& self, const PushCall& call) {
   RefuseOverlap(self, call);
   if (gridDim.x > 1 && atomicAdd(&self.own()->num_blocks_done, 1) != gridDim.x - 1) return;
   StoreRelaxed(&self.own()->num_blocks_done, 0);
-  StoreRelaxed(&self.own()->is_busy, 0);
   StoreRelaxed(&self.own()->epoch, call.epoch);
+  StoreRelaxed(&self.own()->is_busy, 0);
 }
 
 }  // namespace jax_ep

@@ -105,8 +105,6 @@ static __device__ __noinline__ void Fail(const Endpoint& self, FailureRecord::Ki
 
 /// By one thread of a rank that ends by another's failure: keeps what it was told.
 static __device__ __noinline__ void KeepWhatWasTold(const Endpoint& self) {
-  if (LoadRelaxed(&self.own()->abort) == 0) return;
-  __threadfence_system();
   for (int r = 0; r < self.num_ranks; ++r) {
     const volatile FailureRecord& told = self.own()->told[r];
     if (told.is_set == 0) continue;
@@ -259,12 +257,14 @@ __device__ inline bool Meet(const Endpoint& self, OpId op, const int32_t* positi
   const uint32_t tag = TagOf(self, op);
   bool is_good = !is_aborted;
   if (is_busy) Fail(self, FailureRecord::Kind::kOverlap, op, self.rank, 0, 1);
-  if (is_good && publishes) {
-    if (found_position == self.position) {
-      Publish(self, own, tag, epoch);
-    } else if (threadIdx.x == 0) {
+  if (publishes) {
+    const bool is_in_place = found_position == self.position;
+    if (is_good && !is_in_place && threadIdx.x == 0) {
       Fail(self, FailureRecord::Kind::kMeshMismatch, op, self.rank, self.position, found_position);
     }
+    // What is published is met: of two calls that overlap, never the second's.
+    is_good = __syncthreads_and(is_good && is_in_place && !is_busy);
+    if (is_good) Publish(self, own, tag, epoch);
   }
   for (int i = threadIdx.x; is_good && i < self.num_ranks * own.count; i += blockDim.x) {
     const int peer = i / own.count;
@@ -291,14 +291,17 @@ __device__ inline bool Meet(const Endpoint& self, OpId op, const int32_t* positi
 }
 
 /// The same in a later kernel of the call, for which everything is there.
-__device__ inline bool Rejoin(const Endpoint& self, int num_addresses, PeerAddresses& peers) {
+__device__ inline bool Rejoin(const Endpoint& self, OpId op, int num_addresses,
+                              PeerAddresses& peers) {
   const uint32_t epoch = CurrentEpoch(self);
-  bool is_good = !IsAborted(self);
+  const uint32_t tag = TagOf(self, op);
+  // A failure that is still being told has ended the kernel before this one.
+  bool is_good = !IsAborted(self) && LoadRelaxed(&self.own()->has_failed) == 0;
   for (int i = threadIdx.x; i < self.num_ranks * num_addresses; i += blockDim.x) {
     const AddressCell& cell = self.own()->address[i / num_addresses][i % num_addresses];
     const Signal low = LoadRelaxed(&cell.low);
     const Signal high = LoadRelaxed(&cell.high);
-    is_good = is_good && low.epoch == epoch && high.epoch == epoch;
+    is_good = is_good && low.epoch == epoch && high.epoch == epoch && high.value >> 16 == tag;
     const int peer = i / num_addresses;
     is_good &= Translate(self, peer, low, high, peers.at[i % num_addresses][peer]);
   }
@@ -343,9 +346,17 @@ struct Results {
 /// last block waits until no peer reads this rank's operands any more, and ends the epoch.
 ///
 /// The last block also has the verdict of the call: after a failure seen by any block, or meanwhile
-/// by a peer, no result is left as it is.
+/// by a peer, no result is left as it is. Blocks that have not met do not count on there being one:
+/// calls that overlap are counted together.
 __device__ inline void Part(const Endpoint& self, OpId op, bool has_met, const Results& results) {
   __shared__ bool is_last;
+  const auto poison = [&](int thread, int num_threads) {
+    for (int i = 0; i < results.count; ++i) {
+      const Results::Span& span = results.spans[i];
+      SetBytes(static_cast<std::byte*>(span.data), span.bytes, span.value, thread, num_threads);
+    }
+  };
+  if (!has_met) poison(blockIdx.x * blockDim.x + threadIdx.x, gridDim.x * blockDim.x);
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();
@@ -365,20 +376,20 @@ __device__ inline void Part(const Endpoint& self, OpId op, bool has_met, const R
         self, op, peer, [&] { return LoadAcquire(done.Of(peer)).epoch == epoch; },
         [&] { return CountSeen(self, done, epoch); });
   }
-  if (__syncthreads_or(!is_good || IsAborted(self))) {
+  // A peer that has failed has told so before anyone ends; `abort` may come later.
+  const int rank = threadIdx.x % self.num_ranks;
+  const volatile uint32_t& was_told = self.own()->told[rank].is_set;
+  if (__syncthreads_or(!is_good || was_told != 0 || IsAborted(self))) {
     if (threadIdx.x == 0) KeepWhatWasTold(self);
-    for (int i = 0; i < results.count; ++i) {
-      const Results::Span& span = results.spans[i];
-      SetBytes(static_cast<std::byte*>(span.data), span.bytes, span.value, threadIdx.x, blockDim.x);
-    }
+    poison(threadIdx.x, blockDim.x);
   }
   __syncthreads();
   if (threadIdx.x != 0) return;
   for (uint32_t& next : self.own()->next_item) StoreRelaxed(&next, 0);
   StoreRelaxed(&self.own()->num_blocks_met, 0);
   StoreRelaxed(&self.own()->num_blocks_done, 0);
-  StoreRelaxed(&self.own()->is_busy, 0);
   StoreRelaxed(&self.own()->epoch, epoch);
+  StoreRelaxed(&self.own()->is_busy, 0);
 }
 
 }  // namespace jax_ep

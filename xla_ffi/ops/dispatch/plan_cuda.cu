@@ -35,8 +35,9 @@ __global__ void __launch_bounds__(kPlanWarps* kWarpSize)
   extern __shared__ int32_t memory[];
   __shared__ PeerAddresses peers;
   __shared__ int64_t end[kMaxRanks];
-  LetNextStart();
   if (!Meet(plan.self, OpId::kDispatch, plan.position, OperandsOf(plan.args), peers)) return;
+  // Not before: who waits for peers is within the SM budget.
+  LetNextStart();
   const PlanShape& shape = plan.shape;
   const PlanShared shared(memory, shape.shared);
   if (blockIdx.x == 0 && shape.is_rank_layout()) {

@@ -175,21 +175,30 @@ inline void TestRmsNorm(Algorithm algorithm, int64_t num_rows, int64_t hidden, c
 inline void TestMisuse(int num_devices) {
   constexpr int kNumRanks = 2;
   using Kind = FailureRecord::Kind;
-  for (const Algorithm algorithm :
-       {Algorithm::kLowLatency, Algorithm::kOneShot, Algorithm::kTwoShot}) {
+  // The small are stored at the peers, the large read where they lie.
+  constexpr int64_t kSmall = 5000;
+  constexpr int64_t kLarge = 2'500'000;
+  struct Way {
+    Algorithm algorithm;
+    int64_t count;
+  };
+  for (const auto& [algorithm, count] :
+       {Way{Algorithm::kLowLatency, kSmall}, Way{Algorithm::kOneShot, kSmall},
+        Way{Algorithm::kTwoShot, kSmall}, Way{Algorithm::kOneShot, kLarge},
+        Way{Algorithm::kTwoShot, kLarge}}) {
     for (const Kind misuse : {Kind::kCallMismatch, Kind::kOverlap}) {
       // With packets the next call of a rank may begin while this one still waits for its peers'.
       if (misuse == Kind::kOverlap && algorithm == Algorithm::kLowLatency) continue;
       const Ranks ranks(kNumRanks, num_devices, std::chrono::seconds(5));
       const std::string name = "misuse " + std::to_string(static_cast<int>(misuse)) +
-                               " algorithm " + std::to_string(static_cast<int>(algorithm));
-      constexpr int64_t kCount = 5000;
+                               " algorithm " + std::to_string(static_cast<int>(algorithm)) +
+                               " count " + std::to_string(count);
       std::vector<Device<float>> ins, outs;
       cudaStream_t beside;
       for (int r = 0; r < kNumRanks; ++r) {
         ranks.Select(r);
-        ins.emplace_back(std::vector<float>(kCount, 1.0f));
-        outs.emplace_back(kCount);
+        ins.emplace_back(std::vector<float>(count, 1.0f));
+        outs.emplace_back(count);
         Cuda(cudaDeviceSynchronize());
       }
       ranks.Select(0);
@@ -201,7 +210,7 @@ inline void TestMisuse(int num_devices) {
                                .args = {.movement = Movement::kAllReduce,
                                         .dtype = DType::kF32,
                                         .num_ranks = kNumRanks,
-                                        .bytes = kCount * 4,
+                                        .bytes = count * 4,
                                         .in = reinterpret_cast<const std::byte*>(ins[r].get()),
                                         .out = reinterpret_cast<std::byte*>(outs[r].get())}};
         launch.self.site = site;
