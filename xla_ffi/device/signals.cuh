@@ -162,11 +162,22 @@ __device__ bool WaitUntil(const Endpoint& self, OpId op, int peer, IsThere&& is_
   return WaitUntil(self, op, peer, is_there, [&] { return self.num_ranks - 1; });
 }
 
+/// Who calls something else than a peer may be this rank's second call at once, which its first
+/// block knows: that says what is wrong, and the others wait for it.
+static __device__ __noinline__ void FailAsFirstBlock(const Endpoint& self, OpId op, int peer,
+                                                     uint32_t tag, uint32_t seen) {
+  if (blockIdx.x == 0) {
+    Fail(self, FailureRecord::Kind::kCallMismatch, op, peer, tag, seen);
+  } else {
+    WaitUntil(self, op, self.rank, [] { return false; });
+  }
+}
+
 /// Whether the call of a peer, whose tag it has sent, is this one; if not, the group fails.
 __device__ inline bool IsCall(const Endpoint& self, OpId op, int peer, uint32_t tag,
                               uint32_t seen) {
   if (seen == tag) return true;
-  Fail(self, FailureRecord::Kind::kCallMismatch, op, peer, tag, seen);
+  FailAsFirstBlock(self, op, peer, tag, seen);
   return false;
 }
 
