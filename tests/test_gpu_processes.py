@@ -94,6 +94,25 @@ except jax_ep.PeerTimeoutError as e:
 """
 
 
+TOLD = """
+group = jax_ep.Group.open(mesh, "ep", timeout=2.0)
+def echo(x, ids):
+    out = jax_ep.dispatch(x, ids, group=group, num_experts=4 * R)
+    return jax_ep.combine(out.x, out.handle)
+run = on_group(echo, group)
+operands = np.ones((R, 16, 64), np.float32), np.zeros((R, 16, 2), np.int32)
+group.check(run(*operands))
+start = time.monotonic()
+try:
+    if me == 1:
+        group.check(run(*operands))
+    while me != 1 and time.monotonic() < start + 30:
+        group.check()
+        time.sleep(0.1)
+except jax_ep.PeerTimeoutError as e:
+    print(e)
+"""
+
 CONSTANTS = """
 with jax_ep.Group.open(mesh, "ep", timeout=20.0) as group:
     rows = np.arange(4 * 64, dtype=np.float32).reshape(4, 64)
@@ -201,6 +220,11 @@ def test_processes_with_several_gpus_each(num_gpus):
         pytest.skip("needs four GPUs")
     assert _passed(_run(CONFORMANCE, 2, "40"))
     assert _passed(_run(MANY, 2))
+
+
+def test_what_a_process_is_told_behind_its_last_call(num_gpus):
+    for output in _run(TOLD, num_gpus):
+        assert re.search(r"rank 1 waited for rank [^1] until the timeout", output)
 
 
 def test_a_killed_process_is_named(num_gpus):

@@ -86,12 +86,13 @@ inline constexpr int kMaxReduceBlocks = 64;
 
 struct ControlBlock {
   // Of the owner's kernels.
-  uint32_t epoch;                      // of the last call that has ended
+  // The epoch of the last call that has ended, and 1 while the next one runs; or the blocks of that
+  // call that still read what was pushed. One word: who takes an epoch learns whether it is alone.
+  Signal turn;
   uint32_t next_item[kMaxRowStreams];  // what no warp has claimed yet, less the first claims
   uint32_t num_blocks_met;   // of the present call's kernel whose blocks wait for one another
   uint32_t num_blocks_done;  // of the last kernel of the present call
   uint32_t has_failed;       // whoever sets it writes the rank's record in host memory
-  uint32_t is_busy;          // a call runs that has not yet read, or ended, its epoch
   // Of the host, for tests: the rank's calls end at once, poisoned, and signal nothing.
   uint32_t skip;
   // Of all ranks.

@@ -169,6 +169,7 @@ void DeviceGroup::Open(int64_t timeout_ns, const LoadKernels& load_kernels) {
   control_.resize(size);
   pools_.resize(size);
   maps_.resize(size);
+  copies_.resize(size);
   for (size_t i = 0; i < size; ++i) {
     if (!is_here_[i]) continue;
     const int64_t device = seats_[i].device_id;
@@ -178,6 +179,8 @@ void DeviceGroup::Open(int64_t timeout_ns, const LoadKernels& load_kernels) {
     control_[i] = ShareableMemory::Create(static_cast<int>(device), staging_offset + staging_bytes_,
                                           DevicesHere());
     Check("cudaDeviceSynchronize", cudaDeviceSynchronize());
+    Check("cudaStreamCreateWithFlags",
+          cudaStreamCreateWithFlags(&copies_[i], cudaStreamNonBlocking));
     members_[i].traits = TraitsOf(device);
     gpus_[i] = GpuOf(device);
     members_[i].endpoint = {.rank = seats_[i].member.rank,
@@ -277,6 +280,10 @@ void DeviceGroup::Release() {
     cudaDeviceSynchronize();
     cudaSetDevice(before);
   }
+  for (const cudaStream_t stream : copies_) {
+    if (stream != nullptr) cudaStreamDestroy(stream);
+  }
+  copies_.clear();
   control_.clear();
   pools_.clear();
   cudaFreeHost(records_);
@@ -294,18 +301,49 @@ const DeviceGroup::Member* DeviceGroup::Find(int64_t device_id) const {
 }
 
 std::optional<ErrorRecord> DeviceGroup::error() const {
+  std::optional<FailureRecord> found;
   for (size_t i = 0; i < seats_.size(); ++i) {
+    if (!is_here_[i]) continue;
     const volatile FailureRecord& record = records_[i];
-    if (record.is_set == 0) continue;
-    std::atomic_thread_fence(std::memory_order_acquire);
-    return ErrorRecord{.kind = KindOf(record.kind),
-                       .op = NameOf(record.op),
-                       .rank = record.rank,
-                       .peer = record.peer,
-                       .expected = record.expected,
-                       .seen = record.seen};
+    std::optional<FailureRecord> own;
+    if (record.is_set != 0) {
+      std::atomic_thread_fence(std::memory_order_acquire);
+      own = FailureRecord{.is_set = 1,
+                          .kind = record.kind,
+                          .op = record.op,
+                          .rank = record.rank,
+                          .peer = record.peer,
+                          .expected = record.expected,
+                          .seen = record.seen};
+    } else if (DevicesHere().size() < seats_.size()) {
+      own = ToldTo(i);
+    }
+    // A call beside another one makes its peers see a call that is not theirs: not the cause.
+    if (own && (!found || own->kind == FailureRecord::Kind::kOverlap)) found = own;
   }
-  return std::nullopt;
+  if (!found) return std::nullopt;
+  return ErrorRecord{.kind = KindOf(found->kind),
+                     .op = NameOf(found->op),
+                     .rank = found->rank,
+                     .peer = found->peer,
+                     .expected = found->expected,
+                     .seen = found->seen};
+}
+
+std::optional<FailureRecord> DeviceGroup::ToldTo(size_t position) const {
+  const OnDevice on_device(seats_[position].device_id);
+  const auto* control = reinterpret_cast<const ControlBlock*>(control_[position].data());
+  FailureRecord told[kMaxRanks];
+  const auto find_first = [&] {
+    Check("cudaMemcpyAsync", cudaMemcpyAsync(told, control->told, sizeof(told),
+                                             cudaMemcpyDeviceToHost, copies_[position]));
+    Check("cudaStreamSynchronize", cudaStreamSynchronize(copies_[position]));
+    return std::find_if(std::begin(told), std::end(told),
+                        [](const FailureRecord& record) { return record.is_set != 0; });
+  };
+  if (find_first() == std::end(told)) return std::nullopt;
+  // What lies beside the word may have been copied before it was written: once more.
+  return *find_first();
 }
 
 void DeviceGroup::SetEpoch(uint32_t epoch) {
@@ -313,7 +351,7 @@ void DeviceGroup::SetEpoch(uint32_t epoch) {
     if (!is_here_[i]) continue;
     const OnDevice on_device(seats_[i].device_id);
     Check("cudaDeviceSynchronize", cudaDeviceSynchronize());
-    Check("cudaMemcpy", cudaMemcpy(&reinterpret_cast<ControlBlock*>(control_[i].data())->epoch,
+    Check("cudaMemcpy", cudaMemcpy(&reinterpret_cast<ControlBlock*>(control_[i].data())->turn.epoch,
                                    &epoch, sizeof(epoch), cudaMemcpyHostToDevice));
   }
 }

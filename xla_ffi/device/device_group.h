@@ -3,6 +3,8 @@
 // Executables hold a shared_ptr to it, so a closed group lives until the last of them is gone.
 #pragma once
 
+#include <cuda_runtime_api.h>
+
 #include <atomic>
 #include <chrono>
 #include <cstdint>
@@ -93,6 +95,8 @@ class DeviceGroup {
   void Open(int64_t timeout_ns, const LoadKernels& load_kernels);
   void Release();
   std::vector<int> DevicesHere() const;
+  /// What a peer has told the device of a seat here, also when no call looks at it any more.
+  std::optional<FailureRecord> ToldTo(size_t position) const;
 
   std::string identity_;
   int num_ranks_;
@@ -105,6 +109,7 @@ class DeviceGroup {
   std::vector<ShareableMemory> control_;  // of a ControlBlock each
   std::vector<ShareableMemory> pools_;    // of those elsewhere
   std::vector<PeerPool> maps_;
+  std::vector<cudaStream_t> copies_;  // to the host, beside whatever waits on the device
   FailureRecord* records_ = nullptr;  // by position, in pinned host memory
   std::unordered_map<int64_t, int> position_of_device_;
   std::atomic<uint64_t> next_site_ = 0;

@@ -40,9 +40,10 @@ struct LanePackets {
 /// A call that stores operands at its peers.
 struct PushCall {
   OpId op;
+  uint32_t ended;  // the epoch before
   uint32_t epoch;
   uint32_t tag;
-  uint32_t was_busy;  // another call had begun; known to the first thread of all
+  Signal before;  // the turn that the first thread of all has found
 };
 
 /// Every thread of every block: tells the peers what this rank calls. False when the group has
@@ -52,13 +53,15 @@ __device__ inline bool Begin(const Endpoint& self, OpId op, const int32_t* posit
   const bool is_first_block = blockIdx.x == 0;
   const bool is_first = is_first_block && threadIdx.x == 0;
   // All loads are under way before the first is looked at.
-  const uint32_t epoch = CurrentEpoch(self);
+  const uint32_t ended = LoadRelaxed(&self.own()->turn.epoch);
+  const uint32_t epoch = NextEpoch(ended);
   const bool is_aborted = IsAborted(self);
   const int32_t found = is_first_block ? *position : self.position;
   call = {.op = op,
+          .ended = ended,
           .epoch = epoch,
           .tag = TagOf(self, op),
-          .was_busy = is_first ? atomicExch(&self.own()->is_busy, 1) : 0};
+          .before = is_first ? TakeTurn(self) : Signal{}};
   if (is_aborted) return false;
   if (found != self.position) {
     if (is_first) {
@@ -177,7 +180,9 @@ __device__ inline std::byte* PushedAt(const Endpoint& self, int holder, int sour
 /// By the first thread, when what it asked for has come: calls of one epoch would take one
 /// another's operands.
 __device__ inline void RefuseOverlap(const Endpoint& self, const PushCall& call) {
-  if (call.was_busy) Fail(self, FailureRecord::Kind::kOverlap, call.op, self.rank, 0, 1);
+  if (blockIdx.x != 0 || threadIdx.x != 0 || !IsOverlap(call.before, call.ended)) return;
+  // A group that has failed knows why already.
+  if (!IsAborted(self)) Fail(self, FailureRecord::Kind::kOverlap, call.op, self.rank, 0, 1);
 }
 
 /// SwapBlocks, when this block has pushed its part of an operand.
@@ -188,17 +193,32 @@ __device__ inline bool SwapPushed(const Endpoint& self, const PushCall& call) {
   });
 }
 
+__device__ inline void AddToTurn(const Endpoint& self, uint64_t value) {
+  atomicAdd(reinterpret_cast<unsigned long long*>(&self.own()->turn), value);
+}
+
 /// Every thread of every block, once it has read the epoch and whatever else ends with it: the last
 /// block that comes ends the epoch for the next call on the stream. For calls in which every rank
-/// receives from every other: they need not part.
-__device__ inline void EndEpoch(const Endpoint& self, const PushCall& call) {
+/// receives from every other: they need not part. `num_readers`: blocks that go on reading what has
+/// no epoch in it, each until its EndReading.
+__device__ inline void EndEpoch(const Endpoint& self, const PushCall& call, int num_readers) {
   __syncthreads();
   if (threadIdx.x != 0) return;
   RefuseOverlap(self, call);
   if (gridDim.x > 1 && atomicAdd(&self.own()->num_blocks_done, 1) != gridDim.x - 1) return;
   StoreRelaxed(&self.own()->num_blocks_done, 0);
-  StoreRelaxed(&self.own()->epoch, call.epoch);
-  StoreRelaxed(&self.own()->is_busy, 0);
+  if (num_readers == 0) {
+    StoreRelaxed(&self.own()->turn, {call.epoch, 0});
+    return;
+  }
+  // Some may have ended their reading: a sum, in which the 1 of the call goes.
+  AddToTurn(self, (uint64_t(num_readers - 1) << 32) + call.epoch - call.ended);
+}
+
+/// Every thread of every block.
+__device__ inline void EndReading(const Endpoint& self) {
+  __syncthreads();
+  if (threadIdx.x == 0) AddToTurn(self, -(uint64_t{1} << 32));
 }
 
 }  // namespace jax_ep

@@ -69,7 +69,20 @@ __device__ inline bool IsAborted(const Endpoint& self) {
 
 /// The epoch of the call that is running.
 __device__ inline uint32_t CurrentEpoch(const Endpoint& self) {
-  return NextEpoch(LoadRelaxed(&self.own()->epoch));
+  return NextEpoch(LoadRelaxed(&self.own()->turn.epoch));
+}
+
+/// By one thread of a call: takes the epoch behind the one that has ended. What was there tells
+/// whether another call runs.
+__device__ inline Signal TakeTurn(const Endpoint& self) {
+  auto* word = reinterpret_cast<unsigned long long*>(&self.own()->turn);
+  const uint64_t before = atomicOr(word, uint64_t{1} << 32);
+  return {static_cast<uint32_t>(before), static_cast<uint32_t>(before >> 32)};
+}
+
+/// Whether a call that had read `ended` and then found `before` is not alone.
+__device__ inline bool IsOverlap(Signal before, uint32_t ended) {
+  return before.value != 0 || before.epoch != ended;
 }
 
 __device__ inline void Write(volatile FailureRecord& to, const FailureRecord& from) {
@@ -105,6 +118,7 @@ static __device__ __noinline__ void Fail(const Endpoint& self, FailureRecord::Ki
 
 /// By one thread of a rank that ends by another's failure: keeps what it was told.
 static __device__ __noinline__ void KeepWhatWasTold(const Endpoint& self) {
+  __threadfence_system();  // behind the word that said so
   for (int r = 0; r < self.num_ranks; ++r) {
     const volatile FailureRecord& told = self.own()->told[r];
     if (told.is_set == 0) continue;
@@ -259,12 +273,13 @@ __device__ inline bool Meet(const Endpoint& self, OpId op, const int32_t* positi
                             const OwnAddresses& own, PeerAddresses& peers) {
   const bool publishes = blockIdx.x == 0;
   // All loads are under way before the first is looked at.
-  const uint32_t epoch = CurrentEpoch(self);
+  const uint32_t ended = LoadRelaxed(&self.own()->turn.epoch);
+  const uint32_t epoch = NextEpoch(ended);
   const bool is_aborted = IsAborted(self);
   const int32_t found_position = publishes ? *position : self.position;
   // Not by a thread that publishes.
-  const bool is_busy = publishes && !is_aborted && threadIdx.x == blockDim.x - 1 &&
-                       atomicExch(&self.own()->is_busy, 1) != 0;
+  const bool is_busy =
+      publishes && !is_aborted && threadIdx.x == blockDim.x - 1 && IsOverlap(TakeTurn(self), ended);
   const uint32_t tag = TagOf(self, op);
   bool is_good = !is_aborted;
   if (is_busy) Fail(self, FailureRecord::Kind::kOverlap, op, self.rank, 0, 1);
@@ -390,7 +405,8 @@ __device__ inline void Part(const Endpoint& self, OpId op, bool has_met, const R
   // A peer that has failed has told so before anyone ends; `abort` may come later.
   const int rank = threadIdx.x % self.num_ranks;
   const volatile uint32_t& was_told = self.own()->told[rank].is_set;
-  if (__syncthreads_or(!is_good || was_told != 0 || IsAborted(self))) {
+  const bool has_failed = LoadRelaxed(&self.own()->has_failed) != 0;
+  if (__syncthreads_or(!is_good || has_failed || was_told != 0 || IsAborted(self))) {
     if (threadIdx.x == 0) KeepWhatWasTold(self);
     poison(threadIdx.x, blockDim.x);
   }
@@ -399,8 +415,7 @@ __device__ inline void Part(const Endpoint& self, OpId op, bool has_met, const R
   for (uint32_t& next : self.own()->next_item) StoreRelaxed(&next, 0);
   StoreRelaxed(&self.own()->num_blocks_met, 0);
   StoreRelaxed(&self.own()->num_blocks_done, 0);
-  StoreRelaxed(&self.own()->epoch, epoch);
-  StoreRelaxed(&self.own()->is_busy, 0);
+  StoreRelaxed(&self.own()->turn, {epoch, 0});
 }
 
 }  // namespace jax_ep

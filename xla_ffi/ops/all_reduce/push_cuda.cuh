@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kReduceThreads)
       if (r != self.rank) Send(self, r, call.epoch, group, vectors);
     }
   }
-  EndEpoch(self, call);
+  EndEpoch(self, call, 0);
   const std::byte* own = a.in + self.rank * a.in_stride();
   for (int64_t group = first; group < num_groups; group += step) {
     Sum<std::conditional_t<kGathers, float, Element>> sums[kPacketVectors];
@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(kReduceThreads)
     });
     is_good = SwapPushed(self, call);
   }
-  EndEpoch(self, call);
+  EndEpoch(self, call, gridDim.x);
   for_each_few([&](int64_t i) {
     Sum<std::conditional_t<kGathers, float, Element>> sums[kUnroll];
     for (int r = 0; r < self.num_ranks; ++r) {
@@ -186,6 +186,7 @@ __global__ void __launch_bounds__(kReduceThreads)
     }
   });
   if (!is_good) KeepWhatWasTold(self);
+  EndReading(self);
 }
 
 // Stores each peer's chunk of this rank's operand in room of the peer's, adds what comes to the own
@@ -271,7 +272,7 @@ __global__ void __launch_bounds__(kReduceThreads)
       StoreVector<kBytes>(a.out, self.rank * chunk + at, a.bytes, sum);
     }
   }
-  EndEpoch(self, call);
+  EndEpoch(self, call, gridDim.x);
   if (is_good) is_good = SwapReduced(self, kReduceOp, call.epoch);
   for (int d = 1; d < self.num_ranks; ++d) {
     const int r = (self.rank + d) % self.num_ranks;
@@ -291,6 +292,7 @@ __global__ void __launch_bounds__(kReduceThreads)
     }
   }
   if (!is_good) KeepWhatWasTold(self);
+  EndReading(self);
 }
 
 }  // namespace jax_ep

@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kMaxThreads)
         }
       }
     }
-    EndEpoch(self, call);
+    EndEpoch(self, call, 0);
   }
   const bool has_met = is_good;
   for (int64_t row = blockIdx.x; row < a.num_rows; row += gridDim.x) {

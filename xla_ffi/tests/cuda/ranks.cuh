@@ -69,7 +69,7 @@ class Ranks {
       Cuda(cudaMemset(control, 0, bytes));
       // The calls of a test go over the end of the epochs.
       const uint32_t epoch = 0xfffffff0u;
-      Cuda(cudaMemcpy(&control->epoch, &epoch, sizeof(epoch), cudaMemcpyHostToDevice));
+      Cuda(cudaMemcpy(&control->turn.epoch, &epoch, sizeof(epoch), cudaMemcpyHostToDevice));
       control_.push_back(control);
       cudaStream_t stream;
       Cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
