@@ -25,7 +25,7 @@ from jax_ep.testing.ranks import make_mesh, on_ranks, place
 
 HIDDEN, INTERMEDIATE = 8192, 28672
 LAYERS = 8  # of one program, with the same weights; they are larger than any cache
-RUNS = 15
+RUNS = 51
 
 Norm = Callable[[Any, Any, Any], tuple[Any, Any]]
 

@@ -28,7 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--records", type=Path, default=Path("benchmarks/results"), help="folder of the records")
     add("--most-mib", type=int, default=64, help="largest size; beyond it the last choice holds")
     add("--plot", action="store_true", help="draw time over bytes; needs matplotlib")
-    add("--repeats", type=int, default=7)
+    # Of chains of half a millisecond, which the host disturbs: compiling takes longer than many.
+    add("--repeats", type=int, default=51)
     add("--commit", help="what to record in place of what git says here")
 
 
