@@ -1,13 +1,11 @@
 """Checks that several operations share. Each message: operation, argument, expected, got."""
 
-import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jax_ep import _registry, config
 from jax_ep.errors import ConfigError, DTypeError, GroupError, ShapeError
@@ -27,12 +25,7 @@ def require_group(group: Any, *, op: str) -> Group:
 
 def require_positive_number(value: Any, *, op: str, argument: str, or_zero: bool = False) -> float:
     """A static, finite number of Python's or NumPy's; `or_zero`: zero will do."""
-    number = math.nan
-    # A bool is an int of Python's.
-    is_number = isinstance(value, (int, float, np.integer, np.floating))
-    if is_number and not isinstance(value, bool):
-        with contextlib.suppress(OverflowError):  # an int beyond every float
-            number = float(value)
+    number = config.to_number(value)
     is_in_range = 0 < number < math.inf or (or_zero and number == 0)
     if not is_in_range:
         kind = "number of at least 0" if or_zero else "positive number"

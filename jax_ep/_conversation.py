@@ -2,10 +2,12 @@
 
 Each process has one key for a group, and writes there all that it says of an opening. An opening is
 known by the tickets that its processes drew for it: what was said in another one, however that
-ended, is never taken for this one's, and no process counts anything. Beside it stays the opening
-before, for those who have yet to read how it ended.
+ended, is never taken for this one's, and no process counts anything. Each writes a digest of them
+all, so what is read grows with the number of processes alone. Beside it stays the opening before,
+for those who have yet to read how it ended.
 """
 
+import hashlib
 import json
 import secrets
 import time
@@ -25,7 +27,8 @@ class _Opening(TypedDict):
     """What one process says in one opening of a group."""
 
     ticket: str  # drawn for it
-    tickets: list[str | None]  # of all processes, as far as this one has seen them
+    name: str  # of the tickets of all, as far as this one has seen them; "" when it gave up
+    waits: bool  # for other processes to come
     said: dict[str, Any]  # by topic
     failure: dict[str, Any] | None
 
@@ -46,7 +49,7 @@ class Conversation:
         self._timeout = timeout
         self._place = f"jax_ep/{quote(identity, safe='')}"
         ticket = secrets.token_hex(8)
-        self._now = _Opening(ticket=ticket, tickets=[ticket], said={}, failure=None)
+        self._now = _Opening(ticket=ticket, name="", waits=True, said={}, failure=None)
         self._before: list[_Opening] = []
         self._has_begun = False
         self._is_told = False  # of another process's failure
@@ -96,6 +99,7 @@ class Conversation:
                 return cause
             timeout = error.to_plain()
         why = str(error).removeprefix("Group.open: ") or type(error).__name__
+        self._now["waits"] = False
         self._now["failure"] = {"why": why, "timeout": timeout}
         self._write()
         return error
@@ -111,18 +115,20 @@ class Conversation:
             # First whether all others are, or were, where this one is: one that has failed since
             # may already have drawn its next ticket.
             found = self._read()
-            known = {p: [o["tickets"] for o in found.get(p, [])] for p in others}
-            late = [p for p in others if self._now["tickets"] not in known[p]]
-            if not late:
+            names = {p: [o["name"] for o in found.get(p, [])] for p in others}
+            late = [p for p in others if self._now["name"] not in names[p]]
+            if not late and self._now["name"]:
+                self._now["waits"] = False
                 return
-            have_come |= {p for p in others if any(self._now["ticket"] in t for t in known[p])}
+            have_come |= {p for p in others if p in found and found[p][0]["waits"]}
             newest = {p: openings[0]["ticket"] for p, openings in found.items()}
             newest[self._me] = self._now["ticket"]
-            tickets = [newest.get(p) for p in self._processes]
-            if tickets != self._now["tickets"]:
-                self._now["tickets"] = tickets
+            name = _name_of([newest.get(p) for p in self._processes])
+            if name != self._now["name"]:
+                self._now["name"] = name
                 self._write()
-        self._now["tickets"] = []  # whoever still comes does not meet this opening
+        # Whoever still comes does not meet this opening.
+        self._now["name"], self._now["waits"] = "", False
         self._write()
         absent = next((p for p in others if p not in have_come), late[0])
         raise GroupError(
@@ -145,9 +151,9 @@ class Conversation:
     def _openings(self) -> dict[int, _Opening | None]:
         """What each process says in this opening; None: it has gone on to others."""
         found = self._read()
-        tickets = self._now["tickets"]
+        name = self._now["name"]
         return {
-            p: next((o for o in found.get(p, []) if o["tickets"] == tickets), None)
+            p: next((o for o in found.get(p, []) if o["name"] == name), None)
             for p in self._processes
         }
 
@@ -177,6 +183,10 @@ class Conversation:
             self._client.key_value_set(f"{self._place}/{self._me}", text, allow_overwrite=True)
         except jax.errors.JaxRuntimeError as e:
             raise _unreachable(e) from e
+
+
+def _name_of(tickets: Sequence[str | None]) -> str:
+    return hashlib.sha256(json.dumps(tickets).encode()).hexdigest()[:32]
 
 
 def _unreachable(e: Exception) -> GroupError:

@@ -46,8 +46,8 @@ def check(
         raise ConfigError(
             f"Group.open: ranks_per_node must divide num_ranks={num_ranks}, got {ranks_per_node}"
         )
-    is_number = isinstance(timeout, (int, float))
-    if not is_number or not 0 < timeout <= config.MAX_TIMEOUT_S:
+    seconds = config.to_number(timeout)
+    if not 0 < seconds <= config.MAX_TIMEOUT_S:
         raise ConfigError(
             "Group.open: timeout must be positive seconds, at most "
             f"{config.MAX_TIMEOUT_S:.0f}, got {timeout!r}"
@@ -67,7 +67,7 @@ def check(
         num_ranks=num_ranks,
         ranks_per_node=ranks_per_node,
         num_sms=num_sms,
-        timeout=timeout,
+        timeout=seconds,
         spec=_make_spec(mesh, axes, name),
     )
 

@@ -11,11 +11,13 @@ Environment variables:
 """
 
 import enum
+import math
 import os
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 
 from jax_ep.errors import ConfigError
 
@@ -97,6 +99,17 @@ def require_int(value: Any, *, minimum: int, op: str, argument: str) -> int:
     if number < minimum:
         raise ConfigError(f"{op}: {argument} must be at least {minimum}, got {number}")
     return number
+
+
+def to_number(value: Any) -> float:
+    """A static number of Python's or NumPy's; NaN for what is none, or beyond every float."""
+    is_number = isinstance(value, (int, float, np.integer, np.floating))
+    if not is_number or isinstance(value, bool):  # an int of Python's
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.nan
 
 
 def why_no_kernel_exchange() -> str | None:

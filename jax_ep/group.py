@@ -103,8 +103,8 @@ class Group:
             num_sms=num_sms,
             ranks_per_node=ranks_per_node,
         )
-        identity = arguments.spec.identity
-        with ExitStack() as undo, _bootstrap.meet(mesh, identity, timeout=timeout) as meeting:
+        identity, seconds = arguments.spec.identity, arguments.timeout
+        with ExitStack() as undo, _bootstrap.meet(mesh, identity, timeout=seconds) as meeting:
             if identity in _registry.open_groups:
                 raise GroupError(
                     f"Group.open: a group named {arguments.name!r} over the same axes and devices "
@@ -119,7 +119,7 @@ class Group:
                     "tuning": _tuning.to_plain(tuning),
                     "num_sms": arguments.num_sms,
                     "ranks_per_node": arguments.ranks_per_node,
-                    "timeout": timeout,
+                    "timeout": seconds,
                     "debug": debug,
                 },
             )

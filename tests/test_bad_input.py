@@ -254,6 +254,7 @@ OPEN = {
     "timeout": (lambda: jax_ep.Group.open(make_mesh(2), "ep", timeout=0), "timeout must be positive seconds, at most 86400, got 0"),
     "axis_none": (lambda: jax_ep.Group.open(make_mesh(2), None), "axis must name distinct axes of the mesh ('ep',), got (None,)"),
     "name": (lambda: jax_ep.Group.open(make_mesh(2), "ep", name=3), "name must be a string, got 3"),
+    "timeout_flag": (lambda: jax_ep.Group.open(make_mesh(2), "ep", timeout=True), "timeout must be positive seconds, at most 86400, got True"),
     "timeout_text": (lambda: jax_ep.Group.open(make_mesh(2), "ep", timeout="1"), "timeout must be positive seconds, at most 86400, got '1'"),
     "node_text": (lambda: jax_ep.Group.open(make_mesh(4), "ep", ranks_per_node="2"), "ranks_per_node must be a static integer, got '2'"),
     "num_sms": (lambda: jax_ep.Group.open(make_mesh(4), "ep", num_sms=0), "num_sms must be at least 1, got 0"),

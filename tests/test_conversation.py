@@ -26,13 +26,13 @@ class Store:
 
 @pytest.fixture
 def converse(monkeypatch):
-    """converse(process, timeout): that process's part in a new opening by processes 0, 1, 2."""
+    """converse(process, timeout): that process's part in a new opening by the owners."""
     store = Store()
     monkeypatch.setattr(_conversation._jax_compat, "distributed_client", lambda: store)
 
-    def make(process, timeout=20.0):
+    def make(process, timeout=20.0, owners=(0, 0, 1, 1, 2, 2)):
         monkeypatch.setattr(jax, "process_index", lambda: process)
-        return _conversation.Conversation("a//b", [0, 0, 1, 1, 2, 2], timeout=timeout)
+        return _conversation.Conversation("a//b", owners, timeout=timeout)
 
     make.store = store
     return make
@@ -56,6 +56,13 @@ def test_what_was_said_in_another_opening_is_not_heard(converse):
     said = {p: f"second {p}" for p in range(3)}
     assert _at_once(*[(c.gather, "x", said[p]) for p, c in enumerate(second)]) == [said] * 3
     assert len(converse.store.values) == 3
+
+
+def test_what_each_writes_does_not_grow_with_their_number(converse):
+    parts = [converse(p, owners=range(100)) for p in range(100)]
+    said = dict.fromkeys(range(100), 0)
+    assert _at_once(*[(c.gather, "x", 0) for c in parts]) == [said] * 100
+    assert max(map(len, converse.store.values.values())) < 300
 
 
 def test_the_end_of_an_opening_is_heard_from_within_the_next(converse):

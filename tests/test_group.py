@@ -212,6 +212,12 @@ def test_handle_crosses_a_jit_border(groups, layout):
     np.testing.assert_array_equal(back(data.rows, out.handle), y)
 
 
+def test_timeouts_may_be_numbers_of_numpy():
+    with jax_ep.Group.open(make_mesh(2), "ep", timeout=np.float32(2.5)) as group:
+        assert type(group.timeout) is float
+        assert group.timeout == 2.5
+
+
 def test_missing_peer_ends_in_an_exception():
     """The rank that does not come is named, results are NaN, and a new group works."""
     x, ids = np.ones((3, 4, 8), np.float32), np.zeros((3, 4, 1), np.int32)
