@@ -35,6 +35,7 @@ def make_spec(
     backend: str | None,
     dtypes: Sequence[Any] | None = SUM_DTYPES,
     movement: Movement = Movement.ALL_REDUCE,
+    padding: int = 0,
 ) -> ReduceSpec:
     """The call's static facts, with the algorithm chosen; equal on all ranks.
 
@@ -48,6 +49,7 @@ def make_spec(
       backend: the caller's, or None.
       dtypes: what the custom call takes; None: anything.
       movement: what becomes of the operands.
+      padding: bytes that packets have to carry beside them.
 
     Raises: GroupError, ConfigError, DTypeError.
     """
@@ -57,7 +59,16 @@ def make_spec(
     )
     if algorithm == "auto":
         stock = spec(Algorithm.PSUM)
-        chosen = _choose(group, stock, x, num_bytes, op=op, allow_psum=allow_psum, dtypes=dtypes)
+        chosen = choose(
+            group,
+            stock,
+            x,
+            num_bytes,
+            op=op,
+            allow_psum=allow_psum,
+            dtypes=dtypes,
+            padding=padding,
+        )
         return spec(chosen)
     wanted = config.choice(Algorithm, algorithm, op=op, argument="algorithm")
     if wanted is Algorithm.TWO_SHOT and op != "all_reduce":
@@ -66,7 +77,7 @@ def make_spec(
         raise ConfigError(f"{op}: allow_psum=False forbids algorithm='psum'")
     if wanted is not Algorithm.PSUM:
         _require_operand(x, dtypes, op)
-        most = _limits(group, spec(wanted), x, op)[wanted]
+        most = _limits(group, spec(wanted), x, op, padding)[wanted]
         if most < num_bytes:
             raise ConfigError(
                 f"{op}: algorithm={algorithm!r} takes at most {max(0, most)} bytes from a rank "
@@ -75,7 +86,7 @@ def make_spec(
     return spec(wanted)
 
 
-def _choose(
+def choose(
     group: Group,
     spec: ReduceSpec,
     x: jax.Array,
@@ -84,14 +95,16 @@ def _choose(
     op: str,
     allow_psum: bool,
     dtypes: Sequence[Any] | None,
+    padding: int,
 ) -> Algorithm:
+    """What "auto" stands for; `spec` names the back end. Otherwise as in make_spec."""
     is_known = dtypes is None or x.dtype in [jnp.dtype(d) for d in dtypes]
     if allow_psum and (not is_known or x.size == 0 or spec.backend == "xla"):
         return Algorithm.PSUM
     _require_operand(x, dtypes, op)
     if spec.backend != "cuda":
         return Algorithm.ONE_SHOT
-    limits = _limits(group, spec, x, op)
+    limits = _limits(group, spec, x, op, padding)
     allowed = [a for a, most in limits.items() if num_bytes <= most]
     choices = [*allowed, Algorithm.PSUM] if allow_psum else allowed
     chosen = _tuning.pick(group.tuning, op, num_bytes, choices)
@@ -111,9 +124,11 @@ def _require_operand(x: jax.Array, dtypes: Sequence[Any] | None, op: str) -> Non
         raise ConfigError(f"{op}: psum alone takes an x without elements, got shape {x.shape}")
 
 
-def _limits(group: Group, spec: ReduceSpec, x: jax.Array, op: str) -> dict[Algorithm, int]:
+def _limits(
+    group: Group, spec: ReduceSpec, x: jax.Array, op: str, padding: int
+) -> dict[Algorithm, int]:
     """Bytes from each rank that an algorithm can carry, -1 for none; the last for the largest."""
-    packets = {Algorithm.LOW_LATENCY: config.packet_payload(group.num_ranks)}
+    packets = {Algorithm.LOW_LATENCY: config.packet_payload(group.num_ranks) - padding}
     if spec.backend != "cuda":
         # Packets have their limit everywhere: a program that runs here runs there.
         return packets | dict.fromkeys((Algorithm.ONE_SHOT, Algorithm.TWO_SHOT), _UNLIMITED)

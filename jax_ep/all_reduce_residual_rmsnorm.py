@@ -92,20 +92,23 @@ def _choose(
             f"{_OP}: without psum a row has at most {config.MAX_NORM_ROW_BYTES} bytes, got "
             f"{row_bytes}"
         )
-    # Each row begins with packets of its own.
-    unit = config.PACKET_GROUP_PAYLOAD
-    padded = -(-row_bytes // unit) * unit
-    padded_bytes = padded * (x.size // max(1, x.shape[-1]))
     return _reduce.make_spec(
         group,
         x,
-        padded_bytes,
+        x.nbytes,
         op=_OP,
         algorithm=algorithm,
         allow_psum=allow_psum,
         backend=backend,
         dtypes=_checks.FLOAT_DTYPES,
+        padding=packet_padding(x),
     )
+
+
+def packet_padding(x: jax.Array) -> int:
+    """Bytes: each row begins with packets of its own."""
+    row_bytes = x.shape[-1] * x.dtype.itemsize
+    return -row_bytes % config.PACKET_GROUP_PAYLOAD * (x.size // max(1, x.shape[-1]))
 
 
 def _vary(

@@ -2,9 +2,12 @@
 
 import dataclasses
 import json
+import math
 from argparse import Namespace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +17,9 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
-from jax_ep import _tuning, config, reference
+from jax_ep import _reduce, _tuning, config, reference
 from jax_ep._spec import GroupSpec, ReduceSpec
+from jax_ep.all_reduce_residual_rmsnorm import packet_padding
 from jax_ep.bench import reduce, tune
 from jax_ep.bench.record import find_place
 from jax_ep.bench.session import Session
@@ -330,6 +334,41 @@ def test_the_table_chooses(monkeypatch, tmp_path):
     monkeypatch.setenv("JAX_EP_TUNING", str(path))
     with jax_ep.Group.open(make_mesh(2), "ep", name="tuned") as group:
         assert _tuning.pick(group.tuning, "all_reduce", 5, ours) is Algorithm.TWO_SHOT
+
+
+def _auto(op, x):
+    """What "auto" takes on two H100, whatever there is here."""
+    group = SimpleNamespace(
+        num_ranks=2,
+        spec=SimpleNamespace(staging_bytes=None),
+        tuning=_tuning.load("NVIDIA H100 80GB HBM3", 2),
+    )
+    group.spec.can_stage = lambda x: True
+    padding = packet_padding(x) if op == "all_reduce_residual_rmsnorm" else 0
+    options = {"allow_psum": True, "dtypes": (jnp.bfloat16,), "padding": padding}
+    stock = ReduceSpec(group.spec, "cuda", Algorithm.PSUM)
+    num_bytes = x.size * x.dtype.itemsize
+    return _reduce.choose(group, stock, x, num_bytes, op=op, **options)
+
+
+@pytest.mark.parametrize("op", _tuning.OPS)
+def test_auto_at_the_thresholds_of_the_table(op):
+    """By the bytes that were measured: those of an operand, without the padding of its packets."""
+    unit = (8192,) if op == "all_reduce_residual_rmsnorm" else ()
+    steps = _tuning.load("NVIDIA H100 80GB HBM3", 2)[op]
+    assert len(steps) > 1
+    for step, next_step in pairwise(steps):
+        at = step.bytes // (2 * math.prod(unit))
+        found = [_auto(op, jax.ShapeDtypeStruct((at + n, *unit), jnp.bfloat16)) for n in (-1, 0, 1)]
+        assert found == [step.algorithm, step.algorithm, next_step.algorithm]
+
+
+def test_auto_takes_what_has_room():
+    """Rows of one element fill a group of packets each."""
+    op = "all_reduce_residual_rmsnorm"
+    most = config.packet_payload(2) // config.PACKET_GROUP_PAYLOAD
+    for rows, algorithm in ((most, Algorithm.LOW_LATENCY), (most + 1, Algorithm.ONE_SHOT)):
+        assert _auto(op, jax.ShapeDtypeStruct((rows, 8), jnp.bfloat16)) is algorithm
 
 
 @pytest.mark.parametrize(
