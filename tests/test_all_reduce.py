@@ -1,13 +1,8 @@
 """all_reduce and its relatives: types, transforms, choices. Their values are in the suite."""
 
 import dataclasses
-import json
-import math
-from argparse import Namespace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +12,11 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
-from jax_ep import _reduce, _tuning, config, reference
+from jax_ep import config, reference
 from jax_ep._spec import GroupSpec, ReduceSpec
-from jax_ep.all_reduce_residual_rmsnorm import packet_padding
-from jax_ep.bench import reduce, tune
-from jax_ep.bench.record import find_place
-from jax_ep.bench.session import Session
 from jax_ep.config import Algorithm
 from jax_ep.testing.compare import assert_close, assert_same_bits
-from jax_ep.testing.ranks import make_mesh, on_ranks
+from jax_ep.testing.ranks import on_ranks
 
 OPS = (jax_ep.all_reduce, jax_ep.reduce_scatter, jax_ep.all_gather)
 
@@ -314,82 +305,6 @@ def test_what_is_not_ours_is_psum(groups, backend):
     np.testing.assert_array_equal(got, np.broadcast_to(flags, (2, 2, 2)))
 
 
-def test_a_table_of_fewer_ranks_gives_way_to_one_of_more():
-    """That of two H100 is not for eight of them."""
-    two, eight = (_tuning.load("NVIDIA H100 80GB HBM3", n) for n in (2, 8))
-    assert eight == _tuning.load("no such device", 8)
-    assert two != _tuning.load("no such device", 2)
-
-
-def test_the_table_chooses(monkeypatch, tmp_path):
-    table = _tuning.load("no such device", 2)
-    ours = [Algorithm.LOW_LATENCY, Algorithm.ONE_SHOT, Algorithm.TWO_SHOT]
-    for op in _tuning.OPS:
-        assert _tuning.pick(table, op, 1, [*ours, Algorithm.PSUM]) is Algorithm.LOW_LATENCY
-        assert _tuning.pick(table, op, 1 << 40, [*ours, Algorithm.PSUM]) is Algorithm.PSUM
-        assert _tuning.pick(table, op, 1 << 40, ours) is None
-    own = {"device": "any", "num_ranks": 1, "ops": {op: [[None, "two_shot"]] for op in _tuning.OPS}}
-    path = tmp_path / "table.json"
-    path.write_text(json.dumps({"tables": [own]}))
-    monkeypatch.setenv("JAX_EP_TUNING", str(path))
-    with jax_ep.Group.open(make_mesh(2), "ep", name="tuned") as group:
-        assert _tuning.pick(group.tuning, "all_reduce", 5, ours) is Algorithm.TWO_SHOT
-
-
-def _auto(op, x):
-    """What "auto" takes on two H100, whatever there is here."""
-    group = SimpleNamespace(
-        num_ranks=2,
-        spec=SimpleNamespace(staging_bytes=None),
-        tuning=_tuning.load("NVIDIA H100 80GB HBM3", 2),
-    )
-    group.spec.can_stage = lambda x: True
-    padding = packet_padding(x) if op == "all_reduce_residual_rmsnorm" else 0
-    options = {"allow_psum": True, "dtypes": (jnp.bfloat16,), "padding": padding}
-    stock = ReduceSpec(group.spec, "cuda", Algorithm.PSUM)
-    num_bytes = x.size * x.dtype.itemsize
-    return _reduce.choose(group, stock, x, num_bytes, op=op, **options)
-
-
-@pytest.mark.parametrize("op", _tuning.OPS)
-def test_auto_at_the_thresholds_of_the_table(op):
-    """By the bytes that were measured: those of an operand, without the padding of its packets."""
-    unit = (8192,) if op == "all_reduce_residual_rmsnorm" else ()
-    steps = _tuning.load("NVIDIA H100 80GB HBM3", 2)[op]
-    assert len(steps) > 1
-    for step, next_step in pairwise(steps):
-        at = step.bytes // (2 * math.prod(unit))
-        found = [_auto(op, jax.ShapeDtypeStruct((at + n, *unit), jnp.bfloat16)) for n in (-1, 0, 1)]
-        assert found == [step.algorithm, step.algorithm, next_step.algorithm]
-
-
-def test_auto_takes_what_has_room():
-    """Rows of one element fill a group of packets each."""
-    op = "all_reduce_residual_rmsnorm"
-    most = config.packet_payload(2) // config.PACKET_GROUP_PAYLOAD
-    for rows, algorithm in ((most, Algorithm.LOW_LATENCY), (most + 1, Algorithm.ONE_SHOT)):
-        assert _auto(op, jax.ShapeDtypeStruct((rows, 8), jnp.bfloat16)) is algorithm
-
-
-@pytest.mark.parametrize(
-    ("text", "match"),
-    [
-        ("{", "is no table of algorithms: JSONDecodeError"),
-        ('{"tables": [{"device": "any", "num_ranks": 1, "ops": {}}]}', "KeyError: 'all_reduce'"),
-        ('{"tables": []}', "has none for cpu, 2 ranks"),
-    ],
-)
-def test_a_bad_table_is_an_error(monkeypatch, tmp_path, text, match):
-    path = tmp_path / "table.json"
-    path.write_text(text)
-    monkeypatch.setenv("JAX_EP_TUNING", str(path))
-    with pytest.raises(jax_ep.ConfigError, match=match):
-        jax_ep.Group.open(make_mesh(2), "ep", name="badly_tuned")
-    monkeypatch.setenv("JAX_EP_TUNING", str(tmp_path / "missing.json"))
-    with pytest.raises(jax_ep.ConfigError, match="JAX_EP_TUNING: cannot read"):
-        jax_ep.Group.open(make_mesh(2), "ep", name="badly_tuned")
-
-
 BAD = {
     "dtype": (jax_ep.all_reduce, [np.ones((2, 3), np.uint8)], {"allow_psum": False}, jax_ep.DTypeError, "all_reduce: x, for all algorithms but psum, must be bfloat16, float16, float32, int32, got uint8"),
     "empty": (jax_ep.all_reduce, [np.ones((2, 0), np.float32)], {"algorithm": "one_shot"}, jax_ep.ConfigError, r"all_reduce: psum alone takes an x without elements, got shape \(0,\)"),
@@ -418,49 +333,6 @@ def test_bad_input(groups, case):
     args = [a if a.dtype != np.float64 else a.astype(np.float32) for a in args]
     with pytest.raises(error, match=match):
         on_ranks(partial(op, group=group, **options), group.mesh, check_vma=False)(*args)
-
-
-def test_tune_measures_on_gpus_only(tmp_path):
-    args = Namespace(out=tmp_path / "t.json", most_mib=1, commit=None)
-    with pytest.raises(jax_ep.GroupError, match="nothing to choose on back end 'cpu'"):
-        tune.main(args)
-
-
-def test_tune_keeps_what_is_fastest(tmp_path):
-    """And what it writes can be loaded, beside entries of other devices."""
-    found = {
-        1: {"low_latency": 1.0, "one_shot": 2.0, "psum": 3.0},
-        4: {"low_latency": 2.0, "one_shot": 3.0, "psum": 3.0},
-        16: {"one_shot": 4.0, "psum": 5.0},
-        64: {"one_shot": 9.0, "psum": 8.0},
-    }
-    steps = tune._steps(found)
-    assert steps == [[4, "low_latency"], [16, "one_shot"], [None, "psum"]]
-    path = tmp_path / "t.json"
-    for device, num_ranks in (("a", 2), ("b", 2), ("a", 2), ("a", 4)):
-        entry = {"device": device, "num_ranks": num_ranks}
-        tune._write(path, {**entry, "ops": dict.fromkeys(_tuning.OPS, steps)})
-    assert len(json.loads(path.read_text())["tables"]) == 3
-
-
-def test_tune_measures_what_bench_does(groups, tmp_path, monkeypatch):
-    """The same records, of every algorithm at every size that holds a row; their medians count."""
-    group = groups(2)
-    monkeypatch.setattr(reduce, "_STEPS", 2)
-    monkeypatch.setattr(reduce, "HIDDEN", 512)
-    names = ["low_latency", "two_shot", "psum"]
-    place = find_place("c")
-    session = Session(group, place, repeats=1, copy_rate=1e9, backends=["cpu"], algorithms=names)
-    rows = tune.measure(session, [512, 1024], repeats=1)
-    medians = tune.collect([row.record for row in rows])
-    assert list(medians) == list(_tuning.OPS)
-    for op, sizes in medians.items():
-        expected = names if op == "all_reduce" else [n for n in names if n != "two_shot"]
-        assert list(sizes) == ([1024] if op == "all_reduce_residual_rmsnorm" else [512, 1024])
-        assert all(list(us) == expected for us in sizes.values())
-        assert tune._steps(sizes)[-1][0] is None
-    first = rows[0].record
-    assert medians["all_reduce"][512]["low_latency"] == round(first.us["p50"], 2)
 
 
 def test_limits_agree_with_the_native_side():
