@@ -78,7 +78,7 @@ def _random_ids(key, num_tokens, num_topk, num_experts):
     return jnp.where(jax.random.uniform(mask, ids.shape) < share, -1, ids)
 
 
-@pytest.mark.parametrize(("num_steps", "delayed"), [(50_000, False), (300, True)])
+@pytest.mark.parametrize(("num_steps", "delayed"), [(50_000, False), (50_000, True)])
 @pytest.mark.timeout(280)
 def test_many_calls(group, num_steps, delayed):
     """Random routings in a captured loop, two calls a step; ranks late by turns."""
@@ -89,8 +89,8 @@ def test_many_calls(group, num_steps, delayed):
         def step(carry, key):
             x, num_wrong = carry
             if delayed:
-                # A loop of random length that x depends on, so that it ends before the call.
-                late = jax.random.randint(jax.random.fold_in(key, 99), (), 0, 2000)
+                # A loop that x depends on, so that it ends before the call; long in every 16th.
+                late = jax.random.randint(jax.random.fold_in(key, 99), (), -3000, 200)
                 extra = jax.lax.fori_loop(0, late, lambda i, a: a + i % 2, jnp.int32(0))
                 x = x + jnp.minimum(extra, 0)
             ids = _random_ids(key, x.shape[0], 4, 8 * group.num_ranks)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import jax_ep
-from jax_ep import config, reference
-from jax_ep.testing.compare import assert_same_bits
+from jax_ep import _tuning, config, reference
+from jax_ep.testing.compare import assert_close, assert_same_bits
 from jax_ep.testing.ranks import make_mesh, on_ranks
 
 pytestmark = pytest.mark.gpu
@@ -105,6 +105,55 @@ def test_algorithms_give_the_same_bits(group):
                 )
                 got = on_ranks(call, group.mesh, check_vma=False)(x)
                 assert_same_bits(got, expected, what=f"{algorithm} {size}")
+
+
+@pytest.mark.parametrize("op", _tuning.OPS)
+def test_auto_around_the_thresholds_of_the_table(group, op):
+    """One element, or row, more and less: "auto" has the bits of another algorithm."""
+    is_norm = op == "all_reduce_residual_rmsnorm"
+    unit = 8192 if is_norm else 1
+    call = partial(getattr(jax_ep, op), group=group, allow_psum=False)
+    for step in group.tuning[op][:-1]:
+        for more in (-1, 0, 1):
+            count = (step.bytes // (2 * unit) + more) * unit
+            rows = (count // unit, unit) if is_norm else (count,)
+            ranks = (group.num_ranks,) * (2 if op == "reduce_scatter" else 1)
+            rng = np.random.default_rng(count)
+            operands = [rng.standard_normal((*ranks, *rows)).astype(jnp.bfloat16)]
+            if is_norm:
+                shared = [rng.standard_normal(rows), rng.random(unit)]
+                shared = [a.astype(jnp.bfloat16) for a in shared]
+                operands += [np.broadcast_to(a, (group.num_ranks, *a.shape)) for a in shared]
+            results = [
+                on_ranks(partial(call, algorithm=algorithm), group.mesh, check_vma=False)(*operands)
+                for algorithm in ("auto", "one_shot")
+            ]
+            group.check(results)
+            if is_norm:  # blocks of other sizes add up its squares
+                (normed, got), (of_another, expected) = results
+                assert_close(normed, of_another, tolerance=1e-2)
+            else:
+                got, expected = results
+            assert_same_bits(got, expected, what=f"{op} {rows}")
+
+
+@pytest.mark.parametrize("dtype", ["int32", "float32", "bfloat16"])
+def test_payloads_that_look_like_flags(dtype):
+    """Every word that the calls' own epochs could be."""
+    first, count = 5000, 256  # of epochs that no call of the group has had
+    with jax_ep.Group.open(make_mesh(len(jax.devices())), "ep", name="flags") as group:
+        words = np.arange(first - 8, first + count, dtype=np.uint32).view(jnp.dtype(dtype))
+        x = np.stack([np.roll(words, 16 * r) for r in range(group.num_ranks)])
+        group._native_group.handle.set_epoch(first)
+
+        def run(x):
+            call = partial(jax_ep.all_reduce, group=group, allow_psum=False)
+            algorithms = ("low_latency", "one_shot", "two_shot") * 16
+            return [call(x, algorithm=algorithm) for algorithm in algorithms]
+
+        expected = reference.all_reduce(x)
+        for got in on_ranks(run, group.mesh, check_vma=False)(x):
+            assert_same_bits(got, expected)
 
 
 def test_too_large_for_packets_is_an_error(group):

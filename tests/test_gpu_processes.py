@@ -8,26 +8,16 @@ import subprocess
 from contextlib import suppress
 
 import pytest
+from process_programs import MIDDLE, MISSING, REOPEN, START
 
 from jax_ep.testing import launch
 
 pytestmark = pytest.mark.gpu
 
-START = """
-import os, signal, sys, time
-from jax_ep.testing import launch
-launch.initialize()
-import jax, jax_ep
-import jax.numpy as jnp
-import numpy as np
-from jax_ep.testing import conformance
-from jax_ep.testing.compare import assert_same_bits
-from jax_ep.testing.ranks import make_mesh, on_group
-mesh = make_mesh(len(jax.devices()))
-me = jax.process_index()
-R = mesh.devices.size
+GPUS = """
+from jax_ep.testing.conformance import reductions
 assert R == max(jax.process_count(), launch.count_gpus()) > 1
-assert jax.process_count() == int(sys.argv[1])
+assert jax.process_count() == int(os.environ["JAX_EP_NUM_PROCESSES"])
 """
 
 CONFORMANCE = """
@@ -39,7 +29,10 @@ with jax_ep.Group.open(mesh, "ep", timeout=20.0) as group:
     if "shares" in sys.argv:
         checks = [c for c in checks if not c.uses_stock]
     assert len(checks) > 50
-    for check in checks[::int(sys.argv[2])]:
+    chosen = checks[::int(sys.argv[1])]
+    if "sums" in sys.argv:
+        chosen = [c for c in checks if c.run.__module__ == reductions.__name__]
+    for check in chosen:
         print("checking", check, flush=True)
         check(group, "cuda")
 print("passed")
@@ -68,44 +61,14 @@ with jax_ep.Group.open(mesh, "ep", timeout=60.0) as group:
 print("passed")
 """
 
-MISSING = """
-group = jax_ep.Group.open(mesh, "ep", timeout=3.0)
-def echo(x, ids):
-    out = jax_ep.dispatch(x, ids, group=group, num_experts=4 * R)
-    return jax_ep.combine(out.x, out.handle)
-run = on_group(echo, group)
-x = np.ones((R, 16, 64), np.float32)
-ids = np.zeros((R, 16, 2), np.int32)
-for i in range(10):
-    run(x, ids)
-group.check()
-start = time.monotonic()
-try:
-    for i in range(10):
-        if i == 5 and me == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        start = time.monotonic()
-        y = run(x, ids)
-        group.check(y)
-except jax_ep.PeerTimeoutError as e:
-    print("waited", time.monotonic() - start)
-    print(e, flush=True)
-    sys.exit(7)
-"""
-
-
 TOLD = """
 group = jax_ep.Group.open(mesh, "ep", timeout=2.0)
-def echo(x, ids):
-    out = jax_ep.dispatch(x, ids, group=group, num_experts=4 * R)
-    return jax_ep.combine(out.x, out.handle)
-run = on_group(echo, group)
-operands = np.ones((R, 16, 64), np.float32), np.zeros((R, 16, 2), np.int32)
-group.check(run(*operands))
+run = on_group(lambda x, ids: echo(group, x, ids), group)
+group.check(run(x, ids))
 start = time.monotonic()
 try:
     if me == 1:
-        group.check(run(*operands))
+        group.check(run(x, ids))
     while me != 1 and time.monotonic() < start + 30:
         group.check()
         time.sleep(0.1)
@@ -155,7 +118,7 @@ def mps(tmp_path_factory):
 
 def _run(program, num_processes, *argv, environment=None, exit_codes=None, deadline=200.0):
     return launch.launch(
-        ["-c", START + program, str(num_processes), *argv],
+        ["-c", START + GPUS + program, *argv],
         num_processes=num_processes,
         deadline=deadline,
         environment={
@@ -190,9 +153,9 @@ def test_conformance_with_an_allocator_that_hides_memory(num_gpus):
     environment = {"XLA_PYTHON_CLIENT_ALLOCATOR": "cuda_async"}
     assert _passed(_run(CONFORMANCE, num_gpus, "60", "stages", environment=environment))
     # In one process as well.
-    alone = START.replace("launch.initialize()", "") + CONFORMANCE
+    alone = START.replace("launch.initialize()", "") + GPUS + CONFORMANCE
     outputs = launch.launch(
-        ["-c", alone, "1", "60", "stages"],
+        ["-c", alone, "60", "stages"],
         num_processes=1,
         deadline=200.0,
         environment={"XLA_FLAGS": "", **environment},
@@ -204,6 +167,23 @@ def test_conformance_with_an_allocator_that_hides_memory(num_gpus):
 @pytest.mark.parametrize("per_gpu", [2, 4])
 def test_conformance_of_more_ranks_than_gpus(num_gpus, mps, per_gpu):
     assert _passed(_run(CONFORMANCE, per_gpu * num_gpus, "20", "shares", environment=mps))
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("per_gpu", [2, 4])
+def test_sums_of_more_ranks_than_gpus(num_gpus, mps, per_gpu):
+    """All operations, algorithms and dtypes."""
+    outputs = _run(
+        CONFORMANCE, per_gpu * num_gpus, "1", "shares", "sums", environment=mps, deadline=280.0
+    )
+    assert _passed(outputs)
+    assert outputs[0].count("checking ") > 40
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_opening_again_and_again_leaves_nothing_behind(num_gpus):
+    assert _passed(_run(REOPEN, num_gpus, "50", deadline=380.0))
 
 
 def test_constants_of_the_program_are_operands(num_gpus):
@@ -231,7 +211,17 @@ def test_a_killed_process_is_named(num_gpus):
     """When the time is up: a GPU does not see a process end."""
     codes = [7] * num_gpus
     codes[1] = -signal.SIGKILL
-    outputs = _run(MISSING, num_gpus, exit_codes=codes)
+    outputs = _run(MISSING, num_gpus, "SIGKILL", exit_codes=codes)
     for output in outputs[:1] + outputs[2:]:
         assert "waited for rank 1 until the timeout" in output
         assert float(re.search(r"waited ([\d.]+)\n", output)[1]) < 4.0
+
+
+def test_a_process_killed_within_a_program_is_named(num_gpus):
+    codes = [7] * num_gpus
+    codes[1] = -signal.SIGKILL
+    outputs = _run(MIDDLE, num_gpus, exit_codes=codes)
+    killed = float(re.search(r"killed ([\d.]+)\n", outputs[1])[1])
+    for output in outputs[:1] + outputs[2:]:
+        assert "waited for rank 1 until the timeout" in output
+        assert float(re.search(r"raised ([\d.]+)\n", output)[1]) < killed + 4.0

@@ -4,34 +4,9 @@ import re
 import signal
 
 import pytest
+from process_programs import MIDDLE, MISSING, REOPEN, START
 
 from jax_ep.testing import launch
-
-START = """
-import gc, os, signal, sys, time
-from jax_ep.testing import launch
-launch.initialize()
-import jax, jax_ep
-import jax.numpy as jnp
-import numpy as np
-from jax_ep.testing import conformance
-from jax_ep.testing.compare import assert_same_bits
-from jax_ep.testing.ranks import make_mesh, on_group
-mesh = make_mesh(len(jax.devices()))
-me = jax.process_index()
-R = mesh.devices.size
-
-def echo(group, x, ids):
-    out = jax_ep.dispatch(x, ids, group=group, num_experts=4 * R)
-    return jax_ep.combine(out.x, out.handle)
-
-def num_ranks_of(ids):
-    return (ids[..., None] // 4 == np.arange(R)).any(axis=-2).sum(axis=-1, keepdims=True)
-
-rng = np.random.default_rng(0)
-x = rng.integers(-8, 9, (R, 16, 64)).astype(np.float32)
-ids = rng.integers(0, 4 * R, (R, 16, 3)).astype(np.int32)
-"""
 
 CONFORMANCE = """
 with jax_ep.Group.open(mesh, "ep", timeout=60.0) as group:
@@ -66,37 +41,6 @@ with jax_ep.Group.open(mesh, "ep", timeout=60.0) as group:
             assert_same_bits(y, x * (i + 1) * num_ranks_of((ids + i) % (4 * R)).astype(np.float32))
             assert_same_bits(s, np.tile(x.sum(axis=0) * (i + 1), (R, 1, 1)))
         assert_same_bits(last, x + 30)
-print("passed")
-"""
-
-REOPEN = """
-def held():
-    gc.collect()
-    fds = len(os.listdir("/proc/self/fd"))
-    threads = len(os.listdir("/proc/self/task"))
-    with open("/proc/self/statm") as f:
-        return fds, threads, int(f.read().split()[1]) * 4096
-
-def once(i):
-    with jax_ep.Group.open(mesh, "ep", timeout=60.0) as group:
-        y = on_group(lambda x, ids: echo(group, x, ids), group)(x, ids)
-        assert_same_bits(y, x * num_ranks_of(ids).astype(np.float32))
-        del y
-    del group
-    jax.clear_caches()
-
-for i in range(6):
-    once(i)
-before = held()
-for i in range(int(sys.argv[1])):
-    once(i)
-time.sleep(6.0)  # idle threads leave
-after = held()
-print("held", before, after)
-assert after[0] <= before[0], "descriptors"
-assert after[1] <= before[1] + 2, "threads"
-assert after[2] <= before[2] + 64 * 2**20, "memory"
-assert not [name for name in os.listdir("/dev/shm") if "jax_ep" in name]
 print("passed")
 """
 
@@ -287,34 +231,6 @@ except jax_ep.GroupError as e:
     print(e)
 """
 
-MISSING = """
-group = jax_ep.Group.open(mesh, "ep", timeout=3.0)
-run = on_group(lambda x, ids: echo(group, x, ids), group)
-run(x, ids)
-group.check()
-how = sys.argv[1]
-start = time.monotonic()
-try:
-    for i in range(10):
-        if i == 5 and me == 1 and how != "skip":
-            os.kill(os.getpid(), getattr(signal, how))
-        if i == 5 and how == "skip":
-            group._native_group.handle.skip_rank(3)
-        start = time.monotonic()
-        y = run(x, ids)
-        group.check(y)
-except jax_ep.PeerTimeoutError as e:
-    print("waited", time.monotonic() - start)
-    print(e)
-    good = x * num_ranks_of(ids).astype(np.float32)
-    for shard in y.addressable_shards:  # good, where another process was ahead by a call
-        data = np.asarray(shard.data)
-        assert np.isnan(data).all() or np.array_equal(data, good[shard.index])
-    for shard in run(x, ids).addressable_shards:
-        assert np.isnan(np.asarray(shard.data)).all()
-    sys.exit(7)
-"""
-
 SUBSETS = """
 from jax.sharding import Mesh
 devices = jax.devices()
@@ -388,9 +304,8 @@ def test_groups_over_a_part_of_the_processes():
         assert re.findall(r"refused .*", output) == [f"refused {other}"]
 
 
-@pytest.mark.parametrize("times", ["12", pytest.param("60", marks=pytest.mark.slow)])
-def test_opening_again_and_again_leaves_nothing_behind(times):
-    assert all(output.endswith("passed\n") for output in _run(REOPEN, times))
+def test_opening_again_and_again_leaves_nothing_behind():
+    assert all(output.endswith("passed\n") for output in _run(REOPEN, "50"))
 
 
 def test_settings_that_differ_are_an_error_in_every_process():
@@ -459,6 +374,13 @@ def test_a_killed_process_is_named_at_once(processes):
     for output in outputs[:1] + outputs[2:]:
         assert "waited for rank 2, whose process has ended" in output
         assert float(re.search(r"waited ([\d.]+)\n", output)[1]) < 2.0
+
+
+def test_a_process_killed_within_a_program_is_named_at_once():
+    survivor, killed = _run(MIDDLE, exit_codes=[7, -signal.SIGKILL])
+    assert "waited for rank 2, whose process has ended" in survivor
+    raised, at = (re.search(r"(?:raised|killed) ([\d.]+)\n", o)[1] for o in (survivor, killed))
+    assert 0 < float(raised) - float(at) < 2.0
 
 
 def test_a_rank_that_does_not_come_is_named_in_every_process():

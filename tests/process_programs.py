@@ -1,0 +1,113 @@
+"""Programs that several processes run, on CPU devices and on GPUs."""
+
+START = """
+import gc, os, signal, subprocess, sys, threading, time
+from jax_ep.testing import launch
+launch.initialize()
+import jax, jax_ep
+import jax.numpy as jnp
+import numpy as np
+from jax_ep.testing import conformance
+from jax_ep.testing.compare import assert_same_bits
+from jax_ep.testing.ranks import make_mesh, on_group
+mesh = make_mesh(len(jax.devices()))
+me = jax.process_index()
+R = mesh.devices.size
+
+def echo(group, x, ids):
+    out = jax_ep.dispatch(x, ids, group=group, num_experts=4 * R)
+    return jax_ep.combine(out.x, out.handle)
+
+def num_ranks_of(ids):
+    return (ids[..., None] // 4 == np.arange(R)).any(axis=-2).sum(axis=-1, keepdims=True)
+
+rng = np.random.default_rng(0)
+x = rng.integers(-8, 9, (R, 16, 64)).astype(np.float32)
+ids = rng.integers(0, 4 * R, (R, 16, 3)).astype(np.int32)
+"""
+
+REOPEN = """
+def held():
+    gc.collect()
+    fds = len(os.listdir("/proc/self/fd"))
+    threads = len(os.listdir("/proc/self/task"))
+    with open("/proc/self/statm") as f:
+        memory = int(f.read().split()[1]) * 4096
+    of_gpu = 0
+    if jax.devices()[0].platform == "gpu":
+        query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+        of_gpu = max(map(int, subprocess.check_output(query, text=True).split()))
+    return fds, threads, memory, of_gpu
+
+def once(i):
+    with jax_ep.Group.open(mesh, "ep", timeout=60.0) as group:
+        y = on_group(lambda x, ids: echo(group, x, ids), group)(x, ids)
+        assert_same_bits(y, x * num_ranks_of(ids).astype(np.float32))
+        del y
+    del group
+    jax.clear_caches()
+
+for i in range(6):
+    once(i)
+before = held()
+for i in range(int(sys.argv[1])):
+    once(i)
+time.sleep(6.0)  # idle threads leave
+after = held()
+print("held", before, after)
+assert after[0] <= before[0], "descriptors"
+assert after[1] <= before[1] + 2, "threads"
+assert after[2] <= before[2] + 64 * 2**20, "memory"
+assert after[3] <= before[3] + 256, "MiB of a GPU"  # the other process may hold a group
+assert not [name for name in os.listdir("/dev/shm") if "jax_ep" in name]
+print("passed")
+"""
+
+MISSING = """
+group = jax_ep.Group.open(mesh, "ep", timeout=3.0)
+run = on_group(lambda x, ids: echo(group, x, ids), group)
+run(x, ids)
+group.check()
+how = sys.argv[1]
+start = time.monotonic()
+try:
+    for i in range(10):
+        if i == 5 and me == 1 and how != "skip":
+            os.kill(os.getpid(), getattr(signal, how))
+        if i == 5 and how == "skip":
+            group._native_group.handle.skip_rank(3)
+        start = time.monotonic()
+        y = run(x, ids)
+        group.check(y)
+except jax_ep.PeerTimeoutError as e:
+    print("waited", time.monotonic() - start)
+    print(e)
+    good = x * num_ranks_of(ids).astype(np.float32)
+    for shard in y.addressable_shards:  # good, where another process was ahead by a call
+        data = np.asarray(shard.data)
+        assert np.isnan(data).all() or np.array_equal(data, good[shard.index])
+    for shard in run(x, ids).addressable_shards:
+        assert np.isnan(np.asarray(shard.data)).all()
+    sys.exit(7)
+"""
+
+MIDDLE = """
+group = jax_ep.Group.open(mesh, "ep", timeout=3.0)
+def steps(x, ids):
+    return jax.lax.scan(lambda x, _: (echo(group, x, ids) / R, None), x, length=500)[0]
+def kill():
+    print("killed", time.time(), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+run = on_group(steps, group)
+group.check(run(x, ids))
+if me == 1:
+    threading.Timer(0.3, kill).start()
+try:
+    while True:
+        y = run(x, ids)
+        group.check(y)
+except jax_ep.PeerTimeoutError as e:
+    print("raised", time.time())
+    print(e)
+    sys.exit(7)
+"""
