@@ -25,7 +25,7 @@ class GroupInfo:
         is done with larger ones; None: peers read operands in place.
       devices: one line per device, in mesh order.
       timeout: seconds that a rank waits for its peers.
-      num_sms: SMs that a call uses on GPUs unless it says otherwise.
+      num_sms: SMs that a dispatch or combine uses on GPUs unless it says otherwise.
       debug: whether routings are checked on the device.
     """
 

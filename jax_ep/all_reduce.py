@@ -33,7 +33,7 @@ def all_reduce(
         at every other, each 12 bytes with a flag; up to 3 MiB over the number of ranks.
         "one_shot": the same without flags in the words, up to 4 MiB, less for more than 4 ranks;
         larger arrays every rank reads where they lie. "two_shot": every rank adds a part and
-        passes it on; stored up to 8 MiB (2 ranks: 4), read where it lies beyond. "psum": the
+        passes it on; stored up to 8 MiB (2 ranks: 4, 3: 6), read where it lies beyond. "psum": the
         stock collective. "auto": by a table that was measured for the device and the number of
         ranks (`python -m jax_ep tune`). On CPUs all of ours are the same.
       allow_psum: whether "auto" may choose psum: for arrays that it is faster for, for other

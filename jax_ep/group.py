@@ -80,8 +80,9 @@ class Group:
           timeout: seconds that a call of the custom calls waits for a rank before the group fails.
             The `xla` back end waits as XLA's collectives do. Over several processes it should be
             below JAX's heartbeat timeout.
-          num_sms: SMs that a call of the `cuda` back end uses unless it says otherwise; default:
-            DEFAULT_NUM_SMS of config.py. Fewer leave more to compute that runs beside it.
+          num_sms: SMs that a dispatch or combine of the `cuda` back end uses unless it says
+            otherwise; default: DEFAULT_NUM_SMS of config.py. Fewer leave more to compute that runs
+            beside it. all_reduce and its relatives take up to 64.
           ranks_per_node: ranks of one node, consecutive; default: all.
           debug: counts bad ids of every routing and raises them in `check()`; default: the
             environment variable JAX_EP_DEBUG.
