@@ -130,57 +130,62 @@ def reduction_gradients(
             lambda x: stock(x, group.axes),
         )
     ]
-    for (_, got), (_, expected) in zip(shards(grads[0]), shards(grads[1]), strict=True):
+    for (_, got), (_, expected) in zip(*(shards(grad) for (grad,) in grads), strict=True):
         assert_same_bits(got, expected, what="gradient")
 
 
 def norm_gradients(group: jax_ep.Group, backend: str, *, check_vma: bool, outside: bool) -> None:
     """Those of the operations one by one."""
     rng = np.random.default_rng(5)
-    x = rng.standard_normal((group.num_ranks, 4, 24)).astype(np.float32)
-    residual, scale = rng.standard_normal((4, 24)), rng.random(24)
+    ranks = group.num_ranks
+    x, residual = rng.standard_normal((2, ranks, 4, 24)).astype(np.float32)
+    operands = x, residual, rng.random((ranks, 24), np.float32)
 
-    def fused(x: Any) -> Any:
-        onto, by = jnp.asarray(residual, x.dtype), jnp.asarray(scale, x.dtype)
+    def fused(x: Any, residual: Any, scale: Any) -> Any:
         return jax_ep.all_reduce_residual_rmsnorm(
-            x, onto * jnp.float32(2), by, group=group, algorithm="one_shot", backend=backend
+            x, residual, scale, group=group, algorithm="one_shot", backend=backend
         )
 
-    def one_by_one(x: Any) -> Any:
-        h = jax.lax.psum(x, group.axes) + jnp.asarray(residual, x.dtype) * 2
+    def one_by_one(x: Any, residual: Any, scale: Any) -> Any:
+        h = jax.lax.psum(x, group.axes) + residual
         mean = jnp.mean(h * h, axis=-1, keepdims=True)
-        return h / jnp.sqrt(mean + 1e-6) * jnp.asarray(scale[None], x.dtype), h
+        return h / jnp.sqrt(mean + 1e-6) * scale[None], h
 
     grads = [
         _gradient(
             group,
-            lambda x, call=call: jnp.concatenate(call(x)),
+            lambda *operands, call=call: jnp.concatenate(call(*operands)),
             check_vma=check_vma,
             outside=outside,
-        )(x)
+        )(*operands)
         for call in (fused, one_by_one)
     ]
-    for (_, got), (_, expected) in zip(shards(grads[0]), shards(grads[1]), strict=True):
-        assert_close(got, expected, tolerance=1e-5, what="gradient")
+    for of, *both in zip(("x", "residual", "scale"), *grads, strict=True):
+        for (_, got), (_, expected) in zip(*map(shards, both), strict=True):
+            assert_close(got, expected, tolerance=1e-5, what=f"gradient of {of}")
 
 
 def _gradient(
     group: jax_ep.Group, call: Callable[..., Any], *, check_vma: bool, outside: bool
 ) -> Callable[..., Any]:
-    """Of a sum of squares, taken around shard_map, or inside it."""
+    """By each operand, of a sum of squares, taken around shard_map, or inside it."""
 
-    def loss(x: Any) -> Any:
-        y = call(x)
+    def loss(*operands: Any) -> Any:
+        y = call(*operands)
         return jnp.sum(y * y)
 
-    if not outside:
-        return lambda x: on_ranks(jax.grad(loss), group.mesh, axes=group.axes, check_vma=check_vma)(
-            *place((x,), group.mesh, group.axes)
-        )
-    mapped = on_ranks(loss, group.mesh, axes=group.axes, check_vma=check_vma)
-    return lambda x: jax.jit(jax.grad(lambda x: jnp.sum(mapped(x))))(
-        *place((x,), group.mesh, group.axes)
-    )
+    def gradient(*operands: Any) -> Any:
+        each = tuple(range(len(operands)))
+        spread = partial(on_ranks, mesh=group.mesh, axes=group.axes, check_vma=check_vma)
+        grad: Callable[..., Any]
+        if outside:
+            mapped = spread(loss)
+            grad = jax.jit(jax.grad(lambda *operands: jnp.sum(mapped(*operands)), each))
+        else:
+            grad = spread(jax.grad(loss, each))
+        return grad(*place(operands, group.mesh, group.axes))
+
+    return gradient
 
 
 def _shape(group: jax_ep.Group, op: str, shape: tuple[int, ...]) -> tuple[int, ...]:
