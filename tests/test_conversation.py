@@ -17,7 +17,8 @@ class Store:
         self.values = {}
 
     def key_value_dir_get(self, folder):
-        return [(key, text) for key, text in self.values.items() if key.startswith(f"{folder}/")]
+        found = list(self.values.items())  # at once: other threads add to it
+        return [(key, text) for key, text in found if key.startswith(f"{folder}/")]
 
     def key_value_set(self, key, text, *, allow_overwrite):
         assert allow_overwrite
