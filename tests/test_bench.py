@@ -176,6 +176,22 @@ def test_bench_means_all_operations():
         list(bench.make_pairs(parser.parse_args(["all_reduce", "--dtype", "fp8"]), 8))
 
 
+@pytest.mark.parametrize(
+    ("layout", "platform", "processes", "names"),
+    [
+        ("rank", "gpu", [0, 0], ["all_gather"]),
+        ("expert", "cpu", [0, 0], ["all_to_all"]),
+        ("expert", "gpu", [0, 0], ["all_to_all", "ragged_all_to_all"]),
+        ("expert", "gpu", [0, 1], ["all_to_all"]),
+    ],
+)
+def test_stock_contenders_are_those_that_xla_has(layout, platform, processes, names):
+    devices = [types.SimpleNamespace(platform=platform, process_index=i) for i in processes]
+    mesh = types.SimpleNamespace(devices=np.array(devices))
+    group = types.SimpleNamespace(mesh=mesh, axes=("ep",))
+    assert [c.name for c in contenders(_point(layout), group, [])] == names
+
+
 def _ragged_all_to_all(rows, out, first_in, send, first_out, recv, *, axis_name):
     """lax.ragged_all_to_all, which XLA does not have for CPUs."""
     me = jax.lax.axis_index(axis_name)
@@ -375,6 +391,29 @@ def test_scripts_write_records(name, tmp_path, monkeypatch):
         assert line["op"] == name
         assert set(line["us"]) == {"p50", "p10", "p90", "p99"}
         assert line["command"].startswith(f"python {path}")
+
+
+TURNS = """
+import time
+from jax_ep.testing import launch
+launch.initialize()
+import jax
+from jax_ep.bench.timing import take_turns
+begun = []
+def run():
+    begun.append(time.monotonic())
+    return 1.0 + jax.process_index()
+taken = take_turns([run], repeats=3, tick=lambda: time.sleep(2 * jax.process_index()))
+assert taken.tolist() == [[2.0] * 3], taken
+assert begun[2] - begun[1] > 1, begun  # process 0 too, which does not sleep
+print("passed")
+"""
+
+
+def test_processes_take_turns_together():
+    """One that comes late is waited for outside what is timed."""
+    outputs = launch.launch(["-c", TURNS], num_processes=2, deadline=100.0)
+    assert all("passed\n" in output for output in outputs)
 
 
 @pytest.mark.slow

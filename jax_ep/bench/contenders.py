@@ -47,8 +47,9 @@ def contenders(
 ) -> list[Contender]:
     """All contenders of a point, ours first: one for each back end and SM budget."""
     stock = [all_gather] if point.layout == "rank" else [all_to_all]
-    # XLA has it for GPUs only.
-    if point.layout == "expert" and group.mesh.devices.flat[0].platform == "gpu":
+    # XLA has it for GPUs only, and refuses it by default where they belong to several processes.
+    kinds = {(device.platform, device.process_index) for device in group.mesh.devices.flat}
+    if point.layout == "expert" and len(kinds) == 1 and kinds.pop()[0] == "gpu":
         stock.append(ragged_all_to_all)
     return [
         *(ours(point, group, *entry) for entry in entries),

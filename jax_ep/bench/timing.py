@@ -20,7 +20,7 @@ from jax.experimental.multihost_utils import process_allgather
 
 from jax_ep.bench import memory
 from jax_ep.bench.contenders import Contender
-from jax_ep.testing.ranks import on_ranks
+from jax_ep.testing.ranks import make_mesh, on_ranks, place
 
 OPS = ("dispatch", "cached_dispatch", "combine", "round_trip")
 PERCENTILES = (50, 10, 90, 99)
@@ -195,6 +195,20 @@ def slowest(values: Any) -> Any:
     return np.max(np.reshape(process_allgather(own), (-1, *own.shape)), axis=0)
 
 
+def _make_meeting() -> Callable[[], None]:
+    """What returns when all processes have called it."""
+    if jax.process_count() == 1:
+        return lambda: None
+    mesh = make_mesh(len(jax.devices()))
+    zeros = place(np.zeros(mesh.size, np.int32), mesh)
+    meet = on_ranks(lambda x: jax.lax.psum(x, mesh.axis_names), mesh, check_vma=False)
+
+    def wait() -> None:
+        jax.block_until_ready(meet(zeros))
+
+    return wait
+
+
 def run_timed(program: Callable[..., Any], *operands: Any) -> tuple[float, Any]:
     """Seconds from the call until this process's ranks are done, and the results."""
     jax.block_until_ready(operands)
@@ -213,11 +227,14 @@ def take_turns(
 ) -> Any:
     """[runs, repeats, ...]: every run once, then all of them again; the slowest process's numbers.
 
-    A run returns a number of seconds, or several.
+    A run returns a number of seconds, or several. The processes begin each together: who waits for
+    a peer that comes late would count that peer's delay.
     """
     taken: list[list[Any]] = [[] for _ in runs]
+    meet = _make_meeting()
     for _ in range(repeats):
         for run, column in zip(runs, taken, strict=True):
+            meet()
             column.append(run())
         tick()
     return slowest(taken)
