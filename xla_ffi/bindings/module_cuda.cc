@@ -7,6 +7,7 @@
 
 #include <chrono>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -123,7 +124,15 @@ NB_MODULE(_jax_ep_cuda, m) {
   m.def("build_info", &jax_ep::BuildInfo, "Compiler and FFI API version of this build.");
   nanobind::class_<DeviceGroup>(m, "Group", "Who is who in a group, and where they meet.")
       .def(
-          "error", [](const DeviceGroup& group) { return jax_ep::ErrorDict(group.error()); },
+          "error",
+          [](const DeviceGroup& group) {
+            std::optional<jax_ep::ErrorRecord> found;
+            {
+              const nanobind::gil_scoped_release no_gil;  // it may copy from devices
+              found = group.error();
+            }
+            return jax_ep::ErrorDict(found);
+          },
           "The first failure on a device, or None.")
       .def("export_seat", &jax_ep::Export, nanobind::arg("position"), nanobind::arg("address"),
            "What another process needs to reach a device of this one: numbers, and descriptors of\n"

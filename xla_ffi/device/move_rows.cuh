@@ -8,8 +8,8 @@
 
 #include "core/row_stream.h"
 #include "core/types.h"
+#include "device/meeting.cuh"
 #include "device/rows.cuh"
-#include "device/signals.cuh"
 
 namespace jax_ep {
 

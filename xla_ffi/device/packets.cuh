@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "device/meeting.cuh"
 #include "device/rows.cuh"
 #include "device/signals.cuh"
 #include "device/vector.cuh"

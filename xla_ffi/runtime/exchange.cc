@@ -11,13 +11,14 @@
 #include <utility>
 
 #include "runtime/exchange_wire.h"
+#include "runtime/links.h"
+#include "runtime/open_call.h"
 #include "runtime/thread_pool.h"
 
 namespace jax_ep {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-using Kind = ErrorRecord::Kind;
 
 // How late the watchdog may notice an expired call.
 std::chrono::milliseconds WatchPeriod(std::chrono::milliseconds timeout) {
@@ -33,34 +34,7 @@ int NumWorkers(int num_ranks) {
 }  // namespace
 
 struct Exchange::State : std::enable_shared_from_this<Exchange::State> {
-  struct Participation {
-    std::function<void()> poison;
-    Done done;  // empty: not here, or not yet
-    // XLA goes on with the device's program inside `done`. Its threads flush subnormals, so a
-    // thread of ours would give the same program other bits.
-    std::fenv_t environment;
-
-    void Finish() const {
-      std::fesetenv(&environment);
-      done();
-    }
-  };
-  struct Call {
-    CallKey key;
-    std::shared_ptr<PhasedCall> body;
-    const char* op;
-    Clock::time_point deadline;
-    std::vector<bool> has_joined;  // by rank
-    int num_joined = 0;
-    int first_rank = kNoIndex;                // of this process
-    std::vector<Participation> participants;  // by rank
-    int phase = 0;
-    std::atomic<int> num_running = 0;
-    bool has_ended = false;           // the shares of this process have
-    std::set<int> are_reading;        // other processes that still need the operands of this one
-    std::map<int, uint64_t> gave_up;  // by process, where it says so (WireMessage)
-  };
-  using CallPtr = std::shared_ptr<Call>;
+  using CallPtr = std::shared_ptr<OpenCall>;
   // A rank of another process that has joined before any of this one has, or while the same call
   // site's last call still runs here.
   struct Early {
@@ -102,13 +76,13 @@ struct Exchange::State : std::enable_shared_from_this<Exchange::State> {
     });
   }
 
-  void PoisonAll(Call& call) {
+  void PoisonAll(OpenCall& call) {
     for (Participation& participant : call.participants) {
       if (participant.done) Poison(std::move(participant));
     }
   }
 
-  void Complete(Call& call) {
+  void Complete(OpenCall& call) {
     for (Participation& participant : call.participants) {
       if (!participant.done) continue;
       completions.Submit([p = std::move(participant)] { p.Finish(); });
@@ -137,9 +111,10 @@ struct Exchange::State : std::enable_shared_from_this<Exchange::State> {
       return;
     }
     if (lost_rank != kNoIndex) {
-      Abandon(LostRecord(*call, roster.ProcessOf(call->key.slice, lost_rank)), /*tells=*/true);
+      Abandon(call->LostRecord(roster, roster.ProcessOf(call->key.slice, lost_rank)),
+              /*tells=*/true);
     }
-    const std::set<int> gone = ProcessesThatGaveUp(*call);
+    const std::set<int> gone = call->ProcessesThatGaveUp(roster);
     std::unique_lock<std::mutex> lock(mutex);
     // What has failed there is on its way here: the call waits for it.
     call->are_reading.insert(gone.begin(), gone.end());
@@ -156,20 +131,6 @@ struct Exchange::State : std::enable_shared_from_this<Exchange::State> {
     }
     if (waits) return;
     has_failed ? PoisonAll(*call) : Complete(*call);
-  }
-
-  // Processes whose operands may have been overwritten before this one had read them.
-  std::set<int> ProcessesThatGaveUp(const Call& call) const {
-    std::set<int> gone;
-    for (const Link& link : roster.links) {
-      const auto told = call.gave_up.find(link.process);
-      if (told == call.gave_up.end()) continue;
-      uint64_t word = 1;
-      const char* problem =
-          ReadProcess(link.pid, reinterpret_cast<const void*>(told->second), &word, sizeof(word));
-      if (problem != nullptr || word != 0) gone.insert(link.process);
-    }
-    return gone;
   }
 
   // Ends every open call; its ranks get poisoned results. Without a record the exchange closes.
@@ -199,88 +160,32 @@ struct Exchange::State : std::enable_shared_from_this<Exchange::State> {
     for (const CallPtr& call : abandoned) PoisonAll(*call);
   }
 
-  CallPtr OpenCall(const CallKey& key, const Arrival& arrival, const Participant& participant) {
-    auto call = std::make_shared<Call>();
-    call->key = key;
-    call->body = participant.make(roster.num_ranks, roster.PidsOf(key.slice));
-    call->op = arrival.op;
+  CallPtr Open(const CallKey& key, const Arrival& arrival, const Participant& participant) {
+    auto body = participant.make(roster.num_ranks, roster.PidsOf(key.slice));
+    auto call =
+        std::make_shared<OpenCall>(key, arrival.op, arrival.member.rank, std::move(body), roster);
     call->deadline = Clock::now() + timeout;
-    call->has_joined.resize(roster.num_ranks);
-    call->first_rank = arrival.member.rank;
-    call->participants.resize(roster.num_ranks);
-    if (links) call->are_reading = roster.OthersOf(key.slice);
     open[key] = call;
     return call;
   }
 
-  // One more rank, with the lock held; what is wrong with it, if anything.
-  std::optional<ErrorRecord> Add(Call& call, int rank, std::string_view op,
-                                 std::span<const std::byte> args) {
-    if (call.has_joined[rank]) return RepeatedRecord(call.op, rank);
-    if (op != call.op || !call.body->Deposit(rank, args)) {
-      return ErrorRecord{.kind = Kind::kCallMismatch,
-                         .op = call.op,
-                         .rank = call.first_rank,
-                         .peer = rank,
-                         .expected = 0,
-                         .seen = 1};
-    }
-    call.has_joined[rank] = true;
-    ++call.num_joined;
-    return std::nullopt;
-  }
-
   // Moves a call that all ranks have joined among those that run; with the lock held.
   bool IsReady(const CallPtr& call) {
-    if (call->num_joined < roster.num_ranks) return false;
+    if (!call->HasAll()) return false;
     open.erase(call->key);
     running[call->key] = call;
     return true;
   }
 
-  static ErrorRecord RepeatedRecord(const char* op, int rank) {
-    return {.kind = Kind::kArrivedTwice,
-            .op = op,
-            .rank = rank,
-            .peer = kNoIndex,
-            .expected = 1,
-            .seen = 2};
-  }
-
-  // A process that a call needs, and that is late or gone.
-  ErrorRecord ProcessRecord(Kind kind, const Call& call, int process) const {
-    const std::vector<int> missing = roster.RanksOf(call.key.slice, process);
-    return {.kind = kind,
-            .op = call.op,
-            .rank = call.first_rank,
-            .peer = missing.front(),
-            .expected = roster.num_ranks,
-            .seen = roster.num_ranks - static_cast<int64_t>(missing.size())};
-  }
-  ErrorRecord LostRecord(const Call& call, int process) const {
-    return ProcessRecord(Kind::kPeerLost, call, process);
-  }
-
   std::optional<ErrorRecord> FindExpired() {
-    const auto now = Clock::now();
-    const Call* oldest = nullptr;
+    const OpenCall* oldest = nullptr;
     for (const auto* calls : {&open, &running}) {
       for (const auto& [key, call] : *calls) {
-        const bool waits = calls == &open || call->has_ended;
-        if (waits && (!oldest || call->deadline < oldest->deadline)) oldest = call.get();
+        if (call->Waits() && (!oldest || call->deadline < oldest->deadline)) oldest = call.get();
       }
     }
-    if (!oldest || now < oldest->deadline) return std::nullopt;
-    if (oldest->has_ended) {
-      return ProcessRecord(Kind::kPeerTimeout, *oldest, *oldest->are_reading.begin());
-    }
-    const auto missing = std::find(oldest->has_joined.begin(), oldest->has_joined.end(), false);
-    return ErrorRecord{.kind = Kind::kPeerTimeout,
-                       .op = oldest->op,
-                       .rank = oldest->first_rank,
-                       .peer = static_cast<int>(missing - oldest->has_joined.begin()),
-                       .expected = roster.num_ranks,
-                       .seen = oldest->num_joined};
+    if (!oldest || Clock::now() < oldest->deadline) return std::nullopt;
+    return oldest->ExpiredRecord(roster);
   }
 
   static void Watch(const std::shared_ptr<State>& state) {
@@ -320,7 +225,7 @@ struct Exchange::State : std::enable_shared_from_this<Exchange::State> {
     }
     const CallPtr call = found->second;
     call->gave_up[roster.ProcessOf(message.key.slice, message.rank)] = message.gave_up;
-    const auto problem = Add(*call, message.rank, message.op, args);
+    const auto problem = call->Add(message.rank, message.op, args);
     const bool is_ready = !problem && IsReady(call);
     lock.unlock();
     if (problem) Abandon(problem, /*tells=*/true);
@@ -334,7 +239,7 @@ struct Exchange::State : std::enable_shared_from_this<Exchange::State> {
       for (auto* calls : {&open, &running}) {
         const auto found = calls->find(key);
         if (found == calls->end()) continue;
-        Call& call = *found->second;
+        OpenCall& call = *found->second;
         call.are_reading.erase(process);
         if (!call.has_ended || !call.are_reading.empty()) continue;
         complete = found->second;
@@ -351,13 +256,13 @@ struct Exchange::State : std::enable_shared_from_this<Exchange::State> {
       std::lock_guard<std::mutex> lock(mutex);
       lost.insert(process);
       for (const auto& [key, call] : running) {
-        if (!record && call->are_reading.count(process)) record = LostRecord(*call, process);
+        if (!record && call->are_reading.count(process)) record = call->LostRecord(roster, process);
       }
       // Of these it may have said that it has read them, and not yet that all its ranks have
       // joined.
       for (const auto& [key, call] : open) {
         if (!record && roster.OthersOf(key.slice).count(process))
-          record = LostRecord(*call, process);
+          record = call->LostRecord(roster, process);
       }
     }
     if (record) Abandon(record, /*tells=*/true);
@@ -398,9 +303,8 @@ void Exchange::JoinErased(const Arrival& arrival, Participant participant) {
     std::lock_guard<std::mutex> lock(state->mutex);
     if (!state->error && state->skip_rank != rank) {
       const auto found = state->open.find(key);
-      call =
-          found == state->open.end() ? state->OpenCall(key, arrival, participant) : found->second;
-      problem = state->Add(*call, rank, arrival.op, participant.args);
+      call = found == state->open.end() ? state->Open(key, arrival, participant) : found->second;
+      problem = call->Add(rank, arrival.op, participant.args);
       has_joined = !problem;
       if (has_joined) {
         call->participants[rank] = {std::move(participant.poison), std::move(participant.done),
@@ -409,12 +313,13 @@ void Exchange::JoinErased(const Arrival& arrival, Participant participant) {
       if (const auto waiting = state->early.find(key); waiting != state->early.end()) {
         for (const State::Early& e : waiting->second) {
           call->gave_up[state->roster.ProcessOf(key.slice, e.message.rank)] = e.message.gave_up;
-          if (!problem) problem = state->Add(*call, e.message.rank, e.message.op, e.args);
+          if (!problem) problem = call->Add(e.message.rank, e.message.op, e.args);
         }
         state->early.erase(waiting);
       }
       for (const int process : call->are_reading) {
-        if (!problem && state->lost.count(process)) problem = state->LostRecord(*call, process);
+        if (!problem && state->lost.count(process))
+          problem = call->LostRecord(state->roster, process);
       }
       is_ready = !problem && state->IsReady(call);
     }

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "device/meeting.cuh"
 #include "device/signals.cuh"
 #include "ops/all_reduce/all_reduce_cuda.cuh"
 #include "ops/all_reduce/terms_cuda.cuh"

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "device/launch.cuh"
+#include "device/meeting.cuh"
 #include "device/packets.cuh"
 #include "device/signals.cuh"
 #include "device/vector.cuh"

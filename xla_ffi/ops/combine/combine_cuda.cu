@@ -3,8 +3,8 @@
 #include <algorithm>
 
 #include "device/launch.cuh"
+#include "device/meeting.cuh"
 #include "device/rows.cuh"
-#include "device/signals.cuh"
 #include "ops/combine/combine_cuda.cuh"
 #include "ops/combine/combine_ffi.h"
 #include "ops/combine/row_sums_cuda.cuh"

@@ -5,8 +5,8 @@
 
 #include "device/async_copy.cuh"
 #include "device/bulk_copy.cuh"
+#include "device/meeting.cuh"
 #include "device/rows.cuh"
-#include "device/signals.cuh"
 #include "device/vector.cuh"
 #include "ops/combine/combine_cuda.cuh"
 #include "ops/combine/partial_cells_cuda.cuh"

@@ -5,8 +5,8 @@
 
 #include "core/types.h"
 #include "device/async_copy.cuh"
+#include "device/meeting.cuh"
 #include "device/rows.cuh"
-#include "device/signals.cuh"
 #include "ops/combine/combine_cuda.cuh"
 
 namespace jax_ep {

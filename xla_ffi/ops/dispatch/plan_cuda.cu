@@ -1,7 +1,7 @@
 #include <cuda_runtime.h>
 
 #include "device/launch.cuh"
-#include "device/signals.cuh"
+#include "device/meeting.cuh"
 #include "ops/dispatch/admission_cuda.cuh"
 #include "ops/dispatch/plan_cuda.cuh"
 #include "ops/dispatch/slice_cuda.cuh"

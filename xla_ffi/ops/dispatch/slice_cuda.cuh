@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
+#include "device/meeting.cuh"
 #include "device/rows.cuh"
-#include "device/signals.cuh"
 #include "ops/dispatch/plan_cuda.cuh"
 
 namespace jax_ep {

@@ -1,0 +1,258 @@
+// How the ranks of a call meet and part, and the blocks of a rank, by the signals of signals.cuh.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/protocol.h"
+#include "device/rows.cuh"
+#include "device/signals.cuh"
+
+namespace jax_ep {
+
+/// The operands of this rank that peers read.
+struct OwnAddresses {
+  const void* at[kMaxAddresses];
+  int count;
+};
+
+/// The operands of every rank, in shared memory.
+struct PeerAddresses {
+  const std::byte* at[kMaxAddresses][kMaxRanks];
+};
+
+/// Every thread of a block: tells the same block of every peer that this one's part is stored, and
+/// waits for theirs. `cell(holder, source)` is where the holder finds the signal. The same for the
+/// whole block; false when the group has failed.
+template <typename Cell>
+__device__ bool SwapBlocks(const Endpoint& self, OpId op, uint32_t epoch, Cell&& cell) {
+  const uint32_t tag = TagOf(self, op);
+  bool is_good = true;
+  __syncthreads();
+  for (int r = threadIdx.x; r < self.num_ranks; r += blockDim.x) {
+    if (r != self.rank) StoreRelease(cell(r, self.rank), {epoch, tag});
+  }
+  for (int r = threadIdx.x; is_good && r < self.num_ranks; r += blockDim.x) {
+    if (r == self.rank) continue;
+    Signal seen;
+    is_good = WaitUntil(self, op, r, [&] {
+      seen = LoadAcquire(cell(self.rank, r));
+      return seen.epoch == epoch;
+    });
+    is_good = is_good && IsCall(self, op, r, tag, seen.value);
+  }
+  return __syncthreads_and(is_good);
+}
+
+/// SwapBlocks, when this block has its part of a chunk of a sum where the peers read it.
+__device__ inline bool SwapReduced(const Endpoint& self, OpId op, uint32_t epoch) {
+  return SwapBlocks(self, op, epoch, [&](int holder, int source) {
+    return &self.control[holder]->reduced[source][blockIdx.x];
+  });
+}
+
+/// Where the signals of all peers of one kind lie: `stride` bytes apart.
+struct SignalRow {
+  const Signal* first;
+  size_t stride;
+
+  __device__ const Signal* Of(int peer) const {
+    return reinterpret_cast<const Signal*>(reinterpret_cast<const std::byte*>(first) +
+                                           peer * stride);
+  }
+};
+
+/// How many ranks have sent the signal of `row` in a call.
+__device__ inline int CountSeen(const Endpoint& self, SignalRow row, uint32_t epoch) {
+  int num_seen = 0;
+  for (int r = 0; r < self.num_ranks; ++r) num_seen += LoadAcquire(row.Of(r)).epoch == epoch;
+  return num_seen;
+}
+
+/// An operand that `peer` has told of, as this rank reads it. False where it is not mapped here.
+__device__ inline bool Translate(const Endpoint& self, int peer, Signal low, Signal high,
+                                 const std::byte*& operand) {
+  const uint64_t address = uint64_t{high.value & 0xffff} << 32 | low.value;
+  if (address & kInControl) {
+    const auto* control = reinterpret_cast<const std::byte*>(self.control[peer]);
+    operand = control + (address & ~kInControl);
+    return true;
+  }
+  const PeerPool& pool = self.pools[peer];
+  const uint64_t offset = address - pool.begin;
+  operand = reinterpret_cast<const std::byte*>(address == 0 ? 0 : pool.here + offset);
+  return address == 0 || offset < pool.bytes;
+}
+
+/// What Translate turns back.
+__device__ inline uint64_t AddressToTell(const Endpoint& self, const void* operand) {
+  const uint64_t address = reinterpret_cast<uint64_t>(operand);
+  const uint64_t offset = address - reinterpret_cast<uint64_t>(self.own());
+  return offset < self.control_bytes ? kInControl | offset : address;
+}
+
+__device__ inline void Publish(const Endpoint& self, const OwnAddresses& own, uint32_t tag,
+                               uint32_t epoch) {
+  for (int i = threadIdx.x; i < self.num_ranks * own.count; i += blockDim.x) {
+    const uint64_t address = AddressToTell(self, own.at[i % own.count]);
+    AddressCell& cell = self.control[i / own.count]->address[self.rank][i % own.count];
+    ReleaseFence();
+    StoreRelaxed(&cell.low, {epoch, static_cast<uint32_t>(address)});
+    StoreRelaxed(&cell.high, {epoch, static_cast<uint32_t>(address >> 32) | tag << 16});
+  }
+}
+
+/// Every thread of every block of a call's first kernel: tells the peers where this rank's operands
+/// are, and learns where theirs are. The same for the whole block; false when the group has failed,
+/// and then nothing of the peers may be read. `position` is what the program takes for this
+/// device's place in the mesh.
+__device__ inline bool Meet(const Endpoint& self, OpId op, const int32_t* position,
+                            const OwnAddresses& own, PeerAddresses& peers) {
+  const bool publishes = blockIdx.x == 0;
+  // All loads are under way before the first is looked at.
+  const uint32_t ended = LoadRelaxed(&self.own()->turn.epoch);
+  const uint32_t epoch = NextEpoch(ended);
+  const bool is_aborted = IsAborted(self);
+  const int32_t found_position = publishes ? *position : self.position;
+  // Not by a thread that publishes.
+  const bool is_busy =
+      publishes && !is_aborted && threadIdx.x == blockDim.x - 1 && IsOverlap(TakeTurn(self), ended);
+  const uint32_t tag = TagOf(self, op);
+  bool is_good = !is_aborted;
+  if (is_busy) Fail(self, FailureRecord::Kind::kOverlap, op, self.rank, 0, 1);
+  if (publishes) {
+    const bool is_in_place = found_position == self.position;
+    if (is_good && !is_in_place && threadIdx.x == 0) {
+      Fail(self, FailureRecord::Kind::kMeshMismatch, op, self.rank, self.position, found_position);
+    }
+    // What is published is met: of two calls that overlap, never the second's.
+    is_good = __syncthreads_and(is_good && is_in_place && !is_busy);
+    if (is_good) Publish(self, own, tag, epoch);
+  }
+  for (int i = threadIdx.x; is_good && i < self.num_ranks * own.count; i += blockDim.x) {
+    const int peer = i / own.count;
+    const AddressCell* cells = self.own()->address[0] + i % own.count;
+    constexpr size_t kStride = sizeof(self.own()->address[0]);
+    const SignalRow lows{&cells->low, kStride};
+    const SignalRow highs{&cells->high, kStride};
+    Signal low, high;
+    is_good = WaitUntil(
+        self, op, peer,
+        [&] {
+          low = LoadRelaxed(lows.Of(peer));
+          high = LoadAcquire(highs.Of(peer));
+          return low.epoch == epoch && high.epoch == epoch;
+        },
+        [&] { return CountSeen(self, highs, epoch); });
+    is_good = is_good && IsCall(self, op, peer, tag, high.value >> 16);
+    if (!Translate(self, peer, low, high, peers.at[i % own.count][peer]) && is_good) {
+      Fail(self, FailureRecord::Kind::kNotMapped, op, peer, i % own.count, 0);
+      is_good = false;
+    }
+  }
+  return __syncthreads_and(is_good);
+}
+
+/// The same in a later kernel of the call, for which everything is there.
+__device__ inline bool Rejoin(const Endpoint& self, OpId op, int num_addresses,
+                              PeerAddresses& peers) {
+  const uint32_t epoch = CurrentEpoch(self);
+  const uint32_t tag = TagOf(self, op);
+  // A failure that is still being told has ended the kernel before this one.
+  bool is_good = !IsAborted(self) && LoadRelaxed(&self.own()->has_failed) == 0;
+  for (int i = threadIdx.x; i < self.num_ranks * num_addresses; i += blockDim.x) {
+    const AddressCell& cell = self.own()->address[i / num_addresses][i % num_addresses];
+    const Signal low = LoadRelaxed(&cell.low);
+    const Signal high = LoadRelaxed(&cell.high);
+    is_good = is_good && low.epoch == epoch && high.epoch == epoch && high.value >> 16 == tag;
+    const int peer = i / num_addresses;
+    is_good &= Translate(self, peer, low, high, peers.at[i % num_addresses][peer]);
+  }
+  return __syncthreads_and(is_good);
+}
+
+/// Every thread of every block of a kernel that has met and that is no larger than the SM budget:
+/// what each block has written is seen by all. False when the group has failed. Once in a call.
+__device__ inline bool MeetBlocks(const Endpoint& self, OpId op) {
+  bool is_good = true;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    uint32_t* num_met = &self.own()->num_blocks_met;
+    __threadfence();
+    atomicAdd(num_met, 1);
+    is_good = WaitUntil(self, op, self.rank, [&] { return LoadRelaxed(num_met) >= gridDim.x; });
+    // Also when all had come already.
+    is_good = is_good && LoadRelaxed(&self.own()->abort) == 0;
+    __threadfence();
+  }
+  return __syncthreads_and(is_good);
+}
+
+/// All results of a call, and what they are filled with when it fails: 0xff in every byte is a NaN
+/// of every type, and kNoIndex.
+struct Results {
+  static constexpr int kMax = 16;
+  struct Span {
+    void* data;
+    int64_t bytes;
+    uint8_t value;
+  };
+  Span spans[kMax];
+  int count = 0;
+
+  void Add(void* data, int64_t bytes, uint8_t value = 0xff) {
+    if (data != nullptr) spans[count++] = {data, bytes, value};
+  }
+};
+
+/// Every thread of every block of a call's last kernel, when it has read all that it will read: the
+/// last block waits until no peer reads this rank's operands any more, and ends the epoch.
+///
+/// The last block also has the verdict of the call: after a failure seen by any block, or meanwhile
+/// by a peer, no result is left as it is. Blocks that have not met do not count on there being one:
+/// calls that overlap are counted together.
+__device__ inline void Part(const Endpoint& self, OpId op, bool has_met, const Results& results) {
+  __shared__ bool is_last;
+  const auto poison = [&](int thread, int num_threads) {
+    for (int i = 0; i < results.count; ++i) {
+      const Results::Span& span = results.spans[i];
+      SetBytes(static_cast<std::byte*>(span.data), span.bytes, span.value, thread, num_threads);
+    }
+  };
+  if (!has_met) poison(blockIdx.x * blockDim.x + threadIdx.x, gridDim.x * blockDim.x);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    is_last = atomicAdd(&self.own()->num_blocks_done, 1) == gridDim.x - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  if (!is_last) return;
+  const uint32_t epoch = CurrentEpoch(self);
+  for (int peer = threadIdx.x; has_met && peer < self.num_ranks; peer += blockDim.x) {
+    StoreRelease(&self.control[peer]->read_done[self.rank], {epoch, 0});
+  }
+  bool is_good = has_met;
+  for (int peer = threadIdx.x; is_good && peer < self.num_ranks; peer += blockDim.x) {
+    const SignalRow done{self.own()->read_done, sizeof(Signal)};
+    is_good = WaitUntil(
+        self, op, peer, [&] { return LoadAcquire(done.Of(peer)).epoch == epoch; },
+        [&] { return CountSeen(self, done, epoch); });
+  }
+  // A peer that has failed has told so before anyone ends; `abort` may come later.
+  const int rank = threadIdx.x % self.num_ranks;
+  const volatile uint32_t& was_told = self.own()->told[rank].is_set;
+  const bool has_failed = LoadRelaxed(&self.own()->has_failed) != 0;
+  if (__syncthreads_or(!is_good || has_failed || was_told != 0 || IsAborted(self))) {
+    if (threadIdx.x == 0) KeepWhatWasTold(self);
+    poison(threadIdx.x, blockDim.x);
+  }
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (uint32_t& next : self.own()->next_item) StoreRelaxed(&next, 0);
+  StoreRelaxed(&self.own()->num_blocks_met, 0);
+  StoreRelaxed(&self.own()->num_blocks_done, 0);
+  StoreRelaxed(&self.own()->turn, {epoch, 0});
+}
+
+}  // namespace jax_ep

@@ -1,0 +1,75 @@
+// A call of an exchange from its first rank's arrival until its end: who has joined, whom it waits
+// for, and what to say of it when it fails.
+#pragma once
+
+#include <atomic>
+#include <cfenv>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <optional>
+#include <set>
+#include <span>
+#include <string_view>
+#include <vector>
+
+#include "core/types.h"
+#include "runtime/error_record.h"
+#include "runtime/exchange_wire.h"
+#include "runtime/phased_call.h"
+#include "runtime/roster.h"
+
+namespace jax_ep {
+
+/// A rank of this process in a call.
+struct Participation {
+  std::function<void()> poison;
+  std::function<void()> done;  // empty: not here, or not yet
+  // XLA goes on with the device's program inside `done`. Its threads flush subnormals, so a
+  // thread of ours would give the same program other bits.
+  std::fenv_t environment;
+
+  void Finish() const;
+};
+
+/// The exchange's lock guards what changes, but for the phase, which one thread at a time moves on.
+struct OpenCall {
+  /// By a rank of this process, which is still to be added.
+  OpenCall(const CallKey& key, const char* op, int rank, std::shared_ptr<PhasedCall> body,
+           const Roster& roster);
+
+  /// One more rank; what is wrong with it, if anything.
+  std::optional<ErrorRecord> Add(int rank, std::string_view of_op, std::span<const std::byte> args);
+  bool HasAll() const { return num_joined == body->num_ranks(); }
+  /// Whether it waits for others, not for its own shares.
+  bool Waits() const { return has_ended || !HasAll(); }
+
+  /// What to say when the deadline has passed while it waits.
+  ErrorRecord ExpiredRecord(const Roster& roster) const;
+  /// Of a process that the call needs, and that is gone.
+  ErrorRecord LostRecord(const Roster& roster, int process) const;
+  /// Processes whose operands may have been overwritten before this one had read them.
+  std::set<int> ProcessesThatGaveUp(const Roster& roster) const;
+
+  CallKey key;
+  std::shared_ptr<PhasedCall> body;
+  const char* op;
+  std::chrono::steady_clock::time_point deadline;
+  std::vector<bool> has_joined;  // by rank
+  int num_joined = 0;
+  int first_rank;                           // of this process
+  std::vector<Participation> participants;  // by rank
+  int phase = 0;
+  std::atomic<int> num_running = 0;
+  bool has_ended = false;           // the shares of this process have
+  std::set<int> are_reading;        // other processes that still need the operands of this one
+  std::map<int, uint64_t> gave_up;  // by process, where it says so (WireMessage)
+
+ private:
+  ErrorRecord ProcessRecord(ErrorRecord::Kind kind, const Roster& roster, int process) const;
+};
+
+}  // namespace jax_ep
