@@ -91,12 +91,12 @@ __device__ inline uint64_t AddressToTell(const Endpoint& self, const void* opera
   return offset < self.control_bytes ? kInControl | offset : address;
 }
 
+/// By threads that have passed a ReleaseFence.
 __device__ inline void Publish(const Endpoint& self, const OwnAddresses& own, uint32_t tag,
                                uint32_t epoch) {
   for (int i = threadIdx.x; i < self.num_ranks * own.count; i += blockDim.x) {
     const uint64_t address = AddressToTell(self, own.at[i % own.count]);
     AddressCell& cell = self.control[i / own.count]->address[self.rank][i % own.count];
-    ReleaseFence();
     StoreRelaxed(&cell.low, {epoch, static_cast<uint32_t>(address)});
     StoreRelaxed(&cell.high, {epoch, static_cast<uint32_t>(address >> 32) | tag << 16});
   }
@@ -114,12 +114,14 @@ __device__ inline bool Meet(const Endpoint& self, OpId op, const int32_t* positi
   const uint32_t epoch = NextEpoch(ended);
   const bool is_aborted = IsAborted(self);
   const int32_t found_position = publishes ? *position : self.position;
+  if (publishes && threadIdx.x < self.num_ranks * own.count) ReleaseFence();
   // Not by a thread that publishes.
   const bool is_busy =
-      publishes && !is_aborted && threadIdx.x == blockDim.x - 1 && IsOverlap(TakeTurn(self), ended);
+      publishes && threadIdx.x == blockDim.x - 1 && IsOverlap(TakeTurn(self), ended);
   const uint32_t tag = TagOf(self, op);
   bool is_good = !is_aborted;
-  if (is_busy) Fail(self, FailureRecord::Kind::kOverlap, op, self.rank, 0, 1);
+  // A group that has failed knows why already.
+  if (is_busy && is_good) Fail(self, FailureRecord::Kind::kOverlap, op, self.rank, 0, 1);
   if (publishes) {
     const bool is_in_place = found_position == self.position;
     if (is_good && !is_in_place && threadIdx.x == 0) {
@@ -178,12 +180,10 @@ __device__ inline bool MeetBlocks(const Endpoint& self, OpId op) {
   __syncthreads();
   if (threadIdx.x == 0) {
     uint32_t* num_met = &self.own()->num_blocks_met;
-    __threadfence();
-    atomicAdd(num_met, 1);
-    is_good = WaitUntil(self, op, self.rank, [&] { return LoadRelaxed(num_met) >= gridDim.x; });
+    is_good = CountBlock(num_met) + 1 >= gridDim.x ||
+              WaitUntil(self, op, self.rank, [&] { return LoadAcquire(num_met) >= gridDim.x; });
     // Also when all had come already.
     is_good = is_good && LoadRelaxed(&self.own()->abort) == 0;
-    __threadfence();
   }
   return __syncthreads_and(is_good);
 }
@@ -220,15 +220,11 @@ __device__ inline void Part(const Endpoint& self, OpId op, bool has_met, const R
     }
   };
   if (!has_met) poison(blockIdx.x * blockDim.x + threadIdx.x, gridDim.x * blockDim.x);
+  const uint32_t epoch = CurrentEpoch(self);  // on its way while the blocks are counted
   __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    is_last = atomicAdd(&self.own()->num_blocks_done, 1) == gridDim.x - 1;
-    __threadfence();
-  }
+  if (threadIdx.x == 0) is_last = CountBlock(&self.own()->num_blocks_done) == gridDim.x - 1;
   __syncthreads();
   if (!is_last) return;
-  const uint32_t epoch = CurrentEpoch(self);
   for (int peer = threadIdx.x; has_met && peer < self.num_ranks; peer += blockDim.x) {
     StoreRelease(&self.control[peer]->read_done[self.rank], {epoch, 0});
   }
@@ -243,7 +239,8 @@ __device__ inline void Part(const Endpoint& self, OpId op, bool has_met, const R
   const int rank = threadIdx.x % self.num_ranks;
   const volatile uint32_t& was_told = self.own()->told[rank].is_set;
   const bool has_failed = LoadRelaxed(&self.own()->has_failed) != 0;
-  if (__syncthreads_or(!is_good || has_failed || was_told != 0 || IsAborted(self))) {
+  const bool is_aborted = IsAborted(self);
+  if (__syncthreads_or(!is_good || has_failed || was_told != 0 || is_aborted)) {
     if (threadIdx.x == 0) KeepWhatWasTold(self);
     poison(threadIdx.x, blockDim.x);
   }

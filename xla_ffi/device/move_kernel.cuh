@@ -15,8 +15,7 @@ namespace jax_ep {
 
 inline constexpr int kMoveStages = 3;
 inline constexpr int kMaxBulkWarps = 16;
-inline constexpr int kLaneWarps = 8;
-inline constexpr int kMaxMoveWarps = kMaxBulkWarps + kLaneWarps;
+inline constexpr int kMaxMoveWarps = 24;
 inline constexpr size_t kMaxPieceBytes = 16 * 1024;
 inline constexpr size_t kMinBulkRowBytes = 512;
 inline constexpr size_t kMoveSharedBytes = 216 * 1024;
@@ -51,7 +50,8 @@ inline MoveGeometry MakeMoveGeometry(const RowStream* streams, int num_streams, 
   g.piece_bytes = static_cast<uint32_t>(piece);
   g.num_bulk_warps =
       static_cast<int>(std::min<size_t>(kMaxBulkWarps, kMoveSharedBytes / (kMoveStages * piece)));
-  g.num_lane_warps = kLaneWarps;
+  // All that are left: what they load waits behind the bulk copies, 10 us each time.
+  g.num_lane_warps = kMaxMoveWarps - g.num_bulk_warps;
   g.shared_bytes = g.num_bulk_warps * kMoveStages * piece;
   return g;
 }

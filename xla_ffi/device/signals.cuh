@@ -44,6 +44,23 @@ __device__ inline void StoreRelaxed(uint32_t* word, uint32_t value) {
   asm volatile("st.relaxed.sys.global.b32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
 }
 
+/// Among the blocks of this rank: adds one, behind what the block has written and in front of what
+/// it will read. What was there before.
+__device__ inline uint32_t CountBlock(uint32_t* word) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;"
+               : "=r"(before)
+               : "l"(word)
+               : "memory");
+  return before;
+}
+
+__device__ inline uint32_t LoadAcquire(const uint32_t* word) {
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
+  return value;
+}
+
 __device__ inline uint64_t GlobalTimer() {
   uint64_t ns;
   asm volatile("mov.u64 %0, %globaltimer;" : "=l"(ns));
