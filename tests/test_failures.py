@@ -1,0 +1,123 @@
+"""What fails in a call: who is told, when, and by which exception."""
+
+import copy
+import pickle
+import time
+
+import numpy as np
+import pytest
+from programs import make_echo
+
+import jax_ep
+from jax_ep import errors
+from jax_ep.testing.ranks import make_mesh, on_ranks
+
+
+def test_missing_peer_ends_in_an_exception():
+    """The rank that does not come is named, results are NaN, and a new group works."""
+    x, ids = np.ones((3, 4, 8), np.float32), np.zeros((3, 4, 1), np.int32)
+    group = jax_ep.Group.open(make_mesh(3), "ep", timeout=1.0)
+    step = on_ranks(make_echo(group), group.mesh)
+    step(x, ids).block_until_ready()
+    group.check()
+
+    group._native_group.handle.skip_rank(1)
+    start = time.monotonic()
+    y = step(x, ids)  # in flight: check waits for it
+    with pytest.raises(jax_ep.PeerTimeoutError, match="waited for rank 1") as caught:
+        group.check()
+    assert time.monotonic() - start < group.timeout + 1.0
+    assert np.isnan(np.asarray(y)).all()
+    with pytest.raises(jax_ep.PeerTimeoutError):
+        group.check(y)
+    error = caught.value
+    assert (error.op, error.peer, error.expected, error.seen) == ("dispatch", 1, 3, 2)
+
+    # Later launches end at once, and nothing new is traced.
+    start = time.monotonic()
+    assert np.isnan(np.asarray(step(x, ids))).all()
+    assert time.monotonic() - start < group.timeout
+    with pytest.raises(jax_ep.PeerTimeoutError):
+        on_ranks(make_echo(group), group.mesh)(x, ids)
+    with jax_ep.Group.open(make_mesh(3), "ep", name="next") as fresh:
+        np.testing.assert_array_equal(on_ranks(make_echo(fresh), fresh.mesh)(x, ids), x)
+    with pytest.raises(jax_ep.PeerTimeoutError), group:
+        pass
+
+
+def test_leaving_the_block_waits_for_what_is_in_flight():
+    x, ids = np.ones((3, 4, 8), np.float32), np.zeros((3, 4, 1), np.int32)
+    group = jax_ep.Group.open(make_mesh(3), "ep", timeout=0.5)
+    step = on_ranks(make_echo(group), group.mesh)
+    step(x, ids)
+    group._native_group.handle.skip_rank(2)
+
+    def leave_in_flight():
+        with group:
+            return step(x, ids)
+
+    with pytest.raises(jax_ep.PeerTimeoutError):
+        leave_in_flight()
+
+
+def test_a_failure_is_noted_on_what_the_body_raises():
+    """Results are NaN after it, and what the body makes of them says nothing of the peer."""
+    x, ids = np.ones((3, 4, 8), np.float32), np.zeros((3, 4, 1), np.int32)
+    group = jax_ep.Group.open(make_mesh(3), "ep", timeout=0.5)
+    step = on_ranks(make_echo(group), group.mesh)
+    step(x, ids).block_until_ready()
+    group._native_group.handle.skip_rank(2)
+
+    def raise_of_nans():
+        with group:
+            if np.isnan(np.asarray(step(x, ids))).any():
+                raise FloatingPointError("NaN")
+
+    with pytest.raises(FloatingPointError) as caught:
+        raise_of_nans()
+    (note,) = caught.value.__notes__
+    assert note.startswith(f"group {group.identity}: PeerTimeoutError: dispatch: rank ")
+    assert "waited for rank 2 until the timeout" in note
+    with pytest.raises(jax_ep.GroupError, match="is closed"):
+        on_ranks(make_echo(group), group.mesh)(x, ids)
+
+
+def test_a_body_that_raises_is_not_waited_for_nor_noted_twice():
+    x, ids = np.ones((3, 4, 8), np.float32), np.zeros((3, 4, 1), np.int32)
+    group = jax_ep.Group.open(make_mesh(3), "ep", timeout=2.0)
+    step = on_ranks(make_echo(group), group.mesh)
+    step(x, ids).block_until_ready()
+    group._native_group.handle.skip_rank(2)
+    launched = []
+
+    def raise_in_flight():
+        with group:
+            launched.append(step(x, ids))
+            raise ZeroDivisionError
+
+    start = time.monotonic()
+    with pytest.raises(ZeroDivisionError) as caught:
+        raise_in_flight()
+    assert time.monotonic() - start < 1.0
+    assert not hasattr(caught.value, "__notes__")
+    (y,) = launched
+    y.block_until_ready()
+    with pytest.raises(jax_ep.PeerTimeoutError) as caught, group:
+        group.check(y)
+    assert not hasattr(caught.value, "__notes__")
+
+
+ERRORS = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, Exception)]
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_exceptions_can_be_pickled_and_copied(kind):
+    if kind is jax_ep.PeerTimeoutError:
+        error = kind("dispatch", 1, 2, expected=4, seen=3, is_lost=True)
+    else:
+        error = kind("dispatch: wrong")
+    error.add_note("of step 7")
+    pickles = [pickle.dumps(error, protocol) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
+    for got in [copy.copy(error), copy.deepcopy(error), *map(pickle.loads, pickles)]:
+        assert type(got) is kind
+        assert (str(got), got.args, vars(got)) == (str(error), error.args, vars(error))
