@@ -49,7 +49,7 @@ def require_shape(x: jax.Array, shape: Sequence[int], *, op: str, argument: str)
 def require_dtype(x: jax.Array, dtypes: Sequence[Any], *, op: str, argument: str) -> None:
     """One of the dtypes."""
     if x.dtype not in [jnp.dtype(d) for d in dtypes]:
-        names = ", ".join(jnp.dtype(d).name for d in dtypes)
+        names = ", ".join(dict.fromkeys(jnp.dtype(d).name for d in dtypes))
         raise DTypeError(f"{op}: {argument} must be {names}, got {x.dtype.name}")
 
 

@@ -34,14 +34,16 @@ def all_reduce(
         "one_shot": the same without flags in the words, up to 4 MiB, less for more than 4 ranks;
         larger arrays every rank reads where they lie. "two_shot": every rank adds a part and
         passes it on; stored up to 8 MiB (2 ranks: 4, 3: 6), read where it lies beyond. "psum": the
-        stock collective. "auto": by a table that was measured for the device and the number of
-        ranks (`python -m jax_ep tune`). On CPUs all of ours are the same.
+        stock collective. "auto": by a table, measured for two H100; elsewhere by thresholds that
+        were not, until `python -m jax_ep tune --out FILE` has measured them and JAX_EP_TUNING
+        names the file when the group opens. On CPUs all of ours are the same.
       allow_psum: whether "auto" may choose psum: for arrays that it is faster for, for other
         dtypes, for empty arrays, and on the back end `xla`. False: those of ours only, or an error.
       backend: None (the group's), "cpu", "cuda" (GPU groups) or "xla".
 
     Returns:
-      Arrays of the same shapes and dtypes, that vary over the group's axes no longer.
+      Arrays of the same shapes and dtypes (bool: int32, as psum), that vary over the group's axes
+      no longer.
 
     Collective: yes.
     Gradient: that of `lax.psum`, with check_vma on and off.

@@ -36,10 +36,11 @@ def all_reduce_residual_rmsnorm(
       x: [..., hidden] bf16, f16 or f32: this rank's term.
       residual: [..., hidden] like x, the same on every rank.
       scale: [hidden], f32 or the dtype of x.
-      eps: added to the mean square.
+      eps: added to the mean square. Static.
       group: the ranks.
-      algorithm: "low_latency", "one_shot" or "psum", as in `all_reduce`; "psum" and rows of more
-        than 64 KiB are added up and normalised by separate kernels. "auto": by the table.
+      algorithm: "low_latency", "one_shot" or "psum", as in `all_reduce`; "psum" adds up and
+        normalises by separate kernels. "auto": by the table; "psum" for rows of more than 64 KiB,
+        which the others refuse.
       allow_psum: as in `all_reduce`.
       backend: as in `all_reduce`.
 

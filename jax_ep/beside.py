@@ -20,7 +20,7 @@ def beside(fn: Callable[P, T]) -> Callable[P, T]:
     moves to the second one is the computation. Kernels of jax_ep are launched with the highest
     priority, to get SMs before blocks of `fn` that have not begun; how many is `num_sms`.
 
-    XLA 0.11 runs what it has captured into a command buffer one after the other, whatever its
+    XLA of JAX 0.11 runs what it has captured into a command buffer one after the other, whatever its
     stream: set `XLA_FLAGS=--xla_gpu_enable_command_buffer=` for programs that overlap. On Hopper
     add `--xla_gpu_cublas_fallback=false`: cuBLAS's matmuls hold all SMs until they end, and the
     communication that is launched behind them waits.
@@ -29,8 +29,12 @@ def beside(fn: Callable[P, T]) -> Callable[P, T]:
       fn: of arrays to arrays, without communication. Must not contain another `beside`.
 
     Returns:
-      A function with the arguments and results of `fn`. On other platforms it is `fn`.
+      A function with the arguments and results of `fn`. On other platforms than GPUs its results
+      are those of `fn`, and it changes nothing else.
 
+    Collective: no.
     Gradient: that of `fn`, on the second stream as well.
+    Raises: ValueError, of JAX, where `fn` contains another `beside`.
+    Source: the communication hooks of DeepEP (DeepSeek, 2025), turned around.
     """
     return _jax_compat.on_second_stream(fn)

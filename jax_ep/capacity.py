@@ -28,11 +28,13 @@ def recv_capacity(
       expert_alignment: as in dispatch; each local expert may need up to that much less one row of
         padding.
       balance: how many times the rows of a perfectly balanced routing; None: the worst case, with
-        which nothing is ever dropped.
+        which nothing is ever dropped, unless a token names an expert twice.
 
     Returns:
-      Rows; never more than the worst case needs. Expert layout: a multiple of the alignment.
+      Rows; never more than a bound of what the worst case needs. Expert layout: a multiple of the
+      alignment.
 
+    Collective: no.
     Raises: ConfigError.
     """
     op = "recv_capacity"

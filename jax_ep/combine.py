@@ -33,7 +33,8 @@ def combine(
     the final rounding. Dropped rows count as zero.
 
     Args:
-      rows: [recv_capacity, hidden] bf16, f16 or f32, in the layout of the handle.
+      rows: [recv_capacity, hidden] bf16, f16 or f32, in the layout of the handle; hidden * itemsize
+        a multiple of 16 bytes.
       handle: of the dispatch.
       weights: expert layout only: [recv_capacity] f32 at the rows, as `Dispatched.weights`, or
         [num_tokens, num_topk] f32 at the tokens. None: 1. In the rank layout the caller has

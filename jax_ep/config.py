@@ -3,8 +3,8 @@
 Environment variables:
   JAX_EP_DEBUG: "1" turns debug mode on (`Group.open(debug=...)` overrides it); read when a group
     opens.
-  JAX_EP_STAGING_MB: what a GPU sets aside for copies of operands that its peers have not mapped;
-    read when a group opens.
+  JAX_EP_STAGING_MB: MiB that a GPU sets aside for copies of operands that its peers have not
+    mapped; by default 8 where most are mapped, and 256 where none is; read when a group opens.
   JAX_EP_TUNING: a file that `python -m jax_ep tune` has written; read when a group opens.
   JAX_EP_COORDINATOR, JAX_EP_NUM_PROCESSES, JAX_EP_PROCESS_ID: what `jax_ep.testing.launch` tells
     the processes that it starts.

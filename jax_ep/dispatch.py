@@ -74,8 +74,11 @@ def dispatch(
 
     Collective: every rank of the group calls it. Inside jax.shard_map over the group's mesh.
     Gradient: of x, the `combine` of the cotangent; of topk_weights, the cotangent of `weights`
-      moved back to the tokens. Dropped rows have none. fp8 rows, scales and payload raise when
-      they are differentiated; `dispatch_fp8` has a gradient.
+      moved back to the tokens. Dropped rows have none. fp8 rows, scales and payload raise
+      ConfigError when they are differentiated; `dispatch_fp8` has a gradient. So do a second
+      derivative and `jax.vmap`.
+    Limits: num_ranks * num_topk * max(recv_capacity, num_tokens) below 2^31; on the `cuda` back end
+      32 ranks, num_topk 32, and about 4,000 experts in the expert layout.
     Raises: ShapeError, DTypeError, ConfigError, GroupError while tracing; PeerTimeoutError,
       GroupError and RoutingError (debug mode) from `group.check()`.
     Source: DeepEP (DeepSeek, 2025), normal kernels; expert-major output as in Hybrid-EP.

@@ -37,6 +37,19 @@ class Group:
     Open one with `Group.open`, use it as a context manager, pass it to the operations as `group=`.
     One group covers all slices of the mesh along the other axes. Compiled functions keep what they
     need alive: they may run after `close()`, but nothing new can be traced with a closed group.
+
+    Attributes:
+      mesh: as it was opened over.
+      axes: the mesh axes that the ranks run along.
+      name: tells apart groups over the same mesh and axes.
+      num_ranks: ranks of one slice.
+      ranks_per_node: ranks of one node.
+      num_sms: SMs that a dispatch or combine uses on GPUs unless it says otherwise.
+      backend: the back end in use.
+      timeout: seconds that a rank waits for its peers.
+      debug: whether routings are checked on the device.
+      identity: name and fingerprint, equal in every process.
+      spec, backends, tuning: for the operations; `info()` tells what a user wants to know of them.
     """
 
     mesh: jax.sharding.Mesh
@@ -78,10 +91,10 @@ class Group:
           backend: "auto", "cpu" (host twins), "cuda" (kernels) or "xla" (stock collectives). What
             "auto" chose, and why, is in `info()`.
           timeout: seconds that a call of the custom calls waits for a rank before the group fails.
-            The `xla` back end waits as XLA's collectives do. Over several processes it should be
-            below JAX's heartbeat timeout.
+            The `xla` back end waits as XLA's collectives do. Default: 60; at most a day. Over
+            several processes it should be below JAX's heartbeat timeout.
           num_sms: SMs that a dispatch or combine of the `cuda` back end uses unless it says
-            otherwise; default: DEFAULT_NUM_SMS of config.py. Fewer leave more to compute that runs
+            otherwise; default: 20. Fewer leave more to compute that runs
             beside it. all_reduce and its relatives take up to 64.
           ranks_per_node: ranks of one node, consecutive; default: all.
           debug: counts bad ids of every routing and raises them in `check()`; default: the
@@ -179,7 +192,11 @@ class Group:
             self.backend = "xla"
 
     def close(self) -> None:
-        """Ends the group. Compiled functions that use it may still run; idempotent."""
+        """Ends the group. Compiled functions that use it may still run; idempotent.
+
+        Collective: no; over several processes the others may go on, but not with what this one's
+        ranks take part in.
+        """
         if not self._is_open:
             return
         self._is_open = False
@@ -216,7 +233,7 @@ class Group:
         return f"Group({self.identity}, {self.num_ranks} ranks, backend={self.backend!r}{state})"
 
     def info(self) -> GroupInfo:
-        """Who is in the group and what it runs on."""
+        """Who is in the group and what it runs on. Collective: no."""
         return _group_info.describe(self, self._native_group)
 
     def check(self, *results: Any) -> None:
@@ -228,9 +245,11 @@ class Group:
 
         Args:
           *results: arrays, or pytrees of them, of the launches to look at; they are waited for.
-            None: every live array on the group's devices is.
+            Without any, every live array on the group's devices is.
 
-        Raises: PeerTimeoutError, GroupError, RoutingError (debug mode).
+        Collective: no.
+        Raises: PeerTimeoutError, GroupError, at every call from then on; RoutingError (debug mode),
+          once.
         """
         devices = set(self.mesh.devices.flat)
         waited = results or [

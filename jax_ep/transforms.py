@@ -18,7 +18,9 @@ def save_communication_policy(*names: str) -> Any:
       names: further `checkpoint_name`s to keep.
 
     Returns:
-      `jax.checkpoint(layer, policy=jax_ep.save_communication_policy())`
+      What `jax.checkpoint(layer, policy=...)` takes.
+
+    Collective: no.
     """
     return jax.checkpoint_policies.save_only_these_names(
         config.DISPATCH_NAME, config.COMBINE_NAME, config.REDUCE_NAME, *names
@@ -30,6 +32,11 @@ def export_safety_checks() -> list[jax.export.DisabledSafetyCheck]:
 
     A loaded export finds its group by the identity among those that are open, and says by name
     which one is missing.
+
+    Returns:
+      One check for each custom call of the back ends that are built.
+
+    Collective: no.
     """
     targets = set()
     for backend in ("cpu", "cuda"):
