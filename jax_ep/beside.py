@@ -20,10 +20,10 @@ def beside(fn: Callable[P, T]) -> Callable[P, T]:
     moves to the second one is the computation. Kernels of jax_ep are launched with the highest
     priority, to get SMs before blocks of `fn` that have not begun; how many is `num_sms`.
 
-    XLA of JAX 0.11 runs what it has captured into a command buffer one after the other, whatever its
-    stream: set `XLA_FLAGS=--xla_gpu_enable_command_buffer=` for programs that overlap. On Hopper
-    add `--xla_gpu_cublas_fallback=false`: cuBLAS's matmuls hold all SMs until they end, and the
-    communication that is launched behind them waits.
+    XLA of JAX 0.11 runs what it has captured into a command buffer one after the other, whatever
+    its stream: set `XLA_FLAGS=--xla_gpu_enable_command_buffer=` for programs that overlap. On
+    Hopper add `--xla_gpu_cublas_fallback=false`: cuBLAS's matmuls hold all SMs until they end, and
+    the communication that is launched behind them waits.
 
     Args:
       fn: of arrays to arrays, without communication. Must not contain another `beside`.
