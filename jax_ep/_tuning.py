@@ -39,19 +39,28 @@ def pick(table: Table, op: str, num_bytes: int, allowed: Sequence[Algorithm]) ->
 
 
 def load(device_kind: str, num_ranks: int) -> Table:
-    """The table for a group: of its size or the next smaller, of its device kind if there is one.
+    """The table for a group: of its device kind and size, or else of any device.
+
+    The latter: of its size or the next smaller. Entries of the file that JAX_EP_TUNING names come
+    first, where it has one that fits.
 
     Raises: ConfigError for a file of JAX_EP_TUNING that cannot be used.
     """
+    sources = [_package_entries()]
     path = config.tuning_file_from_environment()
-    if path is None:
-        text = resources.files("jax_ep").joinpath("tuning/all_reduce.json").read_text()
-        return _find(_parse(text, "the package's table"), device_kind, num_ranks)
-    try:
-        text = Path(path).read_text()
-    except OSError as e:
-        raise ConfigError(f"JAX_EP_TUNING: cannot read {path}: {e}") from e
-    return _find(_parse(text, f"JAX_EP_TUNING={path}"), device_kind, num_ranks)
+    if path is not None:
+        try:
+            text = Path(path).read_text()
+        except (OSError, UnicodeDecodeError) as e:
+            raise ConfigError(f"JAX_EP_TUNING: cannot read {path}: {e}") from e
+        sources.insert(0, _parse(text, f"JAX_EP_TUNING={path}"))
+    found = (_find(entries, device_kind, num_ranks) for entries in sources)
+    return next(table for table in found if table is not None)
+
+
+def _package_entries() -> list[tuple[str, int, Table]]:
+    text = resources.files("jax_ep").joinpath("tuning/all_reduce.json").read_text()
+    return _parse(text, "the package's table")
 
 
 def to_plain(table: Table) -> dict[str, list[list[Any]]]:
@@ -68,6 +77,9 @@ def _parse(text: str, source: str) -> list[tuple[str, int, Table]]:
         for op, steps in table.items():
             if not steps or steps[-1].bytes is not None:
                 raise ConfigError(f"{source}: the last entry of {op} must be for any size (null)")
+            sizes = [-1 if step.bytes is None else step.bytes for step in steps[:-1]]
+            if sizes != sorted(set(sizes)) or -1 in sizes:
+                raise ConfigError(f"{source}: the sizes of {op} must ascend, got {sizes}")
     return entries
 
 
@@ -92,12 +104,15 @@ def _is_whole(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
-def _find(entries: list[tuple[str, int, Table]], device_kind: str, num_ranks: int) -> Table:
-    fitting = [
-        (size, device == device_kind, table)
-        for device, size, table in entries
-        if size <= num_ranks and device in (device_kind, _ANY_DEVICE)
+def _find(entries: list[tuple[str, int, Table]], device_kind: str, num_ranks: int) -> Table | None:
+    measured = [
+        table for device, size, table in entries if (device, size) == (device_kind, num_ranks)
     ]
-    if fitting:
-        return max(fitting, key=lambda entry: entry[:2])[2]
-    raise ConfigError(f"the table of algorithms has none for {device_kind}, {num_ranks} ranks")
+    if measured:
+        return measured[-1]
+    fitting = [
+        (size, table)
+        for device, size, table in entries
+        if device == _ANY_DEVICE and size <= num_ranks
+    ]
+    return max(fitting, key=lambda entry: entry[0])[1] if fitting else None

@@ -45,7 +45,7 @@ def all_reduce_residual_rmsnorm(
     if spec.algorithm is Algorithm.PSUM:
         new_residual = stock(spec, x) + residual
     else:
-        new_residual = _keep(all_reduce(spec, x) + residual)
+        new_residual = keep(all_reduce(spec, x) + residual)
     return rms_norm(new_residual, scale, eps), new_residual
 
 
@@ -62,10 +62,10 @@ def _sum(terms: jax.Array) -> jax.Array:
     """Over the leading axis, one by one."""
     is_float = jnp.issubdtype(terms.dtype, jnp.floating)
     wide = terms.astype(jnp.float32) if is_float else terms
-    return _keep(functools.reduce(jnp.add, list(wide)).astype(terms.dtype))
+    return keep(functools.reduce(jnp.add, list(wide)).astype(terms.dtype))
 
 
-def _keep(rounded: jax.Array) -> jax.Array:
+def keep(rounded: jax.Array) -> jax.Array:
     """Behind the barrier XLA cannot hand the unrounded value to whoever widens the result again."""
     kept: jax.Array = jax.lax.optimization_barrier(rounded)
     return kept

@@ -27,7 +27,8 @@ def all_reduce(
 
     Args:
       x: an array or a Python number, or a pytree of them, of any shape. bf16, f16, f32, int32;
-        others by psum. Each array is a call of its own.
+        others by psum. Each array is a call of its own; a number comes back as a multiple of it
+        that is known while tracing, as of psum.
       group: the ranks.
       algorithm: how the arrays travel between GPUs. "low_latency": every rank stores its array
         at every other, each 12 bytes with a flag; up to 3 MiB over the number of ranks.
@@ -54,7 +55,9 @@ def all_reduce(
     """
     _checks.require_group(group, op="all_reduce")
 
-    def reduce(leaf: Any) -> jax.Array:
+    def reduce(leaf: Any) -> Any:
+        if isinstance(leaf, (int, float, complex)):
+            return jax.lax.psum(leaf, group.axes)  # known while tracing
         array = _array(leaf, op="all_reduce")
         spec = _reduce.make_spec(
             group,
@@ -192,9 +195,10 @@ def all_gather(
 
 
 def _array(leaf: Any, *, op: str) -> jax.Array:
-    if isinstance(leaf, (int, float, complex)):
-        return jnp.asarray(leaf)
-    return jnp.asarray(_checks.require_array(leaf, op=op, argument="x"))
+    if not isinstance(leaf, (int, float, complex)):
+        leaf = _checks.require_array(leaf, op=op, argument="x")
+    # A weak type would stay one on some back ends only.
+    return jax.lax.convert_element_type(leaf, jnp.asarray(leaf).dtype)
 
 
 def _is_whole_bytes(dtype: Any) -> bool:

@@ -5,9 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_ep import _backends, _checks, _jax_compat, _reduce, _xla_reduce, config
 from jax_ep._spec import ReduceSpec
+from jax_ep.all_reduce import all_reduce
 from jax_ep.config import Algorithm
 from jax_ep.errors import ConfigError, ShapeError
 from jax_ep.group import Group
@@ -39,8 +41,8 @@ def all_reduce_residual_rmsnorm(
       eps: added to the mean square. Static.
       group: the ranks.
       algorithm: "low_latency", "one_shot" or "psum", as in `all_reduce`; "psum" adds up and
-        normalises by separate kernels. "auto": by the table; "psum" for rows of more than 64 KiB,
-        which the others refuse.
+        normalises by separate kernels. "auto": by the table; where that has nothing for them, and
+        for rows of more than 64 KiB, `all_reduce`, then the rest by XLA.
       allow_psum: as in `all_reduce`.
       backend: as in `all_reduce`.
 
@@ -62,16 +64,24 @@ def all_reduce_residual_rmsnorm(
     _checks.require_dtype(x, floats, op=_OP, argument="x")
     if x.ndim == 0:
         raise ShapeError(f"{_OP}: x must be [..., hidden], got shape ()")
+    if x.shape[-1] == 0:
+        raise ShapeError(f"{_OP}: x must be [..., hidden], hidden positive, got shape {x.shape}")
     _checks.require_shape(residual, x.shape, op=_OP, argument="residual")
     _checks.require_dtype(residual, (x.dtype,), op=_OP, argument="residual")
     _checks.require_shape(scale, x.shape[-1:], op=_OP, argument="scale")
     _checks.require_dtype(scale, (jnp.float32, x.dtype), op=_OP, argument="scale")
     eps = _checks.require_positive_number(eps, op=_OP, argument="eps", or_zero=True)
+    if eps > float(np.finfo(np.float32).max):
+        raise ConfigError(f"{_OP}: eps must be finite in float32, got {eps}")
     spec = _choose(group, x, algorithm, allow_psum=allow_psum, backend=backend)
-    axes = spec.group.axes
+    axes = group.spec.axes
     operands = _vary(axes, x, residual, scale)
     terms, onto = (a.reshape(-1, x.shape[-1]) for a in operands[:2])
-    if spec.algorithm is Algorithm.PSUM:
+    if spec is None:
+        total = all_reduce(terms, group=group, allow_psum=allow_psum, backend=backend)
+        new_residual = _reduce.named(_xla_reduce.keep(total + onto))
+        results = _xla_reduce.rms_norm(new_residual, operands[2], eps), new_residual
+    elif spec.algorithm is Algorithm.PSUM:
         call = _xla_reduce.all_reduce_residual_rmsnorm
         normed, new_residual = call(spec, terms, onto, operands[2], eps)
         results = normed, _reduce.named(new_residual)
@@ -83,17 +93,19 @@ def all_reduce_residual_rmsnorm(
 
 def _choose(
     group: Any, x: jax.Array, algorithm: str, *, allow_psum: bool, backend: str | None
-) -> ReduceSpec:
+) -> ReduceSpec | None:
+    """None: an all_reduce that chooses for itself, then the rest."""
+    _checks.require_group(group, op=_OP)
     row_bytes = x.shape[-1] * x.dtype.itemsize
     is_wide = row_bytes > config.MAX_NORM_ROW_BYTES
-    if is_wide and algorithm == "auto" and allow_psum:
-        algorithm = "psum"
+    if is_wide and algorithm == "auto":
+        return None
     if is_wide and algorithm != "psum":
         raise ConfigError(
-            f"{_OP}: without psum a row has at most {config.MAX_NORM_ROW_BYTES} bytes, got "
-            f"{row_bytes}"
+            f"{_OP}: algorithm={algorithm!r} takes rows of at most {config.MAX_NORM_ROW_BYTES} "
+            f"bytes, got {row_bytes}"
         )
-    return _reduce.make_spec(
+    spec = _reduce.make_spec(
         group,
         x,
         x.nbytes,
@@ -104,6 +116,8 @@ def _choose(
         dtypes=_checks.FLOAT_DTYPES,
         padding=packet_padding(x),
     )
+    # The sum alone may still be ours: other algorithms carry it.
+    return None if algorithm == "auto" and spec.algorithm is Algorithm.PSUM else spec
 
 
 def packet_padding(x: jax.Array) -> int:

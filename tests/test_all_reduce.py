@@ -146,6 +146,8 @@ def test_pytrees_and_numbers(groups, backend):
         options = {"group": group, "backend": backend}
         total = jax_ep.all_reduce({"x": x, "n": 1, "y": (2.5, [])}, **options)
         parts = jax_ep.reduce_scatter([x, 2 * x], **options)
+        assert jnp.zeros(total["n"]).shape == (2,)  # known while tracing
+        total = jax.tree.map(jnp.asarray, total)
         return total, parts, jax_ep.all_gather((parts[0], 3), **options)
 
     total, parts, gathered = on_ranks(run, group.mesh, check_vma=False)(x)
@@ -157,6 +159,57 @@ def test_pytrees_and_numbers(groups, backend):
     assert np.asarray(gathered[1]).tolist() == [[3, 3], [3, 3]]
     with pytest.raises(jax_ep.GroupError, match="all_reduce: group must be"):
         jax_ep.all_reduce({}, group="no")
+
+
+def test_results_have_a_dtype_of_their_own(groups, backend):
+    """A weak type would widen or not widen what comes behind it, by the back end."""
+
+    def run(x):
+        weak = jnp.broadcast_to(2.0, x.shape)
+        assert weak.weak_type
+        with jax.numpy_dtype_promotion("standard"):
+            return jnp.bfloat16(1) * jax_ep.all_reduce(weak, group=groups(2), backend=backend)
+
+    got = on_ranks(run, groups(2).mesh, check_vma=False)(np.ones((2, 3), np.float32))
+    assert_same_bits(got, np.full((2, 3), 4, np.float32))
+
+
+def test_long_rows_keep_their_digits(groups, backend):
+    """Squares added one by one in f32 would be off by 3e-5 here."""
+    x = np.full((2, 1, 16_384), 1.65, np.float32)
+    fused = partial(jax_ep.all_reduce_residual_rmsnorm, eps=0.0, algorithm="one_shot")
+    run = on_ranks(
+        lambda x: fused(x, 0 * x, x[0] * 0 + 1, group=groups(2), backend=backend),
+        groups(2).mesh,
+        check_vma=False,
+    )
+    assert_close(run(x)[0], np.ones_like(x), tolerance=1e-6)
+
+
+def test_wide_rows_are_added_in_our_order(groups, backend):
+    """What the kernel has no room for: `all_reduce`, then the rest, with the same bits."""
+    rng = np.random.default_rng(5)
+    x, residual = rng.standard_normal((2, 2, 3, 40_000)).astype(jnp.bfloat16)
+    residual = np.broadcast_to(residual[:1], residual.shape)
+    scale = np.ones((2, 40_000), np.float32)
+    allow_psum = backend == "xla"
+    options = {"group": groups(2), "allow_psum": allow_psum, "backend": backend}
+
+    def run(x, residual, scale):
+        fused = partial(jax_ep.all_reduce_residual_rmsnorm, eps=1e-6, **options)
+        one_by_one = jax_ep.all_reduce(x, **options) + residual
+        results = fused(x, residual, scale)
+        grads = jax.grad(lambda *a: jnp.sum(fused(*a)[0].astype(jnp.float32)))(x, residual, scale)
+        return results, one_by_one, grads
+
+    (normed, total), one_by_one, grads = on_ranks(run, groups(2).mesh, check_vma=False)(
+        x, residual, scale
+    )
+    assert_same_bits(total, one_by_one)
+    expected = reference.all_reduce_residual_rmsnorm(x, residual, scale, eps=1e-6)
+    assert_same_bits(total, expected[1])
+    assert_close(normed, expected[0], tolerance=1e-2)
+    assert grads.shape == x.shape
 
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "complex64", "uint8"])
@@ -322,7 +375,9 @@ BAD = {
     "two_others": (jax_ep.all_gather, [np.ones((2, 2))], {"algorithm": "two_shot"}, jax_ep.ConfigError, "all_gather: algorithm must not be 'two_shot'"),
     "neither": (jax_ep.all_reduce, [np.ones((2, 2))], {"algorithm": "psum", "allow_psum": False}, jax_ep.ConfigError, "all_reduce: allow_psum=False forbids algorithm='psum'"),
     "two_shot": (jax_ep.all_reduce_residual_rmsnorm, [np.ones((2, 3))] * 3, {"algorithm": "two_shot"}, jax_ep.ConfigError, "algorithm must not be 'two_shot'"),
-    "wide": (jax_ep.all_reduce_residual_rmsnorm, [np.ones((2, 20_000))] * 3, {"allow_psum": False}, jax_ep.ConfigError, "without psum a row has at most 65536 bytes, got 80000"),
+    "wide": (jax_ep.all_reduce_residual_rmsnorm, [np.ones((2, 20_000))] * 3, {"algorithm": "one_shot"}, jax_ep.ConfigError, "algorithm='one_shot' takes rows of at most 65536 bytes, got 80000"),
+    "no_row": (jax_ep.all_reduce_residual_rmsnorm, [np.ones((2, 3, 0))] * 2 + [np.ones((2, 0))], {}, jax_ep.ShapeError, r"hidden positive, got shape \(3, 0\)"),
+    "large_eps": (jax_ep.all_reduce_residual_rmsnorm, [np.ones((2, 3))] * 3, {"eps": 1e39}, jax_ep.ConfigError, "eps must be finite in float32, got 1e\\+39"),
 }  # fmt: skip
 
 

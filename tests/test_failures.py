@@ -4,6 +4,7 @@ import copy
 import pickle
 import time
 
+import jax
 import numpy as np
 import pytest
 from programs import make_echo
@@ -43,6 +44,32 @@ def test_missing_peer_ends_in_an_exception():
         np.testing.assert_array_equal(on_ranks(make_echo(fresh), fresh.mesh)(x, ids), x)
     with pytest.raises(jax_ep.PeerTimeoutError), group:
         pass
+
+
+OPERATIONS = {
+    "all_reduce": lambda x, group: jax_ep.all_reduce(x, group=group),
+    "reduce_scatter": lambda x, group: jax_ep.reduce_scatter(x, group=group),
+    "all_gather": lambda x, group: jax_ep.all_gather(x, group=group),
+    "all_reduce_residual_rmsnorm": lambda x, group: jax_ep.all_reduce_residual_rmsnorm(
+        x, x, x[0], group=group, eps=1e-6
+    ),
+}
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_missing_peer_of_a_sum(op):
+    """The operation is named, and nothing of its results looks like numbers."""
+    group = jax_ep.Group.open(make_mesh(3), "ep", timeout=0.3)
+    run = on_ranks(lambda x: OPERATIONS[op](x, group), group.mesh, check_vma=False)
+    x = np.ones((3, 3, 8), np.float32)
+    assert np.isfinite(jax.tree.leaves(run(x))[0]).all()
+    group._native_group.handle.skip_rank(1)
+    results = run(x)
+    with pytest.raises(jax_ep.PeerTimeoutError, match="waited for rank 1") as caught:
+        group.check(results)
+    assert caught.value.op == op
+    assert all(np.isnan(np.asarray(a)).all() for a in jax.tree.leaves(results))
+    group.close()
 
 
 def test_leaving_the_block_waits_for_what_is_in_flight():

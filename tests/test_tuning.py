@@ -21,6 +21,11 @@ from jax_ep.config import Algorithm
 from jax_ep.testing.ranks import make_mesh
 
 
+def _text(steps, device="any", num_ranks=1):
+    ops = dict.fromkeys(_tuning.OPS, steps)
+    return json.dumps({"tables": [{"device": device, "num_ranks": num_ranks, "ops": ops}]})
+
+
 def test_a_table_of_fewer_ranks_gives_way_to_one_of_more():
     """That of two H100 is not for eight of them."""
     two, eight = (_tuning.load("NVIDIA H100 80GB HBM3", n) for n in (2, 8))
@@ -35,12 +40,24 @@ def test_the_table_chooses(monkeypatch, tmp_path):
         assert _tuning.pick(table, op, 1, [*ours, Algorithm.PSUM]) is Algorithm.LOW_LATENCY
         assert _tuning.pick(table, op, 1 << 40, [*ours, Algorithm.PSUM]) is Algorithm.PSUM
         assert _tuning.pick(table, op, 1 << 40, ours) is None
-    own = {"device": "any", "num_ranks": 1, "ops": {op: [[None, "two_shot"]] for op in _tuning.OPS}}
     path = tmp_path / "table.json"
-    path.write_text(json.dumps({"tables": [own]}))
+    path.write_text(_text([[None, "two_shot"]]))
     monkeypatch.setenv("JAX_EP_TUNING", str(path))
     with jax_ep.Group.open(make_mesh(2), "ep", name="tuned") as group:
         assert _tuning.pick(group.tuning, "all_reduce", 5, ours) is Algorithm.TWO_SHOT
+
+
+def test_groups_that_a_file_says_nothing_of_go_by_the_package(monkeypatch, tmp_path):
+    """What was measured for eight of a kind is for eight of that kind."""
+    cases = [("a", 8), ("a", 4), ("a", 16), ("b", 8), ("NVIDIA H100 80GB HBM3", 2)]
+    package = {case: _tuning.load(*case) for case in cases}
+    path = tmp_path / "table.json"
+    path.write_text(_text([[None, "one_shot"]], device="a", num_ranks=8))
+    monkeypatch.setenv("JAX_EP_TUNING", str(path))
+    changed = [case for case in cases if _tuning.load(*case) != package[case]]
+    assert changed == [("a", 8)]
+    path.write_text('{"tables": []}')
+    assert all(_tuning.load(*case) == package[case] for case in cases)
 
 
 def _auto(op, x):
@@ -83,7 +100,9 @@ def test_auto_takes_what_has_room():
     [
         ("{", "is no table of algorithms: JSONDecodeError"),
         ('{"tables": [{"device": "any", "num_ranks": 1, "ops": {}}]}', "KeyError: 'all_reduce'"),
-        ('{"tables": []}', "has none for cpu, 2 ranks"),
+        (_text([[8, "one_shot"], [4, "psum"], [None, "psum"]]), "sizes of all_reduce must ascend"),
+        (_text([[None, "one_shot"], [None, "psum"]]), "sizes of all_reduce must ascend"),
+        (_text([[8, "one_shot"]]), "the last entry of all_reduce must be for any size"),
     ],
 )
 def test_a_bad_table_is_an_error(monkeypatch, tmp_path, text, match):
@@ -98,7 +117,7 @@ def test_a_bad_table_is_an_error(monkeypatch, tmp_path, text, match):
 
 
 def test_tune_measures_on_gpus_only(tmp_path):
-    args = Namespace(out=tmp_path / "t.json", most_mib=1, commit=None)
+    args = Namespace(out=tmp_path / "t.json", most_mib=1, commit=None, ranks=2)
     with pytest.raises(jax_ep.GroupError, match="nothing to choose on back end 'cpu'"):
         tune.main(args)
 

@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, required=True, help="table to write; entries of others are kept")
     add("--records", type=Path, default=Path("benchmarks/results"), help="folder of the records")
     add("--most-mib", type=int, default=64, help="largest size; beyond it the last choice holds")
+    add("--ranks", type=int, help="use the first of jax.devices(); default: all")
     add("--plot", action="store_true", help="draw time over bytes; needs matplotlib")
     # Of chains of half a millisecond, which the host disturbs: compiling takes longer than many.
     add("--repeats", type=int, default=51)
@@ -34,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Measures on all devices; process 0 writes."""
-    mesh = make_mesh(len(jax.devices()))
+    """Measures, and process 0 writes."""
+    mesh = make_mesh(args.ranks or len(jax.devices()))
     place = find_place(args.commit)
     sizes = [1 << shift for shift in range(10, (args.most_mib << 20).bit_length(), 2)]
     with jax_ep.Group.open(mesh, "ep", name="tune", timeout=60.0) as group:

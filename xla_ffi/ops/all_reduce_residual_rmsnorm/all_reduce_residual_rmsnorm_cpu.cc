@@ -26,13 +26,14 @@ void Normalise(const RmsNormArgs& a, int64_t row, const std::byte* sums) {
   const auto* residual = reinterpret_cast<const T*>(at(a.residual));
   auto* normed = reinterpret_cast<T*>(at(a.normed));
   auto* new_residual = reinterpret_cast<T*>(at(a.new_residual));
-  float squares = 0.0f;
+  double squares = 0.0;  // one by one, an f32 would lose digits of long rows
   for (int64_t i = 0; i < a.hidden; ++i) {
     new_residual[i] = FromF32<T>(ToF32(sum[i]) + ToF32(residual[i]));
     const float h = ToF32(new_residual[i]);
-    squares += h * h;
+    squares += static_cast<double>(h) * h;
   }
-  const float factor = 1.0f / std::sqrt(squares / static_cast<float>(a.hidden) + a.eps);
+  const float mean = static_cast<float>(squares / static_cast<double>(a.hidden));
+  const float factor = 1.0f / std::sqrt(mean + a.eps);
   for (int64_t i = 0; i < a.hidden; ++i) {
     normed[i] = FromF32<T>(ToF32(new_residual[i]) * factor * ScaleAt(a, i));
   }
