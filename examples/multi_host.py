@@ -11,9 +11,10 @@ One process per GPU, started by hand, on one host or several; `--gpu` counts fro
     python examples/multi_host.py --coordinator host0:8476 --of 2 --process 0 --gpu 0 &
     python examples/multi_host.py --coordinator host0:8476 --of 2 --process 1 --gpu 1
 
-Under Slurm, where JAX finds out by itself who is who (never tried by us):
+Under Slurm, where JAX finds out by itself who is who, and gives each task one of the GPUs that it
+sees, which must be all of the node for tasks to reach one another's (never tried by us):
 
-    srun --ntasks-per-node=8 --gpus-per-task=1 python examples/multi_host.py
+    srun --ntasks-per-node=8 --gpus-per-node=8 --gpu-bind=none python examples/multi_host.py
 
 Without a program it sends tokens through `dispatch` and `combine` and compares the result with what
 NumPy says. `group.info()` tells which back end carries the rows, and why: between the processes of

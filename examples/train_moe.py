@@ -339,6 +339,7 @@ def train(text: np.ndarray, config: Config, group: jax_ep.Group) -> tuple[dict, 
     progress = tqdm(range(config.steps), unit="step", mininterval=1.0, disable=is_quiet)
     for i in progress:
         state, metrics = step(state, next_batch())
+        group.check(metrics)  # raises if a peer has gone
         losses.append(float(metrics["bits"]))
         rate = (i + 1) * config.batch * config.seq / (time.perf_counter() - started)
         progress.set_postfix_str(

@@ -6,6 +6,7 @@ refuses two ranks on one GPU.
 
 import atexit
 import ctypes
+import os
 import secrets
 import time
 import warnings
@@ -47,6 +48,7 @@ class Meeting:
         self.asks_for_others: Callable[[], bool] | None = None
         self.timeout = timeout
         self._leaves_alone = False
+        self._watched: dict[int, int] = {}  # by process, a descriptor of it
         self._conversation = (
             None if self.is_alone else Conversation(identity, owners, timeout=timeout)
         )
@@ -142,6 +144,11 @@ class Meeting:
                 )
             except OSError as e:
                 problem = f"no connection between the processes: {e}"
+        self._watched = {
+            link.process: watch
+            for link in self.links
+            if (watch := _sockets.watch_process(link.pid)) is not None
+        }
         self.why_not_linked = self.first_problem("links", problem)
         if self.why_not_linked is None and reads_memory:
             self.why_not_linked = self._first_unreadable()
@@ -150,6 +157,9 @@ class Meeting:
 
     def close(self) -> None:
         """Closes the sockets that nobody has taken over. Not collective."""
+        for watch in self._watched.values():
+            os.close(watch)
+        self._watched = {}
         if self._leaves_alone:
             return  # this process asks at exit who is still there
         for link in self.links:
@@ -167,6 +177,11 @@ class Meeting:
         if self.asks_for_others is not None:
             return self.asks_for_others()
         return _sockets.any_is_open(self.links)
+
+    def lost_process(self) -> int | None:
+        """One that has ended, if that is known. Not collective."""
+        ended = (p for p, watch in self._watched.items() if _sockets.has_ended(watch))
+        return next(ended, None)
 
     def leave_alone_at_exit(self) -> None:
         """After a peer was lost: the interpreter's exit does not wait for all processes of JAX.

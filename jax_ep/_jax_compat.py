@@ -85,6 +85,12 @@ def abandon_distributed_runtime() -> None:
             setattr(state, name, None)
 
 
+def is_ready(array: jax.Array) -> bool:
+    """Whether block_until_ready would not wait, in this process."""
+    found: bool = array.is_ready()  # type: ignore[attr-defined]
+    return found
+
+
 def on_second_stream(fn: Callable[P, T]) -> Callable[P, T]:
     """`fn`, whose kernels XLA:GPU launches on a second compute stream. Ignored elsewhere."""
     # compute_on2 took the place of compute_on in 0.11, and then its name.

@@ -4,6 +4,7 @@ import hmac
 import json
 import os
 import secrets
+import select
 import socket
 import struct
 import time
@@ -136,6 +137,21 @@ def any_is_open(links: Sequence[Link]) -> bool:
         except OSError:
             pass
     return False
+
+
+def watch_process(pid: int) -> int | None:
+    """A descriptor for `has_ended`; None where the system has none."""
+    try:
+        return os.pidfd_open(pid)
+    except OSError:
+        return None
+
+
+def has_ended(watch: int) -> bool:
+    """Whether a process is no more, or waits to be reaped."""
+    poll = select.poll()
+    poll.register(watch, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def host() -> str:

@@ -24,6 +24,7 @@ from jax_ep import (
 from jax_ep._backends import Usability
 from jax_ep._group_info import GroupInfo
 from jax_ep._native_group import NativeGroup
+from jax_ep._settle import settle
 from jax_ep._spec import GroupSpec
 from jax_ep.errors import GroupError, JaxEpError, PeerTimeoutError, RoutingError, error_of
 
@@ -255,7 +256,10 @@ class Group:
         waited = results or [
             a for a in jax.live_arrays() if not a.is_deleted() and devices & a.devices()
         ]
-        jax.block_until_ready(waited)
+        if self._meeting.is_alone:
+            jax.block_until_ready(waited)
+        else:
+            settle(waited, failure=self._failure, loss=self._loss)
         jax.effects_barrier()
         self._raise_record()
 
@@ -266,21 +270,43 @@ class Group:
 
     def _recorded(self) -> JaxEpError | None:
         """What went wrong as far as is known now, without waiting for anything."""
-        native = self._native_group
-        record = native.handle.error() if native is not None else None
-        if record is not None:
-            failure = error_of(record)
-            if isinstance(failure, PeerTimeoutError):
-                self._meeting.leave_alone_at_exit()
+        failure = self._failure()
+        if failure is not None or not self._bad_routings:
             return failure
-        if not self._bad_routings:
-            return None
         message = "\n".join(
             line if times == 1 else f"{line} ({times} times)"
             for line, times in self._bad_routings.items()
         )
         self._bad_routings.clear()
         return RoutingError(message)
+
+    def _failure(self) -> JaxEpError | None:
+        """The record of the custom calls."""
+        native = self._native_group
+        record = native.handle.error() if native is not None else None
+        if record is None:
+            return None
+        failure = error_of(record)
+        if isinstance(failure, PeerTimeoutError):
+            self._meeting.leave_alone_at_exit()
+        return failure
+
+    def _loss(self) -> JaxEpError | None:
+        """A process that has ended, though no custom call has waited for it."""
+        process = self._meeting.lost_process()
+        if process is None:
+            return None
+        self._meeting.leave_alone_at_exit()
+        owners = [d.process_index for d in self.mesh.devices.flat]
+        ranks = [rank for _, _, rank in self.spec.seats()]
+        here, there = (
+            [rank for rank, owner in zip(ranks, owners, strict=True) if owner == p]
+            for p in (jax.process_index(), process)
+        )
+        num_seen = self.num_ranks - len(set(there))
+        return PeerTimeoutError(
+            "Group.check", here[0], there[0], self.num_ranks, num_seen, is_lost=True
+        )
 
     def require_traceable(self, op: str) -> None:
         """Raises unless `op` may be traced here with this group."""

@@ -93,8 +93,12 @@ except jax_ep.PeerTimeoutError as e:
 
 MIDDLE = """
 group = jax_ep.Group.open(mesh, "ep", timeout=3.0)
+def step(x, ids):
+    if "calls" in sys.argv:
+        x = echo(group, x, ids) / R
+    return x + 0 * jax.lax.psum(x, "ep") if "psums" in sys.argv else x
 def steps(x, ids):
-    return jax.lax.scan(lambda x, _: (echo(group, x, ids) / R, None), x, length=500)[0]
+    return jax.lax.scan(lambda x, _: (step(x, ids), None), x, length=500)[0]
 def kill():
     print("killed", time.time(), flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -108,6 +112,25 @@ try:
         group.check(y)
 except jax_ep.PeerTimeoutError as e:
     print("raised", time.time())
+    print(e)
+    sys.exit(7)
+"""
+
+LATE = """
+group = jax_ep.Group.open(mesh, "ep", timeout=1.0)
+def step(x, ids):
+    y = echo(group, x, ids)
+    return y + jax.lax.psum(y, "ep")
+run = on_group(step, group)
+group.check(run(x, ids))
+if me == 1:
+    time.sleep(4)
+start = time.monotonic()
+try:
+    with group:
+        y = run(x, ids)
+except jax_ep.PeerTimeoutError as e:
+    print("waited", time.monotonic() - start)
     print(e)
     sys.exit(7)
 """

@@ -1,5 +1,9 @@
 """launch: programs of several processes, those that fail, and those that hang."""
 
+import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -43,6 +47,27 @@ def test_processes_find_each_other():
     assert "process 0 is done" in first
     assert "saw" not in first
     assert "process 1 saw arrays: 3 of 3 values differ, first at (3, 0)" in second
+
+
+LAUNCHER = """
+import sys
+from jax_ep.testing import launch
+code = "import os, time; print(os.getpid(), file=open(f'{os.getpid()}.pid', 'w')); time.sleep(100)"
+launch.launch(["-c", code], num_processes=2, deadline=90)
+"""
+
+
+def test_nothing_outlives_a_terminated_launcher(tmp_path):
+    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER], cwd=tmp_path)
+    deadline = time.monotonic() + 60
+    while len(pids := [int(p.stem) for p in tmp_path.glob("*.pid")]) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    launcher.terminate()
+    assert launcher.wait(20) == 128 + signal.SIGTERM
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
 
 
 def test_one_that_fails_ends_all():

@@ -4,7 +4,7 @@ import re
 import signal
 
 import pytest
-from process_programs import MIDDLE, MISSING, REOPEN, START
+from process_programs import LATE, MIDDLE, MISSING, REOPEN, START
 
 from jax_ep.testing import launch
 
@@ -376,11 +376,20 @@ def test_a_killed_process_is_named_at_once(processes):
         assert float(re.search(r"waited ([\d.]+)\n", output)[1]) < 2.0
 
 
-def test_a_process_killed_within_a_program_is_named_at_once():
-    survivor, killed = _run(MIDDLE, exit_codes=[7, -signal.SIGKILL])
+@pytest.mark.parametrize("step", [["calls"], ["calls", "psums"], ["psums"]], ids="-".join)
+def test_a_process_killed_within_a_program_is_named_at_once(step):
+    """Also where the step has collectives of XLA's, which fail in their own way or wait."""
+    survivor, killed = _run(MIDDLE, *step, exit_codes=[7, -signal.SIGKILL])
     assert "waited for rank 2, whose process has ended" in survivor
     raised, at = (re.search(r"(?:raised|killed) ([\d.]+)\n", o)[1] for o in (survivor, killed))
     assert 0 < float(raised) - float(at) < 2.0
+
+
+def test_who_waits_is_told_while_a_collective_of_xla_still_waits():
+    early, late = _run(LATE, exit_codes=[7, 7])
+    assert re.search(r"dispatch: rank [01] waited for rank [23] until the timeout", early)
+    assert float(re.search(r"waited ([\d.]+)\n", early)[1]) < 3.0
+    assert re.search(r"waited for rank [0-3]", late)
 
 
 def test_a_rank_that_does_not_come_is_named_in_every_process():

@@ -7,10 +7,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from types import FrameType
 from typing import IO
 
 import jax
@@ -64,7 +66,8 @@ def launch(
 ) -> list[str]:
     """Runs one Python program in several processes that find each other by `initialize()`.
 
-    Each process leads a session of its own. None of a session's processes outlives the call.
+    Each process leads a session of its own. None of a session's processes outlives the call, nor a
+    SIGTERM to this one, if the call is made by its main thread.
 
     Args:
       argv: arguments of this Python: a script, or "-c" and code, or "-m" and a module, and what
@@ -84,6 +87,7 @@ def launch(
     """
     coordinator = f"localhost:{_free_port()}"
     with ExitStack() as stack:
+        stack.enter_context(_exits_by_sigterm())
         processes = []
         for process_id in range(num_processes):
             place = ProcessPlace(coordinator, num_processes, process_id)
@@ -126,6 +130,23 @@ class _Process:
     def read(self) -> str:
         self.output.seek(0)
         return self.output.read().decode(errors="replace")
+
+
+@contextmanager
+def _exits_by_sigterm() -> Iterator[None]:
+    """By an exception, so that what is on the stack is ended first."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, _: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _free_port() -> int:

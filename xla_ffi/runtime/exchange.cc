@@ -118,6 +118,11 @@ struct Exchange::State : std::enable_shared_from_this<Exchange::State> {
     std::unique_lock<std::mutex> lock(mutex);
     // What has failed there is on its way here: the call waits for it.
     call->are_reading.insert(gone.begin(), gone.end());
+    if (const auto record = FindLost(*call); record && !error) {
+      lock.unlock();
+      Abandon(record, /*tells=*/true);
+      lock.lock();
+    }
     call->has_ended = true;
     call->deadline = Clock::now() + timeout;
     const bool has_failed = error || (is_closed && !call->are_reading.empty());
@@ -133,11 +138,21 @@ struct Exchange::State : std::enable_shared_from_this<Exchange::State> {
     has_failed ? PoisonAll(*call) : Complete(*call);
   }
 
+  // A process that is still to read, and has ended; with the lock held.
+  std::optional<ErrorRecord> FindLost(const OpenCall& call) const {
+    for (const int process : call.are_reading) {
+      if (lost.count(process)) return call.LostRecord(roster, process);
+    }
+    return std::nullopt;
+  }
+
   // Ends every open call; its ranks get poisoned results. Without a record the exchange closes.
   void Abandon(const std::optional<ErrorRecord>& record, bool tells) {
     std::vector<CallPtr> abandoned;
     {
       std::lock_guard<std::mutex> lock(mutex);
+      // In front of the error: a call that ends by that lets go of operands.
+      gave_up.store(1, std::memory_order_seq_cst);
       tells = tells && record && !error;
       if (record && !error) error = record;
       if (!record) is_closed = true;
@@ -151,7 +166,6 @@ struct Exchange::State : std::enable_shared_from_this<Exchange::State> {
       }
     }
     closed.notify_all();
-    gave_up.store(1, std::memory_order_seq_cst);
     if (tells && links) {
       for (const Link& link : roster.links) {
         links->Send(link.process, WireMessage::Fail(*record).With());
@@ -317,10 +331,7 @@ void Exchange::JoinErased(const Arrival& arrival, Participant participant) {
         }
         state->early.erase(waiting);
       }
-      for (const int process : call->are_reading) {
-        if (!problem && state->lost.count(process))
-          problem = call->LostRecord(state->roster, process);
-      }
+      if (!problem) problem = state->FindLost(*call);
       is_ready = !problem && state->IsReady(call);
     }
   }

@@ -1,0 +1,58 @@
+"""Waiting for results that may never come: those of collectives whose peers have gone."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jax_ep import _jax_compat
+from jax_ep.errors import JaxEpError
+
+_LOOK_S = 0.05
+GRACE_S = 0.5  # what a program that goes on may take to end, and a failure to be known
+# Between two looks at results: a part of what was waited for already.
+_PART, _MIN_PAUSE_S, _MAX_PAUSE_S = 0.02, 20e-6, 2e-3
+
+
+def settle(
+    results: Any, *, failure: Callable[[], JaxEpError | None], loss: Callable[[], JaxEpError | None]
+) -> None:
+    """Until all results are there, or what keeps them from coming is known.
+
+    A custom call ends when its group fails. The psum behind it, whose peer has gone, does not, or
+    fails in words of its own.
+
+    Args:
+      results: arrays, in a pytree.
+      failure: what the group has recorded, if it has failed.
+      loss: that a process of the group has ended, if one has. It may end when it is done, while
+        this one still computes: only results that have failed are blamed on it.
+
+    Raises: what `failure` or `loss` tells; whatever JAX raises.
+    """
+    leaves = [leaf for leaf in jax.tree.leaves(results) if isinstance(leaf, jax.Array)]
+    begin = looked = time.monotonic()
+    since = None
+    # Not in block_until_ready, which cannot be called back; and a thread that is in it when the
+    # interpreter ends would abort the process.
+    while not all(_jax_compat.is_ready(leaf) for leaf in leaves):
+        now = time.monotonic()
+        time.sleep(min(max(_PART * (now - begin), _MIN_PAUSE_S), _MAX_PAUSE_S))
+        if now - looked < _LOOK_S:
+            continue
+        looked = now
+        known = failure()
+        if known is not None:
+            since = now if since is None else since
+            if now - since > GRACE_S:
+                raise known
+    try:
+        jax.block_until_ready(leaves)
+    except Exception as problem:
+        deadline = time.monotonic() + GRACE_S
+        while (known := failure() or loss()) is None and time.monotonic() < deadline:
+            time.sleep(_LOOK_S)
+        if known is None:
+            raise
+        raise known from problem
