@@ -131,7 +131,7 @@ class Group:
                 "settings",
                 {
                     "backend": backend,
-                    "tuning": _tuning.to_plain(tuning),
+                    **{f"the table of {op}": s for op, s in _tuning.to_plain(tuning).items()},
                     "num_sms": arguments.num_sms,
                     "ranks_per_node": arguments.ranks_per_node,
                     "timeout": seconds,

@@ -1,5 +1,7 @@
 """Programs that several processes run, on CPU devices and on GPUs."""
 
+from jax_ep.testing import launch
+
 START = """
 import gc, os, signal, subprocess, sys, threading, time
 from jax_ep.testing import launch
@@ -134,3 +136,17 @@ except jax_ep.PeerTimeoutError as e:
     print(e)
     sys.exit(7)
 """
+
+
+def run_on_cpus(program, *argv, processes=2, devices=2, deadline=240.0, exit_codes=None):
+    return launch.launch(
+        ["-c", START + program, *argv],
+        num_processes=processes,
+        deadline=deadline,
+        environment={
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "PJRT_NPROC": "16",
+        },
+        exit_codes=exit_codes,
+    )

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 import jax_ep
 from jax_ep.testing import conformance, launch, run
 from jax_ep.testing.compare import assert_close, assert_same_bits
-from jax_ep.testing.conformance import gradients, round_trips
+from jax_ep.testing.conformance import gradients, reductions, round_trips
 from jax_ep.testing.conformance.check import Check
 from jax_ep.testing.conformance.sizes import mix
 
@@ -30,11 +30,24 @@ ON_MORE = {
 ALIKE = [
     c for c in conformance.CHECKS if c.params.get("algorithm") not in ("low_latency", "two_shot")
 ]
-DEALT = {
-    f"{num_ranks}-{check}": (num_ranks, check)
-    for turn, check in enumerate(ALIKE)
-    for num_ranks in (NUM_RANKS[turn % len(NUM_RANKS)], *ON_MORE.get(check.run, ()))
-}
+
+
+def _deal():
+    adds = [check.run.__module__ == reductions.__name__ for check in ALIKE]
+    others = [check for check, is_sum in zip(ALIKE, adds, strict=True) if not is_sum]
+    for turn, check in enumerate(others):
+        yield NUM_RANKS[turn % len(NUM_RANKS)], check
+        for num_ranks in ON_MORE.get(check.run, ()):
+            yield num_ranks, check
+    # Over one rank a sum is the identity: there, one of each kind.
+    sums = [check for check, is_sum in zip(ALIKE, adds, strict=True) if is_sum]
+    for turn, check in enumerate(sums):
+        yield NUM_RANKS[1:][turn % (len(NUM_RANKS) - 1)], check
+    for check in {check.run: check for check in sums}.values():
+        yield 1, check
+
+
+DEALT = {f"{num_ranks}-{check}": (num_ranks, check) for num_ranks, check in _deal()}
 BY_NAME = {check.name: check for check in conformance.FULL}
 
 

@@ -1,0 +1,267 @@
+"""How groups over several processes open, on one host, and how that fails."""
+
+import re
+import signal
+
+import pytest
+from process_programs import REOPEN, run_on_cpus
+
+DISAGREE = """
+try:
+    jax_ep.Group.open(mesh, "ep", num_sms=20 + me, timeout=30.0)
+except jax_ep.GroupError as e:
+    print(e)
+import json, tempfile
+from jax_ep import _tuning
+steps = {op: [[8 + me * (op == "all_gather"), "one_shot"], [None, "psum"]] for op in _tuning.OPS}
+with tempfile.NamedTemporaryFile("w") as file:
+    json.dump({"tables": [{"device": "any", "num_ranks": 1, "ops": steps}]}, file)
+    file.flush()
+    os.environ["JAX_EP_TUNING"] = file.name
+    try:
+        jax_ep.Group.open(mesh, "ep", timeout=30.0)
+    except jax_ep.GroupError as e:
+        print(e)
+"""
+
+ABSENT = """
+start = time.monotonic()
+try:
+    jax_ep.Group.open(mesh, "ep", name=f"name{me}", timeout=2.0)
+except jax_ep.GroupError as e:
+    print(e)
+print("waited", time.monotonic() - start < 3.0)
+if me == 0:  # in vain; the next time the other one comes
+    try:
+        jax_ep.Group.open(mesh, "ep", name="late", timeout=1.0)
+    except jax_ep.GroupError as e:
+        assert "process 1 did not open" in str(e)
+time.sleep(0 if me == 0 else 2.0)
+with jax_ep.Group.open(mesh, "ep", name="late", timeout=20.0):
+    print("opened late")
+"""
+
+LOCAL_FAILURES = """
+from jax_ep import _backends, _jax_compat, _native_group, _self_test, _tuning
+
+def descriptors(most):
+    for _ in range(100):  # threads of the native groups close theirs
+        gc.collect()
+        jax.clear_caches()
+        found = len(os.listdir("/proc/self/fd"))
+        if found <= most:
+            break
+        time.sleep(0.05)
+    return found
+
+def use():
+    with jax_ep.Group.open(mesh, "ep", timeout=30.0) as group:
+        assert group.backend == "cpu", group.info()
+        y = on_group(lambda x, ids: echo(group, x, ids), group)(x, ids)
+        assert_same_bits(y, x * num_ranks_of(ids).astype(np.float32))
+
+def fails(*args, **kwargs):
+    raise MemoryError("no room")
+
+def fails_after(fn):
+    def do(*args, **kwargs):
+        fn(*args, **kwargs)
+        fails()
+    return do
+
+STAGES = {
+    "tuning": (_tuning, "load", fails),
+    "back ends": (_backends, "resolve", fails),
+    "opening": (_native_group.Opening, "open_cpu", fails),
+    "native": (_native_group.Opening, "_open", fails),
+    "opened": (jax_ep.Group, "_open_native", fails_after(jax_ep.Group._open_native)),
+    "self-test": (_self_test, "run", fails_after(_self_test.run)),
+}
+use()
+use()
+before = descriptors(0)
+for stage, (place, name, failing) in STAGES.items():
+    original = getattr(place, name)
+    if me == 1:
+        setattr(place, name, failing)
+    start = time.monotonic()
+    try:
+        jax_ep.Group.open(mesh, "ep", timeout=30.0)
+        raise AssertionError(stage)
+    except MemoryError as e:
+        assert me == 1
+    except jax_ep.GroupError as e:
+        assert me != 1 and str(e) == "Group.open: process 1 failed: no room", e
+    assert time.monotonic() - start < 10.0, stage
+    setattr(place, name, original)
+    use()  # at once, whatever the others have read by now
+    assert descriptors(before) <= before, stage
+    print("told of", stage)
+listed = _jax_compat.distributed_client().key_value_dir_get("jax_ep")
+assert len(listed) == jax.process_count(), listed
+assert not [name for name in os.listdir("/dev/shm") if "jax_ep" in name]
+print("passed")
+"""
+
+HURRIES = """
+rng = np.random.default_rng(me)
+for i in range(15):
+    time.sleep(rng.random() * 0.06)
+    with jax_ep.Group.open(mesh, "ep", backend="xla", timeout=30.0):
+        pass
+    if i % 3 == 0:
+        try:
+            jax_ep.Group.open(mesh, "ep", num_sms=20 + me, timeout=30.0)
+            raise AssertionError
+        except jax_ep.GroupError as e:
+            assert "disagree about num_sms" in str(e), e
+print("passed")
+"""
+
+DIES = """
+from jax_ep import _native_group
+place, name = {
+    "opening": (_native_group.Opening, "open_cpu"),
+    "self-test": (jax_ep.Group, "wait_for_all"),
+}[sys.argv[1]]
+original = getattr(place, name)
+def die(*args):
+    if sys.argv[1] == "self-test":
+        original(*args)
+        if args[-1] != "compiled self-test":
+            return
+    os.kill(os.getpid(), signal.SIGKILL)
+if me == 1:
+    setattr(place, name, die)
+start = time.monotonic()
+try:
+    jax_ep.Group.open(mesh, "ep", timeout=float(sys.argv[2]))
+except jax_ep.PeerTimeoutError as e:
+    print("waited", time.monotonic() - start)
+    print(e)
+    sys.exit(7)
+"""
+
+SHARES = """
+from jax_ep import _bootstrap, _native_group, _sockets
+
+class Native:  # as that of GPUs is
+    def __init__(self):
+        self.got = {}
+
+    def export_seat(self, position, address):
+        return [10 * position], os.memfd_create("control"), os.memfd_create("pool")
+
+    def import_seat(self, position, told, control, pool):
+        os.close(control)
+        os.close(pool)
+        self.got[position] = told
+
+    def complete(self):
+        others = [p for p, d in enumerate(mesh.devices.flat) if d.process_index != me]
+        assert self.got == {p: [10 * p] for p in others}, self.got
+
+def fails(*args, **kwargs):
+    raise OSError("too many open files")
+
+for swap, expected in ((_sockets.swap, None), (fails, "process 1: too many open files")):
+    with _bootstrap.meet(mesh, "pools", timeout=30.0) as meeting:
+        meeting.connect(reads_memory=False)
+        before = len(os.listdir("/proc/self/fd"))
+        if me == 1:
+            _sockets.swap = swap
+        start = time.monotonic()
+        why_not = _native_group._share_devices(meeting, Native(), mesh, with_pools=True)
+        assert why_not == expected, why_not
+        assert time.monotonic() - start < 10.0
+        assert len(os.listdir("/proc/self/fd")) == before
+        meeting.close()
+print("passed")
+"""
+
+UNREADABLE = """
+from jax_ep import _native
+native = _native.load("cpu")
+if me == 1:
+    native.try_reading = lambda pid, address, expected: "not today"
+with jax_ep.Group.open(mesh, "ep", timeout=60.0) as group:
+    info = group.info()
+    print(info.backend, info.backends["cpu"])
+    y = on_group(lambda x, ids: echo(group, x, ids), group)(x, ids)
+    assert_same_bits(y, x * num_ranks_of(ids).astype(np.float32))
+"""
+
+HOSTS = """
+from jax_ep import _sockets
+_sockets.host = lambda: f"host{me}"
+with jax_ep.Group.open(mesh, "ep", timeout=60.0) as group:
+    info = group.info()
+    assert "the mesh spans hosts or containers" in info.backends["cpu"], info
+    assert info.backend == "xla", info
+try:
+    jax_ep.Group.open(mesh, "ep", backend="cpu", timeout=60.0)
+except jax_ep.GroupError as e:
+    print(e)
+"""
+
+
+def test_opening_again_and_again_leaves_nothing_behind():
+    assert all(output.endswith("passed\n") for output in run_on_cpus(REOPEN, "50"))
+
+
+def test_settings_that_differ_are_an_error_in_every_process():
+    for output in run_on_cpus(DISAGREE):
+        assert "Group.open: the processes disagree about num_sms" in output
+        assert "process 0 has 20, process 1 has 21" in output
+        assert "disagree about the table of all_gather: process 0 has [[8, 'one_shot']" in output
+
+
+def test_a_process_that_does_not_come_is_named():
+    for me, output in enumerate(run_on_cpus(ABSENT)):
+        assert f"process {1 - me} did not open the same group" in output
+        assert "waited True" in output
+        assert "opened late" in output
+
+
+@pytest.mark.timeout(300)
+def test_a_failure_to_open_is_raised_in_every_process():
+    """At once and with its reason, at every stage; nothing is left, and the next opening works."""
+    for output in run_on_cpus(LOCAL_FAILURES, processes=3):
+        assert output.count("told of") == 6
+        assert output.endswith("passed\n")
+
+
+def test_openings_that_follow_one_another_do_not_mix():
+    """The fastest process is already in the next one, or has failed, while others leave."""
+    assert all(output.endswith("passed\n") for output in run_on_cpus(HURRIES, processes=3))
+
+
+@pytest.mark.parametrize(
+    ("stage", "timeout", "how"),
+    [("opening", 3.0, "until the timeout: expected 6 ranks, got 4"), ("self-test", 20.0, "ended")],
+)
+def test_a_process_that_dies_while_the_group_opens_is_named(stage, timeout, how):
+    """At once where its ranks are waited for by the ranks of the others."""
+    codes = [7, -signal.SIGKILL, 7]
+    for output in run_on_cpus(DIES, stage, str(timeout), processes=3, exit_codes=codes)[::2]:
+        assert re.search(rf"waited for rank [23],? .*{how}", output)
+        assert float(re.search(r"waited ([\d.]+)\n", output)[1]) < (
+            10.0 if stage == "self-test" else timeout + 3.0
+        )
+
+
+def test_memory_is_shared_or_every_process_knows_why_not():
+    assert all(output.endswith("passed\n") for output in run_on_cpus(SHARES, processes=3))
+
+
+def test_memory_that_cannot_be_read_leaves_xla():
+    for output in run_on_cpus(UNREADABLE):
+        assert (
+            "xla process 1: the memory of process 0 cannot be read: not today"
+            in output.splitlines()
+        )
+
+
+def test_several_hosts_leave_xla():
+    for output in run_on_cpus(HOSTS):
+        assert "backend 'cpu' is not usable here: the mesh spans hosts or containers" in output
