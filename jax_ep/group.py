@@ -223,7 +223,11 @@ class Group:
         try:
             if error is None:
                 self.check()
-            elif (failure := self._recorded()) is not None and str(failure) != str(error):
+                return
+            if isinstance(error, Exception):
+                # The others may wait in their calls for what this process does no more.
+                self._meeting.leave_alone_at_exit()
+            if (failure := self._recorded()) is not None and str(failure) != str(error):
                 # It may be why: a failed call gives NaNs.
                 error.add_note(f"group {self.identity}: {type(failure).__name__}: {failure}")
         finally:

@@ -137,6 +137,19 @@ except jax_ep.PeerTimeoutError as e:
     sys.exit(7)
 """
 
+RAISES = """
+with jax_ep.Group.open(mesh, "ep", timeout=3.0) as group:
+    run = on_group(lambda x, ids: echo(group, x, ids), group)
+    group.check(run(x, ids))
+    if me == int(sys.argv[1]):
+        raise ValueError("not today")
+    try:
+        group.check(run(x, ids))
+    except jax_ep.PeerTimeoutError as e:
+        print(e)
+        sys.exit(7)
+"""
+
 
 def run_on_cpus(program, *argv, processes=2, devices=2, deadline=240.0, exit_codes=None):
     return launch.launch(

@@ -4,7 +4,7 @@ import re
 import signal
 
 import pytest
-from process_programs import LATE, MIDDLE, MISSING, run_on_cpus
+from process_programs import LATE, MIDDLE, MISSING, RAISES, run_on_cpus
 
 CONFORMANCE = """
 with jax_ep.Group.open(mesh, "ep", timeout=60.0) as group:
@@ -155,6 +155,15 @@ def test_a_process_killed_within_a_program_is_named_at_once(step):
     assert "waited for rank 2, whose process has ended" in survivor
     raised, at = (re.search(r"(?:raised|killed) ([\d.]+)\n", o)[1] for o in (survivor, killed))
     assert 0 < float(raised) - float(at) < 2.0
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_an_exception_of_one_process_ends_all_with_codes_of_their_own(process):
+    codes = [7, 7]
+    codes[process] = 1
+    outputs = run_on_cpus(RAISES, str(process), exit_codes=codes)
+    assert "ValueError: not today" in outputs[process]
+    assert f"waited for rank {2 * process}" in outputs[1 - process]
 
 
 def test_who_waits_is_told_while_a_collective_of_xla_still_waits():
