@@ -67,6 +67,56 @@ def test_many_calls_of_random_size_and_algorithm(group):
     assert np.asarray(num_wrong).tolist() == [0] * num_ranks
 
 
+LARGE = (9 << 20) // 4 + 5  # elements of 4 bytes: more than any algorithm stores at the peers
+
+
+def _scatter_and_gather(x, **options):
+    size = x.shape[0] // options["group"].num_ranks * options["group"].num_ranks
+    part = jax_ep.reduce_scatter(x[:size], tiled=True, **options)
+    return jnp.concatenate([jax_ep.all_gather(part, tiled=True, **options), x[size:]]), size
+
+
+def _fused(x, **options):
+    rows = x[: x.shape[0] // 8192 * 8192].reshape(-1, 8192).astype(jnp.float32)
+    _, total = jax_ep.all_reduce_residual_rmsnorm(
+        rows, jnp.ones_like(rows), rows[0], eps=1e-6, **options
+    )
+    added = total.astype(jnp.int32).reshape(-1) - 1
+    return jnp.concatenate([added, x[added.shape[0] :]]), added.shape[0]
+
+
+OVERWRITTEN = {
+    "one_shot": lambda x, **options: (jax_ep.all_reduce(x, algorithm="one_shot", **options), LARGE),
+    "two_shot": lambda x, **options: (jax_ep.all_reduce(x, algorithm="two_shot", **options), LARGE),
+    "halves": partial(_scatter_and_gather, algorithm="one_shot"),
+    "fused": partial(_fused, algorithm="one_shot"),
+}
+
+
+@pytest.mark.timeout(280)
+@pytest.mark.parametrize("how", OVERWRITTEN)
+def test_operands_that_peers_read_in_place_are_overwritten_behind_the_call(group, how):
+    """Each call's operand lies where the last one's did, which a slower peer may still read."""
+    num_ranks = group.num_ranks
+
+    def run(x):
+        rank = jax.lax.axis_index("ep")
+
+        def step(carry, _):
+            x, num_wrong = carry
+            y, size = OVERWRITTEN[how](x + rank, group=group, allow_psum=False)
+            total = x[:size] * num_ranks + num_ranks * (num_ranks - 1) // 2
+            num_wrong += jnp.sum(y[:size] != total)
+            return ((x + 1) % 1000, num_wrong), None
+
+        return jax.lax.scan(step, (x, jnp.int32(0)), length=500)[0][1]
+
+    x = np.broadcast_to(np.arange(LARGE, dtype=np.int32) % 997, (num_ranks, LARGE))
+    num_wrong = on_ranks(run, group.mesh, check_vma=False)(x)
+    group.check(num_wrong)
+    assert np.asarray(num_wrong).tolist() == [0] * num_ranks
+
+
 def test_calls_in_a_row_share_memory(group):
     """All calls of a captured program, three times over; its input is donated."""
     calls = _calls(group) * 3

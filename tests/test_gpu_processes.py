@@ -149,6 +149,13 @@ def test_conformance_of_staged_operands(num_gpus, room):
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("room", ["0", "1", "64"])
+def test_sums_of_staged_operands(num_gpus, room):
+    environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "JAX_EP_STAGING_MB": room}
+    assert _passed(_run(CONFORMANCE, num_gpus, "1", "stages", "sums", environment=environment))
+
+
+@pytest.mark.timeout(300)
 def test_conformance_with_an_allocator_that_hides_memory(num_gpus):
     environment = {"XLA_PYTHON_CLIENT_ALLOCATOR": "cuda_async"}
     assert _passed(_run(CONFORMANCE, num_gpus, "60", "stages", environment=environment))
