@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax
-from jax._src import distributed
+from jax._src import distributed, xla_bridge
 from jax.experimental import compute_on as compute_on_module
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -22,6 +22,7 @@ __all__ = [
     "ad",
     "batching",
     "distributed_client",
+    "is_ready",
     "lowering_mesh",
     "manual_axes",
     "mlir",
@@ -75,8 +76,11 @@ def distributed_client() -> Any:
 def abandon_distributed_runtime() -> None:
     """Keeps JAX from waiting for all processes when this one exits, and so for those that are gone.
 
-    Neither the client nor the service is destroyed: that would wait, too.
+    Neither the client nor the service is destroyed: that would wait, too. Nor are the devices'
+    clients: a collective whose peer has gone may still be under way.
     """
+    for backend in xla_bridge.backends().values():
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(backend))
     state = distributed.global_state
     for name in ("preemption_sync_manager", "client", "service"):
         held = getattr(state, name)

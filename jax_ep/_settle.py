@@ -16,7 +16,11 @@ _PART, _MIN_PAUSE_S, _MAX_PAUSE_S = 0.02, 20e-6, 2e-3
 
 
 def settle(
-    results: Any, *, failure: Callable[[], JaxEpError | None], loss: Callable[[], JaxEpError | None]
+    results: Any,
+    *,
+    failure: Callable[[], JaxEpError | None],
+    loss: Callable[[], JaxEpError | None],
+    timeout: float,
 ) -> None:
     """Until all results are there, or what keeps them from coming is known.
 
@@ -27,13 +31,15 @@ def settle(
       results: arrays, in a pytree.
       failure: what the group has recorded, if it has failed.
       loss: that a process of the group has ended, if one has. It may end when it is done, while
-        this one still computes: only results that have failed are blamed on it.
+        this one still computes: it is blamed for results that have failed, and for those that are
+        late.
+      timeout: seconds from a loss until results are late.
 
     Raises: what `failure` or `loss` tells; whatever JAX raises.
     """
     leaves = [leaf for leaf in jax.tree.leaves(results) if isinstance(leaf, jax.Array)]
     begin = looked = time.monotonic()
-    since = None
+    since: dict[str, float] = {}
     # Not in block_until_ready, which cannot be called back; and a thread that is in it when the
     # interpreter ends would abort the process.
     while not all(_jax_compat.is_ready(leaf) for leaf in leaves):
@@ -42,11 +48,9 @@ def settle(
         if now - looked < _LOOK_S:
             continue
         looked = now
-        known = failure()
-        if known is not None:
-            since = now if since is None else since
-            if now - since > GRACE_S:
-                raise known
+        for kind, found, patience in (("failure", failure(), GRACE_S), ("loss", loss(), timeout)):
+            if found is not None and now - since.setdefault(kind, now) > patience:
+                raise found
     try:
         jax.block_until_ready(leaves)
     except Exception as problem:

@@ -263,7 +263,7 @@ class Group:
         if self._meeting.is_alone:
             jax.block_until_ready(waited)
         else:
-            settle(waited, failure=self._failure, loss=self._loss)
+            settle(waited, failure=self._failure, loss=self._loss, timeout=self.timeout)
         jax.effects_barrier()
         self._raise_record()
 
