@@ -150,24 +150,6 @@ with jax_ep.Group.open(mesh, "ep", timeout=3.0) as group:
         sys.exit(7)
 """
 
-HOLDS = """
-group = jax_ep.Group.open(mesh, "ep", timeout=1.0)
-def hold(x):
-    time.sleep(5)
-    return x
-run = jax.jit(lambda x: jax.pure_callback(hold, jax.ShapeDtypeStruct((), np.float32), x))
-if me == 1:
-    os.kill(os.getpid(), signal.SIGKILL)
-start = time.monotonic()
-y = run(np.float32(1))
-try:
-    group.check(y)
-except jax_ep.PeerTimeoutError as e:
-    print("waited", time.monotonic() - start)
-    print(e)
-    sys.exit(7)
-"""
-
 
 def run_on_cpus(program, *argv, processes=2, devices=2, deadline=240.0, exit_codes=None):
     return launch.launch(
