@@ -20,8 +20,8 @@ with jax_ep.Group.open(mesh, "ep", timeout=60.0) as group:
         "norm_gradients[check_vma=True,outside=True]",
         "gradients[layout=expert,dtype=f32,check_vma=True,outside=True]",
     )
-    chosen = [c for c in checks if c.name in always]
-    assert len(chosen) == len(always)
+    chosen = [c for c in checks if c.name in always and backend == "cpu"]
+    assert len(chosen) in (0, len(always))
     for check in {c.name: c for c in [*checks[::int(sys.argv[2])], *chosen]}.values():
         print("checking", check, flush=True)
         check(group, backend)
