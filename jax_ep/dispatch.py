@@ -74,9 +74,9 @@ def dispatch(
 
     Collective: every rank of the group calls it. Inside jax.shard_map over the group's mesh.
     Gradient: of x, the `combine` of the cotangent; of topk_weights, the cotangent of `weights`
-      moved back to the tokens. Dropped rows have none. fp8 rows, scales and payload raise
-      ConfigError when they are differentiated; `dispatch_fp8` has a gradient. So do a second
-      derivative and `jax.vmap`.
+      moved back to the tokens. Dropped rows have none. ConfigError is raised by
+      derivatives of fp8 rows, scales and payload, by second derivatives, and by `jax.vmap`;
+      `dispatch_fp8` has a gradient.
     Limits: num_ranks * num_topk * max(recv_capacity, num_tokens) below 2^31; on the `cuda` back end
       32 ranks, num_topk 32, and about 4,000 experts in the expert layout.
     Raises: ShapeError, DTypeError, ConfigError, GroupError while tracing; PeerTimeoutError,
