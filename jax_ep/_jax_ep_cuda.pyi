@@ -32,6 +32,12 @@ class Group:
     def complete(self) -> None:
         """After all imports: the group may be used."""
 
+    def abandon(self) -> None:
+        """
+        After another process was lost: what runs on the devices may never end, so the group's
+        end will not wait for it, nor free what it uses.
+        """
+
     def set_epoch(self, epoch: int) -> None:
         """
         For tests: as if so many calls had been made; all processes, between two calls.

@@ -30,6 +30,11 @@ class NativeGroup(NamedTuple):
     why_staged: str | None = None
     staging_bytes: int | None = None
 
+    def abandon(self) -> None:
+        """After another process was lost: the group's end does not wait for the devices."""
+        if self.backend == "cuda":
+            self.handle.abandon()
+
     def close(self, spec: GroupSpec) -> None:
         """Forgets the group; executables that hold it keep it alive."""
         _native.load(self.backend).close_group(spec.identity)

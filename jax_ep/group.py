@@ -292,15 +292,21 @@ class Group:
             return None
         failure = error_of(record)
         if isinstance(failure, PeerTimeoutError):
-            self._meeting.leave_alone_at_exit()
+            self._leave_alone()
         return failure
+
+    def _leave_alone(self) -> None:
+        """A peer may be lost: no end waits for it, the interpreter's or the group's."""
+        self._meeting.leave_alone_at_exit()
+        if self._native_group is not None and not self._meeting.is_alone:
+            self._native_group.abandon()
 
     def _loss(self) -> JaxEpError | None:
         """A process that has ended, though no custom call has waited for it."""
         process = self._meeting.lost_process()
         if process is None:
             return None
-        self._meeting.leave_alone_at_exit()
+        self._leave_alone()
         owners = [d.process_index for d in self.mesh.devices.flat]
         ranks = [rank for _, _, rank in self.spec.seats()]
         here, there = (

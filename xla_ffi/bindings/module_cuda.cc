@@ -141,6 +141,10 @@ NB_MODULE(_jax_ep_cuda, m) {
            nanobind::arg("control"), nanobind::arg("pool"),
            "The same of a device elsewhere; takes the descriptors over.")
       .def("complete", &DeviceGroup::Complete, "After all imports: the group may be used.")
+      .def(
+          "abandon", &DeviceGroup::Abandon,
+          "After another process was lost: what runs on the devices may never end, so the group's\n"
+          "end will not wait for it, nor free what it uses.")
       .def("set_epoch", &DeviceGroup::SetEpoch, nanobind::arg("epoch"),
            "For tests: as if so many calls had been made; all processes, between two calls.")
       .def("skip_rank", &DeviceGroup::SkipRank, nanobind::arg("rank"),

@@ -271,7 +271,14 @@ void DeviceGroup::Complete() {
   }
 }
 
+void DeviceGroup::Abandon() { is_abandoned_ = true; }
+
 void DeviceGroup::Release() {
+  if (is_abandoned_) {
+    static_cast<void>(new std::vector<ShareableMemory>(std::move(control_)));
+    static_cast<void>(new std::vector<ShareableMemory>(std::move(pools_)));
+    return;
+  }
   // Unmapping waits for nobody, and what fails here is too late to be told.
   for (const int device : DevicesHere()) {
     int before = 0;

@@ -82,6 +82,11 @@ class DeviceGroup {
 
   std::optional<ErrorRecord> error() const;
 
+  /// After another process was lost: a collective of XLA's that waits for it may be on a device and
+  /// never end. From now on the destructor waits for no device, and so must leave to the end of the
+  /// process what kernels may still use.
+  void Abandon();
+
   /// For tests: calls of `rank` end at once, poisoned, and never reach the peers. kNoIndex undoes
   /// it.
   void SkipRank(int rank);
@@ -113,6 +118,7 @@ class DeviceGroup {
   FailureRecord* records_ = nullptr;  // by position, in pinned host memory
   std::unordered_map<int64_t, int> position_of_device_;
   std::atomic<uint64_t> next_site_ = 0;
+  std::atomic<bool> is_abandoned_ = false;
 };
 
 }  // namespace jax_ep
