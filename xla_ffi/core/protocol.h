@@ -17,7 +17,8 @@
 //   reduced[p, b]   rank p            tag; its block b has its chunk of   the owner's block b,
 //                                     the sum                             before it reads it
 //   pushed[n, p, b] rank p            tag; its block b has stored its     the owner's block b,
-//                                     part of an operand here, in half n  before it reads it
+//                                     part of an operand here, in half n; before it reads it, or
+//                                     or has read what it reads in place  ends
 //   packet          any rank          12 bytes of an operand              the owner
 //   called[n, p]    rank p            tag of the call whose packets are   the owner, with the
 //                                     in half n                           packets
@@ -26,8 +27,9 @@
 //
 // A signal is one 8-byte store that carries its epoch; it is compared for equality, never reset. A
 // rank writes its signals of epoch n + 1 only after all ranks have written read_done of epoch n,
-// which each does after its last look at the signals and operands of epoch n: one cell per writer
-// is enough, and per place of a ring, which is filled and emptied by turns. Signals are stored with
+// which each does after its last look at the operands of epoch n and at the signals that have no
+// halves: one cell per writer is enough, and per place of a ring, which is filled and emptied by
+// turns. Signals are stored with
 // release and loaded with acquire order at system scope, so what a rank's stream wrote before is
 // visible behind them.
 #pragma once
@@ -45,7 +47,15 @@ inline constexpr int kMaxRanks = 32;
 inline constexpr int kMaxAddresses = 6;
 
 /// Names in failure records; the strings are in device/device_group.cc.
-enum class OpId : uint32_t { kDispatch, kCombine, kPullRows, kAllReduce, kRmsNorm };
+enum class OpId : uint32_t {
+  kDispatch,
+  kCombine,
+  kPullRows,
+  kAllReduce,
+  kReduceScatter,
+  kAllGather,
+  kRmsNorm
+};
 
 struct alignas(8) Signal {
   uint32_t epoch;
@@ -120,9 +130,7 @@ inline constexpr size_t kPacketGroupBytes = 128 * 16;
 inline constexpr size_t kPacketGroups = 2048;  // from all ranks together, in one half
 
 /// What one rank can send to another in one call.
-JAX_EP_HOST_DEVICE constexpr size_t PacketGroups(int num_ranks) {
-  return kPacketGroups / num_ranks;
-}
+constexpr size_t PacketGroups(int num_ranks) { return kPacketGroups / num_ranks; }
 constexpr size_t PacketPayload(int num_ranks) {
   return PacketGroups(num_ranks) * kPacketGroupPayload;
 }
@@ -130,7 +138,7 @@ inline constexpr size_t kPacketBytes = 2 * kPacketGroups * kPacketGroupBytes;
 
 /// What one rank can push to another in one call, and the room for it, of all ranks in both halves.
 inline constexpr size_t kMaxPushPayload = 4 * 1024 * 1024;
-JAX_EP_HOST_DEVICE constexpr size_t PushPayload(int num_ranks) {
+constexpr size_t PushPayload(int num_ranks) {
   return num_ranks <= 4 ? kMaxPushPayload : kMaxPushPayload * 4 / num_ranks / 512 * 512;
 }
 /// What a two-shot can push: a chunk of the operand for each rank, and behind it one of the sum.
@@ -138,6 +146,16 @@ constexpr size_t TwoShotPayload(int num_ranks) { return num_ranks * PushPayload(
 constexpr size_t PushBytes(int num_ranks) { return size_t{2} * num_ranks * PushPayload(num_ranks); }
 constexpr size_t SharedBytes(int num_ranks) {
   return kPacketsOffset + kPacketBytes + PushBytes(num_ranks);
+}
+
+/// The same for kernels: divisions are slow there.
+struct Rooms {
+  int64_t packet_groups;
+  int64_t push_payload;
+};
+constexpr Rooms RoomsOf(int num_ranks) {
+  return {.packet_groups = static_cast<int64_t>(PacketGroups(num_ranks)),
+          .push_payload = static_cast<int64_t>(PushPayload(num_ranks))};
 }
 
 JAX_EP_HOST_DEVICE constexpr uint32_t NextEpoch(uint32_t epoch) {
@@ -166,6 +184,7 @@ struct Endpoint {
   int32_t position;     // of this device in the group's mesh
   uint32_t site;        // of the call in its program; equal on all ranks
   uint64_t timeout_ns;  // of a single wait
+  Rooms rooms;
   ControlBlock* control[kMaxRanks];
   uint64_t control_bytes;  // of the own one's memory
   FailureRecord* record;

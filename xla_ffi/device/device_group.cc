@@ -90,6 +90,10 @@ const char* NameOf(OpId op) {
       return "pull_rows";
     case OpId::kAllReduce:
       return "all_reduce";
+    case OpId::kReduceScatter:
+      return "reduce_scatter";
+    case OpId::kAllGather:
+      return "all_gather";
     case OpId::kRmsNorm:
       return "all_reduce_residual_rmsnorm";
   }
@@ -188,6 +192,7 @@ void DeviceGroup::Open(int64_t timeout_ns, const LoadKernels& load_kernels) {
                             .position = static_cast<int32_t>(i),
                             .site = 0,
                             .timeout_ns = static_cast<uint64_t>(timeout_ns),
+                            .rooms = RoomsOf(num_ranks_),
                             .control = {},
                             .control_bytes = control_[i].bytes(),
                             .record = &records_[i]};

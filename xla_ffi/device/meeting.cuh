@@ -21,17 +21,21 @@ struct PeerAddresses {
   const std::byte* at[kMaxAddresses][kMaxRanks];
 };
 
-/// Every thread of a block: tells the same block of every peer that this one's part is stored, and
-/// waits for theirs. `cell(holder, source)` is where the holder finds the signal. The same for the
-/// whole block; false when the group has failed.
+/// Every thread of a block, behind a barrier: tells the same block of every peer that this one is
+/// done with its part. `cell(holder, source)` is where the holder finds the signal.
 template <typename Cell>
-__device__ bool SwapBlocks(const Endpoint& self, OpId op, uint32_t epoch, Cell&& cell) {
-  const uint32_t tag = TagOf(self, op);
-  bool is_good = true;
-  __syncthreads();
+__device__ void TellBlocks(const Endpoint& self, OpId op, uint32_t epoch, Cell&& cell) {
   for (int r = threadIdx.x; r < self.num_ranks; r += blockDim.x) {
-    if (r != self.rank) StoreRelease(cell(r, self.rank), {epoch, tag});
+    if (r != self.rank) StoreRelease(cell(r, self.rank), {epoch, TagOf(self, op)});
   }
+}
+
+/// Every thread of a block: waits for what the same block of every peer tells, if `is_good`. The
+/// same for the whole block; false when the group has failed.
+template <typename Cell>
+__device__ bool AwaitBlocks(const Endpoint& self, OpId op, uint32_t epoch, Cell&& cell,
+                            bool is_good = true) {
+  const uint32_t tag = TagOf(self, op);
   for (int r = threadIdx.x; is_good && r < self.num_ranks; r += blockDim.x) {
     if (r == self.rank) continue;
     Signal seen;
@@ -43,6 +47,24 @@ __device__ bool SwapBlocks(const Endpoint& self, OpId op, uint32_t epoch, Cell&&
   }
   return __syncthreads_and(is_good);
 }
+
+/// Both.
+template <typename Cell>
+__device__ bool SwapBlocks(const Endpoint& self, OpId op, uint32_t epoch, Cell&& cell) {
+  __syncthreads();
+  TellBlocks(self, op, epoch, cell);
+  return AwaitBlocks(self, op, epoch, cell);
+}
+
+/// Where a holder finds that this block of a source has pushed its part of an operand, or read it.
+struct PushedCells {
+  const Endpoint& self;
+  uint32_t epoch;
+
+  __device__ Signal* operator()(int holder, int source) const {
+    return &self.control[holder]->pushed[epoch & 1][source][blockIdx.x];
+  }
+};
 
 /// SwapBlocks, when this block has its part of a chunk of a sum where the peers read it.
 __device__ inline bool SwapReduced(const Endpoint& self, OpId op, uint32_t epoch) {
@@ -182,10 +204,60 @@ __device__ inline bool MeetBlocks(const Endpoint& self, OpId op) {
     uint32_t* num_met = &self.own()->num_blocks_met;
     is_good = CountBlock(num_met) + 1 >= gridDim.x ||
               WaitUntil(self, op, self.rank, [&] { return LoadAcquire(num_met) >= gridDim.x; });
-    // Also when all had come already.
-    is_good = is_good && LoadRelaxed(&self.own()->abort) == 0;
+    // Also when all had come already; of an overlapping call, before everyone has been told.
+    const uint32_t has_failed = LoadRelaxed(&self.own()->has_failed);
+    is_good = is_good && (LoadRelaxed(&self.own()->abort) | has_failed) == 0;
   }
   return __syncthreads_and(is_good);
+}
+
+__device__ inline void AddToTurn(const Endpoint& self, uint64_t value) {
+  atomicAdd(reinterpret_cast<unsigned long long*>(&self.own()->turn), value);
+}
+
+/// By one thread of each block of a call, when the block has read the epoch and whatever else ends
+/// with it: the last one that comes ends the epoch for the next call on the stream. `num_readers`:
+/// blocks that go on with what has no epoch in it, each until its EndReading.
+__device__ inline void CountOut(const Endpoint& self, uint32_t ended, int num_readers) {
+  if (gridDim.x > 1 && atomicAdd(&self.own()->num_blocks_done, 1) != gridDim.x - 1) return;
+  StoreRelaxed(&self.own()->num_blocks_done, 0);
+  const uint32_t epoch = NextEpoch(ended);
+  if (num_readers == 0) {
+    StoreRelaxed(&self.own()->turn, {epoch, 0});
+    return;
+  }
+  // Some may have ended their reading: a sum, in which the 1 of the call goes.
+  AddToTurn(self, (uint64_t(num_readers - 1) << 32) + epoch - ended);
+}
+
+/// Every thread of every block.
+__device__ inline void EndReading(const Endpoint& self) {
+  __syncthreads();
+  if (threadIdx.x == 0) AddToTurn(self, -(uint64_t{1} << 32));
+}
+
+/// Each thread's part of whether a rank has failed. A peer that has failed has told so before its
+/// call ends, so what was read of its operands before this is right; `abort` may come later.
+__device__ inline bool NoneHasFailed(const Endpoint& self) {
+  const uint32_t was_told = LoadRelaxed(&self.own()->told[threadIdx.x % self.num_ranks].is_set);
+  const uint32_t has_failed = LoadRelaxed(&self.own()->has_failed);
+  return !IsAborted(self) && (was_told | has_failed) == 0;
+}
+
+/// Every thread of every block of a call in which the same blocks of all ranks do the same parts,
+/// when it has read what it reads in place: waits until the same block of every peer has, too, and
+/// ends the epoch. So no rank ends while its operands are read. EndReading must follow. The same
+/// for the whole block; false when the group has failed: then the block may have read anything.
+__device__ inline bool PartBlocks(const Endpoint& self, OpId op, bool has_met) {
+  const uint32_t ended = LoadRelaxed(&self.own()->turn.epoch);
+  const uint32_t epoch = NextEpoch(ended);
+  const PushedCells cells{self, epoch};
+  __syncthreads();
+  if (has_met) TellBlocks(self, op, epoch, cells);
+  const bool is_good = has_met && NoneHasFailed(self);
+  // Not by a thread that waits.
+  if (threadIdx.x == blockDim.x - 1) CountOut(self, ended, gridDim.x);
+  return AwaitBlocks(self, op, epoch, cells, is_good);
 }
 
 /// All results of a call, and what they are filled with when it fails: 0xff in every byte is a NaN
@@ -235,12 +307,8 @@ __device__ inline void Part(const Endpoint& self, OpId op, bool has_met, const R
         self, op, peer, [&] { return LoadAcquire(done.Of(peer)).epoch == epoch; },
         [&] { return CountSeen(self, done, epoch); });
   }
-  // A peer that has failed has told so before anyone ends; `abort` may come later.
-  const int rank = threadIdx.x % self.num_ranks;
-  const volatile uint32_t& was_told = self.own()->told[rank].is_set;
-  const bool has_failed = LoadRelaxed(&self.own()->has_failed) != 0;
-  const bool is_aborted = IsAborted(self);
-  if (__syncthreads_or(!is_good || has_failed || was_told != 0 || is_aborted)) {
+  is_good = NoneHasFailed(self) && is_good;
+  if (__syncthreads_or(!is_good)) {
     if (threadIdx.x == 0) KeepWhatWasTold(self);
     poison(threadIdx.x, blockDim.x);
   }

@@ -21,10 +21,10 @@ static_assert(kLanePackets * kWarpSize * kVectorBytes == kPacketGroupBytes);
 
 __device__ inline int PacketLane() { return threadIdx.x % kWarpSize; }
 
-/// Vector `v` of this lane in a group, among those of the operand. A warp's loads and stores fill
-/// whole lines, as do those of its packets.
-__device__ inline int64_t VectorOf(int64_t group, int v) {
-  return group * kGroupVectors + v * kWarpSize + PacketLane();
+/// This lane's vectors in a group, among the `num_vectors` of the operand. A warp's loads and
+/// stores fill whole lines, as do those of its packets.
+__device__ inline Strided VectorsOf(int64_t group, int64_t num_vectors) {
+  return {.first = group * kGroupVectors + PacketLane(), .step = kWarpSize, .end = num_vectors};
 }
 
 struct Packet {
@@ -80,8 +80,8 @@ __device__ inline bool Begin(const Endpoint& self, OpId op, const int32_t* posit
 /// Where `holder` finds what `source` sends it; this lane's first packet of a group.
 __device__ inline std::byte* PacketsAt(const Endpoint& self, int holder, int source, uint32_t epoch,
                                        int64_t group) {
-  const int64_t groups = static_cast<int64_t>(PacketGroups(self.num_ranks));
-  const int64_t place = int64_t{epoch & 1} * kPacketGroups + source * groups + group;
+  const int64_t half = int64_t{epoch & 1} * kPacketGroups;
+  const int64_t place = half + source * self.rooms.packet_groups + group;
   return reinterpret_cast<std::byte*>(self.control[holder]) + kPacketsOffset +
          place * kPacketGroupBytes + PacketLane() * kVectorBytes;
 }
@@ -175,7 +175,7 @@ __device__ inline std::byte* PushedAt(const Endpoint& self, int holder, int sour
                                       uint32_t epoch) {
   const int64_t part = int64_t{epoch & 1} * self.num_ranks + source;
   return reinterpret_cast<std::byte*>(self.control[holder]) + kPacketsOffset + kPacketBytes +
-         part * static_cast<int64_t>(PushPayload(self.num_ranks));
+         part * self.rooms.push_payload;
 }
 
 /// By the first thread, when what it asked for has come: calls of one epoch would take one
@@ -189,37 +189,16 @@ __device__ inline void RefuseOverlap(const Endpoint& self, const PushCall& call)
 /// SwapBlocks, when this block has pushed its part of an operand.
 __device__ inline bool SwapPushed(const Endpoint& self, const PushCall& call) {
   RefuseOverlap(self, call);
-  return SwapBlocks(self, call.op, call.epoch, [&](int holder, int source) {
-    return &self.control[holder]->pushed[call.epoch & 1][source][blockIdx.x];
-  });
+  return SwapBlocks(self, call.op, call.epoch, PushedCells{self, call.epoch});
 }
 
-__device__ inline void AddToTurn(const Endpoint& self, uint64_t value) {
-  atomicAdd(reinterpret_cast<unsigned long long*>(&self.own()->turn), value);
-}
-
-/// Every thread of every block, once it has read the epoch and whatever else ends with it: the last
-/// block that comes ends the epoch for the next call on the stream. For calls in which every rank
-/// receives from every other: they need not part. `num_readers`: blocks that go on reading what has
-/// no epoch in it, each until its EndReading.
+/// CountOut for every thread of every block, for calls in which every rank receives from every
+/// other: they need not part.
 __device__ inline void EndEpoch(const Endpoint& self, const PushCall& call, int num_readers) {
   __syncthreads();
   if (threadIdx.x != 0) return;
   RefuseOverlap(self, call);
-  if (gridDim.x > 1 && atomicAdd(&self.own()->num_blocks_done, 1) != gridDim.x - 1) return;
-  StoreRelaxed(&self.own()->num_blocks_done, 0);
-  if (num_readers == 0) {
-    StoreRelaxed(&self.own()->turn, {call.epoch, 0});
-    return;
-  }
-  // Some may have ended their reading: a sum, in which the 1 of the call goes.
-  AddToTurn(self, (uint64_t(num_readers - 1) << 32) + call.epoch - call.ended);
-}
-
-/// Every thread of every block.
-__device__ inline void EndReading(const Endpoint& self) {
-  __syncthreads();
-  if (threadIdx.x == 0) AddToTurn(self, -(uint64_t{1} << 32));
+  CountOut(self, call.ended, num_readers);
 }
 
 }  // namespace jax_ep

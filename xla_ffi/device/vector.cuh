@@ -11,13 +11,18 @@ namespace jax_ep {
 
 inline constexpr int kVectorBytes = 16;
 
+/// Whether an array begins where vectors do.
+__device__ inline bool IsAligned(const std::byte* array) {
+  return reinterpret_cast<uint64_t>(array) % kVectorBytes == 0;
+}
+
 /// Vector `i` of an array of `bytes` bytes, zeros behind its end. Not through the L1, which does
 /// not see what other devices write. Elements of kBytes never lie in two vectors.
 template <int kBytes>
 __device__ inline uint4 LoadVector(const std::byte* array, int64_t i, int64_t bytes) {
   const std::byte* from = array + i * kVectorBytes;
   const int64_t left = bytes - i * kVectorBytes;
-  if (left >= kVectorBytes && reinterpret_cast<uint64_t>(array) % kVectorBytes == 0) {
+  if (left >= kVectorBytes && IsAligned(array)) {
     return __ldcg(reinterpret_cast<const uint4*>(from));
   }
   uint4 vector{};
@@ -43,7 +48,7 @@ template <int kBytes>
 __device__ inline void StoreVector(std::byte* array, int64_t i, int64_t bytes, uint4 vector) {
   std::byte* to = array + i * kVectorBytes;
   const int64_t left = bytes - i * kVectorBytes;
-  if (left >= kVectorBytes && reinterpret_cast<uint64_t>(array) % kVectorBytes == 0) {
+  if (left >= kVectorBytes && IsAligned(array)) {
     *reinterpret_cast<uint4*>(to) = vector;
     return;
   }
@@ -52,6 +57,69 @@ __device__ inline void StoreVector(std::byte* array, int64_t i, int64_t bytes, u
   for (int at = 0; at < kVectorBytes; at += kBytes) {
     if (at >= left) break;
     for (int b = 0; b < kBytes; ++b) to[at + b] = from[at + b];
+  }
+}
+
+/// Which vectors of an array a thread takes at once: `first`, `first` + `step`, ..., before `end`.
+struct Strided {
+  int64_t first;
+  int64_t step;
+  int64_t end;
+
+  __device__ int64_t at(int v) const { return first + v * step; }
+  /// Before it lie those that are one aligned access.
+  __device__ int64_t WholeEnd(const std::byte* array, int64_t bytes) const {
+    return IsAligned(array) ? min(end, bytes / kVectorBytes) : 0;
+  }
+};
+
+/// Of an array of nothing but whole vectors, as ranks store them in one another's room.
+template <int kCount>
+__device__ inline void LoadWhole(const std::byte* array, const Strided& which,
+                                 uint4 (&vectors)[kCount]) {
+  const auto* from = reinterpret_cast<const uint4*>(array);
+#pragma unroll
+  for (int v = 0; v < kCount; ++v) {
+    vectors[v] = which.at(v) < which.end ? __ldcg(from + which.at(v)) : uint4{};
+  }
+}
+
+template <int kCount>
+__device__ inline void StoreWhole(std::byte* array, const Strided& which,
+                                  const uint4 (&vectors)[kCount]) {
+  auto* to = reinterpret_cast<uint4*>(array);
+#pragma unroll
+  for (int v = 0; v < kCount; ++v) {
+    if (which.at(v) < which.end) to[which.at(v)] = vectors[v];
+  }
+}
+
+/// LoadVector of each, zeros for those that there are not. The accesses of whole ones are not
+/// behind branches: beside code for the rest, compilers had each wait for the one before it.
+template <int kBytes, int kCount>
+__device__ inline void LoadVectors(const std::byte* array, const Strided& which, int64_t bytes,
+                                   uint4 (&vectors)[kCount]) {
+  const int64_t whole = which.WholeEnd(array, bytes);
+  LoadWhole(array, {.first = which.first, .step = which.step, .end = whole}, vectors);
+  if (whole >= which.end) return;
+#pragma unroll
+  for (int v = 0; v < kCount; ++v) {
+    const int64_t i = which.at(v);
+    if (whole <= i && i < which.end) vectors[v] = LoadVector<kBytes>(array, i, bytes);
+  }
+}
+
+/// StoreVector of each that there is.
+template <int kBytes, int kCount>
+__device__ inline void StoreVectors(std::byte* array, const Strided& which, int64_t bytes,
+                                    const uint4 (&vectors)[kCount]) {
+  const int64_t whole = which.WholeEnd(array, bytes);
+  StoreWhole(array, {.first = which.first, .step = which.step, .end = whole}, vectors);
+  if (whole >= which.end) return;
+#pragma unroll
+  for (int v = 0; v < kCount; ++v) {
+    const int64_t i = which.at(v);
+    if (whole <= i && i < which.end) StoreVector<kBytes>(array, i, bytes, vectors[v]);
   }
 }
 

@@ -22,15 +22,14 @@ bool IsPushed(const AllReduceArgs& args, Algorithm algorithm) {
   return algorithm != Algorithm::kLowLatency && args.bytes <= static_cast<int64_t>(room);
 }
 
-using Pushing = void (*)(AllReduceLaunch);
-using Pulling = void (*)(AllReduceLaunch, Results);
+using Kernel = void (*)(AllReduceLaunch);
 
 struct Kernels {
-  Pushing low_latency;
-  Pushing push_one_shot;
-  Pushing push_two_shot;  // null: none
-  Pulling one_shot;
-  Pulling two_shot;  // null: none
+  Kernel low_latency;
+  Kernel push_one_shot;
+  Kernel push_two_shot;  // null: none
+  Kernel one_shot;
+  Kernel two_shot;  // null: none
 };
 
 template <typename Element>
@@ -64,11 +63,8 @@ cudaError_t LoadAllReduceKernels(DeviceTraits&) {
   for (const Movement movement : {Movement::kAllReduce, Movement::kAllGather}) {
     for (const DType dtype : {DType::kBF16, DType::kF16, DType::kF32, DType::kI32}) {
       const Kernels kernels = KernelsOf(movement, dtype);
-      for (const void* kernel : {reinterpret_cast<const void*>(kernels.low_latency),
-                                 reinterpret_cast<const void*>(kernels.push_one_shot),
-                                 reinterpret_cast<const void*>(kernels.push_two_shot),
-                                 reinterpret_cast<const void*>(kernels.one_shot),
-                                 reinterpret_cast<const void*>(kernels.two_shot)}) {
+      for (const Kernel kernel : {kernels.low_latency, kernels.push_one_shot, kernels.push_two_shot,
+                                  kernels.one_shot, kernels.two_shot}) {
         cudaFuncAttributes found{};
         if (kernel == nullptr) continue;
         const cudaError_t status = cudaFuncGetAttributes(&found, kernel);
@@ -107,12 +103,9 @@ cudaError_t LaunchAllReduce(const AllReduceLaunch& launch, Algorithm algorithm,
   config.num_blocks = static_cast<int>(std::min(most_blocks, wanted));
   config.num_threads = static_cast<int>(
       std::min<int64_t>(kReduceThreads, divide(num_vectors, kWarpSize) * kWarpSize));
-  if (IsPushed(args, algorithm)) {
-    return Launch(is_two_shot ? kernels.push_two_shot : kernels.push_one_shot, config, launch);
-  }
-  Results results;
-  results.Add(args.out, args.out_bytes());
-  return Launch(is_two_shot ? kernels.two_shot : kernels.one_shot, config, launch, results);
+  const Kernel one_shot = IsPushed(args, algorithm) ? kernels.push_one_shot : kernels.one_shot;
+  const Kernel two_shot = IsPushed(args, algorithm) ? kernels.push_two_shot : kernels.two_shot;
+  return Launch(is_two_shot ? two_shot : one_shot, config, launch);
 }
 
 namespace {

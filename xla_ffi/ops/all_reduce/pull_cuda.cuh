@@ -9,6 +9,7 @@
 #include "device/meeting.cuh"
 #include "device/signals.cuh"
 #include "ops/all_reduce/all_reduce_cuda.cuh"
+#include "ops/all_reduce/stored_cuda.cuh"
 #include "ops/all_reduce/terms_cuda.cuh"
 
 namespace jax_ep {
@@ -24,64 +25,70 @@ __device__ inline OwnAddresses OperandsOf(const AllReduceArgs& args, bool tells_
   return own;
 }
 
-// What a thread does with the vectors [first, end) that are `step` apart: adds those of all ranks,
-// or puts them side by side. Several at a time, so that enough loads are on their way.
+// Adds a thread's vectors of all ranks, or puts them side by side.
 template <typename Element>
-__device__ void Pull(const AllReduceLaunch& launch, const PeerAddresses& peers, int64_t first,
-                     int64_t end, int64_t step) {
+__device__ void Pull(const AllReduceLaunch& launch, const PeerAddresses& peers,
+                     const Strided& share) {
   constexpr bool kGathers = std::is_same_v<Element, Byte>;
   constexpr int kBytes = kElementBytes<Element>;
-  constexpr int kUnroll = 4;
   const Endpoint& self = launch.self;
   const AllReduceArgs& a = launch.args;
-  for (int64_t i = first; i < end; i += kUnroll * step) {
-    Sum<std::conditional_t<kGathers, float, Element>> sums[kUnroll];
+  ForEachFew(share, [&](const Strided& few) {
+    Sum<std::conditional_t<kGathers, float, Element>> sums[kFew];
+    uint4 vectors[kFew];
     for (int r = 0; r < self.num_ranks; ++r) {
       const std::byte* in = peers.at[kInAddress][r] + self.rank * a.in_stride();
-      uint4 vectors[kUnroll];
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        if (i + u * step < end) vectors[u] = LoadVector<kBytes>(in, i + u * step, a.bytes);
-      }
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        if (i + u * step >= end) break;
-        if constexpr (kGathers) {
-          StoreVector<kBytes>(a.out + r * a.bytes, i + u * step, a.bytes, vectors[u]);
-        } else {
-          sums[u].Add(r, vectors[u]);
-        }
+      LoadVectors<kBytes>(in, few, a.bytes, vectors);
+      if constexpr (kGathers) {
+        StoreVectors<kBytes>(a.out + r * a.bytes, few, a.bytes, vectors);
+      } else {
+        Add(sums, r, vectors);
       }
     }
     if constexpr (!kGathers) {
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        if (i + u * step < end) {
-          StoreVector<kBytes>(a.out, i + u * step, a.bytes, sums[u].Round());
-        }
-      }
+      Round(sums, /*is_good=*/true, vectors);
+      StoreVectors<kBytes>(a.out, few, a.bytes, vectors);
     }
-  }
+  });
+}
+
+// What a thread puts out of a share, when its block cannot compute it.
+template <typename Element>
+__device__ void PoisonShare(const AllReduceArgs& a, const Strided& share) {
+  const int num_parts = std::is_same_v<Element, Byte> ? a.num_ranks : 1;
+  ForEachFew(share, [&](const Strided& few) {
+    uint4 vectors[kFew];
+    Poison(vectors);
+    for (int r = 0; r < num_parts; ++r) {
+      StoreVectors<kElementBytes<Element>>(a.out + r * a.bytes, few, a.bytes, vectors);
+    }
+  });
 }
 
 // Reads the operands of all ranks where they lie.
 //
-// Geometry   512 threads, four vectors of 16 bytes at a time each, up to 64 blocks.
-// Protocol   publishes its operand, meets its peers; ends with read_done to every peer.
+// Geometry   512 threads, four vectors of 16 bytes at a time each, up to 64 blocks, as many on all
+//            ranks.
+// Protocol   publishes its operand, meets its peers; ends when the same block of every peer has
+// read
+//            its part, too.
 // Traffic    per rank: bytes read from every rank, the result written.
 // Floor      bytes * (num_ranks - 1) over NVLink pull; a launch, and two exchanges of signals.
 template <typename Element>
 __global__ void __launch_bounds__(kReduceThreads)
-    OneShotKernel(const __grid_constant__ AllReduceLaunch launch,
-                  const __grid_constant__ Results results) {
+    OneShotKernel(const __grid_constant__ AllReduceLaunch launch) {
   __shared__ PeerAddresses peers;
-  const bool is_good = Meet(launch.self, kReduceOp, launch.position,
-                            OperandsOf(launch.args, /*tells_out=*/false), peers);
-  if (is_good) {
-    Pull<Element>(launch, peers, int64_t{blockIdx.x} * blockDim.x + threadIdx.x,
-                  NumVectors(launch.args.bytes), int64_t{gridDim.x} * blockDim.x);
+  const Endpoint& self = launch.self;
+  const AllReduceArgs& a = launch.args;
+  const OpId op = OpOf(a.movement);
+  const Strided share = InTurns(0, NumVectors(a.bytes));
+  const bool has_met = Meet(self, op, launch.position, OperandsOf(a, /*tells_out=*/false), peers);
+  if (has_met) Pull<Element>(launch, peers, share);
+  if (!PartBlocks(self, op, has_met)) {
+    PoisonShare<Element>(a, share);
+    KeepWhatWasTold(self);
   }
-  Part(launch.self, kReduceOp, is_good, results);
+  EndReading(self);
 }
 
 // Adds this rank's chunk of all operands, then reads the other chunks of the sum from the ranks
@@ -90,48 +97,42 @@ __global__ void __launch_bounds__(kReduceThreads)
 // Geometry   512 threads, four vectors of 16 bytes at a time each, up to 64 blocks, as many on all
 //            ranks.
 // Protocol   publishes its operand and its result, meets its peers; reduced to every peer between
-//            the two halves; ends with read_done to every peer.
+//            the two halves; ends when the same block of every peer has read its parts, too.
 // Traffic    per rank: bytes read in the first half and again in the second, bytes written.
 // Floor      2 * bytes * (num_ranks - 1) / num_ranks over NVLink pull; a launch, and three
 //            exchanges of signals.
 template <typename Element>
 __global__ void __launch_bounds__(kReduceThreads)
-    TwoShotKernel(const __grid_constant__ AllReduceLaunch launch,
-                  const __grid_constant__ Results results) {
+    TwoShotKernel(const __grid_constant__ AllReduceLaunch launch) {
+  constexpr int kBytes = kElementBytes<Element>;
   __shared__ PeerAddresses peers;
   const Endpoint& self = launch.self;
   const AllReduceArgs& a = launch.args;
-  bool is_good = Meet(self, kReduceOp, launch.position, OperandsOf(a, /*tells_out=*/true), peers);
+  const OpId op = OpOf(a.movement);
+  const int64_t num_vectors = NumVectors(a.bytes);
+  const int64_t chunk = (num_vectors + self.num_ranks - 1) / self.num_ranks;
+  const auto chunk_of = [&](int r) {
+    return InTurns(r * chunk, min((r + 1) * chunk, num_vectors));
+  };
+  bool is_good = Meet(self, op, launch.position, OperandsOf(a, /*tells_out=*/true), peers);
   if (is_good) {
-    const uint32_t epoch = CurrentEpoch(self);
-    const int64_t num_vectors = NumVectors(a.bytes);
-    const int64_t chunk = (num_vectors + self.num_ranks - 1) / self.num_ranks;
-    const int64_t step = int64_t{gridDim.x} * blockDim.x;
-    const int64_t offset = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-    const auto end_of = [&](int r) { return min((r + 1) * chunk, num_vectors); };
-    Pull<Element>(launch, peers, self.rank * chunk + offset, end_of(self.rank), step);
-    is_good = SwapReduced(self, kReduceOp, epoch);
-    // Each begins with its next peer: not all read from the same one.
-    for (int d = 1; is_good && d < self.num_ranks; ++d) {
-      const int r = (self.rank + d) % self.num_ranks;
-      constexpr int kUnroll = 4;
-      for (int64_t i = r * chunk + offset; i < end_of(r); i += kUnroll * step) {
-        uint4 vectors[kUnroll];
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-          if (i + u * step >= end_of(r)) break;
-          vectors[u] =
-              LoadVector<kElementBytes<Element>>(peers.at[kOutAddress][r], i + u * step, a.bytes);
-        }
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-          if (i + u * step >= end_of(r)) break;
-          StoreVector<kElementBytes<Element>>(a.out, i + u * step, a.bytes, vectors[u]);
-        }
-      }
-    }
+    Pull<Element>(launch, peers, chunk_of(self.rank));
+    is_good = SwapReduced(self, op, CurrentEpoch(self));
   }
-  Part(self, kReduceOp, is_good, results);
+  // Each begins with its next peer: not all read from the same one.
+  for (int d = 1; is_good && d < self.num_ranks; ++d) {
+    const int r = (self.rank + d) % self.num_ranks;
+    ForEachFew(chunk_of(r), [&](const Strided& few) {
+      uint4 vectors[kFew];
+      LoadVectors<kBytes>(peers.at[kOutAddress][r], few, a.bytes, vectors);
+      StoreVectors<kBytes>(a.out, few, a.bytes, vectors);
+    });
+  }
+  if (!PartBlocks(self, op, is_good)) {
+    for (int r = 0; r < self.num_ranks; ++r) PoisonShare<Element>(a, chunk_of(r));
+    KeepWhatWasTold(self);
+  }
+  EndReading(self);
 }
 
 }  // namespace jax_ep

@@ -10,6 +10,7 @@
 #include "device/packets.cuh"
 #include "device/signals.cuh"
 #include "ops/all_reduce/all_reduce_cuda.cuh"
+#include "ops/all_reduce/stored_cuda.cuh"
 #include "ops/all_reduce/terms_cuda.cuh"
 
 namespace jax_ep {
@@ -31,23 +32,20 @@ __global__ void __launch_bounds__(kReduceThreads)
   constexpr int kPeersAtOnce = 2;
   const Endpoint& self = launch.self;
   const AllReduceArgs& a = launch.args;
-  PushCall call;
-  bool is_good = Begin(self, kReduceOp, launch.position, call);
   const int64_t num_vectors = NumVectors(a.bytes);
   const int64_t num_groups = (num_vectors + kGroupVectors - 1) / kGroupVectors;
   const int num_warps = blockDim.x / kWarpSize;
   const int64_t first = int64_t{threadIdx.x / kWarpSize} * gridDim.x + blockIdx.x;
   const int64_t step = int64_t{gridDim.x} * num_warps;
   const auto load = [&](const std::byte* array, int64_t group, uint4(&vectors)[kPacketVectors]) {
-#pragma unroll
-    for (int v = 0; v < kPacketVectors; ++v) {
-      const int64_t i = VectorOf(group, v);
-      vectors[v] = i < num_vectors ? LoadVector<kBytes>(array, i, a.bytes) : uint4{};
-    }
+    LoadVectors<kBytes>(array, VectorsOf(group, num_vectors), a.bytes, vectors);
   };
+  uint4 vectors[kPacketVectors];
+  load(a.in, first, vectors);  // on its way while the epoch is
+  PushCall call;
+  bool is_good = Begin(self, OpOf(a.movement), launch.position, call);
   for (int64_t group = first; is_good && group < num_groups; group += step) {
-    uint4 vectors[kPacketVectors];
-    load(a.in, group, vectors);
+    if (group != first) load(a.in, group, vectors);
     for (int r = 0; r < self.num_ranks; ++r) {
       if (a.in_stride() != 0) load(a.in + r * a.in_stride(), group, vectors);
       if (r != self.rank) Send(self, r, call.epoch, group, vectors);
@@ -57,8 +55,8 @@ __global__ void __launch_bounds__(kReduceThreads)
   const std::byte* own = a.in + self.rank * a.in_stride();
   for (int64_t group = first; group < num_groups; group += step) {
     Sum<std::conditional_t<kGathers, float, Element>> sums[kPacketVectors];
+    const Strided which = VectorsOf(group, num_vectors);
     uint4 own_vectors[kPacketVectors];
-    load(own, group, own_vectors);
     for (int begin = 0; begin < self.num_ranks; begin += kPeersAtOnce) {
       LanePackets packets[kPeersAtOnce];
 #pragma unroll
@@ -66,33 +64,26 @@ __global__ void __launch_bounds__(kReduceThreads)
         const int r = begin + u;
         if (r < self.num_ranks && r != self.rank) packets[u] = Look(self, r, call.epoch, group);
       }
+      if (begin == 0) load(own, group, own_vectors);
 #pragma unroll
       for (int u = 0; u < kPeersAtOnce; ++u) {
         const int r = begin + u;
         if (r >= self.num_ranks) break;
-        uint4 vectors[kPacketVectors] = {own_vectors[0], own_vectors[1], own_vectors[2]};
+        uint4 terms[kPacketVectors] = {own_vectors[0], own_vectors[1], own_vectors[2]};
         if (r != self.rank && is_good) {
-          is_good = Receive(self, call, r, group, packets[u], vectors);
+          is_good = Receive(self, call, r, group, packets[u], terms);
         }
-#pragma unroll
-        for (int v = 0; v < kPacketVectors; ++v) {
-          if constexpr (kGathers) {
-            const int64_t i = VectorOf(group, v);
-            const uint4 vector = is_good ? vectors[v] : Poison();
-            if (i < num_vectors) StoreVector<kBytes>(a.out + r * a.bytes, i, a.bytes, vector);
-          } else {
-            sums[v].Add(r, vectors[v]);
-          }
+        if constexpr (kGathers) {
+          if (!is_good) Poison(terms);
+          StoreVectors<kBytes>(a.out + r * a.bytes, which, a.bytes, terms);
+        } else {
+          Add(sums, r, terms);
         }
       }
     }
     if constexpr (!kGathers) {
-#pragma unroll
-      for (int v = 0; v < kPacketVectors; ++v) {
-        const int64_t i = VectorOf(group, v);
-        const uint4 vector = is_good ? sums[v].Round() : Poison();
-        if (i < num_vectors) StoreVector<kBytes>(a.out, i, a.bytes, vector);
-      }
+      Round(sums, is_good, own_vectors);
+      StoreVectors<kBytes>(a.out, which, a.bytes, own_vectors);
     }
   }
   if (!is_good) KeepWhatWasTold(self);
@@ -103,8 +94,7 @@ __global__ void __launch_bounds__(kReduceThreads)
 //
 // Geometry   512 threads, a part of the vectors for each of up to 64 blocks, as many on all ranks.
 // Protocol   called, and pushed behind each block's part, to every peer; nothing else: no rank
-// reads
-//            another's memory, and the halves of the room take turns.
+//            reads another's memory, and the halves of the room take turns.
 // Traffic    per rank: bytes read, stored at each peer, as many read from the own L2 for each peer,
 //            the result written.
 // Floor      bytes * (num_ranks - 1) over NVLink push; a launch, a load, a store's way to a peer
@@ -112,80 +102,17 @@ __global__ void __launch_bounds__(kReduceThreads)
 template <typename Element>
 __global__ void __launch_bounds__(kReduceThreads)
     PushKernel(const __grid_constant__ AllReduceLaunch launch) {
-  constexpr bool kGathers = std::is_same_v<Element, Byte>;
-  constexpr int kBytes = kElementBytes<Element>;
-  constexpr int kUnroll = 4;
   const Endpoint& self = launch.self;
-  const AllReduceArgs& a = launch.args;
+  const Strided share = InTurns(0, NumVectors(launch.args.bytes));
   PushCall call;
-  bool is_good = Begin(self, kReduceOp, launch.position, call);
+  bool is_good = Begin(self, OpOf(launch.args.movement), launch.position, call);
   is_good = __syncthreads_and(is_good);
-  const int64_t num_vectors = NumVectors(a.bytes);
-  const int64_t part = (num_vectors + gridDim.x - 1) / gridDim.x;
-  const int64_t first = blockIdx.x * part + threadIdx.x;
-  const int64_t end = min((blockIdx.x + 1) * part, num_vectors);
-  const auto for_each_few = [&](auto&& use) {
-    for (int64_t i = first; i < end; i += kUnroll * blockDim.x) use(i);
-  };
-  const auto load = [&](const std::byte* array, int64_t i, uint4(&vectors)[kUnroll]) {
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int64_t at = i + u * blockDim.x;
-      if (at < end) vectors[u] = LoadVector<kBytes>(array, at, a.bytes);
-    }
-  };
   if (is_good) {
-    for_each_few([&](int64_t i) {
-      uint4 vectors[kUnroll];
-      load(a.in, i, vectors);
-      for (int r = 0; r < self.num_ranks; ++r) {
-        if (a.in_stride() != 0) load(a.in + r * a.in_stride(), i, vectors);
-        if (r == self.rank) continue;
-        auto* to = reinterpret_cast<uint4*>(PushedAt(self, r, self.rank, call.epoch));
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-          const int64_t at = i + u * blockDim.x;
-          if (at < end) to[at] = vectors[u];
-        }
-      }
-    });
+    StoreAtPeers<Element>(launch, call.epoch, share);
     is_good = SwapPushed(self, call);
   }
   EndEpoch(self, call, gridDim.x);
-  for_each_few([&](int64_t i) {
-    Sum<std::conditional_t<kGathers, float, Element>> sums[kUnroll];
-    for (int r = 0; r < self.num_ranks; ++r) {
-      uint4 vectors[kUnroll];
-      if (r == self.rank) {
-        load(a.in + r * a.in_stride(), i, vectors);
-      } else {
-        // Whole vectors were stored, also at the end.
-        const auto* from = reinterpret_cast<const uint4*>(PushedAt(self, self.rank, r, call.epoch));
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-          const int64_t at = i + u * blockDim.x;
-          if (at < end) vectors[u] = __ldcg(from + at);
-        }
-      }
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const int64_t at = i + u * blockDim.x;
-        if (at >= end) break;
-        if constexpr (kGathers) {
-          StoreVector<kBytes>(a.out + r * a.bytes, at, a.bytes, is_good ? vectors[u] : Poison());
-        } else {
-          sums[u].Add(r, vectors[u]);
-        }
-      }
-    }
-    if constexpr (!kGathers) {
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const int64_t at = i + u * blockDim.x;
-        if (at < end) StoreVector<kBytes>(a.out, at, a.bytes, is_good ? sums[u].Round() : Poison());
-      }
-    }
-  });
+  AddStored<Element>(launch, call.epoch, share, is_good);
   if (!is_good) KeepWhatWasTold(self);
   EndReading(self);
 }
@@ -205,92 +132,62 @@ template <typename Element>
 __global__ void __launch_bounds__(kReduceThreads)
     PushTwoShotKernel(const __grid_constant__ AllReduceLaunch launch) {
   constexpr int kBytes = kElementBytes<Element>;
-  constexpr int kUnroll = 4;
   const Endpoint& self = launch.self;
   const AllReduceArgs& a = launch.args;
   PushCall call;
-  bool is_good = Begin(self, kReduceOp, launch.position, call);
+  bool is_good = Begin(self, OpOf(a.movement), launch.position, call);
   is_good = __syncthreads_and(is_good);
   const int64_t num_vectors = NumVectors(a.bytes);
   const int64_t chunk = (num_vectors + self.num_ranks - 1) / self.num_ranks;
-  const int64_t part = (chunk + gridDim.x - 1) / gridDim.x;
-  const int64_t first = blockIdx.x * part + threadIdx.x;
-  // Of the chunk of rank r, where this block's part ends; the last chunks are shorter, or empty.
-  const auto end_of = [&](int r) {
-    return min(min((blockIdx.x + 1) * part, chunk), num_vectors - r * chunk);
+  // The last chunks are shorter, or empty.
+  const auto chunk_of = [&](int r) {
+    return InTurns(r * chunk, min((r + 1) * chunk, num_vectors));
   };
-  const auto room = [&](int holder, int source) {
-    return reinterpret_cast<uint4*>(PushedAt(self, holder, source, call.epoch));
+  // Where a holder finds what a source has stored of the chunk of rank r, of which alone there is
+  // room: the operand, and the sum behind it.
+  const auto operand = [&](int holder, int source, int r) {
+    return PushedAt(self, holder, source, call.epoch) - r * chunk * kVectorBytes;
   };
-  const auto load = [&](int r, int64_t i, uint4(&vectors)[kUnroll]) {
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int64_t at = i + u * blockDim.x;
-      if (at < end_of(r)) vectors[u] = LoadVector<kBytes>(a.in, r * chunk + at, a.bytes);
-    }
+  const auto sum = [&](int holder, int source) {
+    return operand(holder, source, source) + chunk * kVectorBytes;
   };
   // Each begins with its next peer: not all store at the same one.
   for (int d = 1; is_good && d < self.num_ranks; ++d) {
     const int r = (self.rank + d) % self.num_ranks;
-    for (int64_t i = first; i < end_of(r); i += kUnroll * blockDim.x) {
-      uint4 vectors[kUnroll];
-      load(r, i, vectors);
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const int64_t at = i + u * blockDim.x;
-        if (at < end_of(r)) room(r, self.rank)[at] = vectors[u];
-      }
-    }
+    ForEachFew(chunk_of(r), [&](const Strided& few) {
+      uint4 vectors[kFew];
+      LoadVectors<kBytes>(a.in, few, a.bytes, vectors);
+      StoreWhole(operand(r, self.rank, r), few, vectors);
+    });
   }
   if (is_good) is_good = SwapPushed(self, call);
-  const int64_t end = end_of(self.rank);
-  for (int64_t i = first; i < end; i += kUnroll * blockDim.x) {
-    Sum<Element> sums[kUnroll];
+  ForEachFew(chunk_of(self.rank), [&](const Strided& few) {
+    Sum<Element> sums[kFew];
+    uint4 vectors[kFew];
     for (int r = 0; r < self.num_ranks; ++r) {
-      uint4 vectors[kUnroll];
       if (r == self.rank) {
-        load(r, i, vectors);
+        LoadVectors<kBytes>(a.in, few, a.bytes, vectors);
       } else {
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-          const int64_t at = i + u * blockDim.x;
-          if (at < end) vectors[u] = __ldcg(room(self.rank, r) + at);
-        }
+        LoadWhole(operand(self.rank, r, self.rank), few, vectors);
       }
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        if (i + u * blockDim.x < end) sums[u].Add(r, vectors[u]);
-      }
+      Add(sums, r, vectors);
     }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int64_t at = i + u * blockDim.x;
-      if (at >= end) break;
-      const uint4 sum = is_good ? sums[u].Round() : Poison();
-      for (int d = 1; is_good && d < self.num_ranks; ++d) {
-        room((self.rank + d) % self.num_ranks, self.rank)[chunk + at] = sum;
-      }
-      StoreVector<kBytes>(a.out, self.rank * chunk + at, a.bytes, sum);
+    Round(sums, is_good, vectors);
+    for (int d = 1; is_good && d < self.num_ranks; ++d) {
+      StoreWhole(sum((self.rank + d) % self.num_ranks, self.rank), few, vectors);
     }
-  }
+    StoreVectors<kBytes>(a.out, few, a.bytes, vectors);
+  });
   EndEpoch(self, call, gridDim.x);
-  if (is_good) is_good = SwapReduced(self, kReduceOp, call.epoch);
+  if (is_good) is_good = SwapReduced(self, OpOf(a.movement), call.epoch);
   for (int d = 1; d < self.num_ranks; ++d) {
     const int r = (self.rank + d) % self.num_ranks;
-    for (int64_t i = first; i < end_of(r); i += kUnroll * blockDim.x) {
-      uint4 vectors[kUnroll];
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const int64_t at = i + u * blockDim.x;
-        if (at < end_of(r)) vectors[u] = __ldcg(room(self.rank, r) + chunk + at);
-      }
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const int64_t at = i + u * blockDim.x;
-        if (at >= end_of(r)) break;
-        StoreVector<kBytes>(a.out, r * chunk + at, a.bytes, is_good ? vectors[u] : Poison());
-      }
-    }
+    ForEachFew(chunk_of(r), [&](const Strided& few) {
+      uint4 vectors[kFew];
+      LoadWhole(sum(self.rank, r), few, vectors);
+      if (!is_good) Poison(vectors);
+      StoreVectors<kBytes>(a.out, few, a.bytes, vectors);
+    });
   }
   if (!is_good) KeepWhatWasTold(self);
   EndReading(self);

@@ -7,11 +7,17 @@
 
 #include "core/protocol.h"
 #include "device/vector.cuh"
+#include "ops/all_reduce/all_reduce.h"
 
 namespace jax_ep {
 
 inline constexpr int kReduceThreads = 512;
-inline constexpr OpId kReduceOp = OpId::kAllReduce;
+
+__device__ inline OpId OpOf(Movement movement) {
+  return movement == Movement::kAllReduce       ? OpId::kAllReduce
+         : movement == Movement::kReduceScatter ? OpId::kReduceScatter
+                                                : OpId::kAllGather;
+}
 
 // Stands for the element of a gather, which moves bytes.
 struct Byte {};
@@ -41,5 +47,24 @@ struct Sum {
 };
 
 __device__ inline uint4 Poison() { return make_uint4(~0u, ~0u, ~0u, ~0u); }
+
+// The same for several vectors.
+template <int kCount>
+__device__ void Poison(uint4 (&vectors)[kCount]) {
+#pragma unroll
+  for (int v = 0; v < kCount; ++v) vectors[v] = Poison();
+}
+
+template <typename Element, int kCount>
+__device__ void Add(Sum<Element> (&sums)[kCount], int rank, const uint4 (&vectors)[kCount]) {
+#pragma unroll
+  for (int v = 0; v < kCount; ++v) sums[v].Add(rank, vectors[v]);
+}
+
+template <typename Element, int kCount>
+__device__ void Round(const Sum<Element> (&sums)[kCount], bool is_good, uint4 (&vectors)[kCount]) {
+#pragma unroll
+  for (int v = 0; v < kCount; ++v) vectors[v] = is_good ? sums[v].Round() : Poison();
+}
 
 }  // namespace jax_ep

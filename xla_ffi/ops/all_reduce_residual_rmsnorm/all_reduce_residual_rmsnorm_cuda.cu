@@ -64,12 +64,10 @@ __global__ void __launch_bounds__(kMaxThreads)
   const int num_warps = blockDim.x / kWarpSize;
   const int warp = threadIdx.x / kWarpSize;
   const auto load = [&](const std::byte* row, int group, uint4(&vectors)[kPacketVectors]) {
-#pragma unroll
-    for (int v = 0; v < kPacketVectors; ++v) {
-      const int64_t i = VectorOf(group, v);
-      vectors[v] = i < row_vectors ? LoadVector<kBytes>(row, i, row_bytes) : uint4{};
-    }
+    LoadVectors<kBytes>(row, VectorsOf(group, row_vectors), row_bytes, vectors);
   };
+  uint4 vectors[kPacketVectors];
+  if (!kPulls) load(a.in + blockIdx.x * row_bytes, warp, vectors);  // on its way with the epoch
   PushCall call;
   bool is_good;
   if constexpr (kPulls) {
@@ -81,8 +79,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     is_good = Begin(self, kOp, launch.position, call);
     for (int64_t row = blockIdx.x; is_good && row < a.num_rows; row += gridDim.x) {
       for (int group = warp; group < row_groups; group += num_warps) {
-        uint4 vectors[kPacketVectors];
-        load(a.in + row * row_bytes, group, vectors);
+        if (row != blockIdx.x || group != warp) load(a.in + row * row_bytes, group, vectors);
         for (int r = 0; r < self.num_ranks; ++r) {
           if (r != self.rank) Send(self, r, call.epoch, row * row_groups + group, vectors);
         }
@@ -103,7 +100,6 @@ __global__ void __launch_bounds__(kMaxThreads)
       uint4 residual[kPacketVectors];
       load(a.residual + at, group, residual);
       for (int r = 0; r < self.num_ranks; ++r) {
-        uint4 vectors[kPacketVectors] = {};
         if (kPulls) {
           if (is_good) load(peers.at[0][r] + at, group, vectors);
         } else if (r == self.rank) {
@@ -122,7 +118,7 @@ __global__ void __launch_bounds__(kMaxThreads)
       }
 #pragma unroll
       for (int v = 0; v < kPacketVectors; ++v) {
-        const int64_t i = VectorOf(group, v);
+        const int64_t i = VectorsOf(group, row_vectors).at(v);
         float h[kSize];
         float term[kSize];
         Values::Load(Values::Round(sums[v]), h);
@@ -143,7 +139,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     for (int g = 0; g < kMaxGroups; ++g) {
 #pragma unroll
       for (int v = 0; v < kPacketVectors; ++v) {
-        const int64_t i = VectorOf(warp + g * num_warps, v);
+        const int64_t i = VectorsOf(warp + g * num_warps, row_vectors).at(v);
         if (i >= row_vectors) break;
         float h[kSize];
         float scale[kSize];

@@ -105,6 +105,7 @@ class Ranks {
           .position = r,
           .site = 0,
           .timeout_ns = static_cast<uint64_t>(std::chrono::nanoseconds(timeout).count()),
+          .rooms = RoomsOf(num_ranks),
           .control = {},
           .control_bytes = SharedBytes(num_ranks),
           .record = &records_[r]};

@@ -1,0 +1,81 @@
+// Operands of all_reduce that lie in room of their reader.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <type_traits>
+
+#include "device/packets.cuh"
+#include "ops/all_reduce/all_reduce_cuda.cuh"
+#include "ops/all_reduce/terms_cuda.cuh"
+
+namespace jax_ep {
+
+// What a thread takes of the vectors [begin, end), all threads of a rank side by side. The same
+// threads of ranks with equal grids take the same.
+__device__ inline Strided InTurns(int64_t begin, int64_t end) {
+  return {.first = begin + int64_t{blockIdx.x} * blockDim.x + threadIdx.x,
+          .step = int64_t{gridDim.x} * blockDim.x,
+          .end = end};
+}
+
+inline constexpr int kFew = 4;  // vectors of a thread, on their way at once
+
+// Calls `use` for the next few, until there are no more.
+template <typename Use>
+__device__ void ForEachFew(Strided which, Use&& use) {
+  for (; which.first < which.end; which.first += kFew * which.step) use(which);
+}
+
+// Stores at each peer what it needs of the share.
+template <typename Element>
+__device__ void StoreAtPeers(const AllReduceLaunch& launch, uint32_t epoch, const Strided& share) {
+  constexpr int kBytes = kElementBytes<Element>;
+  const Endpoint& self = launch.self;
+  const AllReduceArgs& a = launch.args;
+  ForEachFew(share, [&](const Strided& few) {
+    uint4 vectors[kFew];
+    LoadVectors<kBytes>(a.in, few, a.bytes, vectors);
+    for (int r = 0; r < self.num_ranks; ++r) {
+      if (a.in_stride() != 0) {
+        LoadVectors<kBytes>(a.in + r * a.in_stride(), few, a.bytes, vectors);
+      }
+      if (r == self.rank) continue;
+      StoreWhole(PushedAt(self, r, self.rank, epoch), few, vectors);
+    }
+  });
+}
+
+// Adds, or puts side by side, what all ranks have stored here of the share; poison where not.
+template <typename Element>
+__device__ void AddStored(const AllReduceLaunch& launch, uint32_t epoch, const Strided& share,
+                          bool is_good) {
+  constexpr bool kGathers = std::is_same_v<Element, Byte>;
+  constexpr int kBytes = kElementBytes<Element>;
+  const Endpoint& self = launch.self;
+  const AllReduceArgs& a = launch.args;
+  ForEachFew(share, [&](const Strided& few) {
+    Sum<std::conditional_t<kGathers, float, Element>> sums[kFew];
+    uint4 vectors[kFew];
+    for (int r = 0; r < self.num_ranks; ++r) {
+      if (r == self.rank) {
+        LoadVectors<kBytes>(a.in + r * a.in_stride(), few, a.bytes, vectors);
+      } else {
+        LoadWhole(PushedAt(self, self.rank, r, epoch), few, vectors);
+      }
+      if constexpr (kGathers) {
+        if (!is_good) Poison(vectors);
+        StoreVectors<kBytes>(a.out + r * a.bytes, few, a.bytes, vectors);
+      } else {
+        Add(sums, r, vectors);
+      }
+    }
+    if constexpr (!kGathers) {
+      Round(sums, is_good, vectors);
+      StoreVectors<kBytes>(a.out, few, a.bytes, vectors);
+    }
+  });
+}
+
+}  // namespace jax_ep
