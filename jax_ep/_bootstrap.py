@@ -201,7 +201,8 @@ class Meeting:
             deadline = time.monotonic() + _LEAVE_S
             while self.has_others() and time.monotonic() < deadline:
                 time.sleep(_LEAVE_POLL_S)
-        _jax_compat.abandon_distributed_runtime()
+        _jax_compat.abandon_runtime()
+        _native.load("cpu").exit_without_teardown()
 
     def _first_unreadable(self) -> str | None:
         """Each process reads a random number out of every other one's memory."""

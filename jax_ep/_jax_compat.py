@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 __all__ = [
     "Primitive",
-    "abandon_distributed_runtime",
+    "abandon_runtime",
     "ad",
     "batching",
     "distributed_client",
@@ -73,14 +73,15 @@ def distributed_client() -> Any:
     return distributed.global_state.client
 
 
-def abandon_distributed_runtime() -> None:
+def abandon_runtime() -> None:
     """Keeps JAX from waiting for all processes when this one exits, and so for those that are gone.
 
     Neither the client nor the service is destroyed: that would wait, too. Nor are the devices'
-    clients: a collective whose peer has gone may still be under way.
+    clients and what they have made: a collective whose peer has gone may still be under way.
     """
     for backend in xla_bridge.backends().values():
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(backend))
+        for held in (backend, *backend.live_executables(), *backend.live_arrays()):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(held))
     state = distributed.global_state
     for name in ("preemption_sync_manager", "client", "service"):
         held = getattr(state, name)

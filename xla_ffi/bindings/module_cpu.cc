@@ -4,8 +4,11 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
+#include <unistd.h>
 
 #include <chrono>
+#include <cstdio>
+#include <cstdlib>
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -62,6 +65,16 @@ std::shared_ptr<Group> OpenGroup(std::string identity, const std::vector<SeatTup
                                         std::chrono::milliseconds(timeout_ms)));
 }
 
+// Behind the interpreter's own end, CUDA's and XLA's destructors would wait for what still runs on
+// the devices, for ever if that is a collective whose peer has gone.
+void ExitWithoutTeardown() {
+  const auto exit_now = [](int code, void*) {
+    std::fflush(nullptr);
+    _exit(code);
+  };
+  if (on_exit(exit_now, nullptr) != 0) throw std::runtime_error("on_exit has no room");
+}
+
 // How another process would read this one's memory.
 std::optional<std::string> TryReading(int pid, uint64_t address, uint64_t expected) {
   uint64_t found = 0;
@@ -103,6 +116,8 @@ NB_MODULE(_jax_ep_cpu, m) {
       "the group takes over.");
   m.def("allow_readers", &jax_ep::AllowReaders,
         "Lets other processes of the user read the memory of this one.");
+  m.def("exit_without_teardown", &jax_ep::ExitWithoutTeardown,
+        "From now on the process ends with the interpreter, and runs no destructors.");
   m.def("try_reading", &jax_ep::TryReading, nanobind::arg("pid"), nanobind::arg("address"),
         nanobind::arg("expected"),
         "Why 8 bytes of another process cannot be read, or None if they are as expected.");

@@ -18,6 +18,7 @@ class Check:
       run: (group, backend, **params); raises AssertionError.
       ops: the public operations that the back end must have.
       params: plain data.
+      num_staged: bytes of its operands that peers read, which take room where they are staged.
       uses_stock: whether it runs JAX's own collectives too, which NCCL refuses to ranks that share
         a GPU.
       exempt: (back end, platform) that is known not to hold, and why.
@@ -26,6 +27,7 @@ class Check:
     run: Callable[..., None]
     ops: frozenset[str]
     params: Mapping[str, Any]
+    num_staged: int = 0
     uses_stock: bool = False
     exempt: Mapping[tuple[str, str], str] = field(default_factory=dict)
 
@@ -50,6 +52,9 @@ class Check:
         found = group.backends[backend]
         if not self.ops <= found.ops:
             return found.reason
+        room = group.spec.staging_bytes
+        if backend == "cuda" and room is not None and room < self.num_staged:
+            return f"{self.num_staged} bytes have no room among staged operands, {room}"
         return self.exempt.get((backend, group.mesh.devices.flat[0].platform))
 
 
