@@ -35,7 +35,7 @@ def all_reduce(
         "one_shot": the same without flags in the words, up to 4 MiB, less for more than 4 ranks;
         larger arrays every rank reads where they lie. "two_shot": every rank adds a part and
         passes it on; stored up to 8 MiB (2 ranks: 4, 3: 6), read where it lies beyond. "psum": the
-        stock collective. "auto": by a table, measured for two H100; elsewhere by thresholds that
+        stock collective. "auto": by a table, measured for two H100 or H200; else by thresholds that
         were not, until `python -m jax_ep tune --out FILE` has measured them and JAX_EP_TUNING
         names the file when the group opens. On CPUs all of ours are the same.
       allow_psum: whether "auto" may choose psum: for arrays that it is faster for, for other
