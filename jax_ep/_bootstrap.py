@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any, Self
 
 import jax
@@ -192,17 +192,17 @@ class Meeting:
         """
         if not self.is_alone and not self._leaves_alone:
             self._leaves_alone = True
-            atexit.register(self._leave)
+            atexit.register(self._leave, _native.load("cpu"))
 
-    def _leave(self) -> None:
+    def _leave(self, native: ModuleType) -> None:
         if not self._leaves_alone or _jax_compat.distributed_client() is None:
             return
         if jax.process_index() == 0:
             deadline = time.monotonic() + _LEAVE_S
             while self.has_others() and time.monotonic() < deadline:
                 time.sleep(_LEAVE_POLL_S)
+        native.exit_without_teardown()
         _jax_compat.abandon_runtime()
-        _native.load("cpu").exit_without_teardown()
 
     def _first_unreadable(self) -> str | None:
         """Each process reads a random number out of every other one's memory."""

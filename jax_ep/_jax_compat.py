@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax
-from jax._src import distributed, xla_bridge
+from jax._src import dispatch, distributed, xla_bridge
 from jax.experimental import compute_on as compute_on_module
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -77,11 +77,16 @@ def abandon_runtime() -> None:
     """Keeps JAX from waiting for all processes when this one exits, and so for those that are gone.
 
     Neither the client nor the service is destroyed: that would wait, too. Nor are the devices'
-    clients and what they have made: a collective whose peer has gone may still be under way.
+    clients and what they have made: a collective whose peer has gone may still be under way. For
+    the same reason nobody waits for effects.
     """
-    for backend in xla_bridge.backends().values():
-        for held in (backend, *backend.live_executables(), *backend.live_arrays()):
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(held))
+    tokens = dispatch.runtime_tokens
+    held = [*tokens.current_tokens.values(), *tokens.output_runtime_tokens.values()]
+    tokens.clear()
+    for backend in xla_bridge._backends.values():  # backends() might make new ones
+        held += [backend, *backend.live_executables(), *backend.live_arrays()]
+    for each in held:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(each))
     state = distributed.global_state
     for name in ("preemption_sync_manager", "client", "service"):
         held = getattr(state, name)

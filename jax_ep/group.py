@@ -227,6 +227,7 @@ class Group:
             if isinstance(error, Exception):
                 # The others may wait in their calls for what this process does no more.
                 self._meeting.leave_alone_at_exit()
+                self._loss()
             if (failure := self._recorded()) is not None and str(failure) != str(error):
                 # It may be why: a failed call gives NaNs.
                 error.add_note(f"group {self.identity}: {type(failure).__name__}: {failure}")

@@ -69,7 +69,7 @@ std::shared_ptr<Group> OpenGroup(std::string identity, const std::vector<SeatTup
 // the devices, for ever if that is a collective whose peer has gone.
 void ExitWithoutTeardown() {
   const auto exit_now = [](int code, void*) {
-    std::fflush(nullptr);
+    std::fflush(stdout);
     _exit(code);
   };
   if (on_exit(exit_now, nullptr) != 0) throw std::runtime_error("on_exit has no room");

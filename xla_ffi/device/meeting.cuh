@@ -237,7 +237,8 @@ __device__ inline void EndReading(const Endpoint& self) {
 }
 
 /// Each thread's part of whether a rank has failed. A peer that has failed has told so before its
-/// call ends, so what was read of its operands before this is right; `abort` may come later.
+/// call ends, so what was read of its operands before this is right; `abort` may come later. (Not
+/// of a peer that ends PartBlocks because another rank has told it so, while that one still tells.)
 __device__ inline bool NoneHasFailed(const Endpoint& self) {
   const uint32_t was_told = LoadRelaxed(&self.own()->told[threadIdx.x % self.num_ranks].is_set);
   const uint32_t has_failed = LoadRelaxed(&self.own()->has_failed);
