@@ -29,9 +29,8 @@
 // rank writes its signals of epoch n + 1 only after all ranks have written read_done of epoch n,
 // which each does after its last look at the operands of epoch n and at the signals that have no
 // halves: one cell per writer is enough, and per place of a ring, which is filled and emptied by
-// turns. Signals are stored with
-// release and loaded with acquire order at system scope, so what a rank's stream wrote before is
-// visible behind them.
+// turns. Signals are stored with release and loaded with acquire order at system scope, so what a
+// rank's stream wrote before is visible behind them.
 #pragma once
 
 #include <cstddef>

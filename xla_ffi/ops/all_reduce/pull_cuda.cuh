@@ -70,8 +70,7 @@ __device__ void PoisonShare(const AllReduceArgs& a, const Strided& share) {
 // Geometry   512 threads, four vectors of 16 bytes at a time each, up to 64 blocks, as many on all
 //            ranks.
 // Protocol   publishes its operand, meets its peers; ends when the same block of every peer has
-// read
-//            its part, too.
+//            read its part, too.
 // Traffic    per rank: bytes read from every rank, the result written.
 // Floor      bytes * (num_ranks - 1) over NVLink pull; a launch, and two exchanges of signals.
 template <typename Element>

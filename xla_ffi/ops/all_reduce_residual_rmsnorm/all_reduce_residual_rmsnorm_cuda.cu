@@ -40,9 +40,8 @@ __device__ float SumOfBlock(float value, float* warps) {
 //
 // Geometry   a warp for up to three groups of 96 vectors of a row; up to 64 blocks, which take
 //            rows in turns.
-// Protocol   called and packets to every peer; kPulls: publishes its operand, meets its peers, ends
-// with
-//            read_done to every peer.
+// Protocol   called and packets to every peer; kPulls: publishes its operand, meets its peers,
+//            ends with read_done to every peer.
 // Traffic    per row: its bytes read from every rank (packets: 4/3 of them stored at each peer),
 //            the residual and the scale read, two rows written.
 // Floor      the larger of what crosses NVLink and of all bytes over HBM; a launch, a load, a
