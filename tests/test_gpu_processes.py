@@ -230,6 +230,9 @@ def test_a_process_killed_within_a_program_is_named(num_gpus, step):
     codes[1] = -signal.SIGKILL
     outputs = _run(MIDDLE, num_gpus, *step, exit_codes=codes, deadline=60.0)
     killed = float(re.search(r"killed ([\d.]+)\n", outputs[1])[1])
+    ways = [" until the timeout"]
+    if "psums" in step:  # nobody may wait in a call then: it is known by the process's end
+        ways.append(", whose process has ended")
     for output in outputs[:1] + outputs[2:]:
-        assert re.search("waited for rank 1(, whose process has ended| until the timeout)", output)
+        assert any(f"waited for rank 1{way}" in output for way in ways)
         assert float(re.search(r"raised ([\d.]+)\n", output)[1]) < killed + 4.0
