@@ -4,6 +4,7 @@ Nothing else in the package imports jax._src, jax.extend or jax.interpreters.
 """
 
 import ctypes
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
@@ -26,6 +27,7 @@ __all__ = [
     "lowering_mesh",
     "manual_axes",
     "mlir",
+    "number_in_program",
     "on_second_stream",
     "result_aval",
     "vary_alike",
@@ -131,3 +133,11 @@ def lowering_mesh(ctx: Any) -> "jax.sharding.Mesh | None":
     """The mesh that a primitive is being lowered for, where JAX knows its devices by then."""
     mesh = getattr(ctx.module_context.axis_context, "mesh", None)
     return mesh if isinstance(mesh, jax.sharding.Mesh) else None
+
+
+def number_in_program(ctx: Any) -> int:
+    """How many calls this program had when this one was lowered: 0 for the first."""
+    # The contexts of one module share this dictionary, and nothing else of ours is in it.
+    shared = ctx.module_context.cached_primitive_lowerings
+    number: int = next(shared.setdefault("jax_ep.number_in_program", itertools.count()))
+    return number

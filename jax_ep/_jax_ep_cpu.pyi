@@ -33,6 +33,11 @@ def open_group(identity: str, seats: Sequence[tuple[int, int, int]], num_slices:
     the group takes over.
     """
 
+def begin_program() -> None:
+    """
+    When a program is lowered: what is loaded next belongs to another executable than before.
+    """
+
 def allow_readers() -> None:
     """Lets other processes of the user read the memory of this one."""
 

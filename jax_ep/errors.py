@@ -46,15 +46,24 @@ class PeerTimeoutError(JaxEpError, RuntimeError):
       expected: how many ranks the call needs.
       seen: how many had come when the time was up.
       is_lost: whether the process of the peer has ended, as far as is known.
+      place: where the peer is instead, as far as is known, else "".
     """
 
     def __init__(
-        self, op: str, rank: int, peer: int, expected: int, seen: int, *, is_lost: bool = False
+        self,
+        op: str,
+        rank: int,
+        peer: int,
+        expected: int,
+        seen: int,
+        *,
+        is_lost: bool = False,
+        place: str = "",
     ):
         how = "whose process has ended" if is_lost else "until the timeout"
         super().__init__(
             f"{op}: rank {rank} waited for rank {peer}{',' if is_lost else ''} {how}: "
-            f"expected {expected} ranks, got {seen}"
+            f"expected {expected} ranks, got {seen}" + (f"; rank {peer} {place}" if place else "")
         )
         self.op = op
         self.rank = rank
@@ -62,10 +71,11 @@ class PeerTimeoutError(JaxEpError, RuntimeError):
         self.expected = expected
         self.seen = seen
         self.is_lost = is_lost
+        self.place = place
 
     def to_plain(self) -> dict[str, Any]:
         """The arguments that make the same exception elsewhere, as JSON has them."""
-        names = ("op", "rank", "peer", "expected", "seen", "is_lost")
+        names = ("op", "rank", "peer", "expected", "seen", "is_lost", "place")
         return {name: getattr(self, name) for name in names}
 
 
@@ -82,7 +92,7 @@ def error_of(record: dict[str, Any]) -> JaxEpError:
 
     The keys, besides `kind`, are the attributes of PeerTimeoutError.
     """
-    record = dict(record)
+    record = {"place": "", **record}
     kind = record.pop("kind")
     op, rank, peer = record["op"], record["rank"], record["peer"]
     if kind in ("peer_timeout", "peer_lost"):

@@ -33,6 +33,7 @@ def test_missing_peer_ends_in_an_exception():
         group.check(y)
     error = caught.value
     assert (error.op, error.peer, error.expected, error.seen) == ("dispatch", 1, 3, 2)
+    assert error.place == "waits in no call of this group"
 
     # Later launches end at once, and nothing new is traced.
     start = time.monotonic()
@@ -132,6 +133,29 @@ def test_a_body_that_raises_is_not_waited_for_nor_noted_twice():
     with pytest.raises(jax_ep.PeerTimeoutError) as caught, group:
         group.check(y)
     assert not hasattr(caught.value, "__notes__")
+
+
+def test_where_a_rank_waits_instead_is_told():
+    """Calls under a cond that differs between ranks do not meet."""
+    group = jax_ep.Group.open(make_mesh(3), "ep", timeout=0.5)
+
+    def diverge(x):
+        calls = [lambda x: jax_ep.all_gather(x, group=group)[0], make_sum(group)]
+        return jax.lax.cond(jax.lax.axis_index("ep") < 1, *calls, x)
+
+    y = on_ranks(diverge, group.mesh, check_vma=False)(np.ones((3, 8), np.float32))
+    with pytest.raises(jax_ep.PeerTimeoutError) as caught:
+        group.check(y)
+    assert caught.value.place in {
+        "waits in all_gather, where 1 of 3 ranks are",
+        "waits in all_reduce, where 2 of 3 ranks are",
+    }
+    assert str(caught.value).endswith(f"; rank {caught.value.peer} {caught.value.place}")
+    group.close()
+
+
+def make_sum(group):
+    return lambda x: jax_ep.all_reduce(x, group=group)
 
 
 ERRORS = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, Exception)]

@@ -3,14 +3,17 @@
 The calls are pure, so JAX may merge, drop or repeat them; it does so alike on every rank.
 """
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_ep._jax_compat import Primitive, ad, batching, mlir, result_aval
+from jax_ep import _native
+from jax_ep._jax_compat import Primitive, ad, batching, mlir, number_in_program, result_aval
 from jax_ep.errors import ConfigError
 
 # Shape and dtype of each result, from the operands' avals and the parameters.
@@ -38,6 +41,7 @@ def make_primitive(
       results: the shape rule, called with the operands' avals and the parameters by name.
       platforms: where the target has a twin.
       attributes: the parameters that the handler reads; the others serve the shape rule only.
+        With `group` among them the operation is collective, and its calls get names.
       has_position: whether the first operand is the device's position in the mesh, which says
         nothing about what the results vary over.
       varying: the axes that the results vary over, called like `results`; None: all axes that an
@@ -58,13 +62,22 @@ def make_primitive(
             for shape, dtype in results(*avals, **parameters)
         ]
 
-    def lower(ctx: Any, *operands: Any, **parameters: Any) -> Any:
+    def lower(platform: str, ctx: Any, *operands: Any, **parameters: Any) -> Any:
+        values = {name: _attribute(parameters[name]) for name in attributes}
+        if "group" in values:
+            number = number_in_program(ctx)
+            if number == 0 and platform == "cpu":
+                _native.load(platform).begin_program()
+            values["call"] = _name_call(op, number, ctx, values)
+            del values["group"]
         call = jax.ffi.ffi_lowering(f"jax_ep.{op}", has_side_effect=False)
-        return call(ctx, *operands, **{name: _attribute(parameters[name]) for name in attributes})
+        return call(ctx, *operands, **values)
 
     primitive.def_abstract_eval(abstract_eval)
     for platform in platforms:
-        mlir.register_lowering(primitive, lower, platform=platform)
+        # Two calls that share a lowering would have one name.
+        rule = partial(lower, platform)
+        mlir.register_lowering(primitive, rule, platform=platform, cacheable=False)
     batching.primitive_batchers[primitive] = batch or (lambda *_, **__: refuse_batching(op))
     ad.primitive_jvps[primitive] = lambda *_, **__: refuse_jvp(op)
 
@@ -100,6 +113,22 @@ def absent(dtype: Any) -> jax.Array:
     Not an empty array: jaxlib 0.11.2 crashes when it compiles one in an eager shard_map.
     """
     return jnp.zeros((1,), dtype)
+
+
+def _name_call(op: str, number: int, ctx: Any, attributes: Mapping[str, Any]) -> str:
+    """Names a call by its content and its place in the program, alike in every process.
+
+    The group's identity comes first: it is how an executable that is loaded finds the group.
+    xla_ffi/ops/op_site.h reads this.
+    """
+    content = [
+        op,
+        *(f"{name}={value}" for name, value in sorted(attributes.items())),
+        *(f"{aval.dtype}{list(aval.shape)}" for aval in (*ctx.avals_in, *ctx.avals_out)),
+        str(number),
+    ]
+    digest = hashlib.blake2b("\n".join(content).encode(), digest_size=8)
+    return f"{attributes['group']}#{digest.hexdigest()}"
 
 
 def _attribute(value: bool | int | float | str) -> Any:

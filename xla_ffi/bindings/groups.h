@@ -58,6 +58,7 @@ inline std::optional<Dict> ErrorDict(const std::optional<ErrorRecord>& error) {
   record["peer"] = error->peer;
   record["expected"] = error->expected;
   record["seen"] = error->seen;
+  record["place"] = error->place;
   return record;
 }
 

@@ -114,6 +114,9 @@ NB_MODULE(_jax_ep_cpu, m) {
       "Opens a group. Seats are (device id, slice, rank) in the row-major order of the mesh, and\n"
       "processes whose they are. Links are (process, pid, descriptor of a stream socket), which\n"
       "the group takes over.");
+  m.def(
+      "begin_program", [] { jax_ep::Registry<Group>::Get().sites().BeginProgram(); },
+      "When a program is lowered: what is loaded next belongs to another executable than before.");
   m.def("allow_readers", &jax_ep::AllowReaders,
         "Lets other processes of the user read the memory of this one.");
   m.def("exit_without_teardown", &jax_ep::ExitWithoutTeardown,

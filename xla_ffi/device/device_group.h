@@ -93,9 +93,6 @@ class DeviceGroup {
   /// For tests: as if so many calls had been made. All processes, between two calls.
   void SetEpoch(uint32_t epoch);
 
-  /// Names one call site of one executable; never reused.
-  uint64_t NewSite() { return next_site_.fetch_add(1); }
-
  private:
   void Open(int64_t timeout_ns, const LoadKernels& load_kernels);
   void Release();
@@ -117,7 +114,6 @@ class DeviceGroup {
   std::vector<cudaStream_t> copies_;  // to the host, beside whatever waits on the device
   FailureRecord* records_ = nullptr;  // by position, in pinned host memory
   std::unordered_map<int64_t, int> position_of_device_;
-  std::atomic<uint64_t> next_site_ = 0;
   std::atomic<bool> is_abandoned_ = false;
 };
 

@@ -38,12 +38,12 @@ struct DeviceCall {
 
 inline ffi::Error FindDevice(const char* op, const DeviceSite* site, int32_t device_id,
                              int64_t num_sms, DeviceCall& call) {
-  call.member = site->group->Find(device_id);
+  call.member = site->group().Find(device_id);
   JAX_EP_REQUIRE(call.member != nullptr, op, ": device ", device_id, " is not in group ",
-                 site->group->identity());
+                 site->group().identity());
   JAX_EP_REQUIRE(num_sms > 0, op, ": num_sms=", num_sms, " must be positive");
   call.endpoint = call.member->endpoint;
-  call.endpoint.site = static_cast<uint32_t>(site->site);
+  call.endpoint.site = static_cast<uint32_t>(site->call().name);
   call.num_sms = static_cast<int>(std::min<int64_t>(num_sms, call.member->traits.num_sms));
   return ffi::Error::Success();
 }

@@ -2,6 +2,7 @@
 // exchange.
 #pragma once
 
+#include <memory>
 #include <utility>
 
 #include "ops/op_site.h"
@@ -24,10 +25,13 @@ ffi::Future JoinGroup(const char* op, const HostContext& context, I32Buffer posi
                       const typename Call::Args& args) {
   ffi::Promise promise;
   ffi::Future future(promise);
-  Group& group = *context.site->group;
-  const Member member = group.Locate(op, context.device_id, position.typed_data()[0]);
-  group.exchange().Join<Call>({op, context.site->site, context.run_id, member}, args,
-                              [promise]() mutable { promise.SetAvailable(); });
+  const std::shared_ptr<Group> group = context.site->GroupOf(context.run_id);
+  const Member member = group->Locate(op, context.device_id, position.typed_data()[0]);
+  CallSites& sites = Registry<Group>::Get().sites();
+  CallSite& call = context.site->call();
+  sites.Settle(call);
+  group->exchange().Join<Call>({op, call, sites.newest(), context.run_id, member}, args,
+                               [promise]() mutable { promise.SetAvailable(); });
   return future;
 }
 

@@ -1,13 +1,19 @@
 // The instantiate stage of every collective: an executable that is being loaded finds its group.
 #pragma once
 
+#include <algorithm>
+#include <charconv>
 #include <memory>
+#include <mutex>
+#include <optional>
 #include <sstream>
 #include <string>
 #include <string_view>
+#include <system_error>
 #include <utility>
 
 #include "ops/ffi_checks.h"
+#include "runtime/call_site.h"
 #include "runtime/registry.h"
 
 namespace jax_ep {
@@ -15,26 +21,60 @@ namespace jax_ep {
 /// One call site of one executable. XLA makes it when the executable is loaded, shares it between
 /// the devices, and destroys it with the executable.
 template <typename GroupT>
-struct OpSite {
+class OpSite {
+ public:
   static inline ffi::TypeId id = {};
-  std::shared_ptr<GroupT> group;
-  uint64_t site;
+
+  OpSite(std::shared_ptr<GroupT> group, std::shared_ptr<CallSite> call)
+      : num_ranks(group->num_ranks()), call_(std::move(call)), group_(std::move(group)) {}
+
+  const int num_ranks;
+  CallSite& call() const { return *call_; }
+  /// The group that was open when the executable was loaded, until GroupOf finds another one.
+  GroupT& group() const { return *group_; }
+
+  /// The group of a launch: the one that is open under the identity, also when it was opened after
+  /// the executable was loaded; else the last one that was. The same on all devices of the launch.
+  std::shared_ptr<GroupT> GroupOf(int64_t launch) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (launch_ != launch) {
+      launch_ = launch;
+      auto open = Registry<GroupT>::Get().Find(group_->identity());
+      if (open != nullptr) group_ = std::move(open);
+    }
+    return group_;
+  }
+
+ private:
+  std::shared_ptr<CallSite> call_;
+  std::mutex mutex_;
+  std::optional<int64_t> launch_;
+  std::shared_ptr<GroupT> group_;
 };
 
+/// `call`: the identity of a group, and behind a '#' the name of the call in hexadecimal digits.
 template <typename GroupT>
 ffi::ErrorOr<std::unique_ptr<OpSite<GroupT>>> InstantiateSite(ffi::Dictionary attrs) {
-  const ffi::ErrorOr<std::string_view> identity = attrs.get<std::string_view>("group");
-  if (!identity.has_value()) return ffi::Unexpected(identity.error());
-  const Registry<GroupT>& registry = Registry<GroupT>::Get();
-  std::shared_ptr<GroupT> group = registry.Find(std::string(*identity));
+  const ffi::ErrorOr<std::string_view> call = attrs.get<std::string_view>("call");
+  if (!call.has_value()) return ffi::Unexpected(call.error());
+  const size_t end = call->rfind('#');
+  const std::string identity(call->substr(0, end));
+  uint64_t name = 0;
+  const char* digits = call->data() + std::min(end, call->size() - 1) + 1;
+  const auto [rest, problem] = std::from_chars(digits, call->data() + call->size(), name, 16);
+  if (problem != std::errc() || rest != call->data() + call->size()) {
+    return ffi::Unexpected(ffi::Error(ffi::ErrorCode::kInvalidArgument,
+                                      "jax_ep: not the name of a call: " + std::string(*call)));
+  }
+  Registry<GroupT>& registry = Registry<GroupT>::Get();
+  std::shared_ptr<GroupT> group = registry.Find(identity);
   if (group == nullptr) {
     std::ostringstream message;
-    message << "jax_ep: group " << *identity << " is not open; open groups:";
+    message << "jax_ep: group " << identity << " is not open; open groups:";
     for (const std::string& open : registry.OpenGroups()) message << " " << open;
     return ffi::Unexpected(ffi::Error(ffi::ErrorCode::kFailedPrecondition, message.str()));
   }
-  const uint64_t site = group->NewSite();
-  return std::make_unique<OpSite<GroupT>>(OpSite<GroupT>{std::move(group), site});
+  return std::make_unique<OpSite<GroupT>>(std::move(group), registry.sites().Add(name));
 }
 
 inline auto SiteBinding() { return ffi::Ffi::BindInstantiate().Attrs(); }

@@ -22,6 +22,7 @@ struct ErrorRecord {
   int peer;
   int64_t expected;
   int64_t seen;
+  std::string place = {};  // where the peer is instead, as far as is known
 };
 
 }  // namespace jax_ep

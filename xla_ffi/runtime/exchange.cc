@@ -45,6 +45,7 @@ struct Exchange::State : std::enable_shared_from_this<Exchange::State> {
   State(Roster roster_, std::chrono::milliseconds timeout_)
       : roster(std::move(roster_)),
         timeout(timeout_),
+        launches(roster.num_slices),
         workers(NumWorkers(roster.NumHere())),
         completions(ThreadPool::kUnbounded) {}
 
@@ -52,10 +53,11 @@ struct Exchange::State : std::enable_shared_from_this<Exchange::State> {
   const std::chrono::milliseconds timeout;
   std::mutex mutex;
   std::condition_variable closed;
-  std::map<CallKey, CallPtr> open;     // not all ranks have joined
-  std::map<CallKey, CallPtr> running;  // all have
-  std::map<CallKey, std::vector<Early>> early;
-  std::set<int> lost;  // processes
+  std::map<CallKey, CallPtr> open;              // not all ranks have joined
+  std::map<CallKey, CallPtr> running;           // all have
+  std::map<CallKey, std::vector<Early>> early;  // by the sender's key
+  std::vector<LaunchCount> launches;            // by slice
+  std::set<int> lost;                           // processes
   std::optional<ErrorRecord> error;
   int skip_rank = kNoIndex;
   bool is_closed = false;
@@ -64,6 +66,48 @@ struct Exchange::State : std::enable_shared_from_this<Exchange::State> {
   ThreadPool workers;
   ThreadPool completions;
   std::unique_ptr<Links> links;  // null: all ranks are here
+
+  // How the processes that take part name a call; none where it cannot be told from another one.
+  // With the lock held.
+  std::optional<CallKey> KeyOf(const Arrival& arrival) {
+    const int slice = arrival.member.slice;
+    if (roster.links.empty()) {
+      return CallKey{.site = arrival.site.id, .launch = arrival.run_id, .slice = slice};
+    }
+    const auto launch = launches[slice].Of(arrival.site, arrival.run_id, arrival.newest_site);
+    if (!launch) return std::nullopt;
+    return CallKey{.site = arrival.site.name,
+                   .launch = *launch,
+                   .slice = slice,
+                   .index = arrival.site.index,
+                   .count = arrival.site.count};
+  }
+
+  // What another process means by a key, or the end of the map; with the lock held.
+  template <typename Value>
+  static auto Find(std::map<CallKey, Value>& calls, const CallKey& key) {
+    const CallKey first{.site = key.site, .launch = key.launch, .slice = key.slice, .count = 0};
+    auto it = calls.lower_bound(first);
+    while (it != calls.end() && it->first.IsAlike(key) && !it->first.Matches(key)) ++it;
+    return it != calls.end() && it->first.IsAlike(key) ? it : calls.end();
+  }
+
+  // Where a rank is that a call waits for in vain; with the lock held.
+  std::string PlaceOf(const OpenCall& call, int rank) const {
+    for (const auto& [key, other] : open) {
+      if (other.get() != &call && key.slice == call.key.slice && other->has_joined[rank]) {
+        return "waits in " + other->Describe();
+      }
+    }
+    for (const auto& [key, told] : early) {
+      for (const Early& e : told) {
+        if (key.slice != call.key.slice || e.message.rank != rank) continue;
+        return std::string("waits in ") + e.message.op + ", launch " + std::to_string(key.launch) +
+               "; this is launch " + std::to_string(call.key.launch);
+      }
+    }
+    return "waits in no call of this group";
+  }
 
   void Tell(const std::set<int>& processes, const std::vector<std::byte>& message) {
     for (const int process : processes) links->Send(process, message);
@@ -199,7 +243,9 @@ struct Exchange::State : std::enable_shared_from_this<Exchange::State> {
       }
     }
     if (!oldest || Clock::now() < oldest->deadline) return std::nullopt;
-    return oldest->ExpiredRecord(roster);
+    ErrorRecord record = oldest->ExpiredRecord(roster);
+    if (!oldest->has_ended) record.place = PlaceOf(*oldest, record.peer);
+    return record;
   }
 
   static void Watch(const std::shared_ptr<State>& state) {
@@ -232,7 +278,7 @@ struct Exchange::State : std::enable_shared_from_this<Exchange::State> {
   void ReceiveJoin(const WireMessage& message, std::span<const std::byte> args) {
     std::unique_lock<std::mutex> lock(mutex);
     if (error || is_closed) return;
-    const auto found = open.find(message.key);
+    const auto found = Find(open, message.key);
     if (found == open.end()) {
       early[message.key].push_back({message, {args.begin(), args.end()}});
       return;
@@ -251,7 +297,7 @@ struct Exchange::State : std::enable_shared_from_this<Exchange::State> {
     {
       std::lock_guard<std::mutex> lock(mutex);
       for (auto* calls : {&open, &running}) {
-        const auto found = calls->find(key);
+        const auto found = Find(*calls, key);
         if (found == calls->end()) continue;
         OpenCall& call = *found->second;
         call.are_reading.erase(process);
@@ -306,7 +352,7 @@ void Exchange::JoinErased(const Arrival& arrival, Participant participant) {
   // A callback may destroy this exchange before Join returns.
   const std::shared_ptr<State> state = state_;
   const int rank = arrival.member.rank;
-  const CallKey key{arrival.site, arrival.run_id, arrival.member.slice};
+  std::optional<CallKey> key;
   State::CallPtr call;
   std::optional<ErrorRecord> problem;
   bool is_ready = false;
@@ -315,29 +361,33 @@ void Exchange::JoinErased(const Arrival& arrival, Participant participant) {
   std::fegetenv(&environment);
   {
     std::lock_guard<std::mutex> lock(state->mutex);
-    if (!state->error && state->skip_rank != rank) {
-      const auto found = state->open.find(key);
-      call = found == state->open.end() ? state->Open(key, arrival, participant) : found->second;
+    key = state->KeyOf(arrival);
+    if (!key) problem = TwiceRecord(arrival.op, rank);
+    if (key && !state->error && state->skip_rank != rank) {
+      const auto found = state->open.find(*key);
+      call = found == state->open.end() ? state->Open(*key, arrival, participant) : found->second;
       problem = call->Add(rank, arrival.op, participant.args);
       has_joined = !problem;
       if (has_joined) {
         call->participants[rank] = {std::move(participant.poison), std::move(participant.done),
                                     environment};
       }
-      if (const auto waiting = state->early.find(key); waiting != state->early.end()) {
-        for (const State::Early& e : waiting->second) {
-          call->gave_up[state->roster.ProcessOf(key.slice, e.message.rank)] = e.message.gave_up;
-          if (!problem) problem = call->Add(e.message.rank, e.message.op, e.args);
+      for (auto e = State::Find(state->early, *key); e != state->early.end();
+           e = State::Find(state->early, *key)) {
+        for (const State::Early& each : e->second) {
+          const int process = state->roster.ProcessOf(key->slice, each.message.rank);
+          call->gave_up[process] = each.message.gave_up;
+          if (!problem) problem = call->Add(each.message.rank, each.message.op, each.args);
         }
-        state->early.erase(waiting);
+        state->early.erase(e);
       }
       if (!problem) problem = state->FindLost(*call);
       is_ready = !problem && state->IsReady(call);
     }
   }
   if (has_joined && state->links) {
-    state->Tell(state->roster.OthersOf(key.slice),
-                WireMessage::Join(key, arrival.op, rank, state->gave_up).With(participant.args));
+    state->Tell(state->roster.OthersOf(key->slice),
+                WireMessage::Join(*key, arrival.op, rank, state->gave_up).With(participant.args));
   }
   if (is_ready) state->StartPhase(call);
   if (problem) state->Abandon(problem, /*tells=*/true);

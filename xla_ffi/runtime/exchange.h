@@ -7,7 +7,7 @@
 // collective of its own.
 //
 // XLA starts independent calls in a different order on each device, so calls are matched by their
-// place in the program (`site`) and the launch (`run_id`), never by order of arrival.
+// place in the program and the launch (call_site.h), never by order of arrival.
 //
 // Ranks may sit in several processes. Each process tells the others which of its ranks have joined,
 // and with what operands; these are read where they lie (peer_memory.h). A call ends in a process
@@ -24,6 +24,7 @@
 #include <utility>
 #include <vector>
 
+#include "runtime/call_site.h"
 #include "runtime/error_record.h"
 #include "runtime/phased_call.h"
 #include "runtime/roster.h"
@@ -33,7 +34,8 @@ namespace jax_ep {
 
 struct Arrival {
   const char* op;
-  uint64_t site;
+  const CallSite& site;  // settled
+  uint64_t newest_site;  // of the process
   int64_t run_id;
   Member member;
 };

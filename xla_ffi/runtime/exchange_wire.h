@@ -3,24 +3,16 @@
 
 #include <algorithm>
 #include <atomic>
-#include <compare>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <span>
 #include <vector>
 
+#include "runtime/call_site.h"
 #include "runtime/error_record.h"
 
 namespace jax_ep {
-
-/// One call of one slice: its place in the program, its launch.
-struct CallKey {
-  uint64_t site;
-  int64_t run_id;
-  int slice;
-  auto operator<=>(const CallKey&) const = default;
-};
 
 struct WireMessage {
   enum class Kind : uint32_t {
@@ -29,6 +21,7 @@ struct WireMessage {
     kFail,  // the sender's exchange has failed, and so has the receiver's
   };
   static constexpr size_t kMaxOpName = 32;
+  static constexpr size_t kMaxPlace = 128;
 
   Kind kind;
   CallKey key;          // kJoin, kRead
@@ -39,6 +32,7 @@ struct WireMessage {
   int32_t peer;
   int64_t expected;
   int64_t seen;
+  char place[kMaxPlace];  // kFail: of the record
 
   static WireMessage Of(Kind kind, const CallKey& key) {
     WireMessage message{};
@@ -62,12 +56,18 @@ struct WireMessage {
     message.peer = record.peer;
     message.expected = record.expected;
     message.seen = record.seen;
+    std::strncpy(message.place, record.place.c_str(), kMaxPlace - 1);
     return message;
   }
 
   ErrorRecord Record() const {
-    return {
-        .kind = error, .op = op, .rank = rank, .peer = peer, .expected = expected, .seen = seen};
+    return {.kind = error,
+            .op = op,
+            .rank = rank,
+            .peer = peer,
+            .expected = expected,
+            .seen = seen,
+            .place = place};
   }
 
   std::vector<std::byte> With(std::span<const std::byte> body = {}) const {

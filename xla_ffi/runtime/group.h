@@ -31,15 +31,11 @@ class Group {
   /// device's own place (or the first seat, for a stranger) is returned.
   Member Locate(const char* op, int64_t device_id, int64_t position);
 
-  /// Names one call site of one executable; never reused.
-  uint64_t NewSite() { return next_site_.fetch_add(1); }
-
  private:
   std::string identity_;
   int num_ranks_;
   std::vector<Seat> seats_;
   std::unordered_map<int64_t, int64_t> position_of_device_;
-  std::atomic<uint64_t> next_site_ = 0;
   Exchange exchange_;
 };
 

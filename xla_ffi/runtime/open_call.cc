@@ -7,6 +7,15 @@ namespace jax_ep {
 
 using Kind = ErrorRecord::Kind;
 
+ErrorRecord TwiceRecord(const char* op, int rank) {
+  return {.kind = Kind::kArrivedTwice,
+          .op = op,
+          .rank = rank,
+          .peer = kNoIndex,
+          .expected = 1,
+          .seen = 2};
+}
+
 void Participation::Finish() const {
   std::fesetenv(&environment);
   done();
@@ -24,14 +33,7 @@ OpenCall::OpenCall(const CallKey& key_, const char* op_, int rank,
 
 std::optional<ErrorRecord> OpenCall::Add(int rank, std::string_view of_op,
                                          std::span<const std::byte> args) {
-  if (has_joined[rank]) {
-    return ErrorRecord{.kind = Kind::kArrivedTwice,
-                       .op = op,
-                       .rank = rank,
-                       .peer = kNoIndex,
-                       .expected = 1,
-                       .seen = 2};
-  }
+  if (has_joined[rank]) return TwiceRecord(op, rank);
   if (of_op != op || !body->Deposit(rank, args)) {
     return ErrorRecord{.kind = Kind::kCallMismatch,
                        .op = op,
@@ -54,6 +56,11 @@ ErrorRecord OpenCall::ExpiredRecord(const Roster& roster) const {
           .peer = static_cast<int>(missing - has_joined.begin()),
           .expected = roster.num_ranks,
           .seen = num_joined};
+}
+
+std::string OpenCall::Describe() const {
+  return std::string(op) + ", where " + std::to_string(num_joined) + " of " +
+         std::to_string(body->num_ranks()) + " ranks are";
 }
 
 ErrorRecord OpenCall::LostRecord(const Roster& roster, int process) const {

@@ -13,6 +13,7 @@
 #include <optional>
 #include <set>
 #include <span>
+#include <string>
 #include <string_view>
 #include <vector>
 
@@ -23,6 +24,9 @@
 #include "runtime/roster.h"
 
 namespace jax_ep {
+
+/// Of a rank that has come to a call where it is already.
+ErrorRecord TwiceRecord(const char* op, int rank);
 
 /// A rank of this process in a call.
 struct Participation {
@@ -49,6 +53,8 @@ struct OpenCall {
 
   /// What to say when the deadline has passed while it waits.
   ErrorRecord ExpiredRecord(const Roster& roster) const;
+  /// The call in a few words, for a rank that waits elsewhere.
+  std::string Describe() const;
   /// Of a process that the call needs, and that is gone.
   ErrorRecord LostRecord(const Roster& roster, int process) const;
   /// Processes whose operands may have been overwritten before this one had read them.

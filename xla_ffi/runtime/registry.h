@@ -1,5 +1,5 @@
-// Identity to group, for the executables that are being loaded. The only process-wide state, one
-// for each kind of group.
+// Identity to group, for the executables that use it. The only process-wide state, one for each
+// kind of group.
 #pragma once
 
 #include <map>
@@ -8,6 +8,8 @@
 #include <string>
 #include <utility>
 #include <vector>
+
+#include "runtime/call_site.h"
 
 namespace jax_ep {
 
@@ -44,6 +46,9 @@ class Registry {
     return found == groups_.end() ? nullptr : found->second;
   }
 
+  /// Of the executables that use groups of this kind.
+  CallSites& sites() { return sites_; }
+
   std::vector<std::string> OpenGroups() const {
     std::lock_guard<std::mutex> lock(mutex_);
     std::vector<std::string> identities;
@@ -54,6 +59,7 @@ class Registry {
  private:
   Registry() = default;
 
+  CallSites sites_;
   mutable std::mutex mutex_;
   std::map<std::string, std::shared_ptr<GroupT>> groups_;
 };

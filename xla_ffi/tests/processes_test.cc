@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <functional>
@@ -90,8 +91,12 @@ struct Part {
   std::atomic<bool> is_done = false;
 
   void Join(Exchange& exchange, uint64_t site, int64_t run, int rank, std::function<void()> done) {
+    Join(exchange, SiteOf(site), 100, run, rank, std::move(done));
+  }
+  void Join(Exchange& exchange, const CallSite& site, uint64_t newest, int64_t run, int rank,
+            std::function<void()> done) {
     is_done = false;
-    exchange.Join<GatherCall>({"gather", site, run, {0, rank}},
+    exchange.Join<GatherCall>({"gather", site, newest, run, {0, rank}},
                               {values.data(), sums.data(), &is_poisoned}, [this, done] {
                                 is_done = true;
                                 done();
@@ -192,11 +197,50 @@ void TestLateRank() {
   }
 }
 
+// Processes number their launches and sites as they like; one of them has loaded a copy of the
+// executable. Its two calls of one name are independent: ranks make them in any order.
+void TestProcessesThatNumberOtherwise() {
+  constexpr int kLaunches = 30;
+  const auto exchanges = Connected(std::chrono::minutes(1));
+  std::vector<std::vector<std::shared_ptr<CallSite>>> sites(kProcesses);
+  std::vector<std::unique_ptr<CallSites>> loaded;
+  for (int process = 0; process < kProcesses; ++process) {
+    auto& all = *loaded.emplace_back(std::make_unique<CallSites>());
+    for (int i = 0; i < 3 * process; ++i) all.Add(1000 + i);
+    const int num_copies = process == 1 ? 2 : 1;
+    for (int i = 0; i < 2 * num_copies; ++i) sites[process].push_back(all.Add(5));
+    for (const auto& site : sites[process]) all.Settle(*site);
+    if (num_copies == 2) sites[process].erase(sites[process].begin(), sites[process].begin() + 2);
+  }
+  std::vector<std::array<Part, 2>> parts(kRanks);
+  for (int launch = 0; launch < kLaunches; ++launch) {
+    OnThreads(kRanks, [&](int rank) {
+      std::mt19937 random(rank + kRanks * launch);
+      const int process = rank / kRanksEach;
+      Countdown both(2);
+      const int first = static_cast<int>(random() % 2);
+      for (const int call : {first, 1 - first}) {
+        Part& part = parts[rank][call];
+        std::fill(part.values.begin(), part.values.end(), 100 * launch + 10 * call + rank);
+        part.Join(*exchanges[process], *sites[process][call], loaded[process]->newest(),
+                  launch + 1000 * process, rank, [&] { both.Down(); });
+      }
+      both.Wait();
+      for (const int call : {0, 1}) {
+        const int64_t want = kRanks * (100 * launch + 10 * call) + kRanks * (kRanks - 1) / 2;
+        CHECK(parts[rank][call].sums[0] == want, rank, launch, call, parts[rank][call].sums[0]);
+      }
+    });
+  }
+  for (const auto& exchange : exchanges) CHECK(!exchange->error(), exchange->error()->op);
+}
+
 }  // namespace
 
 Tests ProcessesTests() {
   return {
       {"processes", TestProcesses},
+      {"processes_that_number_otherwise", TestProcessesThatNumberOtherwise},
       {"lost_process", TestLostProcess},
       {"lost_between_calls", TestLostBetweenCalls},
       {"late_rank", TestLateRank},

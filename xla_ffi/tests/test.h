@@ -3,10 +3,12 @@
 
 #include <chrono>
 #include <condition_variable>
+#include <cstdint>
 #include <cstdlib>
 #include <functional>
 #include <iostream>
 #include <latch>
+#include <map>
 #include <mutex>
 #include <source_location>
 #include <sstream>
@@ -15,9 +17,12 @@
 #include <utility>
 #include <vector>
 
+#include "runtime/call_site.h"
+
 namespace jax_ep {
 
 using Tests = std::vector<std::pair<std::string, void (*)()>>;
+Tests CallSiteTests();
 Tests NumericsTests();
 Tests PlanTests();
 Tests ExchangeTests();
@@ -63,6 +68,20 @@ class Countdown {
   std::condition_variable wake_;
   int count_;
 };
+
+/// The one call site of a name, as every executable of a test has it.
+inline const CallSite& SiteOf(uint64_t name) {
+  static std::mutex mutex;
+  static std::map<uint64_t, CallSite> sites;
+  std::lock_guard<std::mutex> lock(mutex);
+  const auto [it, is_new] = sites.try_emplace(name);
+  CallSite& site = it->second;
+  if (is_new) {
+    site.id = site.name = name;
+    site.count = 1;
+  }
+  return site;
+}
 
 /// body(0) .. body(num_threads - 1) at the same time; returns when all are done.
 inline void OnThreads(int num_threads, const std::function<void(int)>& body) {

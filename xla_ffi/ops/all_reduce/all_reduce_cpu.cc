@@ -64,7 +64,7 @@ ffi::Future AllReduce(HostSite* site, ffi::RunId run_id, int32_t device_id, I32B
                       ffi::AnyBuffer in, ffi::Result<ffi::AnyBuffer> out, int64_t, std::string_view,
                       int64_t movement) {
   AllReduceArgs args;
-  ffi::Error error = DecodeAllReduce(in, *out, movement, site->group->num_ranks(), args);
+  ffi::Error error = DecodeAllReduce(in, *out, movement, site->num_ranks, args);
   if (error.failure()) return Failed(error);
   return JoinGroup<AllReduceCall>(NameOf(args.movement), {site, run_id.run_id, device_id}, position,
                                   args);

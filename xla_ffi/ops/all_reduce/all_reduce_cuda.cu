@@ -114,7 +114,7 @@ ffi::Error AllReduce(DeviceSite* site, cudaStream_t stream, int32_t device_id, I
                      ffi::AnyBuffer in, ffi::Result<ffi::AnyBuffer> out, int64_t algorithm,
                      std::string_view, int64_t movement) {
   AllReduceLaunch launch;
-  const int num_ranks = site->group->num_ranks();
+  const int num_ranks = site->num_ranks;
   ffi::Error error = DecodeAllReduce(in, *out, movement, num_ranks, launch.args);
   if (error.failure()) return error;
   AllReduceArgs& args = launch.args;

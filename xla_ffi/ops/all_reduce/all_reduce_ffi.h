@@ -16,7 +16,7 @@ auto BindAllReduce(Binding&& binding) {
       .template Arg<ffi::AnyBuffer>()  // in
       .template Ret<ffi::AnyBuffer>()  // out
       .template Attr<int64_t>("algorithm")
-      .template Attr<std::string_view>("group")
+      .template Attr<std::string_view>("call")
       .template Attr<int64_t>("movement");
 }
 

@@ -91,8 +91,8 @@ ffi::Future RmsNorm(HostSite* site, ffi::RunId run_id, int32_t device_id, I32Buf
                     ffi::Result<ffi::AnyBuffer> normed, ffi::Result<ffi::AnyBuffer> new_residual,
                     int64_t, float eps, std::string_view) {
   RmsNormArgs args;
-  ffi::Error error = DecodeRmsNorm({x, residual, scale, *normed, *new_residual, eps},
-                                   site->group->num_ranks(), args);
+  ffi::Error error =
+      DecodeRmsNorm({x, residual, scale, *normed, *new_residual, eps}, site->num_ranks, args);
   if (error.failure()) return Failed(error);
   return JoinGroup<RmsNormCall>("all_reduce_residual_rmsnorm", {site, run_id.run_id, device_id},
                                 position, args);

@@ -232,7 +232,7 @@ ffi::Error RmsNorm(DeviceSite* site, cudaStream_t stream, int32_t device_id, I32
                    int64_t algorithm, float eps, std::string_view) {
   constexpr const char* kName = "all_reduce_residual_rmsnorm";
   RmsNormLaunch launch;
-  const int num_ranks = site->group->num_ranks();
+  const int num_ranks = site->num_ranks;
   ffi::Error error =
       DecodeRmsNorm({x, residual, scale, *normed, *new_residual, eps}, num_ranks, launch.args);
   if (error.failure()) return error;

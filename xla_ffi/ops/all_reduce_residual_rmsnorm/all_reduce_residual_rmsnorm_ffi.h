@@ -20,7 +20,7 @@ auto BindRmsNorm(Binding&& binding) {
       .template Ret<ffi::AnyBuffer>()  // new_residual
       .template Attr<int64_t>("algorithm")
       .template Attr<float>("eps")
-      .template Attr<std::string_view>("group");
+      .template Attr<std::string_view>("call");
 }
 
 struct RmsNormBuffers {

@@ -152,7 +152,7 @@ ffi::Error Combine(DeviceSite* site, cudaStream_t stream, int32_t device_id, I32
   CombineLaunch launch;
   ffi::Error error =
       DecodeCombine({send_rank, send_row, weights, rows, biases, *out, has_weights, layout},
-                    site->group->num_ranks(), launch.args);
+                    site->num_ranks, launch.args);
   if (error.failure()) return error;
   JAX_EP_REQUIRE(launch.args.num_slots <= kMaxTerms, "combine: num_topk=", launch.args.num_slots,
                  " must be at most ", kMaxTerms);

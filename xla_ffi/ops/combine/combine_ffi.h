@@ -20,7 +20,7 @@ auto BindCombine(Binding&& binding) {
       .RemainingArgs()                 // biases
       .template Ret<ffi::AnyBuffer>()  // out
       .template Ret<ffi::AnyBuffer>()  // workspace, of the twins that need one
-      .template Attr<std::string_view>("group")
+      .template Attr<std::string_view>("call")
       .template Attr<int64_t>("has_weights")
       .template Attr<int64_t>("layout")
       .template Attr<int64_t>("num_sms");

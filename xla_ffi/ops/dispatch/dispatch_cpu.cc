@@ -198,7 +198,7 @@ ffi::Future Dispatch(HostSite* site, ffi::RunId run_id, int32_t device_id, I32Bu
       DecodeDispatch({topk_idx, topk_weights, rows, group_sizes, num_recv, num_dropped, num_invalid,
                       recv_src, recv_k, send_row, recv_topk_idx, recv_weights, recv_rows,
                       expert_alignment, fill, has_weights, layout, num_experts},
-                     site->group->num_ranks(), args);
+                     site->num_ranks, args);
   if (error.failure()) return Failed(error);
   return JoinGroup<DispatchCall>("dispatch", {site, run_id.run_id, device_id}, position, args);
 }

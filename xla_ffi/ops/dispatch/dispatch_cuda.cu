@@ -153,7 +153,7 @@ ffi::Error Dispatch(DeviceSite* site, cudaStream_t stream, int32_t device_id, I3
       DecodeDispatch({topk_idx, topk_weights, rows, group_sizes, num_recv, num_dropped, num_invalid,
                       recv_src, recv_k, send_row, recv_topk_idx, recv_weights, recv_rows,
                       expert_alignment, fill, has_weights, layout, num_experts},
-                     site->group->num_ranks(), launch.args);
+                     site->num_ranks, launch.args);
   if (error.failure()) return error;
   JAX_EP_REQUIRE(launch.args.shape.num_tokens > 0, "dispatch: there are no tokens");
   DeviceCall call;

@@ -30,7 +30,7 @@ auto BindDispatch(Binding&& binding) {
       .RemainingRets()                 // row streams
       .template Attr<int64_t>("expert_alignment")
       .template Attr<int64_t>("fill")
-      .template Attr<std::string_view>("group")
+      .template Attr<std::string_view>("call")
       .template Attr<int64_t>("has_weights")
       .template Attr<int64_t>("layout")
       .template Attr<int64_t>("num_experts")

@@ -104,8 +104,7 @@ ffi::Error PullRows(DeviceSite* site, cudaStream_t stream, int32_t device_id, I3
                     ffi::Result<ffi::AnyBuffer> out, I32Result places, std::string_view,
                     int64_t num_sms) {
   PullRowsLaunch launch;
-  ffi::Error error =
-      DecodePullRows(index, slot, rows, *out, *places, site->group->num_ranks(), launch.args);
+  ffi::Error error = DecodePullRows(index, slot, rows, *out, *places, site->num_ranks, launch.args);
   if (error.failure()) return error;
   JAX_EP_REQUIRE(launch.args.num_rows > 0 && launch.args.num_pulled > 0,
                  "pull_rows: there are no rows");

@@ -18,7 +18,7 @@ auto BindPullRows(Binding&& binding) {
       .template Arg<ffi::AnyBuffer>()  // rows
       .template Ret<ffi::AnyBuffer>()  // out
       .template Ret<I32Buffer>()       // places, empty when rows are pulled one by one
-      .template Attr<std::string_view>("group")
+      .template Attr<std::string_view>("call")
       .template Attr<int64_t>("num_sms");
 }
 
