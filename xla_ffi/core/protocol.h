@@ -72,6 +72,11 @@ struct AddressCell {
 /// offset there.
 inline constexpr uint64_t kInControl = uint64_t{1} << 47;
 
+/// Stands for the address of an operand that no peer can read. It travels like any other, so that
+/// all ranks of the call find it (kNotMapped). No kernel reads an operand before the ranks have
+/// met.
+inline constexpr uint64_t kUnreadable = (uint64_t{1} << 48) - 1;
+
 /// Signals of the rings of a combine (ops/combine/combine_cuda.cuh): [num_ranks, places, parts].
 inline constexpr int kMaxPartialCells = 64 * 1024;
 struct PartialCells {
@@ -102,8 +107,9 @@ struct ControlBlock {
   uint32_t num_blocks_met;   // of the present call's kernel whose blocks wait for one another
   uint32_t num_blocks_done;  // of the last kernel of the present call
   uint32_t has_failed;       // whoever sets it writes the rank's record in host memory
-  // Of the host, for tests: the rank's calls end at once, poisoned, and signal nothing.
-  uint32_t skip;
+  // Of the host.
+  uint32_t skip;        // for tests: the rank's calls end at once, poisoned, and signal nothing
+  uint64_t timeout_ns;  // of a single wait; not in Endpoint, which command buffers keep
   // Of all ranks.
   uint32_t abort;
   AddressCell address[kMaxRanks][kMaxAddresses];
@@ -180,9 +186,8 @@ struct PeerPool {
 struct Endpoint {
   int rank;
   int num_ranks;
-  int32_t position;     // of this device in the group's mesh
-  uint32_t site;        // of the call in its program; equal on all ranks
-  uint64_t timeout_ns;  // of a single wait
+  int32_t position;  // of this device in the group's mesh
+  uint32_t site;     // of the call in its program; equal on all ranks
   Rooms rooms;
   ControlBlock* control[kMaxRanks];
   uint64_t control_bytes;  // of the own one's memory

@@ -162,7 +162,7 @@ std::vector<int> DeviceGroup::DevicesHere() const {
   return devices;
 }
 
-void DeviceGroup::Open(int64_t timeout_ns, const LoadKernels& load_kernels) {
+void DeviceGroup::Open(uint64_t timeout_ns, const LoadKernels& load_kernels) {
   const size_t size = seats_.size();
   Check("cudaHostAlloc",
         cudaHostAlloc(reinterpret_cast<void**>(&records_), size * sizeof(FailureRecord),
@@ -182,6 +182,8 @@ void DeviceGroup::Open(int64_t timeout_ns, const LoadKernels& load_kernels) {
     const size_t staging_offset = SharedBytes(num_ranks_);
     control_[i] = ShareableMemory::Create(static_cast<int>(device), staging_offset + staging_bytes_,
                                           DevicesHere());
+    Check("cudaMemcpy", cudaMemcpy(&reinterpret_cast<ControlBlock*>(control_[i].data())->timeout_ns,
+                                   &timeout_ns, sizeof(timeout_ns), cudaMemcpyHostToDevice));
     Check("cudaDeviceSynchronize", cudaDeviceSynchronize());
     Check("cudaStreamCreateWithFlags",
           cudaStreamCreateWithFlags(&copies_[i], cudaStreamNonBlocking));
@@ -191,7 +193,6 @@ void DeviceGroup::Open(int64_t timeout_ns, const LoadKernels& load_kernels) {
                             .num_ranks = num_ranks_,
                             .position = static_cast<int32_t>(i),
                             .site = 0,
-                            .timeout_ns = static_cast<uint64_t>(timeout_ns),
                             .rooms = RoomsOf(num_ranks_),
                             .control = {},
                             .control_bytes = control_[i].bytes(),

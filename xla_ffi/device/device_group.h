@@ -94,7 +94,7 @@ class DeviceGroup {
   void SetEpoch(uint32_t epoch);
 
  private:
-  void Open(int64_t timeout_ns, const LoadKernels& load_kernels);
+  void Open(uint64_t timeout_ns, const LoadKernels& load_kernels);
   void Release();
   std::vector<int> DevicesHere() const;
   /// What a peer has told the device of a seat here, also when no call looks at it any more.

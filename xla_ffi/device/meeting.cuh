@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "core/protocol.h"
+#include "core/told_address.h"
 #include "device/rows.cuh"
 #include "device/signals.cuh"
 
@@ -91,28 +92,6 @@ __device__ inline int CountSeen(const Endpoint& self, SignalRow row, uint32_t ep
   return num_seen;
 }
 
-/// An operand that `peer` has told of, as this rank reads it. False where it is not mapped here.
-__device__ inline bool Translate(const Endpoint& self, int peer, Signal low, Signal high,
-                                 const std::byte*& operand) {
-  const uint64_t address = uint64_t{high.value & 0xffff} << 32 | low.value;
-  if (address & kInControl) {
-    const auto* control = reinterpret_cast<const std::byte*>(self.control[peer]);
-    operand = control + (address & ~kInControl);
-    return true;
-  }
-  const PeerPool& pool = self.pools[peer];
-  const uint64_t offset = address - pool.begin;
-  operand = reinterpret_cast<const std::byte*>(address == 0 ? 0 : pool.here + offset);
-  return address == 0 || offset < pool.bytes;
-}
-
-/// What Translate turns back.
-__device__ inline uint64_t AddressToTell(const Endpoint& self, const void* operand) {
-  const uint64_t address = reinterpret_cast<uint64_t>(operand);
-  const uint64_t offset = address - reinterpret_cast<uint64_t>(self.own());
-  return offset < self.control_bytes ? kInControl | offset : address;
-}
-
 /// By threads that have passed a ReleaseFence.
 __device__ inline void Publish(const Endpoint& self, const OwnAddresses& own, uint32_t tag,
                                uint32_t epoch) {
@@ -169,7 +148,7 @@ __device__ inline bool Meet(const Endpoint& self, OpId op, const int32_t* positi
         },
         [&] { return CountSeen(self, highs, epoch); });
     is_good = is_good && IsCall(self, op, peer, tag, high.value >> 16);
-    if (!Translate(self, peer, low, high, peers.at[i % own.count][peer]) && is_good) {
+    if (!Translate(self, peer, ToldAddress(low, high), peers.at[i % own.count][peer]) && is_good) {
       Fail(self, FailureRecord::Kind::kNotMapped, op, peer, i % own.count, 0);
       is_good = false;
     }
@@ -190,7 +169,7 @@ __device__ inline bool Rejoin(const Endpoint& self, OpId op, int num_addresses,
     const Signal high = LoadRelaxed(&cell.high);
     is_good = is_good && low.epoch == epoch && high.epoch == epoch && high.value >> 16 == tag;
     const int peer = i / num_addresses;
-    is_good &= Translate(self, peer, low, high, peers.at[i % num_addresses][peer]);
+    is_good &= Translate(self, peer, ToldAddress(low, high), peers.at[i % num_addresses][peer]);
   }
   return __syncthreads_and(is_good);
 }

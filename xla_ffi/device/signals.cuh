@@ -40,6 +40,12 @@ __device__ inline uint32_t LoadRelaxed(const uint32_t* word) {
   return value;
 }
 
+__device__ inline uint64_t LoadRelaxed(const uint64_t* word) {
+  uint64_t value;
+  asm volatile("ld.relaxed.sys.global.b64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
+  return value;
+}
+
 __device__ inline void StoreRelaxed(uint32_t* word, uint32_t value) {
   asm volatile("st.relaxed.sys.global.b32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
 }
@@ -153,7 +159,7 @@ __device__ bool WaitUntil(const Endpoint& self, OpId op, int peer, IsThere&& is_
   if (is_there()) return true;
   const uint64_t start = GlobalTimer();
   // Who waits for its own rank mostly waits for what that rank waits for: it knows less.
-  const uint64_t limit = self.timeout_ns * (peer == self.rank ? 2 : 1);
+  const uint64_t limit = LoadRelaxed(&self.own()->timeout_ns) * (peer == self.rank ? 2 : 1);
   while (!is_there()) {
     if (LoadRelaxed(&self.own()->abort)) return false;
     if (GlobalTimer() - start > limit) {

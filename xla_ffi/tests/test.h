@@ -25,6 +25,7 @@ using Tests = std::vector<std::pair<std::string, void (*)()>>;
 Tests CallSiteTests();
 Tests NumericsTests();
 Tests PlanTests();
+Tests ProtocolTests();
 Tests ExchangeTests();
 Tests ProcessesTests();
 

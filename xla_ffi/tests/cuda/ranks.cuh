@@ -70,6 +70,9 @@ class Ranks {
       // The calls of a test go over the end of the epochs.
       const uint32_t epoch = 0xfffffff0u;
       Cuda(cudaMemcpy(&control->turn.epoch, &epoch, sizeof(epoch), cudaMemcpyHostToDevice));
+      const uint64_t timeout_ns = std::chrono::nanoseconds(timeout).count();
+      Cuda(cudaMemcpy(&control->timeout_ns, &timeout_ns, sizeof(timeout_ns),
+                      cudaMemcpyHostToDevice));
       control_.push_back(control);
       cudaStream_t stream;
       Cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
@@ -99,16 +102,14 @@ class Ranks {
       Cuda(cudaDeviceSynchronize());
     }
     for (int r = 0; r < num_ranks; ++r) {
-      Endpoint endpoint{
-          .rank = r,
-          .num_ranks = num_ranks,
-          .position = r,
-          .site = 0,
-          .timeout_ns = static_cast<uint64_t>(std::chrono::nanoseconds(timeout).count()),
-          .rooms = RoomsOf(num_ranks),
-          .control = {},
-          .control_bytes = SharedBytes(num_ranks),
-          .record = &records_[r]};
+      Endpoint endpoint{.rank = r,
+                        .num_ranks = num_ranks,
+                        .position = r,
+                        .site = 0,
+                        .rooms = RoomsOf(num_ranks),
+                        .control = {},
+                        .control_bytes = SharedBytes(num_ranks),
+                        .record = &records_[r]};
       std::copy(control_.begin(), control_.end(), endpoint.control);
       endpoints_.push_back(endpoint);
     }

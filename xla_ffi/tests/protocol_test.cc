@@ -1,0 +1,76 @@
+// Parts of the protocol between GPUs that are computed alike on the host.
+#include "core/protocol.h"
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/told_address.h"
+#include "tests/test.h"
+
+namespace jax_ep {
+namespace {
+
+const void* PointerOf(uint64_t address) { return reinterpret_cast<const void*>(address); }
+
+// Rank 0, with its own memory and that of a peer; the peer's pool lies elsewhere here.
+struct TwoRanks {
+  static constexpr uint64_t kOwnControl = 0x7000'0000'0000;
+  static constexpr uint64_t kPeerControl = 0x7100'0000'0000;
+  static constexpr uint64_t kControlBytes = 64 << 20;
+  static constexpr PeerPool kPool = {.begin = 0x500'0000, .bytes = 0x1000, .here = 0x900'0000};
+  Endpoint self{.rank = 0,
+                .num_ranks = 2,
+                .position = 0,
+                .site = 0,
+                .rooms = RoomsOf(2),
+                .control = {},
+                .control_bytes = kControlBytes,
+                .record = nullptr};
+  TwoRanks() {
+    self.control[0] = reinterpret_cast<ControlBlock*>(kOwnControl);
+    self.control[1] = reinterpret_cast<ControlBlock*>(kPeerControl);
+    self.pools[1] = kPool;
+  }
+};
+
+// An address as it travels: in two signals, the tag of the call beside it.
+uint64_t Travel(uint64_t address, uint32_t tag) {
+  return ToldAddress({2, static_cast<uint32_t>(address)},
+                     {2, static_cast<uint32_t>(address >> 32) | tag << 16});
+}
+
+void TestToldAddresses() {
+  const TwoRanks ranks;
+  const auto told = [&](uint64_t address) {
+    return Travel(AddressToTell(ranks.self, PointerOf(address)), 0xabcd);
+  };
+  CHECK(told(0x500'0010) == 0x500'0010, told(0x500'0010));
+  CHECK(told(0) == 0, told(0));
+  CHECK(told(ranks.kOwnControl + 0x40) == (kInControl | 0x40), told(ranks.kOwnControl + 0x40));
+  CHECK(told(kUnreadable) == kUnreadable, told(kUnreadable));
+
+  const auto check = [&](int peer, uint64_t address, bool is_readable, uint64_t here) {
+    const std::byte* operand = nullptr;
+    const bool found = Translate(ranks.self, peer, address, operand);
+    CHECK(found == is_readable, peer, address);
+    CHECK(!found || operand == PointerOf(here), peer, address, operand);
+  };
+  constexpr uint64_t kEnd = TwoRanks::kPool.begin + TwoRanks::kPool.bytes;
+  check(1, 0, true, 0);
+  check(1, TwoRanks::kPool.begin + 0x10, true, TwoRanks::kPool.here + 0x10);
+  check(1, kEnd - 1, true, TwoRanks::kPool.here + TwoRanks::kPool.bytes - 1);
+  check(1, kEnd, false, 0);
+  check(1, TwoRanks::kPool.begin - 1, false, 0);
+  check(1, kInControl | 0x40, true, TwoRanks::kPeerControl + 0x40);
+  // Behind the memory of a group nobody has anything to read; the rank itself finds it, too.
+  for (const int peer : {0, 1}) {
+    check(peer, kInControl | TwoRanks::kControlBytes, false, 0);
+    check(peer, kUnreadable, false, 0);
+  }
+}
+
+}  // namespace
+
+Tests ProtocolTests() { return {{"protocol_told_addresses", TestToldAddresses}}; }
+
+}  // namespace jax_ep
