@@ -11,8 +11,11 @@ import numpy as np
 
 from jax_ep import _native, _sockets, config
 from jax_ep._bootstrap import Meeting
+from jax_ep._settle import drain
 from jax_ep._spec import GroupSpec
 from jax_ep.errors import GroupError
+
+_STILL_RUNS = "a program that was launched before it was closed still runs"
 
 
 class NativeGroup(NamedTuple):
@@ -54,9 +57,12 @@ class Opening:
         self._spec = spec
         self._meeting = meeting
         self._timeout = timeout
+        self._timeout_ms = math.ceil(timeout * 1000)
 
     def open_cpu(self) -> NativeGroup:
         """Over CPU devices."""
+        if _native.load("cpu").has_closed_group(self._spec.identity) and not self._drain():
+            raise GroupError(f"Group.open: {_STILL_RUNS}")
         handle = self._open("cpu", self._spec.seats(), **self._processes())
         if not self._meeting.is_alone:
             self._meeting.asks_for_others = handle.has_other_processes
@@ -65,17 +71,75 @@ class Opening:
     def open_cuda(self) -> NativeGroup | str:
         """Over GPUs; or why the processes cannot map one another's memory."""
         spare, most = config.staging_bytes_from_environment()
-        why_staged = config.why_staged(spans_processes=not self._meeting.is_alone)
-        if self._meeting.is_alone:
-            return self._open_cuda(why_staged, spare if why_staged is None else most)
         self._meeting.agree("staging", {"the room for staged operands": [spare, most]})
-        why_staged = self._meeting.first_problem("allocators", why_staged or "")
+        grows = None if self._meeting.is_alone else config.why_pool_grows()
+        why_staged = self._first_problem("allocators", config.why_staged() or grows or "")
+        reopened = self._reopen_cuda(why_staged, spare, most)
+        if reopened is not None:
+            return reopened
         if why_staged is None:
-            group, why_staged = self._share(self._open_cuda(None, spare), with_pools=True)
+            group = self._open_cuda(None, spare)
+            why_staged = self._find_pools(group)
             if why_staged is None:
                 return group
-        group, why_not = self._share(self._open_cuda(why_staged, most), with_pools=False)
+        group = self._open_cuda(why_staged, most)
+        if self._meeting.is_alone:
+            return group
+        group, why_not = self._share(group, with_pools=False)
         return group if why_not is None else why_not
+
+    def _reopen_cuda(self, why_staged: str | None, spare: int, most: int) -> NativeGroup | None:
+        """The group as it was before it was closed, in the memory that captured programs refer to.
+
+        None where no executable holds it in one of the processes, or where it was open in another
+        way: the programs compiled with it then raise at their next launch.
+        """
+        native = _native.register("cuda")
+        closed = native.find_closed_group(self._spec.identity)
+        is_usable = closed is not None and (
+            closed.staging_bytes == most
+            if closed.stages_all
+            else why_staged is None and closed.staging_bytes == spare
+        )
+        if not all(self._meeting.gather("closed group", is_usable).values()):
+            return None
+        # Whoever clears signals must be sure that no call of a peer is under way.
+        if self._first_problem("end of old calls", "" if self._drain() else _STILL_RUNS):
+            return None
+        problem = ""
+        try:
+            native.reopen_group(closed, timeout_ms=self._timeout_ms)
+        except (RuntimeError, ValueError) as e:
+            problem = str(e)
+        found = self._first_problem("reopening", problem)
+        if found is not None:
+            raise GroupError(f"Group.open: back end 'cuda': {found}")
+        if not closed.stages_all:
+            return NativeGroup(closed, "cuda")
+        why = why_staged or "as when the group was opened first"
+        return NativeGroup(closed, "cuda", why, closed.staging_bytes)
+
+    def _first_problem(self, topic: str, problem: str) -> str | None:
+        if self._meeting.is_alone:
+            return problem or None
+        return self._meeting.first_problem(topic, problem)
+
+    def _drain(self) -> bool:
+        """Whether what was launched on the mesh's devices of this process has ended in time."""
+        own = jax.process_index()
+        devices = [d for d in self._mesh.devices.flat if d.process_index == own]
+        return drain(devices, timeout=self._timeout)
+
+    def _find_pools(self, group: NativeGroup) -> str | None:
+        """Lets peers read XLA's memory in place; the group is closed where they cannot."""
+        if not self._meeting.is_alone:
+            return self._share(group, with_pools=True)[1]
+        for position, device in enumerate(self._mesh.devices.flat):
+            buffer = jax.device_put(np.zeros(1, np.float32), device)
+            if not group.handle.find_pool(position, buffer.unsafe_buffer_pointer()):
+                group.close(self._spec)
+                return f"the memory that XLA gives on {device} is not mapped for its peers"
+        return None
 
     def _share(self, group: NativeGroup, *, with_pools: bool) -> tuple[NativeGroup, str | None]:
         """The group, closed if its memory cannot be shared, and why."""
@@ -112,7 +176,7 @@ class Opening:
                 seats=seats,
                 num_slices=self._mesh.size // self._spec.num_ranks,
                 num_ranks=self._spec.num_ranks,
-                timeout_ms=math.ceil(self._timeout * 1000),
+                timeout_ms=self._timeout_ms,
                 **own,
             )
         except (RuntimeError, ValueError) as e:

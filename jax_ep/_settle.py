@@ -1,10 +1,13 @@
 """Waiting for results that may never come: those of collectives whose peers have gone."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_ep import _jax_compat
 from jax_ep.errors import JaxEpError
@@ -60,3 +63,23 @@ def settle(
         if known is None:
             raise
         raise known from problem
+
+
+def drain(devices: Sequence[jax.Device], *, timeout: float) -> bool:
+    """Waits until all that was launched on devices of this process has ended.
+
+    XLA runs the programs of a device in turn, and on CPU devices those of several devices too.
+
+    Returns: whether it has, within `timeout` seconds.
+    """
+    mesh = Mesh(np.array(devices), ("devices",))
+    zeros = np.zeros(len(devices), np.int32)
+    last = jax.jit(jnp.negative)(
+        jax.device_put(zeros, NamedSharding(mesh, PartitionSpec("devices")))
+    )
+    deadline = time.monotonic() + timeout
+    while not _jax_compat.is_ready(last):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_MAX_PAUSE_S)
+    return True

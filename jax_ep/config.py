@@ -120,20 +120,25 @@ def why_no_kernel_exchange() -> str | None:
     return None
 
 
-def why_staged(*, spans_processes: bool) -> str | None:
-    """What in XLA's environment variables keeps GPUs from reading operands in place, or None.
+def why_staged() -> str | None:
+    """What in XLA's environment variables keeps GPUs from reading operands in place, or None."""
+    for name in ("XLA_PYTHON_CLIENT_ALLOCATOR", "TF_GPU_ALLOCATOR"):
+        allocator = os.environ.get(name, "").lower()
+        if allocator in ("platform", "vmm"):
+            return f"{name}={allocator} frees memory that a peer may still read after a failure"
+        if allocator in ("cuda_async", "cuda_malloc_async"):
+            return f"memory of {name}={allocator} is not mapped for peers"
+    return None
+
+
+def why_pool_grows() -> str | None:
+    """What in XLA's environment variables makes it allocate memory later on, or None.
 
     Between processes one allocation of each device is mapped: the pool that XLA begins with.
     """
-    grows = os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "true").lower() in ("false", "0")
-    if spans_processes and grows:
-        return "XLA_PYTHON_CLIENT_PREALLOCATE=false allocates memory that peers have not mapped"
-    for name in ("XLA_PYTHON_CLIENT_ALLOCATOR", "TF_GPU_ALLOCATOR"):
-        if spans_processes and os.environ.get(name, "").lower() in ("platform", "vmm"):
-            return f"{name}={os.environ[name]} allocates memory that peers have not mapped"
-    for name in ("XLA_PYTHON_CLIENT_ALLOCATOR", "TF_GPU_ALLOCATOR"):
-        if os.environ.get(name, "").lower() in ("cuda_async", "cuda_malloc_async"):
-            return f"memory of {name}={os.environ[name]} is not mapped for peers"
+    name = "XLA_PYTHON_CLIENT_PREALLOCATE"
+    if os.environ.get(name, "true").lower() in ("false", "0"):
+        return f"{name}=false allocates memory that peers have not mapped"
     return None
 
 

@@ -139,6 +139,32 @@ except jax_ep.PeerTimeoutError as e:
     sys.exit(7)
 """
 
+REOPENED = """
+group = jax_ep.Group.open(mesh, "ep", timeout=2.0)
+run = on_group(lambda x, ids: echo(group, x, ids), group)
+good = x * num_ranks_of(ids).astype(np.float32)
+assert_same_bits(run(x, ids), good)
+for turn in range(2):
+    if me == turn:
+        time.sleep(4)  # late, not lost
+    y = run(x, ids)
+    try:
+        group.check(y)
+        raise AssertionError("nothing was told")
+    except jax_ep.PeerTimeoutError as e:
+        print(e)
+    in_flight = [run(x, ids) for _ in range(3 * me)]
+    if me != turn:
+        time.sleep(3)  # to open it together
+    group.close()
+    group = jax_ep.Group.open(mesh, "ep", timeout=30.0 if turn else 2.0)
+    for _ in range(3):
+        y = run(x, ids)
+        group.check(y)
+        assert_same_bits(y, good)
+print("passed")
+"""
+
 RAISES = """
 with jax_ep.Group.open(mesh, "ep", timeout=3.0) as group:
     run = on_group(lambda x, ids: echo(group, x, ids), group)

@@ -47,6 +47,28 @@ def test_missing_peer_ends_in_an_exception():
         pass
 
 
+@pytest.mark.parametrize("in_flight", [0, 3])
+def test_compiled_functions_run_with_the_group_that_is_opened_again(in_flight):
+    """Also where launches of before the end still wait, which belong to the group that failed."""
+    x, ids = np.ones((3, 4, 8), np.float32), np.zeros((3, 4, 1), np.int32)
+    group = jax_ep.Group.open(make_mesh(3), "ep", timeout=0.3)
+    step = on_ranks(make_echo(group), group.mesh)
+    step(x, ids).block_until_ready()
+    for timeout in (0.4, 30.0):
+        group._native_group.handle.skip_rank(1)
+        with pytest.raises(jax_ep.PeerTimeoutError):
+            group.check(step(x, ids))
+        late = [step(x, ids) for _ in range(in_flight)]
+        group.close()
+        group = jax_ep.Group.open(make_mesh(3), "ep", timeout=timeout)
+        assert all(np.isnan(np.asarray(y)).all() for y in late)
+        y = step(x, ids)
+        group.check(y)
+        np.testing.assert_array_equal(y, x)
+        np.testing.assert_array_equal(on_ranks(make_echo(group), group.mesh)(x, ids), x)
+    group.close()
+
+
 OPERATIONS = {
     "all_reduce": lambda x, group: jax_ep.all_reduce(x, group=group),
     "reduce_scatter": lambda x, group: jax_ep.reduce_scatter(x, group=group),

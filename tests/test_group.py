@@ -109,26 +109,25 @@ def test_open_and_close_many_times():
 
 
 @pytest.mark.parametrize(
-    ("variable", "value", "reason", "between_processes"),
+    ("variable", "value", "found", "reason"),
     [
-        ("XLA_PYTHON_CLIENT_ALLOCATOR", "cuda_async", "is not mapped for peers", None),
-        ("XLA_PYTHON_CLIENT_ALLOCATOR", "Platform", None, "peers have not mapped"),
-        ("XLA_PYTHON_CLIENT_PREALLOCATE", "false", None, "peers have not mapped"),
-        ("XLA_PYTHON_CLIENT_PREALLOCATE", "true", None, None),
+        ("XLA_PYTHON_CLIENT_ALLOCATOR", "cuda_async", config.why_staged, "is not mapped for peers"),
+        ("TF_GPU_ALLOCATOR", "cuda_malloc_async", config.why_staged, "is not mapped for peers"),
+        ("XLA_PYTHON_CLIENT_ALLOCATOR", "Platform", config.why_staged, "may still read"),
+        ("XLA_PYTHON_CLIENT_ALLOCATOR", "bfc", config.why_staged, None),
+        ("XLA_PYTHON_CLIENT_PREALLOCATE", "false", config.why_pool_grows, "peers have not mapped"),
+        ("XLA_PYTHON_CLIENT_PREALLOCATE", "true", config.why_pool_grows, None),
     ],
 )
 def test_what_keeps_gpus_from_reading_in_place_is_named(
-    monkeypatch, variable, value, reason, between_processes
+    monkeypatch, variable, value, found, reason
 ):
     allocators = ("XLA_PYTHON_CLIENT_ALLOCATOR", "TF_GPU_ALLOCATOR")
     for name in (*allocators, "XLA_PYTHON_CLIENT_PREALLOCATE"):
         monkeypatch.delenv(name, raising=False)
-    for spans_processes in (False, True):
-        assert config.why_staged(spans_processes=spans_processes) is None
+    assert found() is None
     monkeypatch.setenv(variable, value)
-    for spans_processes, expected in ((False, reason), (True, reason or between_processes)):
-        found = config.why_staged(spans_processes=spans_processes)
-        assert found is None if expected is None else expected in found
+    assert found() is None if reason is None else reason in found()
 
 
 def test_what_keeps_kernels_apart_is_named(monkeypatch):

@@ -4,7 +4,7 @@ import re
 import signal
 
 import pytest
-from process_programs import LATE, MIDDLE, MISSING, RAISES, run_on_cpus
+from process_programs import LATE, MIDDLE, MISSING, RAISES, REOPENED, run_on_cpus
 
 CONFORMANCE = """
 with jax_ep.Group.open(mesh, "ep", timeout=60.0) as group:
@@ -178,3 +178,9 @@ def test_a_rank_that_does_not_come_is_named_in_every_process():
     for output in run_on_cpus(MISSING, "skip", exit_codes=[7, 7]):
         assert "waited for rank 3 until the timeout: expected 4 ranks, got 3" in output
         assert float(re.search(r"waited ([\d.]+)\n", output)[1]) < 4.0
+
+
+def test_compiled_functions_run_with_the_group_that_is_opened_again():
+    for output in run_on_cpus(REOPENED):
+        assert output.endswith("passed\n")
+        assert output.count("until the timeout") == 2

@@ -115,6 +115,13 @@ NB_MODULE(_jax_ep_cpu, m) {
       "processes whose they are. Links are (process, pid, descriptor of a stream socket), which\n"
       "the group takes over.");
   m.def(
+      "has_closed_group",
+      [](const std::string& identity) {
+        return jax_ep::Registry<Group>::Get().FindClosed(identity) != nullptr;
+      },
+      nanobind::arg("identity"),
+      "Whether executables hold a group of this identity that was closed.");
+  m.def(
       "begin_program", [] { jax_ep::Registry<Group>::Get().sites().BeginProgram(); },
       "When a program is lowered: what is loaded next belongs to another executable than before.");
   m.def("allow_readers", &jax_ep::AllowReaders,

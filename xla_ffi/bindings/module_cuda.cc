@@ -1,3 +1,4 @@
+#include <dlfcn.h>
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
@@ -30,17 +31,25 @@ namespace {
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxEpInstantiateDeviceSite, InstantiateSite<DeviceGroup>,
                               SiteBinding());
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxEpInitializeDeviceSite, RefuseSuperseded, InitializeBinding());
+
 auto site_info = ffi::MakeTypeInfo<DeviceSite>();
+
+Dict CollectiveOnDevice(XLA_FFI_Error* (*execute)(XLA_FFI_CallFrame*)) {
+  Dict stages = Collective(JaxEpInstantiateDeviceSite, execute);
+  stages["initialize"] = Capsule(JaxEpInitializeDeviceSite);
+  return stages;
+}
 
 Dict Registrations() {
   Dict targets;
-  targets["jax_ep.all_reduce"] = Collective(JaxEpInstantiateDeviceSite, JaxEpAllReduceCuda);
+  targets["jax_ep.all_reduce"] = CollectiveOnDevice(JaxEpAllReduceCuda);
   targets["jax_ep.all_reduce_residual_rmsnorm"] =
-      Collective(JaxEpInstantiateDeviceSite, JaxEpAllReduceResidualRmsnormCuda);
-  targets["jax_ep.combine"] = Collective(JaxEpInstantiateDeviceSite, JaxEpCombineCuda);
-  targets["jax_ep.dispatch"] = Collective(JaxEpInstantiateDeviceSite, JaxEpDispatchCuda);
+      CollectiveOnDevice(JaxEpAllReduceResidualRmsnormCuda);
+  targets["jax_ep.combine"] = CollectiveOnDevice(JaxEpCombineCuda);
+  targets["jax_ep.dispatch"] = CollectiveOnDevice(JaxEpDispatchCuda);
   targets["jax_ep.get_dispatch_layout"] = Capsule(JaxEpGetDispatchLayoutCuda);
-  targets["jax_ep.pull_rows"] = Collective(JaxEpInstantiateDeviceSite, JaxEpPullRowsCuda);
+  targets["jax_ep.pull_rows"] = CollectiveOnDevice(JaxEpPullRowsCuda);
   return targets;
 }
 
@@ -56,13 +65,36 @@ void LoadKernels(DeviceTraits& device) {
   }
 }
 
+// A group's end waits for its devices, where a callback may wait for Python's lock.
+void DeleteWithoutLock(DeviceGroup* group) {
+  // Not in the stable ABI, but in every Python.
+  static const auto has_lock = reinterpret_cast<int (*)()>(dlsym(RTLD_DEFAULT, "PyGILState_Check"));
+  std::optional<nb::gil_scoped_release> no_lock;
+  if (Py_IsInitialized() && has_lock != nullptr && has_lock() == 1) no_lock.emplace();
+  delete group;
+}
+
 std::shared_ptr<DeviceGroup> OpenGroup(std::string identity, const std::vector<SeatTuple>& seats,
                                        int, int num_ranks, int64_t timeout_ms,
                                        const std::vector<bool>& is_here, size_t staging_bytes,
                                        bool stages_all) {
-  return Opened(std::make_shared<DeviceGroup>(std::move(identity), SeatsOf(seats), num_ranks,
-                                              std::chrono::milliseconds(timeout_ms), LoadKernels,
-                                              is_here, staging_bytes, stages_all));
+  if (const auto closed = Registry<DeviceGroup>::Get().FindClosed(identity)) closed->Supersede();
+  return Opened(
+      std::shared_ptr<DeviceGroup>(new DeviceGroup(std::move(identity), SeatsOf(seats), num_ranks,
+                                                   std::chrono::milliseconds(timeout_ms),
+                                                   LoadKernels, is_here, staging_bytes, stages_all),
+                                   DeleteWithoutLock));
+}
+
+std::shared_ptr<DeviceGroup> FindClosed(const std::string& identity) {
+  const auto closed = Registry<DeviceGroup>::Get().FindClosed(identity);
+  return closed == nullptr || closed->is_superseded() ? nullptr : closed;
+}
+
+std::shared_ptr<DeviceGroup> ReopenGroup(const std::shared_ptr<DeviceGroup>& group,
+                                         int64_t timeout_ms) {
+  group->Reopen(std::chrono::milliseconds(timeout_ms));
+  return Opened(group);
 }
 
 // Numbers that go to another process, and descriptors that go beside them; -1: none.
@@ -134,6 +166,10 @@ NB_MODULE(_jax_ep_cuda, m) {
             return jax_ep::ErrorDict(found);
           },
           "The first failure on a device, or None.")
+      .def("find_pool", &DeviceGroup::FindPool, nanobind::arg("position"), nanobind::arg("address"),
+           "Whether peers of this process can read the memory that an address of a seat lies in.")
+      .def_prop_ro("stages_all", &DeviceGroup::stages_all, "Whether all operands are copied.")
+      .def_prop_ro("staging_bytes", &DeviceGroup::staging_bytes, "Room for copies of operands.")
       .def("export_seat", &jax_ep::Export, nanobind::arg("position"), nanobind::arg("address"),
            "What another process needs to reach a device of this one: numbers, and descriptors of\n"
            "its signals and of the pool that an address of it lies in; -1 where all is staged.")
@@ -158,7 +194,13 @@ NB_MODULE(_jax_ep_cuda, m) {
         "hold copies of operands that peers have not mapped, of all operands where stages_all.");
   // Without the GIL: what runs on the devices meanwhile may call back into Python.
   using NoGil = nanobind::call_guard<nanobind::gil_scoped_release>;
-  m.def("device_of", &jax_ep::DeviceOf, nanobind::arg("address"),
+  m.def("find_closed_group", &jax_ep::FindClosed, nanobind::arg("identity"), NoGil(),
+        "The group of an identity that was closed and that executables hold, or None.");
+  m.def("reopen_group", &jax_ep::ReopenGroup, nanobind::arg("group"), nanobind::arg("timeout_ms"),
+        NoGil(),
+        "Opens a closed group again in its memory, which captured programs refer to; when nothing\n"
+        "of it runs in any process.");
+  m.def("device_of", &jax_ep::DeviceOfAddress, nanobind::arg("address"),
         "The CUDA device that an address lies on.");
   m.def("check_devices", &jax_ep::CheckDevices, nanobind::arg("devices"), NoGil(),
         "Raises RuntimeError, saying why, unless the CUDA devices can form a group.");

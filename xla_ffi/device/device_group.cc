@@ -16,21 +16,6 @@ void Check(const char* what, cudaError_t status) {
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
-// Makes a device current, and the one before it again at the end.
-class OnDevice {
- public:
-  explicit OnDevice(int64_t device) {
-    Check("cudaGetDevice", cudaGetDevice(&before_));
-    Check("cudaSetDevice", cudaSetDevice(static_cast<int>(device)));
-  }
-  ~OnDevice() { cudaSetDevice(before_); }
-  OnDevice(const OnDevice&) = delete;
-  OnDevice& operator=(const OnDevice&) = delete;
-
- private:
-  int before_ = 0;
-};
-
 DeviceTraits TraitsOf(int64_t device) {
   const auto attribute = [device](cudaDeviceAttr name) {
     int value = 0;
@@ -110,13 +95,6 @@ void LoadKernelsOn(const std::vector<int64_t>& devices, const LoadKernels& load_
   }
 }
 
-int64_t DeviceOf(uint64_t address) {
-  cudaPointerAttributes attributes{};
-  Check("cudaPointerGetAttributes",
-        cudaPointerGetAttributes(&attributes, reinterpret_cast<void*>(address)));
-  return attributes.device;
-}
-
 void RequirePeers(const std::vector<int64_t>& devices) {
   for (const int64_t device : devices) {
     for (const int64_t peer : devices) {
@@ -164,9 +142,12 @@ std::vector<int> DeviceGroup::DevicesHere() const {
 
 void DeviceGroup::Open(uint64_t timeout_ns, const LoadKernels& load_kernels) {
   const size_t size = seats_.size();
-  Check("cudaHostAlloc",
-        cudaHostAlloc(reinterpret_cast<void**>(&records_), size * sizeof(FailureRecord),
-                      cudaHostAllocPortable | cudaHostAllocMapped));
+  {
+    const OnDevice on_device(DevicesHere().front());  // else it were device 0, maybe another's
+    Check("cudaHostAlloc",
+          cudaHostAlloc(reinterpret_cast<void**>(&records_), size * sizeof(FailureRecord),
+                        cudaHostAllocPortable | cudaHostAllocMapped));
+  }
   for (size_t i = 0; i < size; ++i) records_[i] = {};
   members_.resize(size);
   gpus_.resize(size);
@@ -197,13 +178,21 @@ void DeviceGroup::Open(uint64_t timeout_ns, const LoadKernels& load_kernels) {
                             .control = {},
                             .control_bytes = control_[i].bytes(),
                             .record = &records_[i]};
-    if (stages_all_) members_[i].pool.bytes = 0;
+    members_[i].pool.bytes = 0;  // until FindPool or Export
+    if (IsAlone() && !stages_all_) members_[i].readers = DevicesHere();
     members_[i].staging = control_[i].data() + staging_offset;
     members_[i].staging_bytes = control_[i].bytes() - staging_offset;
     position_of_device_[device] = static_cast<int>(i);
     load_kernels(members_[i].traits);
   }
-  if (DevicesHere().size() == size) Complete();
+  if (IsAlone()) Complete();
+}
+
+bool DeviceGroup::FindPool(int position, uint64_t address) {
+  const OnDevice on_device(seats_.at(position).device_id);
+  const ExportedAllocation pool = ReadableAllocationOf(address, DevicesHere());
+  members_.at(position).pool = {.begin = pool.begin, .bytes = pool.bytes, .here = 0};
+  return pool.bytes > 0;
 }
 
 DeviceGroup::Exported DeviceGroup::Export(int position, uint64_t address) {
@@ -231,10 +220,11 @@ void DeviceGroup::Import(int position, const Exported& exported) {
     members_.at(position).traits = exported.traits;
     gpus_.at(position) = exported.gpu;
     control_.at(position) =
-        ShareableMemory::Import(exported.control, exported.control_bytes, DevicesHere());
+        ShareableMemory::Import(exported.control, exported.control_bytes, DevicesHere(),
+                                ShareableMemory::Use::kReadAndWrite);
     if (exported.pool.descriptor >= 0) {
-      pools_.at(position) =
-          ShareableMemory::Import(exported.pool.descriptor, exported.pool.bytes, DevicesHere());
+      pools_.at(position) = ShareableMemory::Import(exported.pool.descriptor, exported.pool.bytes,
+                                                    DevicesHere(), ShareableMemory::Use::kRead);
     }
   } catch (...) {
     Close(exported);
@@ -287,30 +277,50 @@ void DeviceGroup::Release() {
   }
   // Unmapping waits for nobody, and what fails here is too late to be told.
   for (const int device : DevicesHere()) {
-    int before = 0;
-    cudaGetDevice(&before);
-    cudaSetDevice(device);
-    cudaDeviceSynchronize();
-    cudaSetDevice(before);
+    try {
+      const OnDevice on_device(device);
+      cudaDeviceSynchronize();
+    } catch (const std::runtime_error&) {
+    }
   }
-  for (const cudaStream_t stream : copies_) {
-    if (stream != nullptr) cudaStreamDestroy(stream);
+  for (size_t i = 0; i < copies_.size(); ++i) {
+    if (copies_[i] != nullptr) cudaStreamDestroy(copies_[i]);
   }
   copies_.clear();
   control_.clear();
   pools_.clear();
-  cudaFreeHost(records_);
+  if (records_ == nullptr) return;
+  try {
+    const OnDevice on_device(DevicesHere().front());
+    cudaFreeHost(records_);
+  } catch (const std::runtime_error&) {
+  }
   records_ = nullptr;
 }
 
+void DeviceGroup::Reopen(std::chrono::milliseconds timeout) {
+  const uint64_t timeout_ns = std::chrono::nanoseconds(timeout).count();
+  is_abandoned_ = false;
+  for (size_t i = 0; i < seats_.size(); ++i) {
+    if (!is_here_[i]) continue;
+    const OnDevice on_device(seats_[i].device_id);
+    // What was pushed may stay: its signals are gone.
+    Check("cudaMemset",
+          cudaMemsetAsync(control_[i].data(), 0, kPacketsOffset + kPacketBytes, copies_[i]));
+    Check("cudaMemcpy",
+          cudaMemcpyAsync(&reinterpret_cast<ControlBlock*>(control_[i].data())->timeout_ns,
+                          &timeout_ns, sizeof(timeout_ns), cudaMemcpyHostToDevice, copies_[i]));
+    Check("cudaStreamSynchronize", cudaStreamSynchronize(copies_[i]));
+    records_[i] = {};
+  }
+}
+
 const DeviceGroup::Member* DeviceGroup::Find(int64_t device_id) const {
-  const auto found = position_of_device_.find(device_id);
-  if (found != position_of_device_.end()) return &members_[found->second];
-  // XLA may count the devices that a process was given from 0. It has made the right one current.
+  // XLA has made the device of a call current, and may count those that a process was given from 0.
   int current = -1;
-  if (cudaGetDevice(&current) != cudaSuccess) return nullptr;
-  const auto by_cuda = position_of_device_.find(current);
-  return by_cuda == position_of_device_.end() ? nullptr : &members_[by_cuda->second];
+  if (cudaGetDevice(&current) != cudaSuccess) current = static_cast<int>(device_id);
+  const auto found = position_of_device_.find(current);
+  return found == position_of_device_.end() ? nullptr : &members_[found->second];
 }
 
 std::optional<ErrorRecord> DeviceGroup::error() const {
@@ -328,7 +338,7 @@ std::optional<ErrorRecord> DeviceGroup::error() const {
                           .peer = record.peer,
                           .expected = record.expected,
                           .seen = record.seen};
-    } else if (DevicesHere().size() < seats_.size()) {
+    } else if (!IsAlone()) {
       own = ToldTo(i);
     }
     // A call beside another one makes its peers see a call that is not theirs: not the cause.

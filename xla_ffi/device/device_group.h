@@ -29,9 +29,6 @@ using LoadKernels = std::function<void(DeviceTraits&)>;
 /// The same on each device. Throws what load_kernels throws.
 void LoadKernelsOn(const std::vector<int64_t>& devices, const LoadKernels& load_kernels);
 
-/// The CUDA device that an address lies on.
-int64_t DeviceOf(uint64_t address);
-
 /// Throws std::runtime_error, saying why, unless every device can read every other one's memory.
 void RequirePeers(const std::vector<int64_t>& devices);
 
@@ -59,11 +56,16 @@ class DeviceGroup {
   struct Member {
     Endpoint endpoint;
     DeviceTraits traits;
-    PeerPool pool = {};  // what peers can read of the device's memory
+    PeerPool pool = {};  // what peers can read of the device's memory, for as long as XLA lives
+    std::vector<int> readers = {};  // of whom else to ask the driver; none: nothing else is read
     std::byte* staging = nullptr;
     size_t staging_bytes = 0;
   };
   const Member* Find(int64_t device_id) const;
+
+  /// Where all members are of this process: what peers may read of the memory that XLA gives, by an
+  /// address of any buffer of it on the device of seat `position`. False where they may not.
+  bool FindPool(int position, uint64_t address);
 
   /// What another process needs to reach a device of this one.
   struct Exported {
@@ -87,6 +89,15 @@ class DeviceGroup {
   /// process what kernels may still use.
   void Abandon();
 
+  /// As if newly opened, in the same memory, which captured programs refer to. In all processes,
+  /// when nothing of the group runs any more in any of them.
+  void Reopen(std::chrono::milliseconds timeout);
+  /// Another group has taken this one's identity, in other memory.
+  void Supersede() { is_superseded_ = true; }
+  bool is_superseded() const { return is_superseded_; }
+  bool stages_all() const { return stages_all_; }
+  size_t staging_bytes() const { return staging_bytes_; }
+
   /// For tests: calls of `rank` end at once, poisoned, and never reach the peers. kNoIndex undoes
   /// it.
   void SkipRank(int rank);
@@ -97,6 +108,7 @@ class DeviceGroup {
   void Open(uint64_t timeout_ns, const LoadKernels& load_kernels);
   void Release();
   std::vector<int> DevicesHere() const;
+  bool IsAlone() const { return DevicesHere().size() == seats_.size(); }
   /// What a peer has told the device of a seat here, also when no call looks at it any more.
   std::optional<FailureRecord> ToldTo(size_t position) const;
 
@@ -115,6 +127,7 @@ class DeviceGroup {
   FailureRecord* records_ = nullptr;  // by position, in pinned host memory
   std::unordered_map<int64_t, int> position_of_device_;
   std::atomic<bool> is_abandoned_ = false;
+  std::atomic<bool> is_superseded_ = false;
 };
 
 }  // namespace jax_ep

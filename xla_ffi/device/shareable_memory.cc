@@ -67,13 +67,13 @@ ShareableMemory ShareableMemory::Create(int device, size_t bytes, const std::vec
   memory.handle_ = handle;
   std::vector<int> all = readers;
   all.push_back(device);
-  memory.Map(all);
+  memory.Map(all, Use::kReadAndWrite);
   JAX_EP_DRIVER(cuMemsetD8, memory.address_, 0, memory.bytes_);
   return memory;
 }
 
 ShareableMemory ShareableMemory::Import(int descriptor, size_t bytes,
-                                        const std::vector<int>& readers) {
+                                        const std::vector<int>& readers, Use use) {
   ShareableMemory memory;
   memory.bytes_ = bytes;
   CUmemGenericAllocationHandle handle = 0;
@@ -81,11 +81,11 @@ ShareableMemory ShareableMemory::Import(int descriptor, size_t bytes,
                 reinterpret_cast<void*>(static_cast<intptr_t>(descriptor)),
                 CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR);
   memory.handle_ = handle;
-  memory.Map(readers);
+  memory.Map(readers, use);
   return memory;
 }
 
-void ShareableMemory::Map(const std::vector<int>& readers) {
+void ShareableMemory::Map(const std::vector<int>& readers, Use use) {
   CUdeviceptr address = 0;
   JAX_EP_DRIVER(cuMemAddressReserve, &address, bytes_, 0, 0, 0);
   const CUresult status =
@@ -95,12 +95,18 @@ void ShareableMemory::Map(const std::vector<int>& readers) {
     CheckDriver("cuMemMap", status);
   }
   address_ = address;
-  std::vector<CUmemAccessDesc> access;
-  for (const int reader : readers) {
-    access.push_back({.location = {.type = CU_MEM_LOCATION_TYPE_DEVICE, .id = reader},
-                      .flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE});
-  }
-  JAX_EP_DRIVER(cuMemSetAccess, address_, bytes_, access.data(), access.size());
+  const auto allow = [&](CUmemAccess_flags flags) {
+    std::vector<CUmemAccessDesc> access;
+    for (const int reader : readers) {
+      access.push_back(
+          {.location = {.type = CU_MEM_LOCATION_TYPE_DEVICE, .id = reader}, .flags = flags});
+    }
+    return FindInDriver<decltype(&cuMemSetAccess)>("cuMemSetAccess")(address_, bytes_,
+                                                                     access.data(), access.size());
+  };
+  // Not every driver knows mappings for reading alone.
+  if (use == Use::kRead && allow(CU_MEM_ACCESS_FLAGS_PROT_READ) == CUDA_SUCCESS) return;
+  CheckDriver("cuMemSetAccess", allow(CU_MEM_ACCESS_FLAGS_PROT_READWRITE));
 }
 
 ShareableMemory::ShareableMemory(ShareableMemory&& other) noexcept { *this = std::move(other); }
@@ -142,6 +148,55 @@ ExportedAllocation ExportAllocationOf(uint64_t address) {
   }
   FindInDriver<decltype(&cuMemRelease)>("cuMemRelease")(handle);
   return exported;
+}
+
+ExportedAllocation ReadableAllocationOf(uint64_t address, const std::vector<int>& readers) {
+  CUdeviceptr begin = 0;
+  size_t bytes = 0;
+  JAX_EP_DRIVER(cuMemGetAddressRange, &begin, &bytes, address);
+  if (!CanRead(begin, bytes, readers)) bytes = 0;
+  return {.begin = begin, .bytes = bytes, .descriptor = -1};
+}
+
+bool CanRead(uint64_t address, size_t bytes, const std::vector<int>& readers) {
+  static const auto find_range =
+      FindOrNull<decltype(&cuMemGetAddressRange)>("cuMemGetAddressRange");
+  static const auto get_access = FindOrNull<decltype(&cuMemGetAccess)>("cuMemGetAccess");
+  if (find_range == nullptr || get_access == nullptr) return false;
+  for (uint64_t at = address; at < address + bytes;) {  // by allocation
+    CUdeviceptr begin = 0;
+    size_t size = 0;
+    if (find_range(&begin, &size, at) != CUDA_SUCCESS || size == 0) return false;
+    for (const int reader : readers) {
+      const CUmemLocation location{.type = CU_MEM_LOCATION_TYPE_DEVICE, .id = reader};
+      unsigned long long flags = 0;
+      const bool is_known = get_access(&flags, &location, begin) == CUDA_SUCCESS;
+      if (!is_known || (flags & CU_MEM_ACCESS_FLAGS_PROT_READ) == 0) return false;
+    }
+    at = begin + size;
+  }
+  return true;
+}
+
+int DeviceOfAddress(uint64_t address) {
+  int device = -1;
+  JAX_EP_DRIVER(cuPointerGetAttribute, &device, CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, address);
+  return device;
+}
+
+OnDevice::OnDevice(int64_t device) {
+  CUcontext before = nullptr;
+  JAX_EP_DRIVER(cuCtxGetCurrent, &before);
+  before_ = before;
+  const cudaError_t status = cudaSetDevice(static_cast<int>(device));
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // not left behind for whoever asks next
+  throw std::runtime_error(std::string("cudaSetDevice: ") + cudaGetErrorString(status));
+}
+
+OnDevice::~OnDevice() {
+  const auto set_current = FindOrNull<decltype(&cuCtxSetCurrent)>("cuCtxSetCurrent");
+  if (set_current != nullptr) set_current(static_cast<CUcontext>(before_));
 }
 
 }  // namespace jax_ep

@@ -15,8 +15,10 @@ class ShareableMemory {
  public:
   /// Zeroed memory of a device, at least `bytes`, mapped for it and for `readers`.
   static ShareableMemory Create(int device, size_t bytes, const std::vector<int>& readers);
+  enum class Use { kRead, kReadAndWrite };
   /// Memory of another process, mapped for `readers`. Does not take the descriptor over.
-  static ShareableMemory Import(int descriptor, size_t bytes, const std::vector<int>& readers);
+  static ShareableMemory Import(int descriptor, size_t bytes, const std::vector<int>& readers,
+                                Use use);
 
   ShareableMemory() = default;
   ShareableMemory(ShareableMemory&& other) noexcept;
@@ -29,7 +31,7 @@ class ShareableMemory {
   int Export() const;
 
  private:
-  void Map(const std::vector<int>& readers);
+  void Map(const std::vector<int>& readers, Use use);
 
   uint64_t handle_ = 0;
   uint64_t address_ = 0;
@@ -43,5 +45,28 @@ struct ExportedAllocation {
   int descriptor;  // the caller closes it
 };
 ExportedAllocation ExportAllocationOf(uint64_t address);
+/// The same without a descriptor, if all of `readers` may read it; else of no bytes.
+ExportedAllocation ReadableAllocationOf(uint64_t address, const std::vector<int>& readers);
+
+/// Whether all of `readers`, devices of this process, may read so many bytes where they lie. Asks
+/// the driver, which also answers while a stream is captured: memory that was mapped for several
+/// devices says so, all other is taken as readable by its own device alone.
+bool CanRead(uint64_t address, size_t bytes, const std::vector<int>& readers);
+
+/// The CUDA device that an address lies on. Makes no context.
+int DeviceOfAddress(uint64_t address);
+
+/// Makes a device's primary context current, and what was current before again at the end. The
+/// runtime's own cudaSetDevice would make a context on the device before, too.
+class OnDevice {
+ public:
+  explicit OnDevice(int64_t device);
+  ~OnDevice();
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+ private:
+  void* before_ = nullptr;  // CUcontext
+};
 
 }  // namespace jax_ep

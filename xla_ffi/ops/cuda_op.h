@@ -15,6 +15,9 @@ using DeviceSite = OpSite<DeviceGroup>;
 /// Of a staged operand; GroupSpec.can_stage of jax_ep/_spec.py counts with it.
 inline constexpr size_t kStagingAlignment = 256;
 
+/// What bulk copies ask of an address.
+inline constexpr size_t kOperandAlignment = 16;
+
 /// The contexts that a handler gets, in this order: site, stream, device.
 inline auto DeviceBinding() {
   return ffi::Ffi::Bind()
@@ -48,45 +51,49 @@ inline ffi::Error FindDevice(const char* op, const DeviceSite* site, int32_t dev
   return ffi::Error::Success();
 }
 
-/// Where peers find what a call has them read. Operands in memory that they have not mapped are
-/// copied into the group's, scratch is taken from there. The calls of a rank use that room in turn:
-/// each ends when no peer reads it any more. What has no room there stays where it is, and the
-/// ranks find it when they meet (kNotMapped).
+/// Where peers find what a call has them read. Operands that they cannot read in place, or whose
+/// address the bulk engine does not take, are copied into the group's memory; scratch is taken from
+/// there. The calls of a rank use that room in turn: each ends when no peer reads it any more. For
+/// what has no room peers find kUnreadable, and the group fails when they meet (kNotMapped).
 class Staging {
  public:
   Staging(const DeviceCall& call, cudaStream_t stream) : member_(*call.member), stream_(stream) {}
 
   template <typename T>
   void Copy(T*& operand, size_t bytes) {
-    void* place = Place(operand, bytes);
-    if (place == nullptr || status_ != cudaSuccess) return;
-    status_ = cudaMemcpyAsync(place, operand, bytes, cudaMemcpyDeviceToDevice, stream_);
-    operand = static_cast<T*>(place);
+    const void* from = operand;
+    void* place = Place(from, bytes);
+    if (place == from || status_ != cudaSuccess) return;
+    if (place != nullptr) {
+      status_ = cudaMemcpyAsync(place, from, bytes, cudaMemcpyDefault, stream_);
+    }
+    operand = place != nullptr ? static_cast<T*>(place) : reinterpret_cast<T*>(kUnreadable);
   }
   // Nobody is told of scratch that is not there.
   void Replace(void*& scratch, size_t bytes) {
     if (bytes == 0) scratch = nullptr;
-    if (void* place = Place(scratch, bytes)) scratch = place;
+    void* place = Place(scratch, bytes);
+    scratch = place != nullptr || scratch == nullptr ? place : reinterpret_cast<void*>(kUnreadable);
   }
   cudaError_t status() const { return status_; }
 
  private:
-  // Null for what peers can read, and for what has no room.
+  // Where it is for what peers can read, null for what has no room.
   void* Place(const void* data, size_t bytes) {
-    const auto address = reinterpret_cast<uint64_t>(data);
-    const uint64_t offset = address - member_.pool.begin;
-    // An address that cannot be told of peers cannot read either.
-    const bool is_told = (address + bytes - 1) < kInControl;
-    const bool is_mapped =
-        is_told && offset < member_.pool.bytes && bytes <= member_.pool.bytes - offset;
-    if (data == nullptr || bytes == 0 || is_mapped) return nullptr;
+    if (data == nullptr || bytes == 0 || IsReadable(data, bytes)) return const_cast<void*>(data);
     const size_t size = (bytes + kStagingAlignment - 1) / kStagingAlignment * kStagingAlignment;
-    if (size > member_.staging_bytes - used_) {
-      if (!is_told) status_ = cudaErrorInvalidValue;
-      return nullptr;
-    }
+    if (size > member_.staging_bytes - used_) return nullptr;
     used_ += size;
     return member_.staging + used_ - size;
+  }
+
+  bool IsReadable(const void* data, size_t bytes) const {
+    const auto address = reinterpret_cast<uint64_t>(data);
+    // An address that cannot be told of peers cannot read either.
+    if (address % kOperandAlignment != 0 || address + bytes > kInControl) return false;
+    const uint64_t offset = address - member_.pool.begin;
+    if (offset < member_.pool.bytes && bytes <= member_.pool.bytes - offset) return true;
+    return !member_.readers.empty() && CanRead(address, bytes, member_.readers);
   }
 
   const DeviceGroup::Member& member_;
@@ -94,5 +101,16 @@ class Staging {
   size_t used_ = 0;
   cudaError_t status_ = cudaSuccess;
 };
+
+/// The initialize stage: XLA runs it at each launch, also where the call itself is replayed.
+inline ffi::Error RefuseSuperseded(const DeviceSite* site) {
+  if (!site->group().is_superseded()) return ffi::Error::Success();
+  return ffi::Error(ffi::ErrorCode::kFailedPrecondition,
+                    "jax_ep: this program was compiled with group " + site->group().identity() +
+                        ", which was closed and opened again in other memory: compile it again "
+                        "(jax.clear_caches())");
+}
+
+inline auto InitializeBinding() { return ffi::Ffi::BindInitialize().Ctx<ffi::State<DeviceSite>>(); }
 
 }  // namespace jax_ep

@@ -36,7 +36,15 @@ class Registry {
     const auto found = groups_.find(identity);
     if (found == groups_.end()) return;
     last = std::move(found->second);
+    closed_[identity] = last;
     groups_.erase(found);
+  }
+
+  /// The last group of this identity that was removed, if executables hold it; else null.
+  std::shared_ptr<GroupT> FindClosed(const std::string& identity) const {
+    std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = closed_.find(identity);
+    return found == closed_.end() ? nullptr : found->second.lock();
   }
 
   /// Null when no group of this identity is open.
@@ -62,6 +70,7 @@ class Registry {
   CallSites sites_;
   mutable std::mutex mutex_;
   std::map<std::string, std::shared_ptr<GroupT>> groups_;
+  std::map<std::string, std::weak_ptr<GroupT>> closed_;
 };
 
 }  // namespace jax_ep
