@@ -100,8 +100,9 @@ inline constexpr int kMaxReduceBlocks = 64;
 
 struct ControlBlock {
   // Of the owner's kernels.
-  // The epoch of the last call that has ended, and 1 while the next one runs; or the blocks of that
-  // call that still read what was pushed. One word: who takes an epoch learns whether it is alone.
+  // The epoch of the last call that has ended; above it, whether the next one runs, and how many of
+  // its blocks still read what was pushed (core/turn.h). One word: a call that takes an epoch
+  // learns whether it is alone.
   Signal turn;
   uint32_t next_item[kMaxRowStreams];  // what no warp has claimed yet, less the first claims
   uint32_t num_blocks_met;   // of the present call's kernel whose blocks wait for one another

@@ -200,19 +200,17 @@ __device__ inline void AddToTurn(const Endpoint& self, uint64_t value) {
 __device__ inline void CountOut(const Endpoint& self, uint32_t ended, int num_readers) {
   if (gridDim.x > 1 && atomicAdd(&self.own()->num_blocks_done, 1) != gridDim.x - 1) return;
   StoreRelaxed(&self.own()->num_blocks_done, 0);
-  const uint32_t epoch = NextEpoch(ended);
   if (num_readers == 0) {
-    StoreRelaxed(&self.own()->turn, {epoch, 0});
+    StoreRelaxed(&self.own()->turn, {NextEpoch(ended), 0});
     return;
   }
-  // Some may have ended their reading: a sum, in which the 1 of the call goes.
-  AddToTurn(self, (uint64_t(num_readers - 1) << 32) + epoch - ended);
+  AddToTurn(self, EndOfTurn(ended, num_readers));
 }
 
 /// Every thread of every block.
 __device__ inline void EndReading(const Endpoint& self) {
   __syncthreads();
-  if (threadIdx.x == 0) AddToTurn(self, -(uint64_t{1} << 32));
+  if (threadIdx.x == 0) AddToTurn(self, -kOneReader);
 }
 
 /// Each thread's part of whether a rank has failed. A peer that has failed has told so before its

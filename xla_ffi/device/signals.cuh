@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "core/protocol.h"
+#include "core/turn.h"
 
 namespace jax_ep {
 
@@ -87,13 +88,8 @@ __device__ inline uint32_t CurrentEpoch(const Endpoint& self) {
 /// whether another call runs.
 __device__ inline Signal TakeTurn(const Endpoint& self) {
   auto* word = reinterpret_cast<unsigned long long*>(&self.own()->turn);
-  const uint64_t before = atomicOr(word, uint64_t{1} << 32);
+  const uint64_t before = atomicAdd(word, kRunningMark);
   return {static_cast<uint32_t>(before), static_cast<uint32_t>(before >> 32)};
-}
-
-/// Whether a call that had read `ended` and then found `before` is not alone.
-__device__ inline bool IsOverlap(Signal before, uint32_t ended) {
-  return before.value != 0 || before.epoch != ended;
 }
 
 __device__ inline void Write(volatile FailureRecord& to, const FailureRecord& from) {

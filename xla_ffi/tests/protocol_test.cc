@@ -3,8 +3,11 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <random>
+#include <vector>
 
 #include "core/told_address.h"
+#include "core/turn.h"
 #include "tests/test.h"
 
 namespace jax_ep {
@@ -69,8 +72,50 @@ void TestToldAddresses() {
   }
 }
 
+// A call as its blocks add to the turn: the first block begins it, every block counts out and then
+// ends its reading, and the last block to count out ends the turn.
+void TestTurns() {
+  std::mt19937 random(3);
+  uint64_t word = 0xffff'ff00u;
+  const auto turn = [&] {
+    return Signal{static_cast<uint32_t>(word), static_cast<uint32_t>(word >> 32)};
+  };
+  for (int call = 0; call < 4000; ++call) {
+    const auto ended = static_cast<uint32_t>(word);
+    const int num_blocks = 1 + random() % 6;
+    int num_out = 0;
+    int num_read = 0;
+    bool has_begun = false;
+    std::vector<int> steps(num_blocks, 0);  // 1: has counted out, 2: has ended its reading
+    while (num_read < num_blocks) {
+      const int block = random() % num_blocks;
+      if (block == 0 && !has_begun) {
+        // Its other blocks do not make a call find itself beside another one.
+        CHECK(!IsOverlap(turn(), ended), call, word, ended);
+        word += kRunningMark;
+        has_begun = true;
+      } else if (steps[block] == 0) {
+        steps[block] = 1;
+        if (++num_out == num_blocks) word += EndOfTurn(ended, num_blocks);
+      } else if (steps[block] == 1) {
+        steps[block] = 2;
+        word -= kOneReader;
+        ++num_read;
+      }
+      // A second call is found at any time.
+      const bool is_over = num_read == num_blocks;
+      CHECK(!has_begun || IsOverlap(turn(), turn().epoch) == !is_over, call, word, num_out,
+            num_read);
+      CHECK(!has_begun || is_over || IsOverlap(turn(), ended), call, word, ended);
+    }
+    CHECK(word == NextEpoch(ended), call, word, ended);
+  }
+}
+
 }  // namespace
 
-Tests ProtocolTests() { return {{"protocol_told_addresses", TestToldAddresses}}; }
+Tests ProtocolTests() {
+  return {{"protocol_told_addresses", TestToldAddresses}, {"protocol_turns", TestTurns}};
+}
 
 }  // namespace jax_ep
