@@ -53,8 +53,20 @@ enum class OpId : uint32_t {
   kAllReduce,
   kReduceScatter,
   kAllGather,
-  kRmsNorm
+  kRmsNorm,
+  kCount  // of the others
 };
+
+/// A call is named by a tag of so many bits: its operation in the upper ones, its site in the rest.
+inline constexpr int kTagBits = 16;
+inline constexpr int kOpBits = 5;
+static_assert(static_cast<uint32_t>(OpId::kCount) <= 1u << kOpBits);
+
+/// Sites that are a multiple of 2^(kTagBits - kOpBits) apart share a tag.
+JAX_EP_HOST_DEVICE constexpr uint32_t TagOf(OpId op, uint32_t site) {
+  constexpr int kSiteBits = kTagBits - kOpBits;
+  return static_cast<uint32_t>(op) << kSiteBits | (site & ((1u << kSiteBits) - 1));
+}
 
 struct alignas(8) Signal {
   uint32_t epoch;

@@ -81,6 +81,8 @@ const char* NameOf(OpId op) {
       return "all_gather";
     case OpId::kRmsNorm:
       return "all_reduce_residual_rmsnorm";
+    case OpId::kCount:
+      break;
   }
   return "unknown";
 }

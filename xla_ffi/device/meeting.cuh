@@ -27,7 +27,7 @@ struct PeerAddresses {
 template <typename Cell>
 __device__ void TellBlocks(const Endpoint& self, OpId op, uint32_t epoch, Cell&& cell) {
   for (int r = threadIdx.x; r < self.num_ranks; r += blockDim.x) {
-    if (r != self.rank) StoreRelease(cell(r, self.rank), {epoch, TagOf(self, op)});
+    if (r != self.rank) StoreRelease(cell(r, self.rank), {epoch, TagOf(op, self.site)});
   }
 }
 
@@ -36,7 +36,7 @@ __device__ void TellBlocks(const Endpoint& self, OpId op, uint32_t epoch, Cell&&
 template <typename Cell>
 __device__ bool AwaitBlocks(const Endpoint& self, OpId op, uint32_t epoch, Cell&& cell,
                             bool is_good = true) {
-  const uint32_t tag = TagOf(self, op);
+  const uint32_t tag = TagOf(op, self.site);
   for (int r = threadIdx.x; is_good && r < self.num_ranks; r += blockDim.x) {
     if (r == self.rank) continue;
     Signal seen;
@@ -119,7 +119,7 @@ __device__ inline bool Meet(const Endpoint& self, OpId op, const int32_t* positi
   // Not by a thread that publishes.
   const bool is_busy =
       publishes && threadIdx.x == blockDim.x - 1 && IsOverlap(TakeTurn(self), ended);
-  const uint32_t tag = TagOf(self, op);
+  const uint32_t tag = TagOf(op, self.site);
   bool is_good = !is_aborted;
   // A group that has failed knows why already.
   if (is_busy && is_good) Fail(self, FailureRecord::Kind::kOverlap, op, self.rank, 0, 1);
@@ -160,7 +160,7 @@ __device__ inline bool Meet(const Endpoint& self, OpId op, const int32_t* positi
 __device__ inline bool Rejoin(const Endpoint& self, OpId op, int num_addresses,
                               PeerAddresses& peers) {
   const uint32_t epoch = CurrentEpoch(self);
-  const uint32_t tag = TagOf(self, op);
+  const uint32_t tag = TagOf(op, self.site);
   // A failure that is still being told has ended the kernel before this one.
   bool is_good = !IsAborted(self) && LoadRelaxed(&self.own()->has_failed) == 0;
   for (int i = threadIdx.x; i < self.num_ranks * num_addresses; i += blockDim.x) {

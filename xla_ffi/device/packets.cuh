@@ -61,7 +61,7 @@ __device__ inline bool Begin(const Endpoint& self, OpId op, const int32_t* posit
   call = {.op = op,
           .ended = ended,
           .epoch = epoch,
-          .tag = TagOf(self, op),
+          .tag = TagOf(op, self.site),
           .before = is_first ? TakeTurn(self) : Signal{}};
   if (is_aborted) return false;
   if (found != self.position) {

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "core/protocol.h"
+#include "core/stopwatch.h"
 #include "core/turn.h"
 
 namespace jax_ep {
@@ -142,23 +143,18 @@ static __device__ __noinline__ void KeepWhatWasTold(const Endpoint& self) {
   }
 }
 
-/// Names a call, in 16 bits.
-__device__ inline uint32_t TagOf(const Endpoint& self, OpId op) {
-  return (static_cast<uint32_t>(op) << 13 | (self.site & 0x1fff)) & 0xffff;
-}
-
 /// Waits until `is_there()`, which looks at what `peer` owes. False when the group fails first, by
 /// the time that is up here, when `count_seen()` ranks were there, or by another's failure.
 template <typename IsThere, typename CountSeen>
 __device__ bool WaitUntil(const Endpoint& self, OpId op, int peer, IsThere&& is_there,
                           CountSeen&& count_seen) {
   if (is_there()) return true;
-  const uint64_t start = GlobalTimer();
+  Stopwatch watch(GlobalTimer());
   // Who waits for its own rank mostly waits for what that rank waits for: it knows less.
   const uint64_t limit = LoadRelaxed(&self.own()->timeout_ns) * (peer == self.rank ? 2 : 1);
   while (!is_there()) {
     if (LoadRelaxed(&self.own()->abort)) return false;
-    if (GlobalTimer() - start > limit) {
+    if (watch.IsOver(GlobalTimer(), limit)) {
       Fail(self, FailureRecord::Kind::kPeerTimeout, op, peer, self.num_ranks, count_seen());
       return false;
     }

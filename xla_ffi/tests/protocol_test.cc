@@ -4,8 +4,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <random>
+#include <set>
 #include <vector>
 
+#include "core/stopwatch.h"
 #include "core/told_address.h"
 #include "core/turn.h"
 #include "tests/test.h"
@@ -112,10 +114,34 @@ void TestTurns() {
   }
 }
 
+void TestTags() {
+  std::set<uint32_t> tags;
+  constexpr uint32_t kSites = 100;
+  for (uint32_t op = 0; op < 1u << kOpBits; ++op) {
+    for (uint32_t site = 0; site < kSites; ++site) {
+      const uint32_t tag = TagOf(static_cast<OpId>(op), site);
+      CHECK(tag < 1u << kTagBits, op, site, tag);
+      tags.insert(tag);
+      CHECK(TagOf(static_cast<OpId>(op), site + (1u << 31)) == tag, op, site, tag);
+    }
+  }
+  CHECK(tags.size() == kSites << kOpBits, tags.size());
+}
+
+void TestStopwatch() {
+  Stopwatch watch(1000);
+  CHECK(!watch.IsOver(1000, 10) && !watch.IsOver(1010, 10) && watch.IsOver(1011, 10), "forward");
+  // Set back, and on from there.
+  CHECK(!watch.IsOver(500, 10) && !watch.IsOver(510, 10) && watch.IsOver(511, 10), "back");
+}
+
 }  // namespace
 
 Tests ProtocolTests() {
-  return {{"protocol_told_addresses", TestToldAddresses}, {"protocol_turns", TestTurns}};
+  return {{"protocol_told_addresses", TestToldAddresses},
+          {"protocol_turns", TestTurns},
+          {"protocol_tags", TestTags},
+          {"protocol_stopwatch", TestStopwatch}};
 }
 
 }  // namespace jax_ep
