@@ -22,8 +22,13 @@
 //   packet          any rank          12 bytes of an operand              the owner
 //   called[n, p]    rank p            tag of the call whose packets are   the owner, with the
 //                                     in half n                           packets
-//   told[p]         rank p            what p has found to be wrong     the owner, when it aborts
-//   abort           any rank          1, for good, behind told[p]      the owner, in every wait
+//   told[p]         rank p            what p has found to be wrong     the owner, before it keeps
+//                                                                      a result
+//   abort           any rank          1, for good, behind told[p] of   the owner, in every wait
+//                                     every rank
+//
+// A rank that knows of a failure from told[p] alone poisons its results, but waits for its peers as
+// before, since others may not know yet and still read its memory. Only `abort` ends waits.
 //
 // A signal is one 8-byte store that carries its epoch; it is compared for equality, never reset. A
 // rank writes its signals of epoch n + 1 only after all ranks have written read_done of epoch n,
@@ -119,7 +124,8 @@ struct ControlBlock {
   uint32_t next_item[kMaxRowStreams];  // what no warp has claimed yet, less the first claims
   uint32_t num_blocks_met;   // of the present call's kernel whose blocks wait for one another
   uint32_t num_blocks_done;  // of the last kernel of the present call
-  uint32_t has_failed;       // whoever sets it writes the rank's record in host memory
+  uint32_t has_failed;       // a thread of this rank tells all ranks of a failure, or has told them
+  uint32_t has_record;       // the thread that sets it writes the rank's record in host memory
   // Of the host.
   uint32_t skip;        // for tests: the rank's calls end at once, poisoned, and signal nothing
   uint64_t timeout_ns;  // of a single wait; not in Endpoint, which command buffers keep

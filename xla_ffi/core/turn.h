@@ -17,7 +17,7 @@ namespace jax_ep {
 inline constexpr uint64_t kRunningMark = uint64_t{1} << 63;
 inline constexpr uint64_t kOneReader = uint64_t{1} << 32;
 /// More blocks than any call has.
-inline constexpr uint32_t kMaxBlocks = 1 << 16;
+inline constexpr uint32_t kMostBlocks = 1 << 16;
 
 /// Added by the last block of a call that counts out, when `num_readers` blocks go on reading, each
 /// until it takes kOneReader away; some of them may have done so before.
@@ -28,7 +28,7 @@ JAX_EP_HOST_DEVICE constexpr uint64_t EndOfTurn(uint32_t ended, uint32_t num_rea
 /// Whether a call that had read `ended`, and found `before` when its first block added the mark, is
 /// not alone. Other blocks of the same call may have ended their reading before that.
 JAX_EP_HOST_DEVICE constexpr bool IsOverlap(Signal before, uint32_t ended) {
-  return before.value + kMaxBlocks > kMaxBlocks || before.epoch != ended;
+  return before.value + kMostBlocks > kMostBlocks || before.epoch != ended;
 }
 
 }  // namespace jax_ep

@@ -14,6 +14,9 @@ namespace jax_ep {
 /// "No expert", "no row", "no token" in every index array.
 inline constexpr int32_t kNoIndex = -1;
 
+/// Threads of a GPU that run together.
+inline constexpr int kWarpSize = 32;
+
 /// How received rows are arranged. The values cross the FFI border (jax_ep/config.py).
 enum class RecvLayout : int64_t { kRank = 0, kExpert = 1 };
 

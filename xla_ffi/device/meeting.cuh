@@ -31,20 +31,31 @@ __device__ void TellBlocks(const Endpoint& self, OpId op, uint32_t epoch, Cell&&
   }
 }
 
-/// Every thread of a block: waits for what the same block of every peer tells, if `is_good`. The
-/// same for the whole block; false when the group has failed.
+/// Every thread of a block: waits for what the same block of every peer tells, if `waits`, until
+/// it comes or the group fails. The same for the whole block; false when the group has failed, or
+/// a thread's `is_good` is false.
 template <typename Cell>
 __device__ bool AwaitBlocks(const Endpoint& self, OpId op, uint32_t epoch, Cell&& cell,
-                            bool is_good = true) {
+                            bool waits = true, bool is_good = true) {
   const uint32_t tag = TagOf(op, self.site);
-  for (int r = threadIdx.x; is_good && r < self.num_ranks; r += blockDim.x) {
+  for (int r = threadIdx.x; waits && r < self.num_ranks; r += blockDim.x) {
     if (r == self.rank) continue;
     Signal seen;
-    is_good = WaitUntil(self, op, r, [&] {
-      seen = LoadAcquire(cell(self.rank, r));
-      return seen.epoch == epoch;
-    });
-    is_good = is_good && IsCall(self, op, r, tag, seen.value);
+    waits = WaitUntil(
+        self, op, r,
+        [&] {
+          seen = LoadAcquire(cell(self.rank, r));
+          return seen.epoch == epoch;
+        },
+        [&] {
+          int num_seen = 1;  // this rank does not tell itself
+          for (int peer = 0; peer < self.num_ranks; ++peer) {
+            if (peer != self.rank) num_seen += LoadAcquire(cell(self.rank, peer)).epoch == epoch;
+          }
+          return num_seen;
+        });
+    waits = waits && IsCall(self, op, r, tag, seen.value);
+    is_good = is_good && waits;
   }
   return __syncthreads_and(is_good);
 }
@@ -213,9 +224,9 @@ __device__ inline void EndReading(const Endpoint& self) {
   if (threadIdx.x == 0) AddToTurn(self, -kOneReader);
 }
 
-/// Each thread's part of whether a rank has failed. A peer that has failed has told so before its
-/// call ends, so what was read of its operands before this is right; `abort` may come later. (Not
-/// of a peer that ends PartBlocks because another rank has told it so, while that one still tells.)
+/// Each thread's part of whether a rank has failed. A peer ends its call when this rank has told it
+/// that it has read, or when a failure has been told to every rank, this one included: operands
+/// that were read before a good answer were whole. `abort` may come later than the record.
 __device__ inline bool NoneHasFailed(const Endpoint& self) {
   const uint32_t was_told = LoadRelaxed(&self.own()->told[threadIdx.x % self.num_ranks].is_set);
   const uint32_t has_failed = LoadRelaxed(&self.own()->has_failed);
@@ -226,6 +237,9 @@ __device__ inline bool NoneHasFailed(const Endpoint& self) {
 /// when it has read what it reads in place: waits until the same block of every peer has, too, and
 /// ends the epoch. So no rank ends while its operands are read. EndReading must follow. The same
 /// for the whole block; false when the group has failed: then the block may have read anything.
+///
+/// A block that knows of a failure goes on waiting: a peer that does not know yet still reads. Only
+/// `abort` ends the wait, which is raised when every rank has been told.
 __device__ inline bool PartBlocks(const Endpoint& self, OpId op, bool has_met) {
   const uint32_t ended = LoadRelaxed(&self.own()->turn.epoch);
   const uint32_t epoch = NextEpoch(ended);
@@ -235,7 +249,7 @@ __device__ inline bool PartBlocks(const Endpoint& self, OpId op, bool has_met) {
   const bool is_good = has_met && NoneHasFailed(self);
   // Not by a thread that waits.
   if (threadIdx.x == blockDim.x - 1) CountOut(self, ended, gridDim.x);
-  return AwaitBlocks(self, op, epoch, cells, is_good);
+  return AwaitBlocks(self, op, epoch, cells, /*waits=*/has_met, is_good);
 }
 
 /// All results of a call, and what they are filled with when it fails: 0xff in every byte is a NaN

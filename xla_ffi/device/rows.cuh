@@ -4,9 +4,9 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace jax_ep {
+#include "core/types.h"
 
-inline constexpr int kWarpSize = 32;
+namespace jax_ep {
 
 template <typename Word>
 __device__ void SetByLanes(std::byte* out, int64_t bytes, Word value, int thread, int num_threads) {

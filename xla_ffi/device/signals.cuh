@@ -104,13 +104,31 @@ __device__ inline void Write(volatile FailureRecord& to, const FailureRecord& fr
   to.is_set = 1;
 }
 
-/// Keeps the record if it is this rank's first, tells it to every rank, since they may be in other
-/// processes, and ends every wait of the group. Never inlined: what seldom runs would lie between
-/// what always does, and first runs of kernels wait for their instructions.
+/// Keeps a record in host memory if it is this rank's first.
+__device__ inline void Keep(const Endpoint& self, const FailureRecord& record) {
+  if (atomicExch(&self.own()->has_record, 1) == 0) Write(*self.record, record);
+}
+
+/// The time after which a wait for `peer` is given up.
+__device__ inline uint64_t WaitLimit(const Endpoint& self, int peer) {
+  // Who waits for its own rank mostly waits for what that rank waits for: it knows less.
+  return LoadRelaxed(&self.own()->timeout_ns) * (peer == self.rank ? 2 : 1);
+}
+
+/// Tells a failure to every rank, since they may be in other processes, and ends every wait of the
+/// group. When it returns, every rank has been told: until then peers may read this rank's
+/// operands and results. Never inlined: what seldom runs would lie between what always does, and
+/// first runs of kernels wait for their instructions.
 static __device__ __noinline__ void Fail(const Endpoint& self, FailureRecord::Kind kind, OpId op,
                                          int peer, int64_t expected, int64_t seen) {
-  // Whoever comes later must not end the waits: the first has not told everyone yet.
-  if (atomicExch(&self.own()->has_failed, 1) != 0) return;
+  if (atomicExch(&self.own()->has_failed, 1) != 0) {
+    // Another thread of this rank tells all ranks, and ends their waits when it has.
+    const uint64_t limit = WaitLimit(self, self.rank);
+    Stopwatch watch(GlobalTimer());
+    while (LoadRelaxed(&self.own()->abort) == 0 && !watch.IsOver(GlobalTimer(), limit)) {
+    }
+    return;
+  }
   const FailureRecord found{.is_set = 1,
                             .kind = kind,
                             .op = op,
@@ -118,27 +136,30 @@ static __device__ __noinline__ void Fail(const Endpoint& self, FailureRecord::Ki
                             .peer = peer,
                             .expected = expected,
                             .seen = seen};
-  Write(*self.record, found);
+  Keep(self, found);
   for (int r = 0; r < self.num_ranks; ++r) Write(self.control[r]->told[self.rank], found);
   __threadfence_system();
   for (int r = 0; r < self.num_ranks; ++r) StoreRelaxed(&self.control[r]->abort, 1);
 }
 
-/// By one thread of a rank that ends by another's failure: keeps what it was told.
+/// By the first thread of a block that ends by another rank's failure, or, where the threads of a
+/// block do not all know of it, by those that do. One thread of the rank keeps what the rank was
+/// told. No peer hears of it: has_failed is not set.
 static __device__ __noinline__ void KeepWhatWasTold(const Endpoint& self) {
+  // Not all of a warp: each would wait for fences of its own.
+  if (threadIdx.x % kWarpSize + 1 != __ffs(__activemask())) return;
   __threadfence_system();  // behind the word that said so
   for (int r = 0; r < self.num_ranks; ++r) {
     const volatile FailureRecord& told = self.own()->told[r];
     if (told.is_set == 0) continue;
     __threadfence_system();
-    if (atomicExch(&self.own()->has_failed, 1) != 0) return;
-    Write(*self.record, {.is_set = 1,
-                         .kind = told.kind,
-                         .op = told.op,
-                         .rank = told.rank,
-                         .peer = told.peer,
-                         .expected = told.expected,
-                         .seen = told.seen});
+    Keep(self, {.is_set = 1,
+                .kind = told.kind,
+                .op = told.op,
+                .rank = told.rank,
+                .peer = told.peer,
+                .expected = told.expected,
+                .seen = told.seen});
     return;
   }
 }
@@ -150,8 +171,7 @@ __device__ bool WaitUntil(const Endpoint& self, OpId op, int peer, IsThere&& is_
                           CountSeen&& count_seen) {
   if (is_there()) return true;
   Stopwatch watch(GlobalTimer());
-  // Who waits for its own rank mostly waits for what that rank waits for: it knows less.
-  const uint64_t limit = LoadRelaxed(&self.own()->timeout_ns) * (peer == self.rank ? 2 : 1);
+  const uint64_t limit = WaitLimit(self, peer);
   while (!is_there()) {
     if (LoadRelaxed(&self.own()->abort)) return false;
     if (watch.IsOver(GlobalTimer(), limit)) {

@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kReduceThreads)
   if (has_met) Pull<Element>(launch, peers, share);
   if (!PartBlocks(self, op, has_met)) {
     PoisonShare<Element>(a, share);
-    KeepWhatWasTold(self);
+    if (threadIdx.x == 0) KeepWhatWasTold(self);
   }
   EndReading(self);
 }
@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kReduceThreads)
   }
   if (!PartBlocks(self, op, is_good)) {
     for (int r = 0; r < self.num_ranks; ++r) PoisonShare<Element>(a, chunk_of(r));
-    KeepWhatWasTold(self);
+    if (threadIdx.x == 0) KeepWhatWasTold(self);
   }
   EndReading(self);
 }

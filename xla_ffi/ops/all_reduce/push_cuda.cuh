@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kReduceThreads)
   }
   EndEpoch(self, call, gridDim.x);
   AddStored<Element>(launch, call.epoch, share, is_good);
-  if (!is_good) KeepWhatWasTold(self);
+  if (!is_good && threadIdx.x == 0) KeepWhatWasTold(self);
   EndReading(self);
 }
 
@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(kReduceThreads)
       StoreVectors<kBytes>(a.out, few, a.bytes, vectors);
     });
   }
-  if (!is_good) KeepWhatWasTold(self);
+  if (!is_good && threadIdx.x == 0) KeepWhatWasTold(self);
   EndReading(self);
 }
 

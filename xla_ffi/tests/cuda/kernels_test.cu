@@ -20,6 +20,7 @@
 #include "ops/dispatch/dispatch_cuda.cuh"
 #include "ops/pull_rows/pull_rows_cuda.cuh"
 #include "tests/cuda/all_reduce_test.cuh"
+#include "tests/cuda/failures_test.cuh"
 #include "tests/cuda/ranks.cuh"
 #include "tests/test.h"
 
@@ -318,50 +319,6 @@ void TestRoundTrip(const Case& c, DType dtype, const Ranks& ranks, int num_sms, 
   }
 }
 
-// A rank that does not come: the others give up, the record names it, and the device lives.
-void TestSkippedRank(int num_devices) {
-  const Ranks ranks(3, num_devices, std::chrono::milliseconds(200));
-  std::vector<Device<float>> rows, outs;
-  std::vector<Device<int32_t>> index;
-  for (int r = 0; r < 3; ++r) {
-    ranks.Select(r);
-    rows.emplace_back(std::vector<float>(8, 1.0f));
-    outs.emplace_back(8);
-    index.emplace_back(std::vector<int32_t>{0, 1, 2, 3});
-    Cuda(cudaDeviceSynchronize());
-  }
-  for (int r = 0; r < 2; ++r) {
-    ranks.Select(r);
-    const PullRowsLaunch pull{.self = ranks.endpoint(r),
-                              .position = ranks.position(r),
-                              .args = {.num_ranks = 3,
-                                       .num_rows = 2,
-                                       .num_pulled = 2,
-                                       .row_bytes = 16,
-                                       .index = index[r].get(),
-                                       .slot = nullptr,
-                                       .num_slots = 0,
-                                       .places = nullptr,
-                                       .rows = reinterpret_cast<const std::byte*>(rows[r].get()),
-                                       .out = reinterpret_cast<std::byte*>(outs[r].get())}};
-    for (int i = 0; i < 3; ++i) Cuda(LaunchPullRows(pull, ranks.traits(), 4, ranks.stream(r)));
-  }
-  ranks.Synchronize();
-  CHECK(ranks.HasFailed(), "no record");
-  int num_records = 0;
-  for (int r = 0; r < 2; ++r) {
-    const FailureRecord record = ranks.record(r);
-    if (!record.is_set) continue;
-    ++num_records;
-    CHECK(record.peer == 2 && record.expected == 3 && record.seen == 2, record.peer);
-    CHECK(record.op == OpId::kPullRows, "op");
-  }
-  CHECK(num_records > 0, num_records);
-  for (int r = 0; r < 2; ++r) {
-    for (const float value : outs[r].Read()) CHECK(std::isnan(value), r);
-  }
-}
-
 // `is_small`: for tools that make everything a hundred times slower.
 void TestMatrix(int num_devices, bool is_small) {
   int seed = 0;
@@ -455,8 +412,8 @@ int main(int argc, char** argv) {
     if (only != 0 && d != only) continue;
     std::printf("on %d devices\n", d);
     jax_ep::TestMatrix(d, is_small);
-    jax_ep::TestSkippedRank(d);
     jax_ep::TestMisuse(d);
+    jax_ep::TestFailures(d);
   }
   std::printf("ok\n");
   return 0;

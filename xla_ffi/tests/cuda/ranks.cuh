@@ -126,6 +126,7 @@ class Ranks {
 
   int size() const { return static_cast<int>(control_.size()); }
   void Select(int r) const { Cuda(cudaSetDevice(r % num_devices_)); }
+  ControlBlock* control(int r) const { return control_[r]; }
   const Endpoint& endpoint(int r) const { return endpoints_[r]; }
   cudaStream_t stream(int r) const { return streams_[r]; }
   const int32_t* position(int r) const { return positions_[r]; }
