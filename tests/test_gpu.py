@@ -1,5 +1,6 @@
 """On NVIDIA GPUs: JAX_PLATFORMS=cuda,cpu pytest -m gpu."""
 
+import gc
 import time
 from functools import partial
 
@@ -239,3 +240,78 @@ def test_beside_gives_the_same(group):
 
     for got, expected in zip(jax.tree.leaves(run(True)), jax.tree.leaves(run(False)), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)  # fused in other ways
+
+
+def _repeat(group):
+    """A program that XLA captures: the same calls again and again."""
+
+    def fn(x, ids):
+        return jax.lax.scan(lambda x, _: (_echo(group, x, ids)[0], None), x, length=6)[0]
+
+    return on_ranks(fn, group.mesh)
+
+
+@pytest.mark.parametrize("in_flight", [0, 2])
+def test_compiled_functions_run_with_the_group_that_is_opened_again(in_flight):
+    num_ranks = len(jax.devices("gpu"))
+    x = np.ones((num_ranks, 64, 256), np.float32)
+    ids = np.zeros((num_ranks, 64, 1), np.int32)
+    group = jax_ep.Group.open(_mesh(), "ep", name="again", timeout=1.0)
+    step = _repeat(group)
+    for _ in range(4):
+        np.testing.assert_array_equal(step(x, ids), x)
+    for timeout in (0.5, 30.0):
+        group._native_group.handle.skip_rank(num_ranks - 1)
+        with pytest.raises(jax_ep.PeerTimeoutError):
+            group.check(step(x, ids))
+        late = [step(x, ids) for _ in range(in_flight)]
+        group.close()
+        group = jax_ep.Group.open(_mesh(), "ep", name="again", timeout=timeout)
+        assert all(np.isnan(np.asarray(y)).all() for y in late)
+        for _ in range(3):
+            y = step(x, ids)
+            group.check(y)
+            np.testing.assert_array_equal(y, x)
+    group.close()
+
+
+def test_a_program_of_a_group_in_other_memory_raises(monkeypatch):
+    """Captured programs refer to memory: where it is gone, they say so at each launch."""
+    num_ranks = len(jax.devices("gpu"))
+    x = np.ones((num_ranks, 64, 256), np.float32)
+    ids = np.zeros((num_ranks, 64, 1), np.int32)
+    with jax_ep.Group.open(_mesh(), "ep", name="moved", timeout=20.0) as group:
+        step = _repeat(group)
+        for _ in range(4):
+            np.testing.assert_array_equal(step(x, ids), x)
+    monkeypatch.setenv("JAX_EP_STAGING_MB", "3")
+    with jax_ep.Group.open(_mesh(), "ep", name="moved", timeout=20.0) as group:
+        for _ in range(2):
+            with pytest.raises(jax.errors.JaxRuntimeError, match="compile it again"):
+                np.asarray(step(x, ids))
+        np.testing.assert_array_equal(_repeat(group)(x, ids), x)
+
+
+def test_the_end_of_a_group_waits_without_pythons_lock():
+    """Its devices may wait for a callback, which wants the lock."""
+    num_ranks = len(jax.devices("gpu"))
+    seen = []
+
+    group = jax_ep.Group.open(_mesh(), "ep", name="callbacks", timeout=20.0)
+
+    def fn(x, group=group):
+        x = jax_ep.all_reduce(x, group=group)
+        for _ in range(20):
+            jax.debug.callback(lambda v: (time.sleep(0.05), seen.append(float(v[0]))), x)
+            x = x + 1
+        return jax.lax.psum(x, "ep")
+
+    run = on_ranks(fn, group.mesh, check_vma=False)
+    y = run(np.ones((num_ranks, 8), np.float32))
+    group.close()
+    del run, fn, group
+    gc.collect()
+    jax.clear_caches()
+    np.testing.assert_array_equal(y, np.full((num_ranks, 8), (num_ranks + 20) * num_ranks))
+    jax.effects_barrier()
+    assert len(seen) == 20 * num_ranks

@@ -62,7 +62,7 @@ def torch_arrays(arrays):
 def on_host(arrays):
     spec = jax.sharding.PartitionSpec("ep")
     host = jax.sharding.NamedSharding(mesh, spec, memory_kind="pinned_host")
-    return [jax.device_put(a, host) for a in place([np.tile(a, (R, *[1] * a.ndim)).reshape(R, *a.shape) for a in arrays], mesh)]
+    return [jax.device_put(a, host) for a in everywhere(arrays)]
 
 def everywhere(arrays):
     return place([np.broadcast_to(a, (R, *a.shape)) for a in arrays], mesh)
@@ -77,22 +77,19 @@ for name, op in OPS.items():
         try:
             for _ in range(3):  # XLA captures what runs again
                 if origin == "constant":
-                    closed = [jnp.asarray(a) if i == 0 else a for i, a in enumerate(arrays)]
-                    fn = jax.jit(jax.shard_map(
-                        lambda: jax.tree.map(lambda a: a[None], op(*map(jnp.asarray, arrays), group)),
-                        mesh=mesh, in_specs=(), out_specs=jax.sharding.PartitionSpec("ep"),
-                        check_vma=False,
-                    ))
-                    got = fn()
+                    def of_constants():
+                        results = op(*map(jnp.asarray, arrays), group)
+                        return jax.tree.map(lambda a: a[None], results)
+                    out = jax.sharding.PartitionSpec("ep")
+                    got = jax.jit(jax.shard_map(
+                        of_constants, mesh=mesh, in_specs=(), out_specs=out, check_vma=False
+                    ))()
                 elif origin == "iota":
-                    fn = on_ranks(
-                        lambda x, w: op(
-                            x,
-                            (jnp.arange(T, dtype=jnp.int32)[:, None] + jnp.arange(2, dtype=jnp.int32)) % R,
-                            w, group),
-                        mesh, check_vma=False)
+                    def of_iota(x, weights):
+                        ids = jnp.arange(T)[:, None] + jnp.arange(2)
+                        return op(x, ids % R, weights, group)
                     x, _, w = everywhere(arrays)
-                    got = fn(x, w)
+                    got = on_ranks(of_iota, mesh, check_vma=False)(x, w)
                 else:
                     make = {"dlpack": torch_arrays, "pinned_host": on_host}.get(origin, everywhere)
                     got = on_ranks(lambda *a: op(*a, group), mesh, check_vma=False)(*make(arrays))

@@ -8,7 +8,7 @@ import subprocess
 from contextlib import suppress
 
 import pytest
-from process_programs import MIDDLE, MISSING, REOPEN, START
+from process_programs import MIDDLE, MISSING, REOPEN, REOPENED, START
 
 from jax_ep.testing import launch
 
@@ -85,6 +85,25 @@ with jax_ep.Group.open(mesh, "ep", timeout=20.0) as group:
     y = on_group(run, group)(np.zeros((R, 4, 1), np.int32) + np.arange(R)[:, None, None][::-1])
     group.check(y)
     assert_same_bits(y, np.tile(rows, (R, 1, 1)))
+print("passed")
+"""
+
+
+CONTEXTS = """
+import ctypes
+cuda = ctypes.CDLL("libcuda.so.1")
+def contexts():
+    active, flags = ctypes.c_int(), ctypes.c_uint()
+    found = []
+    for device in range(launch.count_gpus()):
+        cuda.cuDevicePrimaryCtxGetState(device, ctypes.byref(flags), ctypes.byref(active))
+        found.append(active.value)
+    return found
+jnp.ones(3).block_until_ready()
+before = contexts()
+with jax_ep.Group.open(mesh, "ep", timeout=20.0) as group:
+    group.check(on_group(lambda x, ids: echo(group, x, ids), group)(x, ids))
+assert contexts() == before, (before, contexts())
 print("passed")
 """
 
@@ -207,6 +226,15 @@ def test_processes_with_several_gpus_each(num_gpus):
         pytest.skip("needs four GPUs")
     assert _passed(_run(CONFORMANCE, 2, "40"))
     assert _passed(_run(MANY, 2))
+
+
+def test_no_context_is_made_on_a_gpu_of_another_process(num_gpus):
+    assert _passed(_run(CONTEXTS, num_gpus))
+
+
+def test_compiled_functions_run_with_the_group_that_is_opened_again(num_gpus):
+    """In the same memory, which captured programs refer to."""
+    assert _passed(_run(REOPENED, num_gpus))
 
 
 def test_what_a_process_is_told_behind_its_last_call(num_gpus):
