@@ -22,6 +22,7 @@ from jax_ep._conversation import Conversation
 from jax_ep.errors import GroupError, PeerTimeoutError
 
 _LEAVE_S, _LEAVE_POLL_S = 5.0, 0.05
+_SOCKETS_PART = 0.5  # of the timeout: who waits at a socket must give up before who waits for it
 
 
 class Meeting:
@@ -128,7 +129,7 @@ class Meeting:
                 self.why_not_linked = f"the mesh spans hosts or containers: {hosts}"
             if self.why_not_linked is not None or listener is None:
                 return
-            problem = ""
+            problem, is_echo = "", False
             try:
                 _sockets.connect(
                     listener,
@@ -139,21 +140,28 @@ class Meeting:
                         for p, told in said.items()
                         if p != me
                     },
-                    timeout=self.timeout,
+                    timeout=self.sockets_timeout,
                     links=self.links,
+                    is_in_vain=self._has_failed_link,
                 )
             except OSError as e:
                 problem = f"no connection between the processes: {e}"
+                is_echo = isinstance(e, TimeoutError)
         self._watched = {
             link.process: watch
             for link in self.links
             if (watch := _sockets.watch_process(link.pid)) is not None
         }
-        self.why_not_linked = self.first_problem("links", problem)
+        self.why_not_linked = self.first_problem("links", problem, is_echo=is_echo)
         if self.why_not_linked is None and reads_memory:
             self.why_not_linked = self._first_unreadable()
         if self.why_not_linked is not None:
             self.close()
+
+    @property
+    def sockets_timeout(self) -> float:
+        """Seconds to wait for one another at sockets, between two things said to all."""
+        return _SOCKETS_PART * self.timeout
 
     def close(self) -> None:
         """Closes the sockets that nobody has taken over. Not collective."""
@@ -203,6 +211,11 @@ class Meeting:
                 time.sleep(_LEAVE_POLL_S)
         native.exit_without_teardown()
         _jax_compat.abandon_runtime()
+
+    def _has_failed_link(self) -> bool:
+        """Whether another process has no connection, and says so. Not collective."""
+        said = {} if self._conversation is None else self._conversation.heard("links")
+        return any(problem for _, problem in said.values())
 
     def _first_unreadable(self) -> str | None:
         """Each process reads a random number out of every other one's memory."""

@@ -80,6 +80,19 @@ class Conversation:
                 raise failure
         raise self._silence(topic, said)
 
+    def heard(self, topic: str) -> dict[int, Any]:
+        """What those have said about a topic that have come to it already. Not collective.
+
+        Raises: GroupError, PeerTimeoutError: one has failed in this opening.
+        """
+        openings = self._openings()
+        failure = _failure_in(openings)
+        if failure is not None:
+            self._is_told = True
+            raise failure
+        told = {p: o["said"] for p, o in openings.items() if o is not None}
+        return {p: topics[topic] for p, topics in told.items() if topic in topics}
+
     def end(self, error: BaseException) -> BaseException:
         """Tells the others that the opening has failed here. Not collective.
 

@@ -242,7 +242,7 @@ def _share_devices(
                         held.remove(descriptor)
                     native.import_seat(position, told, control, pool)
         except (OSError, RuntimeError, ValueError) as e:
-            problem, is_echo = str(e), isinstance(e, ConnectionError)
+            problem, is_echo = str(e), isinstance(e, (ConnectionError, TimeoutError))
         why_not = meeting.first_problem(f"mapping of {topic}", problem, is_echo=is_echo)
     finally:
         for descriptor in own + held:
@@ -256,7 +256,7 @@ def _swap(
     meeting: Meeting, numbers: Any, own: list[int], held: list[int]
 ) -> dict[int, tuple[Any, list[int]]]:
     try:
-        return _sockets.swap(meeting.links, numbers, own, held, timeout=meeting.timeout)
+        return _sockets.swap(meeting.links, numbers, own, held, timeout=meeting.sockets_timeout)
     except OSError:
         # The others need not wait for the rest, and nobody may take it for another message.
         for link in meeting.links:

@@ -66,6 +66,20 @@ def test_what_each_writes_does_not_grow_with_their_number(converse):
     assert max(map(len, converse.store.values.values())) < 300
 
 
+def test_what_others_have_said_is_heard_without_waiting_for_all(converse):
+    parts = [converse(p) for p in range(3)]
+    _at_once(*[(c.gather, "x", p) for p, c in enumerate(parts)])
+    assert parts[0].heard("y") == {}
+    for p in (1, 2):
+        parts[p]._now["said"]["y"] = f"{p} is there"
+        parts[p]._write()
+    assert parts[0].heard("y") == {1: "1 is there", 2: "2 is there"}
+    parts[2].end(MemoryError("no room"))
+    with pytest.raises(GroupError, match=r"^Group\.open: process 2 failed: no room$") as caught:
+        parts[0].heard("y")
+    assert parts[0].end(caught.value) is caught.value
+
+
 def test_the_end_of_an_opening_is_heard_from_within_the_next(converse):
     first = [converse(p) for p in range(3)]
     _at_once(*[(c.gather, "x", 0) for c in first])

@@ -151,6 +151,7 @@ MAY_INCLUDE = {
         "cuda_fp16.h",
         "cuda_runtime.h",
         "cuda_runtime_api.h",
+        "fcntl.h",
         "unistd.h",
     },
 }

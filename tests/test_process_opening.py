@@ -153,6 +153,7 @@ class Native:  # as that of GPUs is
         return [10 * position], os.memfd_create("control"), os.memfd_create("pool")
 
     def import_seat(self, position, told, control, pool):
+        assert not os.get_inheritable(control) and not os.get_inheritable(pool)
         os.close(control)
         os.close(pool)
         self.got[position] = told
@@ -177,6 +178,43 @@ for swap, expected in ((_sockets.swap, None), (fails, "process 1: too many open 
         assert len(os.listdir("/proc/self/fd")) == before
         meeting.close()
 print("passed")
+"""
+
+STRANGERS = """
+import socket
+from jax_ep import _sockets
+listen = _sockets.listen
+def listen_amid_strangers(*args):
+    listener, address = listen(*args)
+    with open("/proc/net/unix") as sockets:  # as anyone on this host can read
+        assert any(line.endswith("@" + address + "\\n") for line in sockets)
+    for _ in range(1000):
+        strangers.append(socket.socket(socket.AF_UNIX))
+        strangers[-1].setblocking(False)
+        try:
+            strangers[-1].connect("\\0" + address)
+        except BlockingIOError:  # no more room
+            break
+    return listener, address
+strangers = []
+_sockets.listen = listen_amid_strangers
+start = time.monotonic()
+with jax_ep.Group.open(mesh, "ep", timeout=80.0) as group:
+    assert time.monotonic() - start < 20.0
+    assert group.backend == "cpu", group.info()
+    y = on_group(lambda x, ids: echo(group, x, ids), group)(x, ids)
+    assert_same_bits(y, x * num_ranks_of(ids).astype(np.float32))
+print("passed")
+"""
+
+UNCONNECTED = """
+from jax_ep import _sockets
+if me == 1:
+    _sockets._pid_of_own_user = lambda link: None
+start = time.monotonic()
+with jax_ep.Group.open(mesh, "ep", timeout=80.0) as group:
+    assert time.monotonic() - start < 20.0
+    print(group.backend, group.info().backends["cpu"])
 """
 
 UNREADABLE = """
@@ -252,6 +290,20 @@ def test_a_process_that_dies_while_the_group_opens_is_named(stage, timeout, how)
 
 def test_memory_is_shared_or_every_process_knows_why_not():
     assert all(output.endswith("passed\n") for output in run_on_cpus(SHARES, processes=3))
+
+
+def test_strangers_at_the_sockets_delay_nobody():
+    """They call as soon as a process listens, take all the room there is, and say nothing."""
+    assert all(output.endswith("passed\n") for output in run_on_cpus(STRANGERS, processes=3))
+
+
+def test_a_connection_that_cannot_be_made_leaves_xla():
+    """At once, in all processes, and with the reason of the one that has failed."""
+    for output in run_on_cpus(UNCONNECTED, processes=3):
+        assert (
+            "xla process 1: no connection between the processes: who listens for process 0 is of "
+            "another user" in output.splitlines()
+        )
 
 
 def test_memory_that_cannot_be_read_leaves_xla():

@@ -2,6 +2,7 @@
 
 #include <cuda.h>
 #include <cuda_runtime_api.h>
+#include <fcntl.h>
 
 #include <stdexcept>
 #include <string>
@@ -50,6 +51,8 @@ int ExportHandle(CUmemGenericAllocationHandle handle) {
   int descriptor = -1;
   JAX_EP_DRIVER(cuMemExportToShareableHandle, &descriptor, handle,
                 CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0);
+  // A program that this process starts would keep the memory.
+  fcntl(descriptor, F_SETFD, FD_CLOEXEC);
   return descriptor;
 }
 

@@ -1,0 +1,166 @@
+"""Sockets between the processes of a host: threads in their place, and strangers that call."""
+
+import fcntl
+import os
+import secrets
+import socket
+import struct
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+
+import pytest
+
+from jax_ep import _sockets
+
+TIMEOUT = 60.0
+
+
+class Process:
+    """One of several that connect."""
+
+    def __init__(self, index, num_processes):
+        self.index = index
+        self.listener, self.address = _sockets.listen(num_processes)
+        self.token = secrets.token_bytes(_sockets.TOKEN_BYTES)
+        self.links = []
+
+    def connect(self, processes, *, timeout=TIMEOUT, is_in_vain=lambda: False):
+        _sockets.connect(
+            self.listener,
+            process=self.index,
+            token=self.token,
+            others={p.index: (p.address, p.token) for p in processes if p is not self},
+            timeout=timeout,
+            links=self.links,
+            is_in_vain=is_in_vain,
+        )
+        return sorted(link.process for link in self.links)
+
+    def close(self):
+        self.listener.close()
+        for link in self.links:
+            link.socket.close()
+
+
+@pytest.fixture
+def processes():
+    found = [Process(index, 3) for index in range(3)]
+    yield found
+    for process in found:
+        process.close()
+
+
+def _connect_all(processes):
+    with ThreadPoolExecutor(len(processes)) as pool:
+        return list(pool.map(lambda p: p.connect(processes), processes))
+
+
+def _strangers(stack, address, count, say=b""):
+    """As many as there is room for, up to `count`."""
+    for _ in range(count):
+        stranger = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        stranger.setblocking(False)
+        try:
+            stranger.connect("\0" + address)
+        except BlockingIOError:
+            return
+        stranger.sendall(say)
+
+
+@pytest.mark.parametrize("count", [5, 1000])
+def test_strangers_that_say_nothing_delay_nobody(processes, count):
+    """Also where they take all the room that a listener has: callers try again."""
+    with ExitStack() as stack:
+        for process in processes:
+            _strangers(stack, process.address, count)
+        start = time.monotonic()
+        assert _connect_all(processes) == [[1, 2], [0, 2], [0, 1]]
+        assert time.monotonic() - start < TIMEOUT / 4
+
+
+def test_strangers_that_say_something_are_not_taken_for_processes(processes):
+    hello = struct.Struct(f"!i{_sockets.TOKEN_BYTES}s")
+    with ExitStack() as stack:
+        for process in processes:
+            stranger = hello.pack(2, secrets.token_bytes(_sockets.TOKEN_BYTES))
+            itself = hello.pack(process.index, process.token)
+            for said in (stranger, stranger[:7], itself, b"\xff" * 1000):
+                _strangers(stack, process.address, 1, said)
+        assert _connect_all(processes) == [[1, 2], [0, 2], [0, 1]]
+
+
+def test_links_pass_bytes_and_descriptors_that_no_started_program_gets(processes):
+    _connect_all(processes)
+
+    def swap(process):
+        held = []
+        own = os.memfd_create("own", 0)  # inheritable
+        try:
+            links = process.links
+            got = _sockets.swap(links, [process.index], [own], held, timeout=TIMEOUT)
+            assert len(held) == len(links)
+            for fd in held:
+                assert fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
+            return {p: message for p, (message, _) in got.items()}
+        finally:
+            for fd in [own, *held]:
+                os.close(fd)
+
+    for process in processes:
+        for descriptor in (process.listener, *(link.socket for link in process.links)):
+            assert not descriptor.get_inheritable()
+        for link in process.links:
+            assert link.socket.gettimeout() is None
+            assert link.pid == os.getpid()
+    with ThreadPoolExecutor(3) as pool:
+        got = list(pool.map(swap, processes))
+    assert got == [{1: [1], 2: [2]}, {0: [0], 2: [2]}, {0: [0], 1: [1]}]
+
+
+def test_who_listens_late_is_called_again(processes):
+    address = processes[0].address
+    processes[0].listener.close()
+    with ThreadPoolExecutor(3) as pool:
+        others = [pool.submit(p.connect, processes) for p in processes[1:]]
+        time.sleep(0.1)
+        processes[0].listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        processes[0].listener.bind("\0" + address)
+        processes[0].listener.listen(10)
+        assert processes[0].connect(processes) == [1, 2]
+        assert [future.result() for future in others] == [[0, 2], [0, 1]]
+
+
+@pytest.mark.parametrize("is_in_vain", [False, True])
+def test_who_does_not_come_is_named(processes, is_in_vain):
+    """When the time is up, or as soon as it is known that nobody will come."""
+    first, second, _ = processes
+    timeout = TIMEOUT if is_in_vain else 0.5
+    start = time.monotonic()
+    with ThreadPoolExecutor(2) as pool:
+        both = [
+            pool.submit(p.connect, processes, timeout=timeout, is_in_vain=lambda: is_in_vain)
+            for p in (first, second)
+        ]
+        for future in both:
+            with pytest.raises(TimeoutError, match=r"processes \[2\] .*(call|vain)"):
+                future.result()
+    assert time.monotonic() - start < TIMEOUT / 4
+
+
+def test_a_stranger_that_goes_on_calling_keeps_nobody_away(processes):
+    """More of them than there is room for, and each stays: the oldest is hung up on."""
+    with ExitStack() as stack, ThreadPoolExecutor(4) as pool:
+        is_over = []
+
+        def call_on():
+            while not is_over:
+                _strangers(stack, processes[0].address, 10)
+
+        calling = pool.submit(call_on)
+        try:
+            connecting = [pool.submit(p.connect, processes) for p in processes]
+            assert [future.result() for future in connecting] == [[1, 2], [0, 2], [0, 1]]
+        finally:
+            is_over.append(True)
+            calling.result()
