@@ -5,6 +5,7 @@ CPU backend of JAX 0.10.
 """
 
 import importlib
+from collections.abc import Collection
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +25,23 @@ def load(backend: str) -> ModuleType:
         return importlib.import_module(_MODULES[backend])
     except ImportError as e:
         raise GroupError(f"back end {backend!r}: its native module cannot be loaded: {e}") from e
+
+
+def builds(platforms: Collection[str]) -> dict[str, str]:
+    """What the modules for these platforms were built from; processes of a group must agree.
+
+    They share memory as it is, and messages in it. A module that cannot be loaded counts as none.
+    """
+    found = {}
+    for backend in ("cpu", "cuda") if "gpu" in platforms else ("cpu",):
+        try:
+            info = load(backend).build_info()
+            sizes = ", ".join(f"{name} {size}" for name, size in info["sizes"].items())
+            built = f"{info['build']} (protocol {info['protocol']}; bytes: {sizes})"
+        except GroupError:
+            built = "none"
+        found[f"the build of their {backend} modules"] = built
+    return found
 
 
 def register(backend: str) -> ModuleType:

@@ -105,9 +105,9 @@ class Group:
           The open group, after a self-test that moved data between every pair of ranks.
 
         Collective: every process of the mesh opens it, with the same arguments.
-        Raises: ConfigError; GroupError, also where the processes disagree, or one does not come
-          within `timeout`; PeerTimeoutError where one that came is lost. What fails in one process
-          is raised in all of them.
+        Raises: ConfigError; GroupError, also where the processes disagree or run different builds,
+          or one does not come within `timeout`; PeerTimeoutError where one that came is lost. What
+          fails in one process is raised in all of them.
         Source: DeepEP's Buffer (DeepSeek, 2025), with the mesh in the place of a process group.
         """
         arguments = _open_arguments.check(
@@ -127,6 +127,8 @@ class Group:
                 )
             debug = config.debug_from_environment() if debug is None else debug
             tuning = _tuning.load(mesh.devices.flat[0].device_kind, arguments.num_ranks)
+            # In front of all else: other builds may have other settings.
+            meeting.agree("builds", _native.builds({d.platform for d in mesh.devices.flat}))
             meeting.agree(
                 "settings",
                 {

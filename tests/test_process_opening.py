@@ -24,6 +24,20 @@ with tempfile.NamedTemporaryFile("w") as file:
         print(e)
 """
 
+BUILDS = """
+from jax_ep import _native
+native = _native.load("cpu")
+info = native.build_info()
+if me == 1:
+    other = {"build": "9", "protocol": 2, "sizes": {**info["sizes"], "WireMessage": 1}}
+    native.build_info = lambda: {**info, sys.argv[1]: other[sys.argv[1]]}
+try:
+    jax_ep.Group.open(mesh, "ep", timeout=30.0)
+except jax_ep.GroupError as e:
+    print(info["build"])
+    print(e)
+"""
+
 ABSENT = """
 start = time.monotonic()
 try:
@@ -252,6 +266,26 @@ def test_settings_that_differ_are_an_error_in_every_process():
         assert "Group.open: the processes disagree about num_sms" in output
         assert "process 0 has 20, process 1 has 21" in output
         assert "disagree about the table of all_gather: process 0 has [[8, 'one_shot']" in output
+
+
+@pytest.mark.parametrize(
+    ("part", "own", "other"),
+    [
+        ("build", "'{build} (protocol", "'9 (protocol"),
+        ("protocol", "{build} (protocol 1;", "{build} (protocol 2;"),
+        ("sizes", "WireMessage", "WireMessage 1)"),
+    ],
+)
+def test_builds_that_differ_are_an_error_in_every_process(part, own, other):
+    for output in run_on_cpus(BUILDS, part):
+        build, message = output.splitlines()
+        assert re.fullmatch(r"\d+\.\d+\.\d+\+[0-9a-f]{12}", build)
+        assert message.startswith(
+            "Group.open: the processes disagree about the build of their cpu modules: process 0 has"
+        )
+        first, second = message.split(", process 1 has ")
+        assert own.format(build=build) in first
+        assert other.format(build=build) in second
 
 
 def test_a_process_that_does_not_come_is_named():

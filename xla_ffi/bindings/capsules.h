@@ -3,6 +3,8 @@
 
 #include <nanobind/nanobind.h>
 
+#include "core/protocol.h"
+#include "runtime/exchange_wire.h"
 #include "xla/ffi/api/c_api.h"
 
 namespace jax_ep {
@@ -37,8 +39,17 @@ Dict TypeCapsules(const char* name, Id* id, Info* info) {
   return types;
 }
 
+/// Version and hash of the sources (cmake/build_id.cmake).
+extern const char kBuild[];
+
 inline Dict BuildInfo() {
+  Dict sizes;
+  sizes["ControlBlock"] = sizeof(ControlBlock);
+  sizes["WireMessage"] = sizeof(WireMessage);
   Dict info;
+  info["build"] = nb::str(kBuild);
+  info["protocol"] = kProtocol;
+  info["sizes"] = sizes;
   info["compiler"] = __VERSION__;
   info["ffi_api"] = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
   return info;

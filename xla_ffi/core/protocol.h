@@ -46,6 +46,10 @@
 
 namespace jax_ep {
 
+/// Raised with what ranks and processes tell one another, in Python as well: processes of a group
+/// compare it, and what they were built from, when the group opens.
+inline constexpr int kProtocol = 1;
+
 /// A rank, like a choice of a token, is a lane of a warp somewhere.
 inline constexpr int kMaxRanks = 32;
 inline constexpr int kMaxAddresses = 6;
