@@ -49,10 +49,13 @@ class Meeting:
         self.asks_for_others: Callable[[], bool] | None = None
         self.timeout = timeout
         self._leaves_alone = False
+        self._pid = os.getpid()
         self._watched: dict[int, int] = {}  # by process, a descriptor of it
         self._conversation = (
             None if self.is_alone else Conversation(identity, owners, timeout=timeout)
         )
+        if not self.is_alone:
+            atexit.register(self._end_child)
 
     def __enter__(self) -> Self:
         return self
@@ -156,7 +159,7 @@ class Meeting:
         if self.why_not_linked is None and reads_memory:
             self.why_not_linked = self._first_unreadable()
         if self.why_not_linked is not None:
-            self.close()
+            self._close_links()
 
     @property
     def sockets_timeout(self) -> float:
@@ -165,6 +168,10 @@ class Meeting:
 
     def close(self) -> None:
         """Closes the sockets that nobody has taken over. Not collective."""
+        self._close_links()
+        atexit.unregister(self._end_child)
+
+    def _close_links(self) -> None:
         for watch in self._watched.values():
             os.close(watch)
         self._watched = {}
@@ -201,6 +208,18 @@ class Meeting:
         if not self.is_alone and not self._leaves_alone:
             self._leaves_alone = True
             atexit.register(self._leave, _native.load("cpu"))
+
+    def _end_child(self) -> None:
+        """In a forked child: its interpreter's exit must not end this process's part in JAX.
+
+        JAX's own would say so to the other processes over the parent's connections, and wait for
+        threads that the child does not have.
+        """
+        if os.getpid() == self._pid:
+            return
+        _jax_compat.abandon_runtime()
+        with suppress(GroupError):  # no module, no teardown of its own
+            _native.load("cpu").exit_without_teardown()
 
     def _leave(self, native: ModuleType) -> None:
         if not self._leaves_alone or _jax_compat.distributed_client() is None:

@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import jax
 from jax._src import dispatch, distributed, xla_bridge
+from jax._src.interpreters import mlir as mlir_internals
 from jax.experimental import compute_on as compute_on_module
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -80,13 +81,15 @@ def abandon_runtime() -> None:
 
     Neither the client nor the service is destroyed: that would wait, too. Nor are the devices'
     clients and what they have made: a collective whose peer has gone may still be under way. For
-    the same reason nobody waits for effects.
+    the same reason nobody waits for effects. In a forked child threads would be waited for that it
+    does not have, the compiler's among them.
     """
     tokens = dispatch.runtime_tokens
     held = [*tokens.current_tokens.values(), *tokens.output_runtime_tokens.values()]
     tokens.clear()
     for backend in xla_bridge._backends.values():  # backends() might make new ones
         held += [backend, *backend.live_executables(), *backend.live_arrays()]
+    held.append(mlir_internals.global_thread_pool)
     for each in held:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(each))
     state = distributed.global_state

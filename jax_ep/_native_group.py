@@ -34,7 +34,7 @@ class NativeGroup(NamedTuple):
     staging_bytes: int | None = None
 
     def abandon(self) -> None:
-        """After another process was lost: the group's end does not wait for the devices."""
+        """The group's end does not wait for the devices: after a loss, or in a forked child."""
         if self.backend == "cuda":
             self.handle.abandon()
 

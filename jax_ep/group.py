@@ -1,5 +1,6 @@
 """Group: the ranks that exchange rows, and everything they own."""
 
+import os
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -69,6 +70,7 @@ class Group:
     _native_group: NativeGroup | None = None
     _is_open: bool = True
     _bad_routings: Counter[str] = field(default_factory=Counter)
+    _pid: int = field(default_factory=os.getpid)
 
     @classmethod
     def open(
@@ -204,9 +206,24 @@ class Group:
             return
         self._is_open = False
         _registry.open_groups.pop(self.identity, None)
+        if self._is_inherited():  # the parent uses it, and its threads are not here
+            if self._native_group is not None:
+                self._native_group.abandon()
+            return
         if self._native_group is not None:
             self._native_group.close(self.spec)
         self._meeting.close()
+
+    def _is_inherited(self) -> bool:
+        """Whether this is a forked child of the process that opened the group."""
+        return os.getpid() != self._pid
+
+    def _require_own_process(self, op: str) -> None:
+        if self._is_inherited():
+            raise GroupError(
+                f"{op}: process {self._pid} opened group {self.identity}; its forked child "
+                f"{os.getpid()} cannot use it"
+            )
 
     def _discard(self) -> None:
         """After a failure to open: all is freed now, not with the exception that refers to it."""
@@ -223,6 +240,8 @@ class Group:
         traceback: TracebackType | None,
     ) -> None:
         try:
+            if self._is_inherited():
+                return
             if error is None:
                 self.check()
                 return
@@ -259,6 +278,7 @@ class Group:
         Raises: PeerTimeoutError, GroupError, at every call from then on; RoutingError (debug mode),
           once.
         """
+        self._require_own_process("Group.check")
         devices = set(self.mesh.devices.flat)
         waited = results or [
             a for a in jax.live_arrays() if not a.is_deleted() and devices & a.devices()
@@ -325,6 +345,7 @@ class Group:
         """Raises unless `op` may be traced here with this group."""
         if not self._is_open:
             raise GroupError(f"{op}: group {self.identity} is closed")
+        self._require_own_process(op)
         self._raise_record()
         manual = _jax_compat.manual_axes()
         missing = [a for a in self.axes if a not in manual]

@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "runtime/exchange_wire.h"
+#include "runtime/home_process.h"
 #include "runtime/links.h"
 #include "runtime/open_call.h"
 #include "runtime/thread_pool.h"
@@ -49,6 +50,7 @@ struct Exchange::State : std::enable_shared_from_this<Exchange::State> {
         workers(NumWorkers(roster.NumHere())),
         completions(ThreadPool::kUnbounded) {}
 
+  const HomeProcess home;
   const Roster roster;
   const std::chrono::milliseconds timeout;
   std::mutex mutex;
@@ -346,7 +348,9 @@ Exchange::Exchange(Roster roster, std::chrono::milliseconds timeout)
   std::thread(State::Watch, state_).detach();
 }
 
-Exchange::~Exchange() { state_->Abandon(std::nullopt, /*tells=*/false); }
+Exchange::~Exchange() {
+  if (state_->home.IsThis()) state_->Abandon(std::nullopt, /*tells=*/false);
+}
 
 void Exchange::JoinErased(const Arrival& arrival, Participant participant) {
   // A callback may destroy this exchange before Join returns.

@@ -13,6 +13,8 @@
 #include <thread>
 #include <utility>
 
+#include "runtime/home_process.h"
+
 namespace jax_ep {
 namespace {
 
@@ -40,6 +42,7 @@ struct Links::State {
     std::vector<std::byte> received;  // not yet whole messages
   };
   std::vector<std::unique_ptr<Peer>> peers;
+  const HomeProcess home;
 
   ~State() {
     for (const auto& peer : peers) close(peer->link.fd);
@@ -97,9 +100,12 @@ Links::Links(std::vector<Link> links, std::chrono::milliseconds timeout, Receive
   std::thread(State::Listen, state_, std::move(receive), std::move(lose)).detach();
 }
 
-Links::~Links() { state_->ShutDown(); }
+Links::~Links() {
+  if (state_->home.IsThis()) state_->ShutDown();
+}
 
 void Links::Send(int process, std::span<const std::byte> message) {
+  if (!state_->home.IsThis()) return;
   const auto found = std::find_if(state_->peers.begin(), state_->peers.end(),
                                   [&](const auto& peer) { return peer->link.process == process; });
   if (found == state_->peers.end()) return;

@@ -25,12 +25,14 @@ class Links {
   /// Takes the sockets over. What a process sends arrives in its order, on one thread for all of
   /// them; `lose` is the last of it: that process has ended, or has closed its side.
   Links(std::vector<Link> links, std::chrono::milliseconds timeout, Receive receive, Lose lose);
-  /// The others lose this process. Does not wait for the thread, which may be the caller.
+  /// The others lose this process. Does not wait for the thread, which may be the caller. Does
+  /// nothing in a forked child.
   ~Links();
   Links(const Links&) = delete;
   Links& operator=(const Links&) = delete;
 
-  /// Gives up on a process that takes nothing for as long as the timeout.
+  /// Gives up on a process that takes nothing for as long as the timeout. A forked child sends
+  /// nothing.
   void Send(int process, std::span<const std::byte> message);
 
  private:

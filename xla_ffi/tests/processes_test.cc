@@ -1,6 +1,7 @@
 // The exchange of ranks in several processes. Here they are exchanges of one process that know one
 // another by sockets alone, so that a sanitizer sees all of them.
 #include <sys/socket.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -235,6 +236,28 @@ void TestProcessesThatNumberOtherwise() {
   for (const auto& exchange : exchanges) CHECK(!exchange->error(), exchange->error()->op);
 }
 
+// A child that this process forks, and that frees what it has, ends no call here.
+void TestForkedChild() {
+  auto exchanges = Connected(std::chrono::minutes(1));
+  std::vector<Part> parts(kRanks);
+  Countdown all(kRanks);
+  parts[0].Join(*exchanges[0], 3, 1, 0, [&] { all.Down(); });
+  const pid_t child = fork();
+  if (child == 0) {
+    alarm(20);
+    exchanges.clear();
+    std::this_thread::sleep_for(milliseconds(100));
+    _exit(parts[0].is_done ? 1 : 0);  // XLA would go on with the program there as well
+  }
+  int status = -1;
+  CHECK(waitpid(child, &status, 0) == child && status == 0, status);
+  for (int rank = 1; rank < kRanks; ++rank) {
+    parts[rank].Join(*exchanges[rank / kRanksEach], 3, 1, rank, [&] { all.Down(); });
+  }
+  all.Wait();
+  for (const Part& part : parts) CHECK(!part.is_poisoned, "by the child");
+}
+
 }  // namespace
 
 Tests ProcessesTests() {
@@ -244,6 +267,7 @@ Tests ProcessesTests() {
       {"lost_process", TestLostProcess},
       {"lost_between_calls", TestLostBetweenCalls},
       {"late_rank", TestLateRank},
+      {"exchange_of_a_forked_child", TestForkedChild},
   };
 }
 

@@ -27,6 +27,7 @@ Tests NumericsTests();
 Tests PlanTests();
 Tests ProtocolTests();
 Tests ExchangeTests();
+Tests LinksTests();
 Tests ProcessesTests();
 
 /// Fails on any thread, so it leaves the process at once. Shows the values after the condition.
