@@ -108,7 +108,7 @@ def get(backend: str) -> Backend:
 
 
 def resolve(
-    mesh: jax.sharding.Mesh, requested: str, why_not_linked: str | None
+    mesh: jax.sharding.Mesh, num_ranks: int, requested: str, why_not_linked: str | None
 ) -> tuple[str, dict[str, Usability]]:
     """The back end of a group over `mesh`, and of each one what it can do here, and why.
 
@@ -119,7 +119,7 @@ def resolve(
         raise ConfigError(f"Group.open: backend must be one of {names}, got {requested!r}")
     found = {
         "cpu": _cpu(mesh, why_not_linked),
-        "cuda": _cuda(mesh, why_not_linked),
+        "cuda": _cuda(mesh, num_ranks, why_not_linked),
         "xla": Usability(_OPS, "usable"),
     }
     complete = [b for b in config.BACKENDS if is_complete(found[b])]
@@ -160,11 +160,11 @@ def _cpu(mesh: jax.sharding.Mesh, why_not_linked: str | None) -> Usability:
     return Usability(_OPS, "usable")
 
 
-def _cuda(mesh: jax.sharding.Mesh, why_not_linked: str | None) -> Usability:
+def _cuda(mesh: jax.sharding.Mesh, num_ranks: int, why_not_linked: str | None) -> Usability:
     if _platforms(mesh) != {"gpu"}:
         return Usability(_NO_OPS, "the mesh's devices are not GPUs")
     own = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
-    why_not = why_not_linked or config.why_no_kernel_exchange()
+    why_not = why_not_linked or config.why_no_kernel_exchange(num_ranks)
     try:
         native = _native.load("cuda")
     except GroupError as e:

@@ -13,7 +13,9 @@ Environment variables:
 import enum
 import math
 import os
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -39,6 +41,7 @@ MAX_PUSH_PAYLOAD = 4 * 1024 * 1024
 MAX_NORM_ROW_BYTES = 64 * 1024  # as kMaxNormRowBytes of ops/all_reduce_residual_rmsnorm
 STAGING_ALIGNMENT = 256  # as kStagingAlignment of xla_ffi/ops/cuda_op.h
 MAX_TOPK = 32
+MAX_CUDA_RANKS = 32  # as kMaxRanks of xla_ffi/core/protocol.h
 
 # What jax.ad_checkpoint.checkpoint_name calls the results of communication.
 DISPATCH_NAME = "jax_ep_dispatch"
@@ -112,12 +115,35 @@ def to_number(value: Any) -> float:
         return math.nan
 
 
-def why_no_kernel_exchange() -> str | None:
-    """What in XLA's environment variables keeps kernels of a group from meeting, or None."""
-    flag = "--xla_gpu_command_buffer_scheduling_mode=concurrent"
-    if flag in os.environ.get("XLA_FLAGS", "").lower():
-        return f"{flag} runs independent calls at once; calls of a group need one order"
+def why_no_kernel_exchange(num_ranks: int) -> str | None:
+    """What keeps kernels of a group from meeting, as far as is known without the devices, or None.
+
+    Options that a program is compiled with (`jax.jit(compiler_options=)`) are not known.
+    """
+    if num_ranks > MAX_CUDA_RANKS:
+        return f"its kernels take at most {MAX_CUDA_RANKS} ranks, got {num_ranks}"
+    flag = "--xla_gpu_command_buffer_scheduling_mode"
+    if (_xla_flag(flag) or "").lower() == "concurrent":
+        return f"{flag}=concurrent runs independent calls at once; calls of a group need one order"
     return None
+
+
+def _xla_flag(name: str) -> str | None:
+    """The value that XLA_FLAGS gives to a flag; the last one counts.
+
+    As xla/parse_flags_from_env.cc reads it: flags, or else the name of a file of flags.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if flags.strip() and not flags.lstrip().startswith("-"):
+        try:
+            flags = Path(flags).read_text(errors="replace")
+        except OSError:  # XLA ends the process
+            return None
+    value = None
+    for flag, double_quoted, single_quoted, plain in _XLA_FLAG.findall(flags):
+        if flag == name:
+            value = re.sub(r"\\(.)", r"\1", double_quoted) or single_quoted or plain
+    return value
 
 
 def why_staged() -> str | None:
@@ -213,4 +239,6 @@ class ProcessPlace:
         return cls(coordinator, int(num_processes), int(process_id))
 
 
+# A flag and its value: quoted, with backslashes between double quotes, or up to the next space.
+_XLA_FLAG = re.compile(r"""(?:^|(?<=\s))(--?[\w-]+)=(?:"((?:\\.|[^"\\])*)"?|'([^']*)'?|(\S*))""")
 _PLACE_VARIABLES = ("JAX_EP_COORDINATOR", "JAX_EP_NUM_PROCESSES", "JAX_EP_PROCESS_ID")

@@ -143,7 +143,9 @@ class Group:
                 },
             )
             meeting.connect(reads_memory=all(d.platform == "cpu" for d in mesh.devices.flat))
-            chosen, usability = _backends.resolve(mesh, backend, meeting.why_not_linked)
+            chosen, usability = _backends.resolve(
+                mesh, arguments.num_ranks, backend, meeting.why_not_linked
+            )
             complete = sorted(b for b, u in usability.items() if _backends.is_complete(u))
             meeting.agree("back ends", {"the back ends that are usable": complete})
             group = cls(

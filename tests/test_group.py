@@ -1,8 +1,11 @@
 """Group: identity, meshes, lifetime, and what it tells about itself."""
 
 import dataclasses
+import os
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from programs import make_echo
 
 import jax_ep
-from jax_ep import config
+from jax_ep import _backends, _native, config
 from jax_ep.testing.cases import (
     Case,
     assert_combined,
@@ -130,12 +133,73 @@ def test_what_keeps_gpus_from_reading_in_place_is_named(
     assert found() is None if reason is None else reason in found()
 
 
-def test_what_keeps_kernels_apart_is_named(monkeypatch):
-    flag = "--xla_gpu_command_buffer_scheduling_mode="
-    monkeypatch.setenv("XLA_FLAGS", f"{flag}SERIALIZE")
-    assert config.why_no_kernel_exchange() is None
-    monkeypatch.setenv("XLA_FLAGS", f"{flag}CONCURRENT")
-    assert "one order" in config.why_no_kernel_exchange()
+MODE = "--xla_gpu_command_buffer_scheduling_mode="
+
+
+@pytest.mark.parametrize(
+    ("flags", "is_concurrent"),
+    [
+        ("", False),
+        (f"{MODE}SERIALIZE", False),
+        (f"{MODE}CONCURRENT", True),
+        (f'--xla_a=1 {MODE}"concurrent"\t--xla_b', True),
+        (f"\n{MODE}'Concurrent'\n", True),
+        (f"{MODE}CONCURRENT {MODE}LHS", False),  # the last one counts
+        (f"{MODE}LHS --xla_b {MODE}CONCURRENT", True),
+        (f"--xla_a='{MODE}CONCURRENT'", False),
+        (f'--xla_a=" \\" {MODE}CONCURRENT"', False),
+        (f"{MODE}CONCURRENTLY", False),
+    ],
+)
+def test_what_keeps_kernels_apart_is_named(monkeypatch, tmp_path, flags, is_concurrent):
+    """In XLA_FLAGS, or in the file that it names."""
+    file = tmp_path / "flags"
+    file.write_text(flags)
+    for value in (flags, str(file)):
+        monkeypatch.setenv("XLA_FLAGS", value)
+        found = config.why_no_kernel_exchange(2)
+        assert (found is not None and "one order" in found) == is_concurrent
+    monkeypatch.setenv("XLA_FLAGS", str(tmp_path / "none"))
+    assert config.why_no_kernel_exchange(2) is None
+
+
+def test_flags_are_read_as_xla_reads_them(tmp_path):
+    """The number of devices is a flag that can be seen to act."""
+    name = "--xla_force_host_platform_device_count"
+    file = tmp_path / "flags"
+    file.write_text(f"\n{name}=2 --xla_dump_to=' {name}=3'\t{name}=\"5\"\n")
+    code = (
+        "import jax; from jax_ep import config; "
+        f"print(len(jax.devices()), config._xla_flag({name!r}))"
+    )
+    for flags in (str(file), file.read_text()):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "XLA_FLAGS": flags},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout == "5 5\n"
+
+
+@pytest.mark.parametrize("num_ranks", [32, 33])
+def test_more_ranks_than_the_kernels_take_leave_xla(monkeypatch, num_ranks):
+    header = (Path(__file__).parent.parent / "xla_ffi/core/protocol.h").read_text()
+    assert f"kMaxRanks = {config.MAX_CUDA_RANKS};" in header
+    devices = [SimpleNamespace(platform="gpu", process_index=0) for _ in range(num_ranks)]
+    mesh = SimpleNamespace(devices=np.array(devices))
+    monkeypatch.setattr(_native, "load", lambda _: SimpleNamespace(check_devices=lambda _: None))
+    monkeypatch.setattr(_native, "cuda_device_of", lambda _: 0)
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    chosen, found = _backends.resolve(mesh, num_ranks, "auto", None)
+    if num_ranks == 32:
+        assert (chosen, found["cuda"].reason) == ("cuda", "usable")
+        return
+    assert chosen == "xla"
+    assert "its kernels take at most 32 ranks, got 33" in found["cuda"].reason
+    with pytest.raises(jax_ep.GroupError, match=r"'cuda' is not usable here: .*at most 32 ranks"):
+        _backends.resolve(mesh, num_ranks, "cuda", None)
 
 
 def test_room_for_staged_operands_is_configurable(monkeypatch):
