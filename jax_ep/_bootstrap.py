@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import jax
 
-from jax_ep import _jax_compat, _native, _sockets, config
+from jax_ep import _jax_compat, _native, _sockets
 from jax_ep._conversation import Conversation
 from jax_ep.errors import GroupError, PeerTimeoutError
 
@@ -272,11 +272,12 @@ def meet(mesh: jax.sharding.Mesh, identity: str, *, timeout: float) -> Meeting:
             f"{sorted(set(owners))} open this group"
         )
     meeting = Meeting(identity, owners, timeout=timeout)
-    if not meeting.is_alone and timeout >= config.JAX_HEARTBEAT_TIMEOUT_S:
+    heartbeat = _jax_compat.default_heartbeat_timeout()
+    if not meeting.is_alone and timeout >= heartbeat:
         warnings.warn(
             f"Group.open: timeout={timeout:g} s: JAX aborts processes that wait for a lost one "
-            f"after heartbeat_timeout_seconds ({config.JAX_HEARTBEAT_TIMEOUT_S:g} by default): "
-            "only below it they get an exception",
+            f"after heartbeat_timeout_seconds ({heartbeat:g} by default; JAX does not tell what "
+            "jax.distributed.initialize was told): only below it they get an exception",
             stacklevel=3,
         )
     return meeting

@@ -4,6 +4,7 @@ Nothing else in the package imports jax._src, jax.extend or jax.interpreters.
 """
 
 import ctypes
+import inspect
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
@@ -23,6 +24,7 @@ __all__ = [
     "abandon_runtime",
     "ad",
     "batching",
+    "default_heartbeat_timeout",
     "distributed_client",
     "is_ready",
     "lowering_mesh",
@@ -74,6 +76,16 @@ def vary_alike(arrays: Sequence[jax.Array], axes: Sequence[str]) -> tuple[jax.Ar
 def distributed_client() -> Any:
     """The client of jax.distributed's key-value store; None where it was not initialised."""
     return distributed.global_state.client
+
+
+def default_heartbeat_timeout() -> float:
+    """Seconds after which JAX aborts processes that wait for a lost one, unless it was told others.
+
+    Those that jax.distributed.initialize was told are handed to the client and the service, in C++,
+    and neither they nor JAX's state can be asked for them.
+    """
+    arguments = inspect.signature(distributed.State.initialize).parameters
+    return float(arguments["heartbeat_timeout_seconds"].default)
 
 
 def abandon_runtime() -> None:

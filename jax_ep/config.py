@@ -25,7 +25,6 @@ from jax_ep.errors import ConfigError
 
 DEFAULT_TIMEOUT_S = 60.0
 MAX_TIMEOUT_S = 86400.0
-JAX_HEARTBEAT_TIMEOUT_S = 100.0  # of jax.distributed.initialize, unless it is told otherwise
 BACKENDS = ("cpu", "cuda", "xla")
 ROW_BYTES_MULTIPLE = 16
 FP8_BLOCK = 128

@@ -2,11 +2,13 @@
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 
-from jax_ep import _conversation
+from jax_ep import _bootstrap, _conversation, _jax_compat
 from jax_ep.errors import GroupError, PeerTimeoutError
 
 
@@ -155,3 +157,21 @@ def test_a_peer_that_failed_is_behind_its_not_coming(converse):
     raised = parts[0].end(PeerTimeoutError("pull_rows", 0, 4, 6, 4))
     assert isinstance(raised, GroupError)
     assert str(raised) == "Group.open: process 2 failed: no room"
+
+
+@pytest.mark.parametrize("default", [100, 50])
+def test_a_timeout_beyond_the_heartbeat_of_jax_is_warned_of(converse, monkeypatch, default):
+    """The default of this JAX; what it was told is kept by nobody who could be asked."""
+    assert _jax_compat.default_heartbeat_timeout() == 100.0  # of all versions so far
+
+    def initialize(self, address=None, heartbeat_timeout_seconds=default):
+        pass
+
+    monkeypatch.setattr(_jax_compat.distributed.State, "initialize", initialize)
+    monkeypatch.setattr(jax, "process_index", lambda: 0)
+    mesh = SimpleNamespace(devices=np.array([SimpleNamespace(process_index=p) for p in (0, 1)]))
+    _bootstrap.meet(mesh, "x", timeout=default - 1.0).close()
+    with pytest.warns(UserWarning, match=rf"heartbeat_timeout_seconds \({default} by default"):
+        _bootstrap.meet(mesh, "x", timeout=float(default)).close()
+    alone = SimpleNamespace(devices=mesh.devices[:1])
+    _bootstrap.meet(alone, "x", timeout=float(default)).close()
