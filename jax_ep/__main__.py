@@ -1,6 +1,7 @@
 """`python -m jax_ep info` tells what jax_ep finds here, `conformance` checks the operations.
 
-`bench` measures them, `tune` which algorithm of all_reduce is the fastest here.
+`bench` measures them, `tune` what is the fastest here: algorithms of all_reduce and its relatives,
+and SMs of dispatch and combine.
 """
 
 import argparse
@@ -40,6 +41,11 @@ def info() -> None:
     print(f"back end {found.backend!r}, self-test passed")
     for backend, reason in found.backends.items():
         print(f"  {backend}: {reason}")
+    print("SMs of an exchange on back end 'cuda':")
+    for exchange, layouts in found.budgets.items():
+        listed = ", ".join(f"{layout} layout {sms}" for layout, sms in layouts.items())
+        print(f"  {exchange}: {listed}")
+    print(f"  from {found.budgets_from}")
     for rank, device in enumerate(found.devices):
         print(f"  rank {rank}: {device}")
 
@@ -55,7 +61,7 @@ def main() -> None:
     conformance.add_arguments(
         commands.add_parser("conformance", help="the operations against the reference, to the bit")
     )
-    tune.add_arguments(commands.add_parser("tune", help="measure the table of algorithms"))
+    tune.add_arguments(commands.add_parser("tune", help="measure the tables of algorithms and SMs"))
     args = parser.parse_args()
     if args.command == "bench":
         bench.main(args)

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from jax_ep import _registry, config
+from jax_ep._spec import Route, Routes
+from jax_ep.config import Layout
 from jax_ep.errors import ConfigError, DTypeError, GroupError, ShapeError
 from jax_ep.group import Group
 from jax_ep.handle import DispatchHandle
@@ -168,11 +170,17 @@ def require_backend(backend: str | None, group: Group, *, op: str) -> str:
     return backend
 
 
-def require_num_sms(num_sms: int | None, group: Group, *, op: str) -> int:
-    """The SM budget of this call: the group's, or the caller's."""
-    if num_sms is None:
-        return group.num_sms
-    return config.require_int(num_sms, minimum=1, op=op, argument="num_sms")
+def require_routes(
+    backend: str | None, num_sms: int | None, group: Group, layout: Layout, *, op: str
+) -> Routes:
+    """The routes of this call and its gradient: the group's, or as the caller says."""
+    wanted = require_backend(backend, group, op=op)
+    if num_sms is not None:
+        num_sms = config.require_int(num_sms, minimum=1, op=op, argument="num_sms")
+    budgets = [group.budgets.of[exchange][layout] for exchange in Routes._fields]
+    if backend is None and num_sms is None:
+        return Routes(*(Route(budget.backend or wanted, budget.sms) for budget in budgets))
+    return Routes(*(Route(wanted, num_sms or budget.sms) for budget in budgets))
 
 
 def report_bad_routing(topk_idx: jax.Array, *, num_experts: int, group: Group, op: str) -> None:

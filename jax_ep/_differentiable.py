@@ -1,6 +1,6 @@
 """The communicating operations with their gradients: what the public functions bind.
 
-Every gradient is one of the operations again, on the same back end: dispatch and combine are each
+Every gradient is one of the operations again, by that one's route: dispatch and combine are each
 other's transpose, and pulling single rows is its own with the inverse index. Results carry the
 checkpoint names, so that a remat policy can save them.
 """
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jax_ep import _backends, _jax_compat, config
-from jax_ep._spec import CombineSpec, DispatchSpec, Routed, RowIndex
+from jax_ep._spec import CombineSpec, DispatchSpec, ExchangeSpec, Routed, RowIndex
 from jax_ep.config import Layout
 from jax_ep.errors import ConfigError
 from jax_ep.fp8 import FP8_DTYPES, dequantize_fp8, quantize_fp8
@@ -42,23 +42,28 @@ def _is_fp8(x: jax.Array) -> bool:
     return x.dtype in [jnp.dtype(d) for d in FP8_DTYPES]
 
 
-def _rows_bar(spec: CombineSpec, index: RowIndex, cts: Rows) -> tuple[Any, ...]:
+def _rows_bar(spec: ExchangeSpec, index: RowIndex, cts: Rows) -> tuple[Any, ...]:
     """Cotangents of the rows that a dispatch moved: combine for x, zeros for what goes along.
 
     Not None: a missing cotangent would end the chain in silence, before refuse_gradient sees it.
     """
     num_tokens = index.send_row.shape[0]
-    backend = _backends.get(spec.backend)
+    back = spec.to_combine()
 
     def bar(i: int, ct: jax.Array) -> Any:
         if i == 0 and not _is_fp8(ct):
-            return backend.combine(spec, index, ct, None, ())
+            return _backends.get(back.backend).combine(back, index, ct, None, ())
         if not jnp.issubdtype(ct.dtype, jnp.floating):
             return None
         zeros = jnp.zeros((num_tokens, *ct.shape[1:]), ct.dtype)
         return _jax_compat.vary_alike((zeros, ct), ())[0]
 
     return tuple(bar(i, ct) for i, ct in enumerate(cts))
+
+
+def _pull(spec: ExchangeSpec, index: jax.Array, rows: jax.Array, **slots: Any) -> jax.Array:
+    pull = spec.to_pull()
+    return _backends.get(pull.backend).pull_rows(pull, index, rows, **slots)
 
 
 def send_rank(spec: DispatchSpec, topk_idx: jax.Array, send_row: jax.Array) -> jax.Array | None:
@@ -91,8 +96,7 @@ def _dispatch_fwd(
 def _dispatch_bwd(spec: DispatchSpec, residuals: Any, ct: Routed) -> tuple[Any, Any, None]:
     topk_idx, send_row, recv_src = residuals
     index = RowIndex(send_rank(spec, topk_idx, send_row), send_row, recv_src, None)
-    back = CombineSpec(spec.group, spec.backend, spec.num_sms, spec.layout, spec.recv_capacity)
-    return _rows_bar(back, index, ct.rows), _weights_bar(spec, residuals, ct.recv_weights), None
+    return _rows_bar(spec, index, ct.rows), _weights_bar(spec, residuals, ct.recv_weights), None
 
 
 def _weights_bar(spec: DispatchSpec, residuals: Any, ct: jax.Array | None) -> jax.Array | None:
@@ -100,7 +104,7 @@ def _weights_bar(spec: DispatchSpec, residuals: Any, ct: jax.Array | None) -> ja
         return None
     topk_idx, send_row, _ = residuals
     place = _place_of_choice(spec, topk_idx, send_row).reshape(-1)
-    moved = _backends.get(spec.backend).pull_rows(spec, place, ct.reshape(-1, 1))
+    moved = _pull(spec, place, ct.reshape(-1, 1))
     return moved.reshape(topk_idx.shape)
 
 
@@ -172,9 +176,8 @@ def dispatch_along(spec: CombineSpec, rows: Rows, index: RowIndex) -> Rows:
 
 def _pull_along(spec: CombineSpec, index: RowIndex, rows: jax.Array) -> jax.Array:
     """Each token's row to its rows at the destinations."""
-    pull = _backends.get(spec.backend).pull_rows
     num_topk = index.send_row.shape[1]
-    return pull(spec, index.recv_src, rows, slot=index.recv_k, num_slots=num_topk)
+    return _pull(spec, index.recv_src, rows, slot=index.recv_k, num_slots=num_topk)
 
 
 def _dispatch_along_fwd(spec: CombineSpec, rows: Rows, index: RowIndex) -> tuple[Rows, RowIndex]:
@@ -234,7 +237,7 @@ def pull_rows(
     spec: CombineSpec, rows: jax.Array, index: jax.Array, inverse: jax.Array
 ) -> jax.Array:
     """Rows of the peers' arrays by index; `inverse` names, for each row, who pulls it."""
-    return _backends.get(spec.backend).pull_rows(spec, index, rows)
+    return _pull(spec, index, rows)
 
 
 def _pull_rows_fwd(
@@ -246,7 +249,7 @@ def _pull_rows_fwd(
 def _pull_rows_bwd(
     spec: CombineSpec, inverse: jax.Array, ct: jax.Array
 ) -> tuple[jax.Array, None, None]:
-    return _backends.get(spec.backend).pull_rows(spec, inverse, ct), None, None
+    return _pull(spec, inverse, ct), None, None
 
 
 pull_rows.defvjp(_pull_rows_fwd, _pull_rows_bwd)

@@ -25,7 +25,12 @@ class GroupInfo:
         is done with larger ones; None: peers read operands in place.
       devices: one line per device, in mesh order.
       timeout: seconds that a rank waits for its peers.
-      num_sms: SMs that a dispatch or combine uses on GPUs unless it says otherwise.
+      num_sms: SMs that all dispatches and combines use on GPUs unless they say otherwise, as
+        `Group.open` was told; None: `budgets` by operation and layout.
+      budgets: by operation and layout the SMs in use on the `cuda` back end, or "xla" where "auto"
+        takes that back end. "cached_dispatch" is a dispatch along a handle, and what moves single
+        numbers; a gradient has the budget of the operation that it is.
+      budgets_from: where they come from.
       debug: whether routings are checked on the device.
     """
 
@@ -39,7 +44,9 @@ class GroupInfo:
     staging: str | None
     devices: tuple[str, ...]
     timeout: float
-    num_sms: int
+    num_sms: int | None
+    budgets: dict[str, dict[str, int | str]]
+    budgets_from: str
     debug: bool
 
 
@@ -57,6 +64,11 @@ def describe(group: "Group", native: NativeGroup | None) -> GroupInfo:
         devices=tuple(str(d) for d in group.mesh.devices.flat),
         timeout=group.timeout,
         num_sms=group.num_sms,
+        budgets={
+            exchange: {layout.name.lower(): b.backend or b.sms for layout, b in layouts.items()}
+            for exchange, layouts in group.budgets.of.items()
+        },
+        budgets_from=group.budgets.source,
         debug=group.debug,
     )
 

@@ -18,7 +18,7 @@ class OpenArguments(NamedTuple):
     name: str
     num_ranks: int
     ranks_per_node: int
-    num_sms: int
+    num_sms: int | None
     timeout: float
     spec: GroupSpec
 
@@ -52,12 +52,8 @@ def check(
             "Group.open: timeout must be positive seconds, at most "
             f"{config.MAX_TIMEOUT_S:.0f}, got {timeout!r}"
         )
-    num_sms = config.require_int(
-        config.DEFAULT_NUM_SMS if num_sms is None else num_sms,
-        minimum=1,
-        op="Group.open",
-        argument="num_sms",
-    )
+    if num_sms is not None:
+        num_sms = config.require_int(num_sms, minimum=1, op="Group.open", argument="num_sms")
     name = name if name is not None else "_".join(axes)
     if not isinstance(name, str):
         raise ConfigError(f"Group.open: name must be a string, got {name!r}")

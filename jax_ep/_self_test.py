@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec
 
 from jax_ep import _backends
 from jax_ep._spec import CallSpec
+from jax_ep.config import Layout
 from jax_ep.errors import GroupError
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ def run(group: "Group") -> None:
     """
     num_ranks = group.num_ranks
     backend = _backends.get(group.backend)
-    spec = CallSpec(group.spec, group.backend, group.num_sms)
+    num_sms = group.budgets.of["cached_dispatch"][Layout.RANK].sms
+    spec = CallSpec(group.spec, group.backend, num_sms)
 
     def pull_one_each() -> jax.Array:
         rank = jax.lax.axis_index(group.axes)

@@ -90,13 +90,44 @@ class CallSpec:
     num_sms: int
 
 
+class Route(NamedTuple):
+    """How an exchange is carried: the back end, and the SMs that it uses where it is `cuda`."""
+
+    backend: str
+    num_sms: int
+
+
+class Routes(NamedTuple):
+    """The routes of all exchanges in one layout; those of pull_rows are a cached dispatch's."""
+
+    dispatch: Route
+    cached_dispatch: Route
+    combine: Route
+
+
 @dataclass(frozen=True)
-class DispatchSpec(CallSpec):
-    """The static facts of one dispatch; equal on all ranks."""
+class ExchangeSpec(CallSpec):
+    """What a dispatch and a combine have; `routes` are for the operations of its gradient."""
 
     layout: Layout
-    num_experts: int
     recv_capacity: int
+    routes: Routes
+
+    def to_combine(self) -> "CombineSpec":
+        """The combine along the same routing."""
+        route = self.routes.combine
+        return CombineSpec(self.group, *route, self.layout, self.recv_capacity, self.routes)
+
+    def to_pull(self) -> CallSpec:
+        """The pull_rows along the same routing."""
+        return CallSpec(self.group, *self.routes.cached_dispatch)
+
+
+@dataclass(frozen=True)
+class DispatchSpec(ExchangeSpec):
+    """The static facts of one dispatch; equal on all ranks."""
+
+    num_experts: int
     expert_alignment: int
     fill: Fill
 
@@ -107,11 +138,8 @@ class DispatchSpec(CallSpec):
 
 
 @dataclass(frozen=True)
-class CombineSpec(CallSpec):
-    """The static facts of one combine; equal on all ranks."""
-
-    layout: Layout
-    recv_capacity: int
+class CombineSpec(ExchangeSpec):
+    """The static facts of one combine, or dispatch along a handle; equal on all ranks."""
 
 
 @dataclass(frozen=True)

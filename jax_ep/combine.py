@@ -40,8 +40,9 @@ def combine(
         [num_tokens, num_topk] f32 at the tokens. None: 1. In the rank layout the caller has
         summed, and weighted, its experts.
       bias: one or two arrays [num_tokens, hidden] of the rows' dtype, added to the result.
-      num_sms: SMs that the call uses on the `cuda` back end; None: the group's. Static.
-      backend: None (the group's), "cpu", "cuda" or "xla". Any of them takes any handle of its
+      num_sms: SMs that the call and its gradient use on the `cuda` back end; None: what the group's
+        budgets say of this operation and layout. Static.
+      backend: "cpu", "cuda" or "xla"; None: as in dispatch. Any of them takes any handle of its
         group.
 
     Returns:
@@ -65,13 +66,8 @@ def combine(
         )
     biases = _as_biases(bias, rows, handle.send_row.shape[0])
     _require_weights(weights, handle, layout)
-    spec = CombineSpec(
-        group=group.spec,
-        backend=_checks.require_backend(backend, group, op=_OP),
-        num_sms=_checks.require_num_sms(num_sms, group, op=_OP),
-        layout=layout,
-        recv_capacity=handle.recv_capacity,
-    )
+    routes = _checks.require_routes(backend, num_sms, group, layout, op=_OP)
+    spec = CombineSpec(group.spec, *routes.combine, layout, handle.recv_capacity, routes)
     operands = (rows, weights, biases, handle.index())
     rows, weights, biases, index = vary_alike(operands, group)
     if weights is not None and weights.ndim == 2:
@@ -140,7 +136,7 @@ def combine_weights(
     Args:
       w: f32, rank layout: [recv_capacity, num_topk], expert layout: [recv_capacity].
       handle: of the dispatch.
-      backend: None (the group's), "cpu", "cuda" or "xla".
+      backend: "cpu", "cuda" or "xla"; None: as in dispatch.
 
     Returns:
       [num_tokens, num_topk] f32. Rank layout: the sum over ranks, in rank order, of the token's
@@ -158,13 +154,8 @@ def combine_weights(
     layout = Layout[handle.layout.upper()]
     w = _checks.require_array(w, op=op, argument="w")
     _checks.require_dtype(w, (jnp.float32,), op=op, argument="w")
-    spec = CombineSpec(
-        group=group.spec,
-        backend=_checks.require_backend(backend, group, op=op),
-        num_sms=group.num_sms,
-        layout=layout,
-        recv_capacity=handle.recv_capacity,
-    )
+    routes = _checks.require_routes(backend, None, group, layout, op=op)
+    spec = CombineSpec(group.spec, *routes.combine, layout, handle.recv_capacity, routes)
     w, index = vary_alike((w, handle.index()), group)
     if layout is Layout.RANK:
         if w.ndim != 2 or w.shape[0] != handle.recv_capacity or w.shape[1] < 1:

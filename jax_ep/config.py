@@ -5,7 +5,7 @@ Environment variables:
     opens.
   JAX_EP_STAGING_MB: MiB that a GPU sets aside for copies of operands that its peers have not
     mapped; by default 8 where most are mapped, and 256 where none is; read when a group opens.
-  JAX_EP_TUNING: a file that `python -m jax_ep tune` has written; read when a group opens.
+  JAX_EP_TUNING: a file of tables that `python -m jax_ep tune` has written; read when a group opens.
   JAX_EP_COORDINATOR, JAX_EP_NUM_PROCESSES, JAX_EP_PROCESS_ID: what `jax_ep.testing.launch` tells
     the processes that it starts.
 """
@@ -29,7 +29,6 @@ BACKENDS = ("cpu", "cuda", "xla")
 ROW_BYTES_MULTIPLE = 16
 FP8_BLOCK = 128
 MAX_BIASES = 2
-DEFAULT_NUM_SMS = 20
 DEFAULT_SPARE_STAGING_MB = 8
 DEFAULT_STAGING_MB = 256
 MAX_STAGING_MB = 64 * 1024
@@ -197,7 +196,7 @@ def two_shot_payload(num_ranks: int) -> int:
 
 
 def tuning_file_from_environment() -> str | None:
-    """The table of algorithms to use in place of the package's."""
+    """The file of tables that come before the package's."""
     return os.environ.get("JAX_EP_TUNING") or None
 
 

@@ -65,8 +65,10 @@ def dispatch(
       payload: [num_tokens, P] of any type of whole bytes, moved along unchanged; or None.
       handle: of an earlier dispatch: sends x and payload along its routing. Takes no argument that
         says something of the routing; all rows without a token are zero.
-      num_sms: SMs that the call uses on the `cuda` back end; None: the group's. Static.
-      backend: None (the group's), "cpu", "cuda" or "xla".
+      num_sms: SMs that the call and its gradient use on the `cuda` back end; None: what the group's
+        budgets say of this operation and layout. Static.
+      backend: "cpu", "cuda" or "xla"; None: the group's, but `xla` where "auto" chose that one,
+        num_sms is None, and the budgets say that `xla` is faster.
 
     Returns:
       Dispatched, with the handle that `combine` takes; topk_idx and weights are None where the
@@ -144,11 +146,13 @@ def prepare(
         _checks.require_shape(topk_weights, topk_idx.shape, op=op, argument="topk_weights")
         _checks.require_dtype(topk_weights, (jnp.float32,), op=op, argument="topk_weights")
         topk_weights = jnp.asarray(topk_weights)
+    arrangement = config.choice(Layout, layout, op=op, argument="layout")
+    routes = _checks.require_routes(backend, num_sms, group, arrangement, op=op)
     spec = DispatchSpec(
-        group=group.spec,
-        backend=_checks.require_backend(backend, group, op=op),
-        num_sms=_checks.require_num_sms(num_sms, group, op=op),
-        layout=config.choice(Layout, layout, op=op, argument="layout"),
+        group.spec,
+        *routes.dispatch,
+        layout=arrangement,
+        routes=routes,
         num_experts=num_experts,
         recv_capacity=_capacity(layout, recv_capacity, num_tokens, num_topk, group, op=op),
         expert_alignment=_alignment(layout, expert_alignment, num_experts, op=op),
@@ -221,12 +225,10 @@ def _dispatch_along(
     rows = _require_streams(x, payload)
     num_tokens = handle.send_row.shape[0]
     _checks.require_shape(rows[0], (num_tokens, rows[0].shape[1]), op=_OP, argument="x")
+    layout = Layout[handle.layout.upper()]
+    routes = _checks.require_routes(backend, num_sms, found, layout, op=_OP)
     spec = CombineSpec(
-        group=found.spec,
-        backend=_checks.require_backend(backend, found, op=_OP),
-        num_sms=_checks.require_num_sms(num_sms, found, op=_OP),
-        layout=Layout[handle.layout.upper()],
-        recv_capacity=handle.recv_capacity,
+        found.spec, *routes.cached_dispatch, layout, handle.recv_capacity, routes=routes
     )
     rows, index = vary_alike((rows, handle.index()), found)
     moved = _differentiable.dispatch_along(spec, rows, index)

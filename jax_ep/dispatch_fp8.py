@@ -45,8 +45,8 @@ def dispatch_fp8(
       fill: "zeros", "padding" or "none".
       block: elements per scale.
       scales: "f32" or "e8m0", as in quantize_fp8.
-      num_sms: SMs that the call uses on the `cuda` back end; None: the group's. Static.
-      backend: None (the group's), "cpu", "cuda" or "xla".
+      num_sms: SMs that the call uses on the `cuda` back end, or None.
+      backend: "cpu", "cuda", "xla" or None.
 
     Returns:
       Dispatched; x has the dtype of x, scales is None.

@@ -46,12 +46,14 @@ class Group:
       name: tells apart groups over the same mesh and axes.
       num_ranks: ranks of one slice.
       ranks_per_node: ranks of one node.
-      num_sms: SMs that a dispatch or combine uses on GPUs unless it says otherwise.
+      num_sms: SMs that all dispatches and combines use on GPUs unless they say otherwise; None:
+        `budgets` say it by operation and layout.
       backend: the back end in use.
       timeout: seconds that a rank waits for its peers.
       debug: whether routings are checked on the device.
       identity: name and fingerprint, equal in every process.
-      spec, backends, tuning: for the operations; `info()` tells what a user wants to know of them.
+      spec, backends, tuning, budgets: for the operations; `info()` tells what a user wants to know
+        of them.
     """
 
     mesh: jax.sharding.Mesh
@@ -59,13 +61,14 @@ class Group:
     name: str
     num_ranks: int
     ranks_per_node: int
-    num_sms: int
+    num_sms: int | None
     backend: str
     timeout: float
     debug: bool
     spec: GroupSpec
     backends: dict[str, Usability]
     tuning: _tuning.Table
+    budgets: _tuning.Budgets
     _meeting: _bootstrap.Meeting
     _native_group: NativeGroup | None = None
     _is_open: bool = True
@@ -92,13 +95,15 @@ class Group:
           axis: the axis, or axes, that the ranks run along; rank = row-major index over them.
           name: tells apart groups over the same mesh and axes; default: the axes, joined by "_".
           backend: "auto", "cpu" (host twins), "cuda" (kernels) or "xla" (stock collectives). What
-            "auto" chose, and why, is in `info()`.
+            "auto" chose, and why, is in `info()`. With it, and without num_sms, `xla` carries an
+            operation in a layout of which the table of this device says that it is faster so.
           timeout: seconds that a call of the custom calls waits for a rank before the group fails.
             The `xla` back end waits as XLA's collectives do. Default: 60; at most a day. Over
             several processes it should be below JAX's heartbeat timeout.
-          num_sms: SMs that a dispatch or combine of the `cuda` back end uses unless it says
-            otherwise; default: 20. Fewer leave more to compute that runs
-            beside it. all_reduce and its relatives take up to 64.
+          num_sms: SMs that every dispatch and combine of the `cuda` back end uses unless it says
+            otherwise; default: what a table says of this device and number of ranks, by operation
+            and layout, from 16 to 64 in the package's (`info().budgets`). Fewer leave more to
+            compute that runs beside it. all_reduce and its relatives take up to 64.
           ranks_per_node: ranks of one node, consecutive; default: all.
           debug: counts bad ids of every routing and raises them in `check()`; default: the
             environment variable JAX_EP_DEBUG.
@@ -128,7 +133,11 @@ class Group:
                     "is open; pass another name="
                 )
             debug = config.debug_from_environment() if debug is None else debug
-            tuning = _tuning.load(mesh.devices.flat[0].device_kind, arguments.num_ranks)
+            kind = mesh.devices.flat[0].device_kind, arguments.num_ranks
+            tuning = _tuning.load(*kind)
+            budgets = _tuning.load_budgets(
+                *kind, num_sms=arguments.num_sms, is_auto=backend == "auto"
+            )
             # In front of all else: other builds may have other settings.
             meeting.agree("builds", _native.builds({d.platform for d in mesh.devices.flat}))
             meeting.agree(
@@ -137,6 +146,7 @@ class Group:
                     "backend": backend,
                     **{f"the table of {op}": s for op, s in _tuning.to_plain(tuning).items()},
                     "num_sms": arguments.num_sms,
+                    **{f"the budgets of {op}": b for op, b in budgets.to_plain().items()},
                     "ranks_per_node": arguments.ranks_per_node,
                     "timeout": seconds,
                     "debug": debug,
@@ -155,6 +165,7 @@ class Group:
                 debug=debug,
                 backends=usability,
                 tuning=tuning,
+                budgets=budgets,
                 _meeting=meeting,
             )
             undo.callback(group._discard)

@@ -25,7 +25,7 @@ class Contender(NamedTuple):
       algorithm: what a stock contender is made of.
       fill: which rows without a token are zero; None: there is no such promise.
       recv_capacity: rows of the buffer that the experts get.
-      sms: the SM budget, where there is one.
+      sms: the SM budget that the calls are told; None: the group's, where the back end takes one.
       dispatch: (x, topk_idx, topk_weights) to a pytree that holds the rows and the way back.
       combine: that pytree to [tokens, hidden].
       again: (x, handle) to what dispatch gives, along known routing; None: there is no such thing.

@@ -26,7 +26,8 @@ class Subject:
     """A contender at a point.
 
     [tokens, hidden] is a rank's x; of reduce_scatter, each of the parts of x. `sms` is the budget
-    where a call takes one. What an operation does not have is None.
+    where a call takes one; of a round trip that was told none, the larger of its two. What an
+    operation does not have is None.
     """
 
     op: str

@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--alignment", type=int, default=1, help="expert layout: rows of a group, a multiple of it")
     add("--fill", choices=[f.name.lower() for f in Fill], default="zeros", help="as in dispatch")
     add("--backends", nargs="+", choices=BACKENDS, help="of ours; default: all that are usable")
-    add("--sms", nargs="+", type=int, help="SM budgets of the cuda back end; default: the group's")
+    add("--sms", nargs="+", type=int, help="SM budgets of the cuda back end; default: its own")
     add("--ranks", type=int, help="use the first of jax.devices(); default: all, 8 on CPU")
     add("--repeats", type=int, default=20)
     add("--out", type=Path, default=Path("benchmarks/results"), help="folder of the results")

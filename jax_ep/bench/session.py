@@ -9,6 +9,7 @@ import jax
 from jax.experimental.multihost_utils import process_allgather
 
 import jax_ep
+from jax_ep._tuning import EXCHANGES
 from jax_ep.bench import floor, reduce, report, timing
 from jax_ep.bench.contenders import Contender, contenders, ours
 from jax_ep.bench.record import (
@@ -21,7 +22,10 @@ from jax_ep.bench.record import (
     result_path,
 )
 from jax_ep.bench.shapes import Point, ReducePoint, make_inputs
+from jax_ep.config import Layout
 from jax_ep.testing.ranks import on_ranks
+
+_BUDGET_COUNT = 32  # operations of a chain that tells budgets apart
 
 
 class Session:
@@ -40,16 +44,16 @@ class Session:
     ):
         """`copy_rate` is the memory's, on CPUs.
 
-        None for the back ends: those that are usable; for the SM budgets: the group's; for the
-        algorithms of all_reduce and its relatives: all that can carry a size.
+        None for the back ends: those that are usable; for the SM budgets: the group's of each
+        operation and layout; for the algorithms of all_reduce and its relatives: all that can carry
+        a size.
         """
         usable = [b for b, reason in group.info().backends.items() if reason == "usable"]
         self._backends = backends or usable
-        self._entries: list[tuple[str, int | None]] = [
-            (backend, sms)
-            for backend in self._backends
-            for sms in ((budgets or [group.num_sms]) if backend == "cuda" else [None])
-        ]
+        self._entries: list[tuple[str, int | None]] = []
+        for backend in self._backends:
+            told = budgets if budgets and backend == "cuda" else [None]
+            self._entries += [(backend, sms) for sms in told]
         self._algorithms = algorithms
         self._group, self._place, self._copy_rate = group, place, copy_rate
         self._repeats = repeats
@@ -71,8 +75,33 @@ class Session:
         taken = timing.measure(chains, repeats=self._repeats, tick=progress.tick)
         recv_src = _route(point, self._group, self._entries[0][0], inputs)
         moved = floor.traffic(op, point, recv_src)
-        subjects = [_subject(op, point, entrant) for entrant in entrants]
+        subjects = [_subject(op, point, entrant, self._group) for entrant in entrants]
         return self._rows(subjects, taken, moved, extra)
+
+    def measure_budgets(
+        self, point: Point, budgets: Sequence[int], progress: report.Progress
+    ) -> list[report.Row]:
+        """Each operation with each budget, and on the back end `xla`; without the extra memory."""
+        group, mesh = self._group, self._group.mesh
+        entrants = [ours(point, group, b, sms) for b in self._backends for sms in budgets]
+        entrants.append(ours(point, group, "xla", None))
+        inputs = make_inputs(point, mesh)
+        recv_src = _route(point, group, self._backends[0], inputs)
+        rows = []
+        for op in EXCHANGES:
+            progress.label(f"{op} {point.shape} {point.num_tokens} {point.layout}")
+            taken = timing.measure_alike(
+                [timing.make_program(op, entrant) for entrant in entrants],
+                mesh,
+                inputs,
+                count=_BUDGET_COUNT,
+                repeats=self._repeats,
+                tick=progress.tick,
+            )
+            moved = floor.traffic(op, point, recv_src)
+            subjects = [_subject(op, point, entrant, group) for entrant in entrants]
+            rows += self._rows(subjects, taken, moved, [None] * len(entrants))
+        return rows
 
     def _measure_reduce(self, point: ReducePoint, progress: report.Progress) -> list[report.Row]:
         progress.label(f"{point.op} {point.shape}")
@@ -111,7 +140,12 @@ class Session:
         return floor.cpu_floor_us(moved, self._copy_rate)
 
 
-def _subject(op: str, point: Point, contender: Contender) -> Subject:
+def _subject(op: str, point: Point, contender: Contender, group: jax_ep.Group) -> Subject:
+    sms = contender.sms
+    if contender.backend == "cuda" and sms is None:
+        layout = Layout[point.layout.upper()]
+        ops = ("dispatch", "combine") if op == "round_trip" else (op,)
+        sms = max(group.budgets.of[o][layout].sms for o in ops)
     return Subject(
         op=op,
         contender=contender.name,
@@ -128,7 +162,7 @@ def _subject(op: str, point: Point, contender: Contender) -> Subject:
         recv_capacity=contender.recv_capacity,
         # Along a handle, all rows without a token are zero.
         fill="zeros" if op == "cached_dispatch" and contender.fill else contender.fill,
-        sms=contender.sms,
+        sms=sms,
         cached=op == "cached_dispatch",
     )
 

@@ -149,13 +149,25 @@ def _is_odd(value: jax.Array) -> jax.Array:
     return jnp.equal(value, np.iinfo(value.dtype).min).astype(jnp.int32)
 
 
+def _start(program: Program, mesh: jax.sharding.Mesh, inputs: Sequence[jax.Array]) -> Carry:
+    """The first carry. Each run overwrites what it is given, and must not overwrite `inputs`."""
+    started: Carry = on_ranks(program.start, mesh, check_vma=False)(*inputs)
+    copied: Carry = jax.tree.map(jnp.copy, started)
+    return copied
+
+
+def _compile(
+    fn: Callable[[Carry], Any], mesh: jax.sharding.Mesh, carry: Carry, *, donate: bool = True
+) -> Any:
+    mapped = on_ranks(fn, mesh, check_vma=False, jit=False)
+    return jax.jit(mapped, donate_argnums=0 if donate else ()).lower(carry).compile()
+
+
 class Chain:
     """The compiled chains of one contender, with and without the operation."""
 
     def __init__(self, program: Program, mesh: jax.sharding.Mesh, inputs: Sequence[jax.Array]):
-        started = on_ranks(program.start, mesh, check_vma=False)(*inputs)
-        # Each run is given the last one's results to overwrite, and must not overwrite `inputs`.
-        self.carry: Carry = jax.tree.map(jnp.copy, started)
+        self.carry = _start(program, mesh, inputs)
         self._program, self._mesh = program, mesh
         self._compiled: dict[tuple[bool, int], Any] = {}
 
@@ -163,18 +175,16 @@ class Chain:
         """Makes both chains ready and runs them once."""
         for is_empty, run in ((False, self._program.run), (True, no_op)):
             if (is_empty, count) not in self._compiled:
-                compiled = self._compile_one(make_chain(self._program.op, run, count), donate=True)
-                self._compiled[is_empty, count] = compiled
+                chain = make_chain(self._program.op, run, count)
+                self._compiled[is_empty, count] = _compile(chain, self._mesh, self.carry)
                 self.seconds(count, is_empty=is_empty)
 
     def extra_memory(self) -> int | None:
         """Bytes of one rank, while one operation runs, beyond operands and results."""
-        compiled = self._compile_one(lambda carry: self._program.run(*carry))
+        compiled = _compile(
+            lambda carry: self._program.run(*carry), self._mesh, self.carry, donate=False
+        )
         return memory.extra_bytes(compiled, self.carry, len(self._mesh.local_devices))
-
-    def _compile_one(self, fn: Callable[[Carry], Any], *, donate: bool = False) -> Any:
-        mapped = on_ranks(fn, self._mesh, check_vma=False, jit=False)
-        return jax.jit(mapped, donate_argnums=0 if donate else ()).lower(self.carry).compile()
 
     def seconds(self, count: int, *, is_empty: bool) -> float:
         """One run, until the slowest rank is done."""
@@ -255,6 +265,38 @@ def measure(chains: Sequence[Chain], *, repeats: int, tick: Callable[[], None]) 
         make_timing(full, empty, count)
         for full, empty, count in zip(taken[::2], taken[1::2], counts, strict=True)
     ]
+
+
+def measure_alike(
+    programs: Sequence[Program],
+    mesh: jax.sharding.Mesh,
+    inputs: Sequence[jax.Array],
+    *,
+    count: int,
+    repeats: int,
+    tick: Callable[[], None],
+) -> list[Timing]:
+    """Times links of one operation that give the same results from the same operands.
+
+    They share these arrays and the chain without the operation, and their chains have a count that
+    is known: two programs are compiled, and one for each of them, where `measure` compiles six.
+    """
+    carry = _start(programs[0], mesh, inputs)
+
+    def make_run(link: Callable[[Any, Any], Any]) -> Callable[[], float]:
+        compiled = _compile(make_chain(programs[0].op, link, count), mesh, carry)
+
+        def run() -> float:
+            nonlocal carry
+            seconds, carry = run_timed(compiled, carry)
+            return seconds
+
+        run()
+        return run
+
+    runs = [make_run(link) for link in (no_op, *(program.run for program in programs))]
+    empty, *full = take_turns(runs, repeats=repeats, tick=tick)
+    return [make_timing(own, empty, count) for own in full]
 
 
 def make_timing(full: Any, empty: Any, count: int) -> Timing:
