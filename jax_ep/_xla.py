@@ -146,7 +146,7 @@ def combine(
     num_tokens, num_slots = index.send_row.shape
     num_all = spec.group.num_ranks * num_tokens
     recv_src = index.recv_src
-    rows = check_mesh(rows, spec.group, op="combine")
+    rows = _keep(check_mesh(rows, spec.group, op="combine"), recv_src)
     if spec.layout is Layout.RANK:
         partial = _take(rows, _invert(recv_src, num_all))
     else:
@@ -159,7 +159,7 @@ def combine(
         concat_axis=0,
     )
     total = jnp.zeros(parts.shape[1:], jnp.float32)
-    for part in [*parts, *biases]:
+    for part in [*parts, *(_keep(bias, index.send_row[:, 0]) for bias in biases)]:
         total = total + part.astype(jnp.float32)
     return _round(total, rows.dtype)
 
@@ -183,20 +183,22 @@ def _sum_in_row_order(
         row = _invert(jnp.where(turn == j, recv_src, -1), num_all)
         term = _take(rows, row).astype(jnp.float32)
         if weights is not None:
-            term = _keep_product(term * _take(weights, row)[:, None], row)
+            term = _keep(term * _take(weights, row)[:, None], row)
         total = total + term
     return _round(total, rows.dtype)
 
 
-def _keep_product(product: jax.Array, row: jax.Array) -> jax.Array:
-    """The f32 product, unchanged, but never contracted into the sum that follows.
+def _keep(terms: jax.Array, row: jax.Array) -> jax.Array:
+    """Unchanged, but rounded to their dtype: what made them is not fused into sums that follow.
 
-    XLA:CPU drops an optimization_barrier before it fuses and contracts. An integer addition in
-    between stops it: of a zero that the compiler cannot know to be one, since rows are >= -1.
+    XLA contracts a product and a sum to one rounding, and drops that to a narrow dtype. XLA:CPU
+    drops an optimization_barrier before it does. An integer addition in between stops it: of a zero
+    that the compiler cannot know to be one, since rows are >= -1.
     """
-    zero = (row == -2).astype(jnp.int32)[:, None]
-    bits = jax.lax.bitcast_convert_type(product, jnp.int32)
-    return jax.lax.bitcast_convert_type(bits + zero, jnp.float32)
+    carrier = jnp.dtype(f"int{8 * terms.dtype.itemsize}")
+    zero = (row == -2).astype(carrier)[:, None]
+    bits = jax.lax.bitcast_convert_type(terms, carrier)
+    return jax.lax.bitcast_convert_type(bits + zero, terms.dtype)
 
 
 def _round(total: jax.Array, dtype: Any) -> jax.Array:
