@@ -41,13 +41,13 @@ def info() -> None:
     print(f"back end {found.backend!r}, self-test passed")
     for backend, reason in found.backends.items():
         print(f"  {backend}: {reason}")
+    for rank, device in enumerate(found.devices):
+        print(f"  rank {rank}: {device}")
     print("SMs of an exchange on back end 'cuda':")
     for exchange, layouts in found.budgets.items():
         listed = ", ".join(f"{layout} layout {sms}" for layout, sms in layouts.items())
         print(f"  {exchange}: {listed}")
     print(f"  from {found.budgets_from}")
-    for rank, device in enumerate(found.devices):
-        print(f"  rank {rank}: {device}")
 
 
 def main() -> None:

@@ -22,6 +22,28 @@ with tempfile.NamedTemporaryFile("w") as file:
         jax_ep.Group.open(mesh, "ep", timeout=30.0)
     except jax_ep.GroupError as e:
         print(e)
+
+# Numbers, a back end that "auto" takes in its place, and neither where the caller says more.
+def open_with(combine, **options):
+    budgets = {e: {"rank": {"sms": 8}, "expert": {"sms": 8}} for e in _tuning.EXCHANGES}
+    budgets = {**budgets, "source": f"process {me}"}
+    budgets["combine"] = {"rank": {"sms": 8}, "expert": combine}
+    entry = {"device": "any", "num_ranks": 1, "budgets": budgets}
+    with tempfile.NamedTemporaryFile("w") as file:
+        json.dump({"tables": [entry]}, file)
+        file.flush()
+        os.environ["JAX_EP_TUNING"] = file.name
+        try:
+            jax_ep.Group.open(mesh, "ep", timeout=30.0, **options).close()
+            print("opened", options)
+        except jax_ep.GroupError as e:
+            print(options, e)
+
+open_with({"sms": 8 + me})
+open_with({"sms": 8, **({"backend": "xla"} if me else {})})
+open_with({"sms": 8, **({"backend": "xla"} if me else {})}, backend="cpu")
+open_with({"sms": 8 + me}, num_sms=9)
+open_with({"sms": 8})
 """
 
 BUILDS = """
@@ -266,6 +288,15 @@ def test_settings_that_differ_are_an_error_in_every_process():
         assert "Group.open: the processes disagree about num_sms" in output
         assert "process 0 has 20, process 1 has 21" in output
         assert "disagree about the table of all_gather: process 0 has [[8, 'one_shot']" in output
+        about = "{} Group.open: the processes disagree about the budgets of combine: process 0 has "
+        had = about + "{{'rank': {{'sms': 8}}, 'expert': {{'sms': 8}}}}, process 1 has "
+        theirs = ["'sms': 9", "'sms': 8, 'backend': 'xla'"]
+        assert output.splitlines()[-5:] == [
+            *(f"{had.format({})}{{'rank': {{'sms': 8}}, 'expert': {{{t}}}}}" for t in theirs),
+            "opened {'backend': 'cpu'}",
+            "opened {'num_sms': 9}",
+            "opened {}",
+        ]
 
 
 @pytest.mark.parametrize(

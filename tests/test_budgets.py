@@ -1,0 +1,536 @@
+"""SMs by operation and layout: who says them, what reaches a call, how `tune` picks them."""
+
+import json
+import re
+from argparse import Namespace
+from importlib import resources
+from itertools import product
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_ep
+from jax_ep import __main__, _tuning
+from jax_ep.bench import session, tune
+from jax_ep.bench.contenders import ours
+from jax_ep.bench.shapes import Shape, make_point
+from jax_ep.config import Layout
+from jax_ep.testing.compare import assert_same_bits
+from jax_ep.testing.ranks import make_mesh, on_ranks
+
+OLD = {"ops": {op: [[None, "one_shot"]] for op in _tuning.OPS}}
+KEYS = list(product(_tuning.EXCHANGES, ("rank", "expert")))
+
+
+def _plain(first, xla=()):
+    """Six numbers from `first` on, in the order of KEYS; `xla` names those that xla is to carry."""
+    budgets = {"source": f"made up from {first}"}
+    for sms, (exchange, layout) in enumerate(KEYS, first):
+        found = {"sms": sms, "backend": "xla"} if (exchange, layout) in xla else {"sms": sms}
+        budgets.setdefault(exchange, {})[layout] = found
+    return {"budgets": budgets}
+
+
+def _numbers(budgets):
+    return [
+        budgets.of[exchange][Layout[layout.upper()]].backend
+        or budgets.of[exchange][Layout[layout.upper()]].sms
+        for exchange, layout in KEYS
+    ]
+
+
+@pytest.fixture
+def write(monkeypatch, tmp_path):
+    """Writes a file of (device, ranks, parts), and has groups that open read it."""
+
+    def write(*entries):
+        path = tmp_path / "table.json"
+        tables = [{"device": d, "num_ranks": n, **parts} for d, n, parts in entries]
+        path.write_text(json.dumps({"tables": tables}))
+        monkeypatch.setenv("JAX_EP_TUNING", str(path))
+        return path
+
+    return write
+
+
+# --- the choice
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    text = resources.files("jax_ep").joinpath("tuning/tables.json").read_text()
+    tables = {(t["device"], t["num_ranks"]): t for t in json.loads(text)["tables"]}
+    return {key: table["budgets"] for key, table in tables.items() if "budgets" in table}
+
+
+@pytest.mark.parametrize(
+    ("group", "entry", "where"),
+    [
+        (("NVIDIA H200", 2), ("NVIDIA H200", 2), "NVIDIA H200, 2 ranks"),
+        (("NVIDIA H100 80GB HBM3", 2), ("NVIDIA H100 80GB HBM3", 2), "HBM3, 2 ranks"),
+        (("NVIDIA H200", 4), ("any", 1), "any device, from 1 rank"),
+        (("no such device", 8), ("any", 1), "any device, from 1 rank"),
+    ],
+)
+def test_the_package_serves_every_group(shipped, group, entry, where):
+    found, plain = _tuning.load_budgets(*group), shipped[entry]
+    values = [plain[exchange][layout] for exchange, layout in KEYS]
+    assert _numbers(found) == [v.get("backend", v["sms"]) for v in values]
+    assert found.source.startswith("the package's table, ")
+    assert f"{where}: {plain['source']}" in found.source
+
+
+def test_the_expert_layout_is_not_starved(shipped):
+    """20 SMs, which serve the rank layout, take twice the time there."""
+    assert ("NVIDIA H200", 2) in shipped
+    for plain, exchange in product(shipped.values(), _tuning.EXCHANGES):
+        found = plain[exchange]["expert"]
+        assert found["sms"] >= 32 or found.get("backend") == "xla"
+
+
+def test_a_file_serves_what_it_has(write):
+    """A group's own entry, then one of any device; entries without budgets leave them alone."""
+    package = _tuning.load_budgets("a", 2)
+    path = write(
+        ("a", 2, _plain(1)),
+        ("a", 4, OLD),
+        ("any", 2, _plain(11)),
+        ("any", 4, _plain(21)),
+        ("any", 4, OLD),
+        ("b", 2, OLD | _plain(31)),
+    )
+    expected = {("a", 2): 1, ("a", 3): 11, ("a", 4): 21, ("a", 8): 21, ("b", 2): 31, ("b", 5): 21}
+    for group, first in expected.items():
+        found = _tuning.load_budgets(*group)
+        assert _numbers(found) == list(range(first, first + 6)), group
+        assert found.source.startswith(f"JAX_EP_TUNING={path}, ")
+        assert found.source.endswith(f"made up from {first}")
+    assert _tuning.load_budgets("a", 1) == package
+    # And its budgets take no algorithms away.
+    (step,) = _tuning.load("a", 4)["all_reduce"]
+    assert (step.bytes, step.algorithm.name) == (None, "ONE_SHOT")
+    write(("a", 2, _plain(1)))
+    assert len(_tuning.load("a", 2)["all_reduce"]) > 1
+
+
+def test_who_names_sms_or_a_back_end_is_not_overruled(write):
+    write(("a", 2, _plain(1, xla=[("combine", "expert")])))
+    assert _numbers(_tuning.load_budgets("a", 2)) == [1, 2, 3, 4, 5, "xla"]
+    assert _numbers(_tuning.load_budgets("a", 2, is_auto=False)) == [1, 2, 3, 4, 5, 6]
+    for is_auto in (True, False):
+        found = _tuning.load_budgets("a", 2, num_sms=9, is_auto=is_auto)
+        assert (_numbers(found), found.source) == ([9] * 6, "num_sms of Group.open")
+
+
+def test_a_file_of_before_there_were_budgets(write):
+    before = _tuning.load_budgets("cpu", 2)
+    write(("cpu", 2, OLD))
+    with jax_ep.Group.open(make_mesh(2), "ep", name="old_file") as group:
+        assert group.budgets == before
+        assert len(group.tuning["all_reduce"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda b: b.pop("source"), "KeyError: 'source'"),
+        (lambda b: b.update(source=3), "source must be a string, got 3"),
+        (lambda b: b.pop("combine"), "KeyError: 'combine'"),
+        (lambda b: b["dispatch"].pop("expert"), "KeyError: 'expert'"),
+        (lambda b: b["dispatch"]["rank"].update(sms=0), "sms must be a positive whole number"),
+        (lambda b: b["dispatch"]["rank"].update(sms=True), "sms must be a positive whole number"),
+        (lambda b: b["dispatch"]["rank"].update(sms="xla"), "sms must be a positive whole number"),
+        (lambda b: b["combine"]["rank"].update(backend="cuda"), "must be 'xla' or left out"),
+        (lambda b: b["combine"].update(rank=20), "TypeError"),
+    ],
+)
+def test_bad_budgets_are_an_error(write, change, message):
+    parts = _plain(1)
+    change(parts["budgets"])
+    write(("any", 1, parts))
+    with pytest.raises(jax_ep.ConfigError, match=f"is no table of algorithms: .*{message}"):
+        jax_ep.Group.open(make_mesh(2), "ep", name="bad_budgets")
+
+
+def test_an_entry_says_something(write):
+    write(("any", 1, {}))
+    with pytest.raises(jax_ep.ConfigError, match="KeyError: 'ops'"):
+        _tuning.load_budgets("cpu", 2)
+
+
+# --- what reaches a call
+
+R, T, K = 2, 6, 2
+X = np.random.default_rng(0).standard_normal((R, T, 128)).astype(np.float32)
+IDS = np.random.default_rng(1).permuted(np.tile(np.arange(4, dtype=np.int32), (R, T, 1)), axis=2)
+WEIGHTS = np.random.default_rng(2).random((R, T, K), np.float32)
+
+
+def _dispatch(group, layout, x, weights, ids, **options):
+    return jax_ep.dispatch(
+        x,
+        ids,
+        weights,
+        group=group,
+        num_experts=4,
+        layout=layout,
+        recv_capacity=R * T * K,
+        **options,
+    )
+
+
+def _of_dispatch(group, layout, options):
+    def run(x, weights, ids):
+        out = _dispatch(group, layout, x, weights, ids, **options)
+        return out.x, out.weights
+
+    return run
+
+
+def _of_dispatch_fp8(group, layout, options):
+    def run(x, weights, ids):
+        out = jax_ep.dispatch_fp8(
+            x,
+            ids,
+            weights,
+            group=group,
+            num_experts=4,
+            layout=layout,
+            recv_capacity=R * T * K,
+            **options,
+        )
+        return out.x, out.weights
+
+    return run
+
+
+def _handle(group, layout, ids):
+    """Without a call that has a budget of its own to look at: by the back end xla."""
+    return _dispatch(group, layout, jnp.ones((T, 4)), None, ids, backend="xla").handle
+
+
+def _of_cached_dispatch(group, layout, options):
+    def run(x, weights, ids):
+        return jax_ep.dispatch(x, handle=_handle(group, layout, ids), **options).x, weights
+
+    return run
+
+
+def _of_combine(group, layout, options):
+    def run(x, weights, ids):
+        handle = _handle(group, layout, ids)
+        rows = jnp.concatenate([x] * (R * K))
+        at_tokens = weights if layout == "expert" else None
+        return jax_ep.combine(rows, handle, weights=at_tokens, **options), weights
+
+    return run
+
+
+def _of_combine_weights(group, layout, options):
+    options.pop("num_sms", None)
+
+    def run(x, weights, ids):
+        at_rows = jnp.concatenate([weights] * (R * K))
+        w = at_rows if layout == "rank" else at_rows[:, 0]
+        return jax_ep.combine_weights(w, _handle(group, layout, ids), **options), x
+
+    return run
+
+
+PROGRAMS = {
+    "dispatch": _of_dispatch,
+    "dispatch_fp8": _of_dispatch_fp8,
+    "cached_dispatch": _of_cached_dispatch,
+    "combine": _of_combine,
+    "combine_weights": _of_combine_weights,
+}
+# By program and layout: the targets of the operation, and of its gradient.
+TARGETS = {
+    ("dispatch", "rank"): ("dispatch", "combine pull_rows"),
+    ("dispatch", "expert"): ("dispatch", "combine pull_rows"),
+    ("dispatch_fp8", "rank"): ("dispatch", "combine pull_rows"),
+    ("dispatch_fp8", "expert"): ("dispatch", "combine pull_rows"),
+    ("cached_dispatch", "rank"): ("pull_rows", "combine"),
+    ("cached_dispatch", "expert"): ("pull_rows", "combine"),
+    ("combine", "rank"): ("combine", "pull_rows"),
+    ("combine", "expert"): ("combine pull_rows", "pull_rows"),  # weights go to the rows
+    ("combine_weights", "rank"): ("combine", "pull_rows"),
+    ("combine_weights", "expert"): ("pull_rows", "pull_rows"),
+}
+
+
+def _exchange_of(target):
+    return "cached_dispatch" if target == "pull_rows" else target
+
+
+def _with_gradient(run):
+    def both(x, weights, ids):
+        out, back = jax.vjp(lambda x, weights: run(x, weights, ids), x, weights)
+        return out, back(out)
+
+    return both
+
+
+def _calls(fn, group):
+    """(target, num_sms) of every custom call that has a budget."""
+    text = on_ranks(fn, group.mesh).lower(X, WEIGHTS, IDS[..., :K]).as_text()
+    found = re.findall(r"custom_call @jax_ep\.(\w+)\(.*?mhlo\.backend_config = \{(.*?)\}", text)
+    assert all("num_sms" in attributes for target, attributes in found if target != "check_mesh")
+    return {
+        (target, int(re.search(r"num_sms = (\d+)", attributes)[1]))
+        for target, attributes in found
+        if target != "check_mesh"
+    }
+
+
+@pytest.fixture
+def budgeted(write):
+    """A group with six different budgets, of which xla takes some."""
+    groups = []
+
+    def open_(xla=(), **options):
+        write(("cpu", R, _plain(31, xla=xla)))
+        groups.append(jax_ep.Group.open(make_mesh(R), "ep", name="budgeted", **options))
+        return groups[-1]
+
+    yield open_
+    for group in groups:
+        group.close()
+
+
+SMS = {key: sms for sms, key in enumerate(KEYS, 31)}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_call_has_the_budget_of_what_it_does(budgeted, program, layout):
+    group = budgeted()
+    run = PROGRAMS[program](group, layout, {})
+    forward, back = (targets.split() for targets in TARGETS[program, layout])
+    for fn, targets in ((run, forward), (_with_gradient(run), forward + back)):
+        expected = {(t, SMS[_exchange_of(t), layout]) for t in targets}
+        assert _calls(fn, group) == expected
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_number_that_was_named_holds(budgeted, program, layout):
+    """Of the group for all calls, of a call for its gradient too, and before the group's."""
+    group = budgeted(num_sms=7)
+    targets = " ".join(TARGETS[program, layout]).split()
+    plain = _with_gradient(PROGRAMS[program](group, layout, {}))
+    assert _calls(plain, group) == {(t, 7) for t in targets}
+    if program != "combine_weights":
+        told = _with_gradient(PROGRAMS[program](group, layout, {"num_sms": 9}))
+        assert _calls(told, group) == {(t, 9) for t in targets}
+
+
+@pytest.mark.parametrize("stock", KEYS, ids=" ".join)
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_xla_takes_what_it_is_faster_at(budgeted, program, layout, stock):
+    """That operation in that layout, in gradients too, and nothing else."""
+    group = budgeted(xla=[stock])
+    forward, back = (targets.split() for targets in TARGETS[program, layout])
+    run = PROGRAMS[program](group, layout, {})
+    for fn, targets in ((run, forward), (_with_gradient(run), forward + back)):
+        kept = [t for t in targets if (_exchange_of(t), layout) != stock]
+        assert _calls(fn, group) == {(t, SMS[_exchange_of(t), layout]) for t in kept}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_xla_does_not_take_what_a_caller_has_named(budgeted, program, layout):
+    targets = " ".join(TARGETS[program, layout]).split()
+    expected = {(t, SMS[_exchange_of(t), layout]) for t in targets}
+    named = budgeted(xla=KEYS, backend="cpu")
+    assert _calls(_with_gradient(PROGRAMS[program](named, layout, {})), named) == expected
+    named.close()
+    group = budgeted(xla=KEYS)
+    assert _calls(_with_gradient(PROGRAMS[program](group, layout, {})), group) == set()
+    told = _with_gradient(PROGRAMS[program](group, layout, {"backend": "cpu"}))
+    assert _calls(told, group) == expected
+    if program != "combine_weights":
+        told = _with_gradient(PROGRAMS[program](group, layout, {"num_sms": 9}))
+        assert _calls(told, group) == {(t, 9) for t in targets}
+
+
+@pytest.mark.parametrize("stock", [*((key,) for key in KEYS), KEYS], ids=len)
+def test_bits_are_those_of_the_group(groups, budgeted, stock):
+    """A handle of one back end in the other's operations, both ways, and their gradients."""
+    group = budgeted(xla=stock)
+    for layout in ("rank", "expert"):
+
+        def run(group, layout=layout):
+            def step(x, weights, ids):
+                out = _dispatch(group, layout, x, weights, ids)
+                weights = out.weights if layout == "expert" else None
+                again = jax_ep.dispatch(x * 2, handle=out.handle).x
+                return jax_ep.combine(out.x + again, out.handle, weights=weights), out.handle
+
+            def both(x, weights, ids):
+                y, back, handle = jax.vjp(lambda x, w: step(x, w, ids), x, weights, has_aux=True)
+                # The gradient of the weights is a sum that XLA orders.
+                return y, back(y)[0], jax.tree.leaves(handle)
+
+            return on_ranks(both, group.mesh)(X, WEIGHTS, IDS[..., :K])
+
+        got, expected = (jax.tree.leaves(run(g)) for g in (group, groups(R)))
+        for a, b in zip(got, expected, strict=True):
+            assert_same_bits(a, b)
+
+
+def test_info_tells_the_budgets(write, capsys):
+    path = write(("cpu", R, _plain(31, xla=[("combine", "expert")])))
+    by_table = {
+        "dispatch": {"rank": 31, "expert": 32},
+        "cached_dispatch": {"rank": 33, "expert": 34},
+        "combine": {"rank": 35, "expert": "xla"},
+    }
+    source = f"JAX_EP_TUNING={path}, cpu, {R} ranks: made up from 31"
+    with jax_ep.Group.open(make_mesh(R), "ep", name="told") as group:
+        info = group.info()
+        assert (info.num_sms, info.budgets, info.budgets_from) == (None, by_table, source)
+    with jax_ep.Group.open(make_mesh(R), "ep", name="told", backend="cpu") as group:
+        info = group.info()
+        by_table["combine"]["expert"] = 36
+        assert (info.num_sms, info.budgets, info.budgets_from) == (None, by_table, source)
+    with jax_ep.Group.open(make_mesh(R), "ep", name="told", num_sms=9) as group:
+        info = group.info()
+        everywhere = {name: {"rank": 9, "expert": 9} for name in by_table}
+        assert (info.num_sms, info.budgets) == (9, everywhere)
+        assert info.budgets_from == "num_sms of Group.open"
+    write(("cpu", len(jax.devices()), _plain(31, xla=[("combine", "expert")])))
+    __main__.info()
+    printed = capsys.readouterr().out
+    assert "  combine: rank layout 35, expert layout xla\n" in printed
+    assert f"  from JAX_EP_TUNING={path}, cpu, 8 ranks: made up from 31\n" in printed
+
+
+def test_bench_runs_at_the_budgets_and_records_them(budgeted):
+    group = budgeted()
+    for layout in ("rank", "expert"):
+        sizes = Shape(tokens=8, hidden=16, topk=2, experts=4)
+        options = {"dtype": "f32", "num_ranks": R, "balance": None, "fill": "zeros"}
+        point = make_point("small", sizes, layout=layout, **options)
+        default, told = (ours(point, group, "cuda", sms) for sms in (None, 5))
+        for exchange in _tuning.EXCHANGES:
+            assert session._subject(exchange, point, told, group).sms == 5
+            assert session._subject(exchange, point, default, group).sms == SMS[exchange, layout]
+        assert session._subject("round_trip", point, default, group).sms == SMS["combine", layout]
+        stock = ours(point, group, "xla", None)
+        assert session._subject("combine", point, stock, group).sms is None
+        contender = ours(point, group, "cpu", None)
+
+        def trip(x, weights, ids, contender=contender):
+            out = contender.dispatch(x, ids, weights)
+            return contender.combine(out), contender.again(x, out.handle).x
+
+        expected = {"dispatch": "dispatch", "pull_rows": "cached_dispatch", "combine": "combine"}
+        assert _calls(trip, group) == {(t, SMS[e, layout]) for t, e in expected.items()}
+
+
+# --- what tune makes of times
+
+
+@pytest.mark.parametrize(
+    ("us", "expected"),
+    [
+        # Within 3 % of the fastest, the smallest.
+        ({16: 104.0, 20: 103.0, 48: 100.0, 64: 101.0, "xla": 200.0}, {"sms": 20}),
+        ({16: 103.1, 20: 103.1, 48: 100.0, 64: 99.9, "xla": 200.0}, {"sms": 48}),
+        ({64: 100.0, 8: 300.0, "xla": 200.0}, {"sms": 64}),
+        # More is no help.
+        ({8: 100.0, 16: 120.0, 64: 140.0, "xla": 200.0}, {"sms": 8}),
+        # No slower than xla.
+        ({20: 102.0, 24: 101.0, 48: 100.0, "xla": 101.5}, {"sms": 24}),
+        ({20: 102.0, 24: 101.0, 48: 100.0, "xla": 100.0}, {"sms": 48}),
+        ({20: 102.0, 24: 104.0, 48: 100.0, "xla": 99.9}, {"sms": 20, "backend": "xla"}),
+        ({20: 1125.0, 48: 641.0, 64: 494.0, "xla": 677.0}, {"sms": 64}),
+        ({20: 1125.0, 48: 741.0, 64: 694.0, "xla": 677.0}, {"sms": 64, "backend": "xla"}),
+        ({20: 549.0, 48: 260.0, 64: 253.0, "xla": 3000.0}, {"sms": 48}),
+    ],
+)
+def test_tune_picks(us, expected):
+    assert tune.pick_budget(us) == expected
+    assert tune.pick_budget(dict(reversed(us.items()))) == expected
+
+
+def test_tune_writes_what_groups_read(monkeypatch, tmp_path, write):
+    """All of it but for the GPUs: measured, picked, written beside the other part, and read."""
+    path = write(("cpu", R, OLD | {"commit": "older"}), ("b", 2, _plain(1)))
+    original_open, original_session = jax_ep.Group.open, tune.Session
+
+    def open_as_cuda(*args, **kwargs):
+        group = original_open(*args, **kwargs)
+        group.backend = "cuda"
+        return group
+
+    def session_on_cpu(*args, **kwargs):
+        return original_session(*args, **kwargs | {"backends": ["cpu"]})
+
+    times = {8: 50.0, 16: 40.5, 24: 40.0}
+    rows_of = original_session.measure_budgets
+    seen = []
+
+    def rows_with_times(self, point, budgets, progress):
+        """Times that one can say the choice of: xla is faster at combine alone."""
+        rows = rows_of(self, point, budgets, progress)
+        for row in rows:
+            seen.append((row.record.op, row.record.layout, row.record.backend, row.record.sms))
+            stock_us = 39.0 if row.record.op == "combine" else 41.0
+            row.record.us["p50"] = times[row.record.sms] if row.record.sms else stock_us
+        return rows
+
+    monkeypatch.setattr(jax_ep.Group, "open", open_as_cuda)
+    monkeypatch.setattr(tune, "Session", session_on_cpu)
+    monkeypatch.setattr(original_session, "measure_budgets", rows_with_times)
+    monkeypatch.setattr(tune, "_SMS", (8, 16, 24))
+    monkeypatch.setattr(session, "_BUDGET_COUNT", 2)
+    args = Namespace(
+        out=path,
+        records=tmp_path / "records",
+        parts=["exchanges"],
+        most_mib=1,
+        shape="tiny",
+        ranks=R,
+        plot=False,
+        repeats=2,
+        commit="newer",
+    )
+    tune.main(args)
+    ways = [("cpu", 8), ("cpu", 16), ("cpu", 24), ("xla", None)]
+    assert seen == [
+        (exchange, layout, *way)
+        for layout in ("rank", "expert")
+        for exchange in _tuning.EXCHANGES
+        for way in ways
+    ]
+    monkeypatch.setattr(jax_ep.Group, "open", original_open)
+    with jax_ep.Group.open(make_mesh(R), "ep", name="tuned_budgets") as group:
+        info = group.info()
+        assert info.budgets == {
+            "dispatch": {"rank": 16, "expert": 16},
+            "cached_dispatch": {"rank": 16, "expert": 16},
+            "combine": {"rank": "xla", "expert": "xla"},
+        }
+        assert f"JAX_EP_TUNING={path}, cpu, {R} ranks: " in info.budgets_from
+        assert "commit newer" in info.budgets_from
+    tables = {t["device"]: t for t in json.loads(path.read_text())["tables"]}
+    assert (tables["cpu"]["ops"], tables["cpu"]["commit"]) == (OLD["ops"], "older")
+    assert tables["b"]["budgets"] == _plain(1)["budgets"]
+    medians = {"8": 50.0, "16": 40.5, "24": 40.0, "xla": 39.0}
+    assert tables["cpu"]["measured"]["combine"]["expert"] == medians
+    (records,) = (tmp_path / "records").glob("*-dispatch-cached_dispatch-combine.jsonl")
+    assert len(records.read_text().splitlines()) == len(seen)
+
+
+def test_tune_keeps_the_part_that_it_does_not_measure(tmp_path):
+    path = tmp_path / "t.json"
+    own = {"device": "a", "num_ranks": 2}
+    tune._write(path, own | _plain(1) | {"measured": {"combine": {"rank": {"8": 1.0}}}})
+    tune._write(path, own | OLD | {"commit": "c", "measured": {"all_reduce": {"8": {}}}})
+    tune._write(path, own | _plain(11) | {"measured": {"combine": {"rank": {"8": 2.0}}}})
+    (entry,) = json.loads(path.read_text())["tables"]
+    assert entry == own | OLD | _plain(11) | {
+        "commit": "c",
+        "measured": {"combine": {"rank": {"8": 2.0}}, "all_reduce": {"8": {}}},
+    }
