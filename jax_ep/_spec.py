@@ -83,7 +83,7 @@ def _row_major(index: dict[str, int], sizes: dict[str, int], axes: tuple[str, ..
 
 @dataclass(frozen=True)
 class CallSpec:
-    """What every call of a group has; equal on all ranks."""
+    """The static facts of one pull_rows; equal on all ranks."""
 
     group: GroupSpec
     backend: str
@@ -106,17 +106,17 @@ class Routes(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ExchangeSpec(CallSpec):
-    """What a dispatch and a combine have; `routes` are for the operations of its gradient."""
+class ExchangeSpec:
+    """What a dispatch and a combine have; their gradients run other exchanges of these routes."""
 
+    group: GroupSpec
+    routes: Routes
     layout: Layout
     recv_capacity: int
-    routes: Routes
 
     def to_combine(self) -> "CombineSpec":
         """The combine along the same routing."""
-        route = self.routes.combine
-        return CombineSpec(self.group, *route, self.layout, self.recv_capacity, self.routes)
+        return CombineSpec(self.group, self.routes, self.layout, self.recv_capacity)
 
     def to_pull(self) -> CallSpec:
         """The pull_rows along the same routing."""
@@ -132,6 +132,16 @@ class DispatchSpec(ExchangeSpec):
     fill: Fill
 
     @property
+    def backend(self) -> str:
+        """That carries the dispatch."""
+        return self.routes.dispatch.backend
+
+    @property
+    def num_sms(self) -> int:
+        """Of the dispatch."""
+        return self.routes.dispatch.num_sms
+
+    @property
     def num_local_experts(self) -> int:
         """Experts of one rank."""
         return self.num_experts // self.group.num_ranks
@@ -140,6 +150,16 @@ class DispatchSpec(ExchangeSpec):
 @dataclass(frozen=True)
 class CombineSpec(ExchangeSpec):
     """The static facts of one combine, or dispatch along a handle; equal on all ranks."""
+
+    @property
+    def backend(self) -> str:
+        """That carries the combine."""
+        return self.routes.combine.backend
+
+    @property
+    def num_sms(self) -> int:
+        """Of the combine."""
+        return self.routes.combine.num_sms
 
 
 @dataclass(frozen=True)

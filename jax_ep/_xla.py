@@ -117,7 +117,7 @@ def _route_experts(
 
 
 def pull_rows(
-    spec: CallSpec,
+    spec: CallSpec | DispatchSpec,
     index: jax.Array,
     rows: jax.Array,
     *,

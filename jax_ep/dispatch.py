@@ -147,12 +147,10 @@ def prepare(
         _checks.require_dtype(topk_weights, (jnp.float32,), op=op, argument="topk_weights")
         topk_weights = jnp.asarray(topk_weights)
     arrangement = config.choice(Layout, layout, op=op, argument="layout")
-    routes = _checks.require_routes(backend, num_sms, group, arrangement, op=op)
     spec = DispatchSpec(
-        group.spec,
-        *routes.dispatch,
+        group=group.spec,
+        routes=_checks.require_routes(backend, num_sms, group, arrangement, op=op),
         layout=arrangement,
-        routes=routes,
         num_experts=num_experts,
         recv_capacity=_capacity(layout, recv_capacity, num_tokens, num_topk, group, op=op),
         expert_alignment=_alignment(layout, expert_alignment, num_experts, op=op),
@@ -227,9 +225,7 @@ def _dispatch_along(
     _checks.require_shape(rows[0], (num_tokens, rows[0].shape[1]), op=_OP, argument="x")
     layout = Layout[handle.layout.upper()]
     routes = _checks.require_routes(backend, num_sms, found, layout, op=_OP)
-    spec = CombineSpec(
-        found.spec, *routes.cached_dispatch, layout, handle.recv_capacity, routes=routes
-    )
+    spec = CombineSpec(found.spec, routes, layout, handle.recv_capacity)
     rows, index = vary_alike((rows, handle.index()), found)
     moved = _differentiable.dispatch_along(spec, rows, index)
     return _as_dispatched(moved, handle, has_scales=isinstance(x, tuple))

@@ -99,6 +99,7 @@ def test_a_file_serves_what_it_has(write):
         ("any", 2, _plain(11)),
         ("any", 4, _plain(21)),
         ("any", 4, OLD),
+        ("b", 2, _plain(41)),  # an older one
         ("b", 2, OLD | _plain(31)),
     )
     expected = {("a", 2): 1, ("a", 3): 11, ("a", 4): 21, ("a", 8): 21, ("b", 2): 31, ("b", 5): 21}
@@ -325,16 +326,16 @@ def test_a_number_that_was_named_holds(budgeted, program, layout):
         assert _calls(told, group) == {(t, 9) for t in targets}
 
 
-@pytest.mark.parametrize("stock", KEYS, ids=" ".join)
+@pytest.mark.parametrize("stock", [*_tuning.EXCHANGES, "the other layout"])
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_xla_takes_what_it_is_faster_at(budgeted, program, layout, stock):
     """That operation in that layout, in gradients too, and nothing else."""
-    group = budgeted(xla=[stock])
-    forward, back = (targets.split() for targets in TARGETS[program, layout])
-    run = PROGRAMS[program](group, layout, {})
-    for fn, targets in ((run, forward), (_with_gradient(run), forward + back)):
-        kept = [t for t in targets if (_exchange_of(t), layout) != stock]
-        assert _calls(fn, group) == {(t, SMS[_exchange_of(t), layout]) for t in kept}
+    others = [key for key in KEYS if key[1] != layout]
+    group = budgeted(xla=others if stock == "the other layout" else [(stock, layout)])
+    targets = " ".join(TARGETS[program, layout]).split()
+    kept = [t for t in targets if _exchange_of(t) != stock]
+    run = _with_gradient(PROGRAMS[program](group, layout, {}))
+    assert _calls(run, group) == {(t, SMS[_exchange_of(t), layout]) for t in kept}
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -353,29 +354,29 @@ def test_xla_does_not_take_what_a_caller_has_named(budgeted, program, layout):
         assert _calls(told, group) == {(t, 9) for t in targets}
 
 
-@pytest.mark.parametrize("stock", [*((key,) for key in KEYS), KEYS], ids=len)
-def test_bits_are_those_of_the_group(groups, budgeted, stock):
+def _round_trip(group, layout):
+    def step(x, weights, ids):
+        out = _dispatch(group, layout, x, weights, ids)
+        weights = out.weights if layout == "expert" else None
+        again = jax_ep.dispatch(x * 2, handle=out.handle).x
+        return jax_ep.combine(out.x + again, out.handle, weights=weights), out.handle
+
+    def both(x, weights, ids):
+        y, back, handle = jax.vjp(lambda x, w: step(x, w, ids), x, weights, has_aux=True)
+        # The gradient of the weights is a sum that XLA orders.
+        return y, back(y)[0], jax.tree.leaves(handle)
+
+    return jax.tree.leaves(on_ranks(both, group.mesh)(X, WEIGHTS, IDS[..., :K]))
+
+
+def test_bits_are_those_of_the_group(groups, budgeted, layout):
     """A handle of one back end in the other's operations, both ways, and their gradients."""
-    group = budgeted(xla=stock)
-    for layout in ("rank", "expert"):
-
-        def run(group, layout=layout):
-            def step(x, weights, ids):
-                out = _dispatch(group, layout, x, weights, ids)
-                weights = out.weights if layout == "expert" else None
-                again = jax_ep.dispatch(x * 2, handle=out.handle).x
-                return jax_ep.combine(out.x + again, out.handle, weights=weights), out.handle
-
-            def both(x, weights, ids):
-                y, back, handle = jax.vjp(lambda x, w: step(x, w, ids), x, weights, has_aux=True)
-                # The gradient of the weights is a sum that XLA orders.
-                return y, back(y)[0], jax.tree.leaves(handle)
-
-            return on_ranks(both, group.mesh)(X, WEIGHTS, IDS[..., :K])
-
-        got, expected = (jax.tree.leaves(run(g)) for g in (group, groups(R)))
-        for a, b in zip(got, expected, strict=True):
-            assert_same_bits(a, b)
+    expected = _round_trip(groups(R), layout)
+    for stock in [*([(exchange, layout)] for exchange in _tuning.EXCHANGES), KEYS]:
+        group = budgeted(xla=stock)
+        for got, wanted in zip(_round_trip(group, layout), expected, strict=True):
+            assert_same_bits(got, wanted)
+        group.close()
 
 
 def test_info_tells_the_budgets(write, capsys):
