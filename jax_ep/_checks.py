@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_ep import _registry, config
+from jax_ep import _jax_compat, _registry, config
 from jax_ep._spec import Route, Routes
 from jax_ep.config import Layout
 from jax_ep.errors import ConfigError, DTypeError, GroupError, ShapeError
@@ -36,10 +36,13 @@ def require_positive_number(value: Any, *, op: str, argument: str, or_zero: bool
 
 
 def require_array(x: Any, *, op: str, argument: str) -> Any:
-    """An array of JAX or NumPy, as it is: conversion could narrow it before it is checked."""
+    """An array of JAX or NumPy, as it is: conversion could narrow it before it is checked.
+
+    One in host memory (an offloaded residual) comes back on the device.
+    """
     if not hasattr(x, "shape") or not hasattr(x, "dtype"):
         raise DTypeError(f"{op}: {argument} must be an array, got {type(x).__name__}")
-    return x
+    return _jax_compat.on_device_memory(x) if isinstance(x, jax.Array) else x
 
 
 def require_shape(x: jax.Array, shape: Sequence[int], *, op: str, argument: str) -> None:

@@ -31,6 +31,7 @@ __all__ = [
     "manual_axes",
     "mlir",
     "number_in_program",
+    "on_device_memory",
     "on_second_stream",
     "result_aval",
     "vary_alike",
@@ -67,10 +68,19 @@ def vary_alike(arrays: Sequence[jax.Array], axes: Sequence[str]) -> tuple[jax.Ar
     target = frozenset(axes).union(*(varying_axes(jax.typeof(a)) for a in arrays))
 
     def cast(array: jax.Array) -> jax.Array:
+        array = on_device_memory(array)
         missing = tuple(sorted(target - varying_axes(jax.typeof(array))))
         return jax.lax.pcast(array, missing, to="varying") if missing else array
 
     return tuple(cast(a) for a in arrays)
+
+
+def on_device_memory(array: Any) -> Any:
+    """An array that a computation takes; one in host memory is copied to the device."""
+    space = getattr(jax.typeof(array), "memory_space", jax.memory.Space.Device)
+    if space is jax.memory.Space.Device:
+        return array
+    return jax.device_put(array, jax.memory.Space.Device)
 
 
 def distributed_client() -> Any:

@@ -142,6 +142,7 @@ except jax_ep.PeerTimeoutError as e:
 REOPENED = """
 group = jax_ep.Group.open(mesh, "ep", timeout=2.0)
 run = on_group(lambda x, ids: echo(group, x, ids), group)
+assert group.backend != "xla", group.info()
 good = x * num_ranks_of(ids).astype(np.float32)
 assert_same_bits(run(x, ids), good)
 for turn in range(2):

@@ -102,6 +102,7 @@ def contexts():
 jnp.ones(3).block_until_ready()
 before = contexts()
 with jax_ep.Group.open(mesh, "ep", timeout=20.0) as group:
+    assert group.backend == "cuda", group.info()
     group.check(on_group(lambda x, ids: echo(group, x, ids), group)(x, ids))
 assert contexts() == before, (before, contexts())
 print("passed")

@@ -182,9 +182,20 @@ bool CanRead(uint64_t address, size_t bytes, const std::vector<int>& readers) {
 }
 
 int DeviceOfAddress(uint64_t address) {
-  int device = -1;
-  JAX_EP_DRIVER(cuPointerGetAttribute, &device, CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, address);
-  return device;
+  int num_devices = 0;
+  JAX_EP_DRIVER(cuDeviceGetCount, &num_devices);
+  for (int device = 0; device < num_devices; ++device) {
+    unsigned flags = 0;
+    int is_active = 0;
+    JAX_EP_DRIVER(cuDevicePrimaryCtxGetState, device, &flags, &is_active);
+    if (!is_active) continue;
+    // The driver answers for any device, but not without a context.
+    const OnDevice on_device(device);
+    int found = -1;
+    JAX_EP_DRIVER(cuPointerGetAttribute, &found, CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, address);
+    return found;
+  }
+  throw std::runtime_error("no CUDA device has a context");
 }
 
 OnDevice::OnDevice(int64_t device) {

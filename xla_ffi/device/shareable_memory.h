@@ -53,7 +53,7 @@ ExportedAllocation ReadableAllocationOf(uint64_t address, const std::vector<int>
 /// devices says so, all other is taken as readable by its own device alone.
 bool CanRead(uint64_t address, size_t bytes, const std::vector<int>& readers);
 
-/// The CUDA device that an address lies on. Makes no context.
+/// The CUDA device that an address lies on. Makes no context: one of this process must be there.
 int DeviceOfAddress(uint64_t address);
 
 /// Makes a device's primary context current, and what was current before again at the end. The
