@@ -78,7 +78,7 @@ def vary_alike(arrays: Sequence[jax.Array], axes: Sequence[str]) -> tuple[jax.Ar
 def on_device_memory(array: Any) -> Any:
     """An array that a computation takes; one in host memory is copied to the device."""
     space = getattr(jax.typeof(array), "memory_space", jax.memory.Space.Device)
-    if space is jax.memory.Space.Device:
+    if space is not jax.memory.Space.Host:
         return array
     return jax.device_put(array, jax.memory.Space.Device)
 

@@ -26,6 +26,7 @@ Tests CallSiteTests();
 Tests NumericsTests();
 Tests PlanTests();
 Tests ProtocolTests();
+Tests CombineGeometryTests();
 Tests ExchangeTests();
 Tests LinksTests();
 Tests ProcessesTests();

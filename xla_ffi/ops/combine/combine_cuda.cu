@@ -21,8 +21,9 @@ constexpr int kMaxWarps = 12;
 // a peer has several rows of a token (expert layout), it adds these first, into a ring, and one row
 // is pulled from there.
 //
-// Geometry   one block of 12 warps per SM of the budget; a warp takes every n-th part of a row and
-//            keeps kSumStages pieces, of up to 4 KiB, on their way into shared memory.
+// Geometry   one block of 12 warps per SM of the budget, fewer where the rings have no place for
+//            all of them; a warp takes every n-th part of a row and keeps kSumStages pieces, of up
+//            to 4 KiB, on their way into shared memory.
 // Protocol   publishes its operands, meets its peers; filled and emptied for each place of a ring;
 //            ends with read_done to every peer.
 // Traffic    per row of a token: its bytes read, over NVLink if it is its rank's only one; per
@@ -79,29 +80,6 @@ Kernel KernelOf(RecvLayout layout, DType dtype) {
                                      : KernelOf<RecvLayout::kExpert>(dtype);
 }
 
-// Enough parts that the warps do not end far apart, and that few tokens keep all of them busy.
-RowParts MakeParts(const CombineLaunch& launch, int64_t num_warps) {
-  constexpr int64_t kItemsOfWarp = 8;
-  constexpr int64_t kVectorBytes = RowParts::kVectorBytes;
-  const int64_t most_vectors = launch.args.layout == RecvLayout::kRank
-                                   ? kMaxVectorsOf<RecvLayout::kRank>
-                                   : kMaxVectorsOf<RecvLayout::kExpert>;
-  const auto divide = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-  // Equal pieces, so that no stage is half empty.
-  const int64_t num_vectors = divide(launch.row_bytes(), kVectorBytes);
-  const int64_t num_pieces = divide(num_vectors, most_vectors);
-  const int64_t piece_bytes = divide(num_vectors, num_pieces) * kVectorBytes;
-  const int64_t wanted =
-      divide(kItemsOfWarp * num_warps, std::max<int64_t>(1, launch.args.num_tokens));
-  const int64_t pieces_of_part = divide(num_pieces, std::min<int64_t>(wanted, kMaxRowParts));
-  const int64_t count = divide(num_pieces, pieces_of_part);
-  const int64_t tokens_of_turn = divide(num_warps, count) + 1;
-  return {.count = static_cast<int>(count),
-          .bytes = static_cast<uint32_t>(pieces_of_part * piece_bytes),
-          .piece_bytes = static_cast<uint32_t>(piece_bytes),
-          .lag = launch.ring().num_tokens >= 2 * tokens_of_turn ? 1u : 0u};
-}
-
 // As many warps as the device has shared memory for.
 int NumWarps(const DeviceTraits& device) {
   const size_t room = device.max_shared_bytes - sizeof(PeerAddresses);
@@ -129,17 +107,18 @@ cudaError_t LoadCombineKernels(DeviceTraits& device) {
 
 cudaError_t LaunchCombine(const CombineLaunch& launch, const DeviceTraits& device, int num_sms,
                           cudaStream_t stream) {
-  const int num_warps = NumWarps(device);
+  const CombineArgs& args = launch.args;
+  const CombineGeometry g = MakeCombineGeometry(args.layout, args.num_tokens, launch.row_bytes(),
+                                                launch.ring(), num_sms, NumWarps(device));
   Results results;
-  results.Add(launch.args.out, launch.out_bytes());
-  const LaunchConfig config{.num_blocks = num_sms,
-                            .num_threads = num_warps * kWarpSize,
-                            .shared_bytes = num_warps * sizeof(WarpState),
+  results.Add(args.out, launch.out_bytes());
+  const LaunchConfig config{.num_blocks = g.num_blocks,
+                            .num_threads = g.num_warps * kWarpSize,
+                            .shared_bytes = g.num_warps * sizeof(WarpState),
                             .is_behind = false,
                             .priority = device.highest_priority,
                             .stream = stream};
-  return Launch(KernelOf(launch.args.layout, launch.args.dtype), config, launch, launch.ring(),
-                MakeParts(launch, num_sms * num_warps), results);
+  return Launch(KernelOf(args.layout, args.dtype), config, launch, launch.ring(), g.parts, results);
 }
 
 namespace {

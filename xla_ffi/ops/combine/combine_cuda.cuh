@@ -3,44 +3,14 @@
 
 #include <cuda_runtime_api.h>
 
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
 #include "core/protocol.h"
 #include "ops/combine/combine.h"
+#include "ops/combine/combine_geometry.h"
 
 namespace jax_ep {
-
-inline constexpr size_t kMaxRingBytes = 32 * 1024 * 1024;
-/// A row is summed in up to so many parts, by different warps.
-inline constexpr int kMaxRowParts = 4;
-
-/// Expert layout: where a rank leaves, for each of its peers, the sums of a token's rows that it
-/// holds: one row crosses to the token's rank instead of several.
-///
-/// A ring for each peer, in scratch of the call. Token t has place t % num_tokens; PartialCells
-/// says of each part of a place when it is filled, and when it may be filled again.
-struct PartialRing {
-  int32_t num_tokens = 0;  // places; 0: rows cross one by one
-
-  static PartialRing Of(RecvLayout layout, int num_ranks, int64_t num_tokens, int num_slots,
-                        size_t row_bytes) {
-    if (layout == RecvLayout::kRank || num_ranks == 1 || num_slots == 1) return {};
-    const int64_t room = kMaxRingBytes / ((num_ranks - 1) * row_bytes);
-    const int64_t most = std::min<int64_t>(room, kMaxPartialCells / (num_ranks * kMaxRowParts));
-    return {static_cast<int32_t>(std::min(num_tokens, most))};
-  }
-  /// The rings of one rank.
-  size_t Bytes(int num_ranks, size_t row_bytes) const {
-    return num_tokens == 0 ? 0 : (num_ranks - 1) * static_cast<size_t>(num_tokens) * row_bytes;
-  }
-
-  /// Of the partial sum that `holder` has for token `token` of rank `owner`, in rows.
-  JAX_EP_HOST_DEVICE int64_t Row(int holder, int owner, uint32_t token) const {
-    return int64_t{owner < holder ? owner : owner - 1} * num_tokens + token % num_tokens;
-  }
-};
 
 /// What the kernel gets.
 struct CombineLaunch {

@@ -33,23 +33,6 @@ struct TermList {
   Term terms[kMaxTerms];
 };
 
-// A piece of a row is up to so many times 16 bytes for each lane; as many as there are registers
-// for.
-template <RecvLayout kLayout>
-inline constexpr int kMaxVectorsOf = kLayout == RecvLayout::kRank ? 8 : 7;
-inline constexpr int kMaxVectors = 8;
-
-// How rows are shared between warps.
-struct RowParts {
-  int count;
-  uint32_t bytes;  // of each but the last; whole pieces
-  uint32_t piece_bytes;
-  uint32_t lag;  // see TermLister
-
-  static constexpr uint32_t kVectorBytes = sizeof(uint4) * kWarpSize;
-  __device__ int num_vectors() const { return static_cast<int>(piece_bytes / kVectorBytes); }
-};
-
 // Where the choices of a token went, on their way into shared memory.
 struct Choices {
   int32_t rank[kMaxTerms];
@@ -62,10 +45,10 @@ inline constexpr int kChoicesAhead = 2;
 // adds what it holds of each peer's token of one number, and its own rank's token of the number
 // `lag` turns before, for which the peers have added theirs by then.
 //
-// In this order no warp waits for ever. With a lag of 1 a ring is at least two turns long: a sum of
-// a peer's token waits for a place that an earlier turn empties, and an own token for sums of the
-// turn before. Without, both wait for smaller numbers, or for sums of peers' tokens of the same
-// one.
+// In this order no warp waits for ever. With a lag of 1 a ring is at least two turns long
+// (MakeCombineGeometry): a sum of a peer's token waits for a place that an earlier turn empties,
+// and an own token for sums of the turn before. Without, a ring is at least one turn long: a sum
+// of a peer's token waits for the turn before, and an own token for sums of the same turn.
 //
 // What a list needs is read while the lists before it are worked on: under load every answer takes
 // microseconds. First where the choices went, then their weights.

@@ -387,6 +387,12 @@ void TestMatrix(int num_devices, bool is_small) {
     deep.share_masked = 0.3;
     const bool is_deep = num_ranks > 3 && !is_small;
     if (is_deep) TestRoundTrip<BF16>(deep, DType::kBF16, ranks, num_sms(), seed++);
+    // Of eight ranks, with places for half of the warps.
+    Case narrow = deep;
+    narrow.num_tokens = 20;
+    narrow.capacity = 80;
+    narrow.row_bytes = 512 * 1024;
+    if (is_deep) TestRoundTrip<BF16>(narrow, DType::kBF16, ranks, most_sms, seed++);
     const int num_reductions = TestReductions(ranks, is_small);
     std::printf("R=%d: %d cases, %d reductions\n", num_ranks, seed, num_reductions);
     std::fflush(stdout);
