@@ -61,6 +61,20 @@ def test_too_many_choices_are_refused(group):
         on_ranks(lambda x, i: call(x, i).x, group.mesh)(x, ids.astype(np.int32))
 
 
+def test_rows_of_more_than_a_gib_are_refused(group):
+    """Kernels count the bytes of a row in 32 bits: a wider row would be copied in part."""
+    hidden = 2**29 + 8
+
+    def call(ids):
+        x = jnp.zeros((1, hidden), jnp.bfloat16)
+        received = jax_ep.dispatch(x, ids, group=group, num_experts=group.num_ranks)
+        return received.x[:, :8]
+
+    ids = np.zeros((group.num_ranks, 1, 1), np.int32)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"dispatch: a row of array 0 has 107374"):
+        jax.block_until_ready(on_ranks(call, group.mesh)(ids))
+
+
 def _echo(group, x, ids, num_sms=None):
     """Every token comes back once for each rank that it was sent to."""
     options = {"group": group, "num_experts": 8 * group.num_ranks, "num_sms": num_sms}

@@ -13,4 +13,7 @@ struct RowStream {
 
 inline constexpr int kMaxRowStreams = 4;
 
+/// Kernels count the bytes of a row in 32 bits.
+inline constexpr size_t kMaxRowBytes = size_t{1} << 30;
+
 }  // namespace jax_ep

@@ -259,13 +259,20 @@ struct Results {
   struct Span {
     void* data;
     int64_t bytes;
-    uint8_t value;
+    uint8_t value = 0xff;
   };
   Span spans[kMax];
   int count = 0;
 
-  void Add(void* data, int64_t bytes, uint8_t value = 0xff) {
-    if (data != nullptr) spans[count++] = {data, bytes, value};
+  /// Leaves out results that are absent: null.
+  template <size_t kCount>
+  static Results Of(const Span (&all)[kCount]) {
+    static_assert(kCount <= kMax, "a call has more results than Results has room for");
+    Results results;
+    for (const Span& span : all) {
+      if (span.data != nullptr) results.spans[results.count++] = span;
+    }
+    return results;
   }
 };
 

@@ -19,6 +19,7 @@ inline constexpr int kMaxMoveWarps = 24;
 inline constexpr size_t kMaxPieceBytes = 16 * 1024;
 inline constexpr size_t kMinBulkRowBytes = 512;
 inline constexpr size_t kMoveSharedBytes = 216 * 1024;
+static_assert(kMaxRowBytes + kMaxPieceBytes <= UINT32_MAX);
 
 // How the rows of a block are shared between its warps, decided on the host.
 struct MoveGeometry {

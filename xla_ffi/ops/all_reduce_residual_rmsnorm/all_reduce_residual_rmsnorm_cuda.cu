@@ -218,9 +218,8 @@ cudaError_t LaunchRmsNorm(const RmsNormLaunch& launch, Algorithm algorithm,
       .is_behind = false,
       .priority = device.highest_priority,
       .stream = stream};
-  Results results;
-  results.Add(args.normed, args.bytes());
-  results.Add(args.new_residual, args.bytes());
+  const Results results =
+      Results::Of({{args.normed, args.bytes()}, {args.new_residual, args.bytes()}});
   return Launch(KernelOf(args.dtype, algorithm != Algorithm::kLowLatency), config, launch, results);
 }
 

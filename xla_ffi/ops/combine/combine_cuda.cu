@@ -110,8 +110,7 @@ cudaError_t LaunchCombine(const CombineLaunch& launch, const DeviceTraits& devic
   const CombineArgs& args = launch.args;
   const CombineGeometry g = MakeCombineGeometry(args.layout, args.num_tokens, launch.row_bytes(),
                                                 launch.ring(), num_sms, NumWarps(device));
-  Results results;
-  results.Add(args.out, launch.out_bytes());
+  const Results results = Results::Of({{args.out, launch.out_bytes()}});
   const LaunchConfig config{.num_blocks = g.num_blocks,
                             .num_threads = g.num_warps * kWarpSize,
                             .shared_bytes = g.num_warps * sizeof(WarpState),
@@ -137,8 +136,11 @@ ffi::Error Combine(DeviceSite* site, cudaStream_t stream, int32_t device_id, I32
                  " must be at most ", kMaxTerms);
   JAX_EP_REQUIRE(launch.row_bytes() > 0 && launch.row_bytes() % 16 == 0,
                  "combine: a row must be a multiple of 16 bytes");
-  JAX_EP_REQUIRE(launch.row_bytes() < (1u << 30), "combine: a row has ", launch.row_bytes(),
-                 " bytes, at most 1 GiB");
+  JAX_EP_REQUIRE(launch.row_bytes() <= kMaxRowBytes, "combine: a row has ", launch.row_bytes(),
+                 " bytes, at most ", kMaxRowBytes);
+  JAX_EP_REQUIRE(launch.args.num_tokens <= INT32_MAX / kMaxRowParts,
+                 "combine: parts of tokens must be countable in int32, got num_tokens=",
+                 launch.args.num_tokens);
   launch.workspace = workspace->untyped_data();
   JAX_EP_REQUIRE(workspace->size_bytes() >= launch.workspace_bytes(), "combine: the workspace has ",
                  workspace->size_bytes(), " bytes, needs ", launch.workspace_bytes());

@@ -76,18 +76,24 @@ Results ResultsOf(const DispatchArgs& a) {
   const int64_t rows = d.recv_capacity;
   const int64_t choices = d.layout == RecvLayout::kRank ? rows * d.num_topk : rows;
   constexpr int64_t kWord = sizeof(int32_t);
-  Results results;
-  for (int i = 0; i < a.num_streams; ++i) {
-    results.Add(a.streams[i].out, rows * static_cast<int64_t>(a.streams[i].row_bytes));
-  }
-  results.Add(a.recv_weights, choices * kWord);
-  results.Add(a.recv_topk_idx, choices * kWord);
-  results.Add(a.recv_src, rows * kWord);
-  results.Add(a.recv_k, rows * kWord);
-  results.Add(a.send_row, d.num_tokens * d.num_send_slots() * kWord);
-  results.Add(a.group_sizes, d.experts.num_local_experts() * kWord, 0);
-  for (int32_t* count : {a.num_recv, a.num_dropped, a.num_invalid}) results.Add(count, kWord, 0);
-  return results;
+  const auto stream = [&](int i) -> Results::Span {
+    if (i >= a.num_streams) return {nullptr, 0};
+    return {a.streams[i].out, rows * static_cast<int64_t>(a.streams[i].row_bytes)};
+  };
+  static_assert(kMaxRowStreams == 4);
+  return Results::Of({stream(0),
+                      stream(1),
+                      stream(2),
+                      stream(3),
+                      {a.recv_weights, choices * kWord},
+                      {a.recv_topk_idx, choices * kWord},
+                      {a.recv_src, rows * kWord},
+                      {a.recv_k, rows * kWord},
+                      {a.send_row, d.num_tokens * d.num_send_slots() * kWord},
+                      {a.group_sizes, d.experts.num_local_experts() * kWord, 0},
+                      {a.num_recv, kWord, 0},
+                      {a.num_dropped, kWord, 0},
+                      {a.num_invalid, kWord, 0}});
 }
 
 }  // namespace
@@ -156,6 +162,10 @@ ffi::Error Dispatch(DeviceSite* site, cudaStream_t stream, int32_t device_id, I3
                      site->num_ranks, launch.args);
   if (error.failure()) return error;
   JAX_EP_REQUIRE(launch.args.shape.num_tokens > 0, "dispatch: there are no tokens");
+  for (int i = 0; i < launch.args.num_streams; ++i) {
+    JAX_EP_REQUIRE(launch.args.streams[i].row_bytes <= kMaxRowBytes, "dispatch: a row of array ", i,
+                   " has ", launch.args.streams[i].row_bytes, " bytes, at most ", kMaxRowBytes);
+  }
   DeviceCall call;
   error = FindDevice("dispatch", site, device_id, num_sms, call);
   if (error.failure()) return error;

@@ -50,8 +50,8 @@ cudaError_t Invert(const PullRowsArgs& args, const DeviceTraits& device, int num
 template <typename Items>
 MoveArgs<Items> MakeMove(const PullRowsLaunch& launch, const Items& items) {
   const PullRowsArgs& args = launch.args;
-  Results results;
-  results.Add(args.out, args.num_pulled * static_cast<int64_t>(args.row_bytes));
+  const Results results =
+      Results::Of({{args.out, args.num_pulled * static_cast<int64_t>(args.row_bytes)}});
   return {.self = launch.self,
           .op = OpId::kPullRows,
           .position = launch.position,
@@ -108,6 +108,8 @@ ffi::Error PullRows(DeviceSite* site, cudaStream_t stream, int32_t device_id, I3
   if (error.failure()) return error;
   JAX_EP_REQUIRE(launch.args.num_rows > 0 && launch.args.num_pulled > 0,
                  "pull_rows: there are no rows");
+  JAX_EP_REQUIRE(launch.args.row_bytes <= kMaxRowBytes, "pull_rows: a row has ",
+                 launch.args.row_bytes, " bytes, at most ", kMaxRowBytes);
   JAX_EP_REQUIRE(launch.args.num_slots <= kWarpSize, "pull_rows: num_slots=", launch.args.num_slots,
                  " must be at most ", kWarpSize);
   DeviceCall call;

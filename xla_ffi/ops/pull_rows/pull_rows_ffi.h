@@ -35,6 +35,10 @@ inline ffi::Error DecodePullRows(I32Buffer index, I32Buffer slot, ffi::AnyBuffer
           .places = DataOrNull(places),
           .rows = static_cast<const std::byte*>(rows.untyped_data()),
           .out = static_cast<std::byte*>(out.untyped_data())};
+  JAX_EP_REQUIRE(
+      args.num_pulled <= INT32_MAX && args.num_rows <= INT32_MAX / num_ranks,
+      "pull_rows: rows of all ranks and of the result must be countable in int32, got num_rows=",
+      args.num_rows, " of ", num_ranks, " ranks, num_pulled=", args.num_pulled);
   JAX_EP_REQUIRE(Dim(out, 0) == args.num_pulled && RowBytes(out) == args.row_bytes,
                  "pull_rows: the result does not fit index and rows");
   JAX_EP_REQUIRE(
