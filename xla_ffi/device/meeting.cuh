@@ -49,6 +49,7 @@ __device__ bool AwaitBlocks(const Endpoint& self, OpId op, uint32_t epoch, Cell&
         },
         [&] {
           int num_seen = 1;  // this rank does not tell itself
+#pragma unroll 1
           for (int peer = 0; peer < self.num_ranks; ++peer) {
             if (peer != self.rank) num_seen += LoadAcquire(cell(self.rank, peer)).epoch == epoch;
           }
@@ -96,9 +97,10 @@ struct SignalRow {
   }
 };
 
-/// How many ranks have sent the signal of `row` in a call.
+/// How many ranks have sent the signal of `row` in a call. Not unrolled: it runs after a timeout.
 __device__ inline int CountSeen(const Endpoint& self, SignalRow row, uint32_t epoch) {
   int num_seen = 0;
+#pragma unroll 1
   for (int r = 0; r < self.num_ranks; ++r) num_seen += LoadAcquire(row.Of(r)).epoch == epoch;
   return num_seen;
 }
