@@ -17,6 +17,7 @@ from jax_ep.errors import DTypeError as DTypeError
 from jax_ep.errors import GroupError as GroupError
 from jax_ep.errors import JaxEpError as JaxEpError
 from jax_ep.errors import PeerTimeoutError as PeerTimeoutError
+from jax_ep.errors import ProgramError as ProgramError
 from jax_ep.errors import RoutingError as RoutingError
 from jax_ep.errors import ShapeError as ShapeError
 from jax_ep.fp8 import dequantize_fp8 as dequantize_fp8

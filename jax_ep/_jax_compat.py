@@ -7,6 +7,7 @@ import ctypes
 import inspect
 import itertools
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, ParamSpec, TypeVar
 
 import jax
@@ -26,6 +27,7 @@ __all__ = [
     "batching",
     "default_heartbeat_timeout",
     "distributed_client",
+    "excuse_effects",
     "is_ready",
     "lowering_mesh",
     "manual_axes",
@@ -33,9 +35,11 @@ __all__ = [
     "number_in_program",
     "on_device_memory",
     "on_second_stream",
+    "plain_array",
     "result_aval",
     "vary_alike",
     "varying_axes",
+    "wait_for_effects",
 ]
 
 
@@ -123,9 +127,57 @@ def abandon_runtime() -> None:
 
 
 def is_ready(array: jax.Array) -> bool:
-    """Whether block_until_ready would not wait, in this process."""
-    found: bool = array.is_ready()  # type: ignore[attr-defined]
+    """Whether block_until_ready would not wait, in this process: also for a deleted array."""
+    try:
+        found: bool = array.is_ready()  # type: ignore[attr-defined]
+    except RuntimeError:
+        if not array.is_deleted():
+            raise
+        return True
     return found
+
+
+def plain_array(array: jax.Array) -> jax.Array | None:
+    """The array itself; for a key array, the one that holds its bits. None: it has been deleted."""
+    if not jax.numpy.issubdtype(array.dtype, jax.dtypes.prng_key):
+        return array
+    return None if array.is_deleted() else jax.random.key_data(array)
+
+
+def wait_for_effects() -> list[Exception]:
+    """Waits for the effects of this thread, as jax.effects_barrier; returns what they failed with.
+
+    Until 0.11 the barrier stops at the first failure, and keeps it for the next time.
+    """
+    problems: list[Exception] = []
+    tokens = dispatch.runtime_tokens
+    for token in [*tokens.current_tokens.values(), *tokens.output_runtime_tokens.values()]:
+        try:
+            token.block_until_ready()
+        except jax.errors.JaxRuntimeError as e:
+            problems.append(e)
+    tokens.clear()
+    return problems
+
+
+class _ExcusedToken:
+    """A token of unordered effects that somebody may wait for, and that never raises."""
+
+    def __init__(self, token: Any):
+        self._token = token
+
+    def block_until_ready(self) -> None:
+        with suppress(jax.errors.JaxRuntimeError):
+            self._token.block_until_ready()
+
+
+def excuse_effects() -> None:
+    """From now on no failure is raised for the effects of this thread. Waits for nothing."""
+    tokens = dispatch.runtime_tokens
+    # A program with ordered effects takes the token of the last one as an operand, and would fail.
+    tokens.current_tokens.clear()
+    for device, token in tokens.output_runtime_tokens.items():
+        tokens.output_runtime_tokens[device] = _ExcusedToken(token)
 
 
 def on_second_stream(fn: Callable[P, T]) -> Callable[P, T]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from jax_ep import _native, _sockets, config
 from jax_ep._bootstrap import Meeting
-from jax_ep._settle import drain
+from jax_ep._drain import drain
 from jax_ep._spec import GroupSpec
 from jax_ep.errors import GroupError
 

@@ -1,6 +1,9 @@
-"""The only mutable state of a process: groups open, modules registered."""
+"""The only mutable state of a process: groups open, modules registered, failures told."""
 
+import weakref
 from typing import TYPE_CHECKING
+
+import jax
 
 from jax_ep.errors import GroupError
 
@@ -9,6 +12,8 @@ if TYPE_CHECKING:
 
 open_groups: "dict[str, Group]" = {}
 registered_backends: set[str] = set()
+# Arrays whose failure some check() has raised: JAX raises it at every look.
+told_failures: "list[weakref.ref[jax.Array]]" = []
 
 
 def find_group(identity: str, *, op: str) -> "Group":

@@ -79,6 +79,13 @@ class PeerTimeoutError(JaxEpError, RuntimeError):
         return {name: getattr(self, name) for name in names}
 
 
+class ProgramError(JaxEpError, RuntimeError):
+    """A program failed in JAX, not in the group: a callback raised, a device ran out of memory.
+
+    `__cause__` is what JAX raised. The group stays usable.
+    """
+
+
 class LaunchError(JaxEpError, RuntimeError):
     """A program of several processes failed, or did not end in time."""
 
@@ -115,3 +122,11 @@ def error_of(record: dict[str, Any]) -> JaxEpError:
             "(JAX_EP_STAGING_MB), as a constant of the program may be"
         )
     return GroupError(f"{op}: rank {rank} arrived twice at one call: {record}")
+
+
+def program_error(op: str, cause: Exception) -> ProgramError:
+    """What JAX has raised for a program, as an exception; the caller raises it from `cause`."""
+    # The message of a callback that has raised ends in its exception, behind a traceback.
+    lines = str(cause).split("\n")
+    last = next((line for line in reversed(lines) if line.strip()), type(cause).__name__)
+    return ProgramError(f"{op}: a program failed in JAX, not in the group: {last}")

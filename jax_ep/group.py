@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -25,9 +26,16 @@ from jax_ep import (
 from jax_ep._backends import Usability
 from jax_ep._group_info import GroupInfo
 from jax_ep._native_group import NativeGroup
-from jax_ep._settle import settle
+from jax_ep._settle import arrays_in, cause_of, excuse_failures, live_arrays, settle, wait
 from jax_ep._spec import GroupSpec
-from jax_ep.errors import GroupError, JaxEpError, PeerTimeoutError, RoutingError, error_of
+from jax_ep.errors import (
+    GroupError,
+    JaxEpError,
+    PeerTimeoutError,
+    RoutingError,
+    error_of,
+    program_error,
+)
 
 __all__ = ["Group", "GroupInfo"]
 
@@ -262,6 +270,7 @@ class Group:
                 # The others may wait in their calls for what this process does no more.
                 self._meeting.leave_alone_at_exit()
                 self._loss()
+                excuse_failures(error, self._devices())
             if (failure := self._recorded()) is not None and str(failure) != str(error):
                 # It may be why: a failed call gives NaNs.
                 error.add_note(f"group {self.identity}: {type(failure).__name__}: {failure}")
@@ -287,26 +296,40 @@ class Group:
           *results: arrays, or pytrees of them, of the launches to look at; they are waited for.
             Without any, every live array on the group's devices is.
 
+        A deleted or donated array is nothing to wait for.
+
         Collective: no.
         Raises: PeerTimeoutError, GroupError, at every call from then on; RoutingError (debug mode),
-          once.
+          once; ProgramError, from what JAX raised, where a program failed otherwise: at every call
+          that is given its results, once at those without any.
         """
         self._require_own_process("Group.check")
-        devices = set(self.mesh.devices.flat)
-        waited = results or [
-            a for a in jax.live_arrays() if not a.is_deleted() and devices & a.devices()
-        ]
-        if self._meeting.is_alone:
-            jax.block_until_ready(waited)
-        else:
-            settle(waited, failure=self._failure, loss=self._loss, timeout=self.timeout)
-        jax.effects_barrier()
-        self._raise_record()
+        arrays = arrays_in(results) if results else live_arrays(self._devices())
+        problems = self._wait(arrays) + _jax_compat.wait_for_effects()
+        self._raise_record(problems)
 
-    def _raise_record(self) -> None:
+    def wait_for_results(self, *results: Any) -> None:
+        """The same for results alone: what programs before have failed with is left to others."""
+        self._raise_record(self._wait(arrays_in(results)))
+
+    def _wait(self, arrays: list[jax.Array]) -> list[Exception]:
+        """What JAX raises for the arrays."""
+        if self._meeting.is_alone:
+            return wait(arrays)
+        return settle(arrays, failure=self._failure, loss=self._loss, timeout=self.timeout)
+
+    def _devices(self) -> set[jax.Device]:
+        return set(self.mesh.devices.flat)
+
+    def _raise_record(self, problems: Sequence[Exception] = ()) -> None:
+        """Raises the group's own failure, or else what JAX raised; whatever that was, behind it."""
         failure = self._recorded()
-        if failure is not None:
-            raise failure
+        if not problems:
+            if failure is not None:
+                raise failure
+            return
+        cause = cause_of(problems)
+        raise failure or program_error("Group.check", cause) from cause
 
     def _recorded(self) -> JaxEpError | None:
         """What went wrong as far as is known now, without waiting for anything."""
