@@ -15,6 +15,7 @@ from jax_ep.dispatch_fp8 import dispatch_fp8 as dispatch_fp8
 from jax_ep.errors import ConfigError as ConfigError
 from jax_ep.errors import DTypeError as DTypeError
 from jax_ep.errors import GroupError as GroupError
+from jax_ep.errors import GroupInterruptedError as GroupInterruptedError
 from jax_ep.errors import JaxEpError as JaxEpError
 from jax_ep.errors import PeerTimeoutError as PeerTimeoutError
 from jax_ep.errors import ProgramError as ProgramError

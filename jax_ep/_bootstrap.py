@@ -221,6 +221,12 @@ class Meeting:
         with suppress(GroupError):  # no module, no teardown of its own
             _native.load("cpu").exit_without_teardown()
 
+    def leave_alone_now(self) -> None:
+        """The same when the interpreter exits already."""
+        if not self.is_alone:
+            self._leaves_alone = True
+            self._leave(_native.load("cpu"))
+
     def _leave(self, native: ModuleType) -> None:
         if not self._leaves_alone or _jax_compat.distributed_client() is None:
             return

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from typing_extensions import CapsuleType
+
 
 def registrations() -> dict[str, object]:
     """Target name to handler capsules."""
@@ -45,6 +47,26 @@ def exit_without_teardown() -> None:
     """
     From now on the process ends with the interpreter, and runs no destructors.
     """
+
+def watch_interrupts() -> None:
+    """
+    From now on an interrupt (SIGINT) ends calls that wait for peers, if the signal has a
+    handler: once more after that handler was replaced.
+    """
+
+def num_interrupts() -> int:
+    """Interrupts so far, since they are watched."""
+
+def leave_by_interrupt() -> None:
+    """
+    From now on the process ends: calls that wait are ended as by interrupts.
+    """
+
+def any_waits() -> bool:
+    """Whether a call of a group waits in this process."""
+
+def interrupts() -> CapsuleType:
+    """What the groups of other modules join."""
 
 def try_reading(pid: int, address: int, expected: int) -> str | None:
     """

@@ -4,6 +4,8 @@ CUDA twins of jax_ep's operations, and the native half of groups on GPUs.
 
 from collections.abc import Sequence
 
+from typing_extensions import CapsuleType
+
 
 def registrations() -> dict[str, object]:
     """Target name to handler capsules."""
@@ -36,6 +38,12 @@ class Group:
         """
         After another process was lost: what runs on the devices may never end, so the group's
         end will not wait for it, nor free what it uses.
+        """
+
+    def join_interrupts(self, interrupts: CapsuleType) -> None:
+        """
+        From now on calls that wait end when the process is interrupted, as the capsule of the
+        CPU module tells.
         """
 
     def set_epoch(self, epoch: int) -> None:

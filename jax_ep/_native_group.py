@@ -162,6 +162,7 @@ class Opening:
             staging_bytes=staging_bytes,
             stages_all=why_staged is not None,
         )
+        handle.join_interrupts(_native.load("cpu").interrupts())
         return NativeGroup(
             handle, "cuda", why_staged, None if why_staged is None else staging_bytes
         )

@@ -1,4 +1,4 @@
-"""The only mutable state of a process: groups open, modules registered, failures told."""
+"""The only mutable state of a process: groups open, modules registered, what was told."""
 
 import weakref
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ open_groups: "dict[str, Group]" = {}
 registered_backends: set[str] = set()
 # Arrays whose failure some check() has raised: JAX raises it at every look.
 told_failures: "list[weakref.ref[jax.Array]]" = []
+interrupts_survived: int | None = None  # None: nobody watches them
 
 
 def find_group(identity: str, *, op: str) -> "Group":

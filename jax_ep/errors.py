@@ -30,6 +30,13 @@ class GroupError(JaxEpError, RuntimeError):
     """A group is closed, unknown, over another mesh, or cannot be opened."""
 
 
+class GroupInterruptedError(GroupError):
+    """The user has interrupted a process (SIGINT, Ctrl-C) while calls of the group waited there.
+
+    The process itself gets KeyboardInterrupt. The group is unusable from then on, in all processes.
+    """
+
+
 class RoutingError(JaxEpError, ValueError):
     """Debug mode: the routing holds ids that are no experts, or one expert twice in a token."""
 
@@ -104,6 +111,12 @@ def error_of(record: dict[str, Any]) -> JaxEpError:
     op, rank, peer = record["op"], record["rank"], record["peer"]
     if kind in ("peer_timeout", "peer_lost"):
         return PeerTimeoutError(**record, is_lost=kind == "peer_lost")
+    if kind == "interrupted":
+        expected, seen = record["expected"], record["seen"]
+        waited = f"rank {peer}: expected {expected} ranks, got {seen}" if peer >= 0 else "its peers"
+        return GroupInterruptedError(
+            f"{op}: the process of rank {rank} was interrupted while it waited for {waited}"
+        )
     if kind == "mesh_mismatch":
         return GroupError(
             f"{op}: the program ran over another mesh or device order than the group: the device "

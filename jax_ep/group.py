@@ -1,5 +1,6 @@
 """Group: the ranks that exchange rows, and everything they own."""
 
+import atexit
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from jax_ep import (
     _backends,
     _bootstrap,
     _group_info,
+    _interrupts,
     _jax_compat,
     _native,
     _native_group,
@@ -30,6 +32,7 @@ from jax_ep._settle import arrays_in, cause_of, excuse_failures, live_arrays, se
 from jax_ep._spec import GroupSpec
 from jax_ep.errors import (
     GroupError,
+    GroupInterruptedError,
     JaxEpError,
     PeerTimeoutError,
     RoutingError,
@@ -193,6 +196,7 @@ class Group:
         for backend in ("cpu", "cuda"):
             if _backends.is_complete(self.backends[backend]):
                 self._open_native(backend, is_wanted=is_wanted)
+        self._watch_interrupts()
         _registry.open_groups[self.identity] = self
         # In the self-test ranks wait for one another where nobody can tell them of a failure.
         self.wait_for_all("native half")
@@ -266,7 +270,7 @@ class Group:
             if error is None:
                 self.check()
                 return
-            if isinstance(error, Exception):
+            if isinstance(error, Exception | KeyboardInterrupt):
                 # The others may wait in their calls for what this process does no more.
                 self._meeting.leave_alone_at_exit()
                 self._loss()
@@ -305,8 +309,10 @@ class Group:
         """
         self._require_own_process("Group.check")
         arrays = arrays_in(results) if results else live_arrays(self._devices())
+        self._watch_interrupts()
         problems = self._wait(arrays) + _jax_compat.wait_for_effects()
         self._raise_record(problems)
+        _interrupts.survive()
 
     def wait_for_results(self, *results: Any) -> None:
         """The same for results alone: what programs before have failed with is left to others."""
@@ -317,6 +323,11 @@ class Group:
         if self._meeting.is_alone:
             return wait(arrays)
         return settle(arrays, failure=self._failure, loss=self._loss, timeout=self.timeout)
+
+    def _watch_interrupts(self) -> None:
+        """Or watches them again, where somebody has set a handler since."""
+        if self._native_group is not None:
+            _interrupts.watch()
 
     def _devices(self) -> set[jax.Device]:
         return set(self.mesh.devices.flat)
@@ -350,15 +361,19 @@ class Group:
         if record is None:
             return None
         failure = error_of(record)
-        if isinstance(failure, PeerTimeoutError):
+        if isinstance(failure, PeerTimeoutError | GroupInterruptedError):
             self._leave_alone()
         return failure
 
     def _leave_alone(self) -> None:
-        """A peer may be lost: no end waits for it, the interpreter's or the group's."""
+        """A peer may be lost, or will be: no end waits for it, the interpreter's or the group's."""
         self._meeting.leave_alone_at_exit()
         if self._native_group is not None and not self._meeting.is_alone:
             self._native_group.abandon()
+
+    def leave_alone_now(self) -> None:
+        """At the exit of the interpreter, which would wait for the other processes."""
+        self._meeting.leave_alone_now()
 
     def _loss(self) -> JaxEpError | None:
         """A process that has ended, though no custom call has waited for it."""
@@ -413,3 +428,6 @@ class Group:
                 f"[-1, num_experts) and repeats an expert in a token {int(num_repeated)} times"
             )
             self._bad_routings[line] += 1
+
+
+atexit.register(_interrupts.end_program)

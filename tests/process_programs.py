@@ -180,6 +180,28 @@ with jax_ep.Group.open(mesh, "ep", timeout=3.0) as group:
 """
 
 
+INTERRUPTED = """
+group = jax_ep.Group.open(mesh, "ep", timeout=90.0)
+run = on_group(lambda x, ids: echo(group, x, ids), group)
+group.check(run(x, ids))
+how, who = sys.argv[1:]
+waits = {"asarray": lambda y: [np.asarray(s.data) for s in y.addressable_shards],
+         "check": group.check}
+group._native_group.handle.skip_rank(R - 1)
+y = run(x, ids)
+if str(me) in who:
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+try:
+    while True:  # the calls of the rank that stays away do not wait: its process is told later
+        waits[how](y)
+        group.check(y)
+        time.sleep(0.01)
+except jax_ep.GroupInterruptedError as e:
+    print(e)
+    sys.exit(7)
+"""
+
+
 def run_on_cpus(program, *argv, processes=2, devices=2, deadline=240.0, exit_codes=None):
     return launch.launch(
         ["-c", START + program, *argv],

@@ -1,6 +1,9 @@
 """On NVIDIA GPUs: JAX_PLATFORMS=cuda,cpu pytest -m gpu."""
 
 import gc
+import os
+import signal
+import threading
 import time
 from functools import partial
 
@@ -329,3 +332,56 @@ def test_the_end_of_a_group_waits_without_pythons_lock():
     np.testing.assert_array_equal(y, np.full((num_ranks, 8), num_ranks + 20))
     jax.effects_barrier()
     assert len(seen) == 20 * num_ranks
+
+
+def _interrupt_soon():
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+
+@pytest.mark.parametrize("wait", [np.asarray, lambda y: y.block_until_ready()])
+def test_an_interrupt_ends_a_wait_for_a_peer(group, wait):
+    """KeyboardInterrupt comes as usual; the group has failed, and the devices live."""
+    if group.num_ranks < 2:
+        pytest.skip("needs two GPUs")
+    x = np.ones((group.num_ranks, 4, 8), np.float32)
+    ids = np.zeros((group.num_ranks, 4, 1), np.int32)
+    failing = jax_ep.Group.open(_mesh(), "ep", name="interrupted", timeout=60.0)
+    step = on_ranks(lambda x, ids: _echo(failing, x, ids)[0], failing.mesh)
+    failing.check(step(x, ids))
+    failing._native_group.handle.skip_rank(1)
+    y = step(x, ids)
+    start = time.monotonic()
+    _interrupt_soon()
+    with pytest.raises(KeyboardInterrupt):
+        wait(y)
+    with pytest.raises(jax_ep.GroupInterruptedError, match="while it waited for its peers"):
+        failing.check(y)
+    assert time.monotonic() - start < failing.timeout / 4
+    assert np.isnan(np.asarray(y)).all()
+    with pytest.raises(jax_ep.GroupInterruptedError):
+        on_ranks(lambda x, ids: _echo(failing, x, ids)[0], failing.mesh)(x, ids)
+    failing.close()
+    with jax_ep.Group.open(_mesh(), "ep", name="after interrupted") as fresh:
+        y = on_ranks(lambda x, ids: _echo(fresh, x, ids)[0], fresh.mesh)(x, ids)
+        np.testing.assert_array_equal(y, x)
+
+
+def test_an_interrupt_while_nothing_waits_harms_nothing(group):
+    """Calls run while the signal comes, each for microseconds."""
+    x = np.ones((group.num_ranks, 4, 8), np.float32)
+    ids = np.zeros((group.num_ranks, 4, 1), np.int32)
+    step = on_ranks(lambda x, ids: _echo(group, x, ids)[0], group.mesh)
+    group.check(step(x, ids))
+
+    def run_for_long():
+        while True:
+            step(x, ids).block_until_ready()
+
+    _interrupt_soon()
+    with pytest.raises(KeyboardInterrupt):
+        run_for_long()
+    end = time.monotonic() + 1.0
+    while time.monotonic() < end:
+        step(x, ids).block_until_ready()
+    np.testing.assert_array_equal(step(x, ids), x)
+    group.check()

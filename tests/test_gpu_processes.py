@@ -8,7 +8,7 @@ import subprocess
 from contextlib import suppress
 
 import pytest
-from process_programs import MIDDLE, MISSING, REOPEN, REOPENED, START
+from process_programs import INTERRUPTED, MIDDLE, MISSING, REOPEN, REOPENED, START
 
 from jax_ep.testing import launch
 
@@ -251,6 +251,15 @@ def test_a_killed_process_is_named(num_gpus):
     for output in outputs[:1] + outputs[2:]:
         assert "waited for rank 1 until the timeout" in output
         assert float(re.search(r"waited ([\d.]+)\n", output)[1]) < 4.0
+
+
+@pytest.mark.parametrize("how", ["asarray", "check"])
+def test_an_interrupted_process_ends_and_the_others_are_told(num_gpus, how):
+    codes = [-signal.SIGINT] + [7] * (num_gpus - 1)
+    outputs = _run(INTERRUPTED, num_gpus, how, "0", exit_codes=codes, deadline=60.0)
+    assert "KeyboardInterrupt" in outputs[0]
+    for output in outputs[1:]:
+        assert "was interrupted while it waited for its peers" in output
 
 
 @pytest.mark.parametrize("step", [["calls"], ["calls", "psums"], ["psums"]], ids="-".join)

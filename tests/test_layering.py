@@ -16,7 +16,7 @@ LAYERS = [
     {"errors", "config"},
     {"_jax_compat", "_registry", "_settle", "_sockets", "_spec", "_tuning", "reference"},
     {"_bootstrap", "_conversation", "_native", "_open_arguments", "_primitives"},
-    {"_native_group", "_xla", "_xla_reduce", "handle"},
+    {"_interrupts", "_native_group", "_xla", "_xla_reduce", "handle"},
     {"_backends"},
     {"_group_info", "_self_test"},
     {"group"},

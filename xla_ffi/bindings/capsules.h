@@ -19,6 +19,9 @@ nb::capsule Capsule(T* pointer) {
   return nb::capsule(reinterpret_cast<void*>(pointer));
 }
 
+/// Of the capsule by which the modules share what ends waits (runtime/interrupt.h).
+inline constexpr char kInterruptsName[] = "jax_ep.interrupts";
+
 /// The stages of a target that belongs to a group.
 inline Dict Collective(XLA_FFI_Error* (*instantiate)(XLA_FFI_CallFrame*),
                        XLA_FFI_Error* (*execute)(XLA_FFI_CallFrame*)) {

@@ -45,6 +45,8 @@ inline const char* KindName(ErrorRecord::Kind kind) {
       return "call_mismatch";
     case ErrorRecord::Kind::kNotMapped:
       return "not_mapped";
+    case ErrorRecord::Kind::kInterrupted:
+      return "interrupted";
   }
   return "unknown";
 }

@@ -20,6 +20,7 @@
 #include "bindings/groups.h"
 #include "ops/cpu_handlers.h"
 #include "ops/host_op.h"
+#include "runtime/interrupt.h"
 #include "runtime/peer_memory.h"
 
 namespace jax_ep {
@@ -64,6 +65,9 @@ std::shared_ptr<Group> OpenGroup(std::string identity, const std::vector<SeatTup
   return Opened(std::make_shared<Group>(std::move(identity), seats, std::move(roster),
                                         std::chrono::milliseconds(timeout_ms)));
 }
+
+// For the other modules, which then share this one's thread and handler.
+nb::capsule InterruptsCapsule() { return {&Interrupts::Get(), kInterruptsName}; }
 
 // Behind the interpreter's own end, CUDA's and XLA's destructors would wait for what still runs on
 // the devices, for ever if that is a collective whose peer has gone.
@@ -128,6 +132,21 @@ NB_MODULE(_jax_ep_cpu, m) {
         "Lets other processes of the user read the memory of this one.");
   m.def("exit_without_teardown", &jax_ep::ExitWithoutTeardown,
         "From now on the process ends with the interpreter, and runs no destructors.");
+  m.def(
+      "watch_interrupts", [] { jax_ep::Interrupts::Get().Watch(); },
+      "From now on an interrupt (SIGINT) ends calls that wait for peers, if the signal has a\n"
+      "handler: once more after that handler was replaced.");
+  m.def(
+      "num_interrupts", [] { return jax_ep::Interrupts::Get().count(); },
+      "Interrupts so far, since they are watched.");
+  m.def(
+      "leave_by_interrupt", [] { jax_ep::Interrupts::Get().Leave(); },
+      "From now on the process ends: calls that wait are ended as by interrupts.");
+  m.def(
+      "any_waits", [] { return jax_ep::Interrupts::Get().AnyWaits(); },
+      nanobind::call_guard<nanobind::gil_scoped_release>(),  // it may copy from devices
+      "Whether a call of a group waits in this process.");
+  m.def("interrupts", &jax_ep::InterruptsCapsule, "What the groups of other modules join.");
   m.def("try_reading", &jax_ep::TryReading, nanobind::arg("pid"), nanobind::arg("address"),
         nanobind::arg("expected"),
         "Why 8 bytes of another process cannot be read, or None if they are as expected.");

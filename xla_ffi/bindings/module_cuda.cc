@@ -23,6 +23,7 @@
 #include "ops/dispatch/dispatch_cuda.cuh"
 #include "ops/get_dispatch_layout/get_dispatch_layout_cuda.cuh"
 #include "ops/pull_rows/pull_rows_cuda.cuh"
+#include "runtime/interrupt.h"
 
 namespace jax_ep {
 
@@ -123,6 +124,11 @@ void Import(DeviceGroup& group, int position, const Numbers& n, int control, int
                           .pool = {.begin = n.at(5), .bytes = n.at(6), .descriptor = pool}});
 }
 
+// What ends waits lives in the CPU module; it must see this group as the header has it.
+void JoinInterrupts(const std::shared_ptr<DeviceGroup>& group, const nb::capsule& interrupts) {
+  static_cast<Interrupts*>(interrupts.data(kInterruptsName))->Add(group);
+}
+
 void CheckDevices(const std::vector<int64_t>& devices) {
   RequirePeers(devices);
   LoadKernelsOn(devices, LoadKernels);
@@ -181,6 +187,10 @@ NB_MODULE(_jax_ep_cuda, m) {
           "abandon", &DeviceGroup::Abandon,
           "After another process was lost: what runs on the devices may never end, so the group's\n"
           "end will not wait for it, nor free what it uses.")
+      .def(
+          "join_interrupts", &jax_ep::JoinInterrupts, nanobind::arg("interrupts"),
+          "From now on calls that wait end when the process is interrupted, as the capsule of the\n"
+          "CPU module tells.")
       .def("set_epoch", &DeviceGroup::SetEpoch, nanobind::arg("epoch"),
            "For tests: as if so many calls had been made; all processes, between two calls.")
       .def("skip_rank", &DeviceGroup::SkipRank, nanobind::arg("rank"),

@@ -107,7 +107,14 @@ struct PartialCells {
 
 /// What went wrong first on a rank. Written once; is_set last.
 struct FailureRecord {
-  enum class Kind : uint32_t { kPeerTimeout, kMeshMismatch, kCallMismatch, kOverlap, kNotMapped };
+  enum class Kind : uint32_t {
+    kPeerTimeout,
+    kMeshMismatch,
+    kCallMismatch,
+    kOverlap,
+    kNotMapped,
+    kInterrupted
+  };
   uint32_t is_set;
   Kind kind;
   OpId op;

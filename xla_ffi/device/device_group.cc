@@ -54,6 +54,8 @@ ErrorRecord::Kind KindOf(FailureRecord::Kind kind) {
       return ErrorRecord::Kind::kCallMismatch;
     case FailureRecord::Kind::kNotMapped:
       return ErrorRecord::Kind::kNotMapped;
+    case FailureRecord::Kind::kInterrupted:
+      return ErrorRecord::Kind::kInterrupted;
     case FailureRecord::Kind::kOverlap:
       return ErrorRecord::Kind::kArrivedTwice;
   }
@@ -347,12 +349,14 @@ std::optional<ErrorRecord> DeviceGroup::error() const {
     if (own && (!found || own->kind == FailureRecord::Kind::kOverlap)) found = own;
   }
   if (!found) return std::nullopt;
-  return ErrorRecord{.kind = KindOf(found->kind),
-                     .op = NameOf(found->op),
-                     .rank = found->rank,
-                     .peer = found->peer,
-                     .expected = found->expected,
-                     .seen = found->seen};
+  return ErrorRecord{
+      .kind = KindOf(found->kind),
+      // Which call it is stands nowhere that the host could read.
+      .op = found->kind == FailureRecord::Kind::kInterrupted ? "call" : NameOf(found->op),
+      .rank = found->rank,
+      .peer = found->peer,
+      .expected = found->expected,
+      .seen = found->seen};
 }
 
 std::optional<FailureRecord> DeviceGroup::ToldTo(size_t position) const {
@@ -369,6 +373,78 @@ std::optional<FailureRecord> DeviceGroup::ToldTo(size_t position) const {
   if (find_first() == std::end(told)) return std::nullopt;
   // What lies beside the word may have been copied before it was written: once more.
   return *find_first();
+}
+
+ControlBlock* DeviceGroup::ControlAt(size_t position) const {
+  return reinterpret_cast<ControlBlock*>(control_[position].data());
+}
+
+void DeviceGroup::CopyBeside(size_t position, void* to, const void* from, size_t bytes,
+                             cudaMemcpyKind kind) const {
+  const OnDevice on_device(seats_[position].device_id);
+  Check("cudaMemcpyAsync", cudaMemcpyAsync(to, from, bytes, kind, copies_[position]));
+  Check("cudaStreamSynchronize", cudaStreamSynchronize(copies_[position]));
+}
+
+std::optional<uint32_t> DeviceGroup::RunningAt(size_t position) const {
+  Signal turn;
+  CopyBeside(position, &turn, &ControlAt(position)->turn, sizeof(turn), cudaMemcpyDeviceToHost);
+  return turn.value == 0 ? std::nullopt : std::optional(turn.epoch);
+}
+
+void DeviceGroup::NoteWaits() {
+  noted_.assign(seats_.size(), std::nullopt);
+  for (size_t i = 0; i < seats_.size(); ++i) {
+    if (is_here_[i]) noted_[i] = RunningAt(i);
+  }
+}
+
+void DeviceGroup::EndNotedWaits() {
+  for (size_t i = 0; i < noted_.size(); ++i) {
+    if (!noted_[i] || noted_[i] != RunningAt(i)) continue;
+    FailAt(i, {.is_set = 1,
+               .kind = FailureRecord::Kind::kInterrupted,
+               .op = OpId::kDispatch,
+               .rank = seats_[i].member.rank,
+               .peer = kNoIndex,
+               .expected = num_ranks_,
+               .seen = 0});
+  }
+}
+
+bool DeviceGroup::IsWaiting() {
+  for (size_t i = 0; i < seats_.size(); ++i) {
+    if (is_here_[i] && RunningAt(i)) return true;
+  }
+  return false;
+}
+
+void DeviceGroup::FailAt(size_t position, FailureRecord record) {
+  uint32_t has_failed = 0;
+  CopyBeside(position, &has_failed, &ControlAt(position)->has_failed, sizeof(has_failed),
+             cudaMemcpyDeviceToHost);
+  if (has_failed != 0) return;  // and it ends the waits itself
+  // In the order of Fail (device/signals.cuh). The words of `told` go in front of is_set, which a
+  // single copy would not promise.
+  record.is_set = 0;
+  records_[position] = record;
+  std::atomic_thread_fence(std::memory_order_release);
+  static_cast<volatile FailureRecord&>(records_[position]).is_set = 1;
+  std::vector<size_t> slice;
+  for (size_t j = 0; j < seats_.size(); ++j) {
+    if (seats_[j].member.slice == seats_[position].member.slice) slice.push_back(j);
+  }
+  const uint32_t one = 1;
+  for (const bool is_whole : {false, true}) {
+    for (const size_t j : slice) {
+      FailureRecord& told = ControlAt(j)->told[record.rank];
+      is_whole ? CopyBeside(position, &told.is_set, &one, sizeof(one), cudaMemcpyHostToDevice)
+               : CopyBeside(position, &told, &record, sizeof(record), cudaMemcpyHostToDevice);
+    }
+  }
+  for (const size_t j : slice) {
+    CopyBeside(position, &ControlAt(j)->abort, &one, sizeof(one), cudaMemcpyHostToDevice);
+  }
 }
 
 void DeviceGroup::SetEpoch(uint32_t epoch) {

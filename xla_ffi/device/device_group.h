@@ -18,6 +18,7 @@
 #include "core/protocol.h"
 #include "device/shareable_memory.h"
 #include "runtime/error_record.h"
+#include "runtime/interrupt.h"
 #include "runtime/seat.h"
 
 namespace jax_ep {
@@ -32,7 +33,7 @@ void LoadKernelsOn(const std::vector<int64_t>& devices, const LoadKernels& load_
 /// Throws std::runtime_error, saying why, unless every device can read every other one's memory.
 void RequirePeers(const std::vector<int64_t>& devices);
 
-class DeviceGroup {
+class DeviceGroup : public Interruptible {
  public:
   /// `seats` in the row-major order of the mesh, over all of its axes; device ids are those of the
   /// CUDA runtime. Throws std::runtime_error when the devices cannot reach one another, or CUDA
@@ -45,7 +46,7 @@ class DeviceGroup {
   DeviceGroup(std::string identity, std::vector<Seat> seats, int num_ranks,
               std::chrono::milliseconds timeout, const LoadKernels& load_kernels,
               std::vector<bool> is_here = {}, size_t staging_bytes = 0, bool stages_all = false);
-  ~DeviceGroup();
+  ~DeviceGroup() override;
   DeviceGroup(const DeviceGroup&) = delete;
   DeviceGroup& operator=(const DeviceGroup&) = delete;
 
@@ -98,6 +99,14 @@ class DeviceGroup {
   bool stages_all() const { return stages_all_; }
   size_t staging_bytes() const { return staging_bytes_; }
 
+  /// When the user interrupts the process: calls that run on devices here, and have not advanced
+  /// when the second of these methods looks at them, wait for peers. They end as by a failure of
+  /// this rank, and the group has failed on all ranks of the slice. All copy beside what runs on
+  /// the devices.
+  void NoteWaits() override;
+  void EndNotedWaits() override;
+  bool IsWaiting() override;
+
   /// For tests: calls of `rank` end at once, poisoned, and never reach the peers. kNoIndex undoes
   /// it.
   void SkipRank(int rank);
@@ -111,6 +120,13 @@ class DeviceGroup {
   bool IsAlone() const { return DevicesHere().size() == seats_.size(); }
   /// What a peer has told the device of a seat here, also when no call looks at it any more.
   std::optional<FailureRecord> ToldTo(size_t position) const;
+  /// The epoch behind which a call runs on the device of a seat here, if one does.
+  std::optional<uint32_t> RunningAt(size_t position) const;
+  /// Records a failure that the host has found on a seat here, and ends every wait of its slice.
+  void FailAt(size_t position, FailureRecord record);
+  ControlBlock* ControlAt(size_t position) const;
+  void CopyBeside(size_t position, void* to, const void* from, size_t bytes,
+                  cudaMemcpyKind kind) const;
 
   std::string identity_;
   int num_ranks_;
@@ -128,6 +144,7 @@ class DeviceGroup {
   std::unordered_map<int64_t, int> position_of_device_;
   std::atomic<bool> is_abandoned_ = false;
   std::atomic<bool> is_superseded_ = false;
+  std::vector<std::optional<uint32_t>> noted_;  // what RunningAt found; of the watching thread
 };
 
 }  // namespace jax_ep

@@ -14,7 +14,8 @@ struct ErrorRecord {
     kMeshMismatch,
     kArrivedTwice,
     kCallMismatch,
-    kNotMapped
+    kNotMapped,
+    kInterrupted
   };
   Kind kind;
   std::string op;

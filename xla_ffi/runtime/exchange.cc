@@ -34,7 +34,7 @@ int NumWorkers(int num_ranks) {
 
 }  // namespace
 
-struct Exchange::State : std::enable_shared_from_this<Exchange::State> {
+struct Exchange::State : Interruptible, std::enable_shared_from_this<Exchange::State> {
   using CallPtr = std::shared_ptr<OpenCall>;
   // A rank of another process that has joined before any of this one has, or while the same call
   // site's last call still runs here.
@@ -63,6 +63,7 @@ struct Exchange::State : std::enable_shared_from_this<Exchange::State> {
   std::optional<ErrorRecord> error;
   int skip_rank = kNoIndex;
   bool is_closed = false;
+  std::vector<std::weak_ptr<OpenCall>> noted;  // waited when the process was interrupted
   // Read by other processes, after their last look at the operands of this one.
   std::atomic<uint64_t> gave_up = 0;
   ThreadPool workers;
@@ -262,6 +263,44 @@ struct Exchange::State : std::enable_shared_from_this<Exchange::State> {
     }
   }
 
+  // --- What the user says.
+
+  void NoteWaits() override {
+    std::lock_guard<std::mutex> lock(mutex);
+    noted.clear();
+    for (const auto* calls : {&open, &running}) {
+      for (const auto& [key, call] : *calls) {
+        if (call->Waits()) noted.push_back(call);
+      }
+    }
+  }
+
+  void EndNotedWaits() override {
+    std::optional<ErrorRecord> record;
+    {
+      std::lock_guard<std::mutex> lock(mutex);
+      for (const auto& weak : noted) {
+        const CallPtr call = weak.lock();
+        // Calls that have ended are in neither map.
+        if (!record && call && IsIn(open, call)) record = call->InterruptedRecord(roster);
+        if (!record && call && IsIn(running, call) && call->Waits())
+          record = call->InterruptedRecord(roster);
+      }
+      noted.clear();
+    }
+    if (record) Abandon(record, /*tells=*/true);
+  }
+
+  bool IsWaiting() override {
+    std::lock_guard<std::mutex> lock(mutex);
+    return !open.empty() || !running.empty();
+  }
+
+  static bool IsIn(const std::map<CallKey, CallPtr>& calls, const CallPtr& call) {
+    const auto found = calls.find(call->key);
+    return found != calls.end() && found->second == call;
+  }
+
   // --- What other processes say.
 
   void Receive(int process, std::span<const std::byte> bytes) {
@@ -346,6 +385,7 @@ Exchange::Exchange(Roster roster, std::chrono::milliseconds timeout)
         });
   }
   std::thread(State::Watch, state_).detach();
+  Interrupts::Get().Add(interruptible());
 }
 
 Exchange::~Exchange() {
@@ -411,6 +451,8 @@ bool Exchange::HasOtherProcesses() const {
   std::lock_guard<std::mutex> lock(state_->mutex);
   return state_->lost.size() < state_->roster.links.size();
 }
+
+std::shared_ptr<Interruptible> Exchange::interruptible() const { return state_; }
 
 void Exchange::SkipRank(int rank) {
   std::lock_guard<std::mutex> lock(state_->mutex);

@@ -26,6 +26,7 @@
 
 #include "runtime/call_site.h"
 #include "runtime/error_record.h"
+#include "runtime/interrupt.h"
 #include "runtime/phased_call.h"
 #include "runtime/roster.h"
 #include "runtime/seat.h"
@@ -70,6 +71,9 @@ class Exchange {
 
   /// Whether another process of the group is still there, as far as is known.
   bool HasOtherProcesses() const;
+
+  /// What ends its waits when the user interrupts the process.
+  std::shared_ptr<Interruptible> interruptible() const;
 
   /// For tests: calls of `rank` end at once, poisoned, and never reach the peers. kNoIndex undoes
   /// it.

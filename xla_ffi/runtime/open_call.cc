@@ -63,6 +63,12 @@ std::string OpenCall::Describe() const {
          std::to_string(body->num_ranks()) + " ranks are";
 }
 
+ErrorRecord OpenCall::InterruptedRecord(const Roster& roster) const {
+  ErrorRecord record = ExpiredRecord(roster);
+  record.kind = Kind::kInterrupted;
+  return record;
+}
+
 ErrorRecord OpenCall::LostRecord(const Roster& roster, int process) const {
   return ProcessRecord(Kind::kPeerLost, roster, process);
 }

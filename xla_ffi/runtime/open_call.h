@@ -55,6 +55,8 @@ struct OpenCall {
   ErrorRecord ExpiredRecord(const Roster& roster) const;
   /// The call in a few words, for a rank that waits elsewhere.
   std::string Describe() const;
+  /// When the user has interrupted the process while it waits.
+  ErrorRecord InterruptedRecord(const Roster& roster) const;
   /// Of a process that the call needs, and that is gone.
   ErrorRecord LostRecord(const Roster& roster, int process) const;
   /// Processes whose operands may have been overwritten before this one had read them.

@@ -29,6 +29,7 @@ Tests ProtocolTests();
 Tests CombineGeometryTests();
 Tests ExchangeTests();
 Tests LinksTests();
+Tests InterruptTests();
 Tests ProcessesTests();
 
 /// Fails on any thread, so it leaves the process at once. Shows the values after the condition.
