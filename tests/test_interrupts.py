@@ -175,6 +175,17 @@ with open_group() as group:
     interrupt(0.5)
     y.block_until_ready()
 """,
+    "caught": """
+group = open_group()
+group._native_group.handle.skip_rank(1)
+y = step(x, ids)
+interrupt(0.5)
+try:
+    y.block_until_ready()
+except KeyboardInterrupt:
+    del y, step
+raise KeyboardInterrupt
+""",
     # The exit of the interpreter waits for a call that did not yet wait when the signal came.
     "later": """
 with open_group() as group:

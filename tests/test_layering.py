@@ -141,7 +141,16 @@ NATIVE = Path(__file__).parent.parent / "xla_ffi"
 # What a folder's files may include, besides the standard library.
 MAY_INCLUDE = {
     "core": {"core"},
-    "runtime": {"core", "runtime", "sys", "poll.h", "unistd.h"},
+    "runtime": {
+        "core",
+        "runtime",
+        "sys",
+        "poll.h",
+        "pthread.h",
+        "semaphore.h",
+        "signal.h",
+        "unistd.h",
+    },
     "device": {
         "core",
         "runtime",
