@@ -26,12 +26,14 @@ class NativeGroup(NamedTuple):
       backend: whose it is.
       why_staged: why operands are copied before peers read them; None: they are read in place.
       staging_bytes: of one call, then; the back end cannot carry more.
+      has_packets: whether 16 bytes arrive at once at a peer.
     """
 
     handle: Any
     backend: str
     why_staged: str | None = None
     staging_bytes: int | None = None
+    has_packets: bool = True
 
     def abandon(self) -> None:
         """The group's end does not wait for the devices: after a loss, or in a forked child."""
@@ -70,6 +72,13 @@ class Opening:
 
     def open_cuda(self) -> NativeGroup | str:
         """Over GPUs; or why the processes cannot map one another's memory."""
+        opened = self._open_or_reopen_cuda()
+        if isinstance(opened, str):
+            return opened
+        atomics = self._meeting.gather("native atomics", opened.handle.has_native_atomics)
+        return opened._replace(has_packets=all(atomics.values()))
+
+    def _open_or_reopen_cuda(self) -> NativeGroup | str:
         spare, most = config.staging_bytes_from_environment()
         self._meeting.agree("staging", {"the room for staged operands": [spare, most]})
         grows = None if self._meeting.is_alone else config.why_pool_grows()

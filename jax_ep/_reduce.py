@@ -77,6 +77,11 @@ def make_spec(
         raise ConfigError(f"{op}: allow_psum=False forbids algorithm='psum'")
     if wanted is not Algorithm.PSUM:
         _require_operand(x, dtypes, op)
+        if wanted is Algorithm.LOW_LATENCY and not group.spec.has_packets:
+            raise ConfigError(
+                f"{op}: algorithm={algorithm!r} needs GPUs with native atomics between them "
+                "(NVLink): elsewhere the 16 bytes of a packet may arrive in parts"
+            )
         most = _limits(group, spec(wanted), x, op, padding)[wanted]
         if most < num_bytes:
             raise ConfigError(
@@ -128,7 +133,8 @@ def _limits(
     group: Group, spec: ReduceSpec, x: jax.Array, op: str, padding: int
 ) -> dict[Algorithm, int]:
     """Bytes from each rank that an algorithm can carry, -1 for none; the last for the largest."""
-    packets = {Algorithm.LOW_LATENCY: config.packet_payload(group.num_ranks) - padding}
+    most = config.packet_payload(group.num_ranks) - padding if group.spec.has_packets else -1
+    packets = {Algorithm.LOW_LATENCY: most}
     if spec.backend != "cuda":
         # Packets have their limit everywhere: a program that runs here runs there.
         return packets | dict.fromkeys((Algorithm.ONE_SHOT, Algorithm.TWO_SHOT), _UNLIMITED)

@@ -24,6 +24,7 @@ class GroupSpec:
       mesh_axes: name and size of every axis of the mesh.
       device_ids: device ids in the row-major order of the mesh.
       staging_bytes: room for the operands of a call where they are staged; None: they are not.
+      has_packets: whether 16 bytes arrive at once at a peer, which algorithm low_latency needs.
     """
 
     identity: str
@@ -31,6 +32,7 @@ class GroupSpec:
     mesh_axes: tuple[tuple[str, int], ...]
     device_ids: tuple[int, ...]
     staging_bytes: int | None = None
+    has_packets: bool = True
 
     @property
     def num_ranks(self) -> int:

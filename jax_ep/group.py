@@ -212,7 +212,9 @@ class Group:
         opened = opening.open_cpu() if backend == "cpu" else opening.open_cuda()
         if not isinstance(opened, str):
             self._native_group = opened
-            self.spec = replace(self.spec, staging_bytes=opened.staging_bytes)
+            self.spec = replace(
+                self.spec, staging_bytes=opened.staging_bytes, has_packets=opened.has_packets
+            )
             return
         why_not = f"the processes cannot map one another's memory: {opened}"
         if self.backend == backend and is_wanted:

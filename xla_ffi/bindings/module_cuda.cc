@@ -174,6 +174,8 @@ NB_MODULE(_jax_ep_cuda, m) {
           "The first failure on a device, or None.")
       .def("find_pool", &DeviceGroup::FindPool, nanobind::arg("position"), nanobind::arg("address"),
            "Whether peers of this process can read the memory that an address of a seat lies in.")
+      .def_prop_ro("has_native_atomics", &DeviceGroup::has_native_atomics,
+                   "Whether 16 bytes arrive at once at all peers, which packets rely on.")
       .def_prop_ro("stages_all", &DeviceGroup::stages_all, "Whether all operands are copied.")
       .def_prop_ro("staging_bytes", &DeviceGroup::staging_bytes, "Room for copies of operands.")
       .def("export_seat", &jax_ep::Export, nanobind::arg("position"), nanobind::arg("address"),

@@ -44,6 +44,24 @@ uint64_t GpuOf(int64_t device) {
   return place;
 }
 
+// Whether 16 bytes that a device stores in the memory of a peer arrive at once, as far as is known:
+// packets rely on it. Between devices without native atomics, on PCIe, 8 bytes do.
+bool HaveNativeAtomics(const std::vector<uint64_t>& gpus, const std::vector<int>& devices) {
+  int num_devices = 0;
+  Check("cudaGetDeviceCount", cudaGetDeviceCount(&num_devices));
+  for (int peer = 0; peer < num_devices; ++peer) {
+    if (std::find(gpus.begin(), gpus.end(), GpuOf(peer)) == gpus.end()) continue;
+    for (const int device : devices) {
+      if (device == peer) continue;
+      int value = 0;
+      Check("cudaDeviceGetP2PAttribute",
+            cudaDeviceGetP2PAttribute(&value, cudaDevP2PAttrNativeAtomicSupported, device, peer));
+      if (value == 0) return false;
+    }
+  }
+  return true;
+}
+
 ErrorRecord::Kind KindOf(FailureRecord::Kind kind) {
   switch (kind) {
     case FailureRecord::Kind::kPeerTimeout:
@@ -256,6 +274,7 @@ void DeviceGroup::Complete() {
     most_ranks = std::max<int>(most_ranks, std::count(gpus_.begin(), gpus_.end(), gpu));
   }
   least.num_sms = std::max(1, least.num_sms / most_ranks);
+  has_native_atomics_ = HaveNativeAtomics(gpus_, DevicesHere());
   for (size_t i = 0; i < seats_.size(); ++i) {
     if (!is_here_[i]) continue;
     Member& member = members_[i];
@@ -274,7 +293,7 @@ void DeviceGroup::Complete() {
 void DeviceGroup::Abandon() { is_abandoned_ = true; }
 
 void DeviceGroup::Release() {
-  if (is_abandoned_) {
+  if (is_abandoned_ || !home_.IsThis()) {
     static_cast<void>(new std::vector<ShareableMemory>(std::move(control_)));
     static_cast<void>(new std::vector<ShareableMemory>(std::move(pools_)));
     return;

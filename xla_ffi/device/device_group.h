@@ -18,6 +18,7 @@
 #include "core/protocol.h"
 #include "device/shareable_memory.h"
 #include "runtime/error_record.h"
+#include "runtime/home_process.h"
 #include "runtime/interrupt.h"
 #include "runtime/seat.h"
 
@@ -98,6 +99,8 @@ class DeviceGroup : public Interruptible {
   bool is_superseded() const { return is_superseded_; }
   bool stages_all() const { return stages_all_; }
   size_t staging_bytes() const { return staging_bytes_; }
+  /// Whether packets may be sent between this process's devices and all others; when complete.
+  bool has_native_atomics() const { return has_native_atomics_; }
 
   /// When the user interrupts the process: calls that run on devices here, and have not advanced
   /// when the second of these methods looks at them, wait for peers. They end as by a failure of
@@ -144,6 +147,8 @@ class DeviceGroup : public Interruptible {
   std::unordered_map<int64_t, int> position_of_device_;
   std::atomic<bool> is_abandoned_ = false;
   std::atomic<bool> is_superseded_ = false;
+  bool has_native_atomics_ = false;
+  HomeProcess home_;
   std::vector<std::optional<uint32_t>> noted_;  // what RunningAt found; of the watching thread
 };
 
