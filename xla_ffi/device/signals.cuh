@@ -171,10 +171,10 @@ __device__ bool WaitUntil(const Endpoint& self, OpId op, int peer, IsThere&& is_
                           CountSeen&& count_seen) {
   if (is_there()) return true;
   Stopwatch watch(GlobalTimer());
-  const uint64_t limit = WaitLimit(self, peer);
   while (!is_there()) {
     if (LoadRelaxed(&self.own()->abort)) return false;
-    if (watch.IsOver(GlobalTimer(), limit)) {
+    // Loaded each time: what is kept in registers here, the kernels have none left for.
+    if (watch.IsOver(GlobalTimer(), WaitLimit(self, peer))) {
       Fail(self, FailureRecord::Kind::kPeerTimeout, op, peer, self.num_ranks, count_seen());
       return false;
     }
