@@ -35,6 +35,9 @@ def open_group(identity: str, seats: Sequence[tuple[int, int, int]], num_slices:
     the group takes over.
     """
 
+def has_closed_group(identity: str) -> bool:
+    """Whether executables hold a group of this identity that was closed."""
+
 def begin_program() -> None:
     """
     When a program is lowered: what is loaded next belongs to another executable than before.

@@ -22,6 +22,23 @@ class Group:
     def error(self) -> dict[str, object] | None:
         """The first failure on a device, or None."""
 
+    def find_pool(self, position: int, address: int) -> bool:
+        """
+        Whether peers of this process can read the memory that an address of a seat lies in.
+        """
+
+    @property
+    def has_native_atomics(self) -> bool:
+        """Whether 16 bytes arrive at once at all peers, which packets rely on."""
+
+    @property
+    def stages_all(self) -> bool:
+        """Whether all operands are copied."""
+
+    @property
+    def staging_bytes(self) -> int:
+        """Room for copies of operands."""
+
     def export_seat(self, position: int, address: int) -> tuple[list[int], int, int]:
         """
         What another process needs to reach a device of this one: numbers, and descriptors of
@@ -59,6 +76,17 @@ def open_group(identity: str, seats: Sequence[tuple[int, int, int]], num_slices:
     Opens a group. Seats are (CUDA device, slice, rank) in the row-major order of the mesh.
     is_here says which of them are this process's; empty: all. staging_bytes of each device
     hold copies of operands that peers have not mapped, of all operands where stages_all.
+    """
+
+def find_closed_group(identity: str) -> Group:
+    """
+    The group of an identity that was closed and that executables hold, or None.
+    """
+
+def reopen_group(group: Group, timeout_ms: int) -> Group:
+    """
+    Opens a closed group again in its memory, which captured programs refer to; when nothing
+    of it runs in any process.
     """
 
 def device_of(address: int) -> int:
