@@ -130,9 +130,9 @@ def error_of(record: dict[str, Any]) -> JaxEpError:
         )
     if kind == "not_mapped":
         return GroupError(
-            f"{op}: an operand of rank {peer} lies outside the memory that rank {rank} has mapped: "
-            "it lies outside XLA's pool and is larger than the room for copies "
-            "(JAX_EP_STAGING_MB), as a constant of the program may be"
+            f"{op}: peers cannot read an operand of rank {peer} where it lies, and it is larger "
+            "than the room for copies (JAX_EP_STAGING_MB): it is a constant of the program, or "
+            "memory of another library or allocator"
         )
     return GroupError(f"{op}: rank {rank} arrived twice at one call: {record}")
 

@@ -90,17 +90,17 @@ def results_of(origin, op, group):
 
 def compare(name, op, origins):
     for turn, origin in enumerate(["pool", *origins]):
-        with jax_ep.Group.open(mesh, "ep", name=f"{name}_{origin}_{turn}", timeout=20.0) as group:
-            assert group.backend == "cuda", group.info()
-            try:
-                for _ in range(3):  # XLA captures what runs again
-                    got = results_of(origin, op, group)
-                group.check(got)
-            except (jax_ep.JaxEpError, ValueError, NotImplementedError, TypeError) as e:
-                reason = str(e).splitlines()[0]
-                print("refused", origin, name, type(e).__name__, reason, flush=True)
-                group.close()
-                continue
+        group = jax_ep.Group.open(mesh, "ep", name=f"{name}_{origin}_{turn}", timeout=20.0)
+        assert group.backend == "cuda", group.info()
+        try:
+            for _ in range(3):  # XLA captures what runs again
+                got = results_of(origin, op, group)
+            group.check(got)
+        except jax_ep.JaxEpError as e:
+            print("refused", origin, name, type(e).__name__, e, flush=True)
+            continue
+        finally:
+            group.close()
         got = [[np.asarray(s.data) for s in a.addressable_shards] for a in jax.tree.leaves(got)]
         expected = got if turn == 0 else expected
         for g, e in zip(got, expected, strict=True):
@@ -141,7 +141,7 @@ def _run(num_processes, *argv, environment=None):
             **(environment or {}),
         },
     )
-    assert all(output.endswith("passed\n") for output in outputs), outputs
+    assert all("\npassed\n" in output for output in outputs), outputs
     tables = [re.findall(r"^(carried|refused) (\w+) (\w+)", out, re.MULTILINE) for out in outputs]
     assert all(table == tables[0] for table in tables), tables
     return {(origin, name): verdict for verdict, origin, name in tables[0]}, outputs[0]
@@ -149,11 +149,10 @@ def _run(num_processes, *argv, environment=None):
 
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_origins(num_processes):
-    """Small operands of every origin are carried, or refused by JAX while tracing."""
+    """Small operands of every origin are carried."""
     table, output = _run(num_processes, *ORIGINS, "small")
     assert len(table) == 3 * (len(ORIGINS) + 1)
-    refused = {origin for (origin, _), verdict in table.items() if verdict == "refused"}
-    assert refused <= {"pinned_host"}, output
+    assert set(table.values()) == {"carried"}, output
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])

@@ -34,7 +34,7 @@ void LoadKernelsOn(const std::vector<int64_t>& devices, const LoadKernels& load_
 /// Throws std::runtime_error, saying why, unless every device can read every other one's memory.
 void RequirePeers(const std::vector<int64_t>& devices);
 
-class DeviceGroup : public Interruptible {
+class DeviceGroup : public Interruptible, public std::enable_shared_from_this<DeviceGroup> {
  public:
   /// `seats` in the row-major order of the mesh, over all of its axes; device ids are those of the
   /// CUDA runtime. Throws std::runtime_error when the devices cannot reach one another, or CUDA
