@@ -60,11 +60,11 @@ def test_groups_that_a_file_says_nothing_of_go_by_the_package(monkeypatch, tmp_p
     assert all(_tuning.load(*case) == package[case] for case in cases)
 
 
-def _auto(op, x):
+def _auto(op, x, has_packets=True):
     """What "auto" takes on two H100, whatever there is here."""
     group = SimpleNamespace(
         num_ranks=2,
-        spec=SimpleNamespace(staging_bytes=None),
+        spec=SimpleNamespace(staging_bytes=None, has_packets=has_packets),
         tuning=_tuning.load("NVIDIA H100 80GB HBM3", 2),
     )
     group.spec.can_stage = lambda x: True
@@ -93,6 +93,13 @@ def test_auto_takes_what_has_room():
     most = config.packet_payload(2) // config.PACKET_GROUP_PAYLOAD
     for rows, algorithm in ((most, Algorithm.LOW_LATENCY), (most + 1, Algorithm.ONE_SHOT)):
         assert _auto(op, jax.ShapeDtypeStruct((rows, 8), jnp.bfloat16)) is algorithm
+
+
+def test_auto_sends_no_packets_where_they_may_arrive_in_parts():
+    x = jax.ShapeDtypeStruct((8, 8), jnp.bfloat16)
+    for op in ("all_reduce", "all_reduce_residual_rmsnorm"):
+        assert _auto(op, x) is Algorithm.LOW_LATENCY
+        assert _auto(op, x, has_packets=False) is Algorithm.ONE_SHOT
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,8 @@ struct EmptyCall : CallOf<NoArgs> {
 };
 
 void Join(Exchange& exchange, int rank, Countdown& done, uint64_t site = kSite) {
-  exchange.Join<EmptyCall>({"test_op", site, 7, {0, rank}}, {}, [&done] { done.Down(); });
+  exchange.Join<EmptyCall>({"test_op", SiteOf(site), site, 7, {0, rank}}, {},
+                           [&done] { done.Down(); });
 }
 
 // Counts what it is told, and throws: the thread goes on.
