@@ -140,14 +140,14 @@ except jax_ep.PeerTimeoutError as e:
 """
 
 REOPENED = """
-group = jax_ep.Group.open(mesh, "ep", timeout=2.0)
+group = jax_ep.Group.open(mesh, "ep", timeout=5.0)
 run = on_group(lambda x, ids: echo(group, x, ids), group)
 assert group.backend != "xla", group.info()
 good = x * num_ranks_of(ids).astype(np.float32)
 assert_same_bits(run(x, ids), good)
 for turn in range(2):
     if me == turn:
-        time.sleep(4)  # late, not lost
+        time.sleep(10)  # late, not lost
     y = run(x, ids)
     try:
         group.check(y)
@@ -156,9 +156,9 @@ for turn in range(2):
         print(e)
     in_flight = [run(x, ids) for _ in range(3 * me)]
     if me != turn:
-        time.sleep(3)  # to open it together
+        time.sleep(5)  # to open it together
     group.close()
-    group = jax_ep.Group.open(mesh, "ep", timeout=30.0 if turn else 2.0)
+    group = jax_ep.Group.open(mesh, "ep", timeout=30.0 if turn else 5.0)
     for _ in range(3):
         y = run(x, ids)
         group.check(y)
