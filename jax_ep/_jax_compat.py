@@ -215,7 +215,7 @@ def lowering_mesh(ctx: Any) -> "jax.sharding.Mesh | None":
 
 
 def number_in_program(ctx: Any) -> int:
-    """How many calls this program had when this one was lowered: 0 for the first."""
+    """Index of a call in its program, in the order of lowering: 0 for the first."""
     # The contexts of one module share this dictionary, and nothing else of ours is in it.
     shared = ctx.module_context.cached_primitive_lowerings
     number: int = next(shared.setdefault("jax_ep.number_in_program", itertools.count()))
