@@ -28,6 +28,7 @@ __all__ = [
     "default_heartbeat_timeout",
     "distributed_client",
     "excuse_effects",
+    "is_gone",
     "is_ready",
     "lowering_mesh",
     "manual_axes",
@@ -126,14 +127,23 @@ def abandon_runtime() -> None:
             setattr(state, name, None)
 
 
+def is_gone(array: jax.Array, error: BaseException) -> bool:
+    """Whether a look at an array raised this error because another thread deletes or donates it.
+
+    While a program takes a donated array over, JAX already refuses a look at it and does not yet
+    call it deleted: only the words tell.
+    """
+    return array.is_deleted() or "deleted or donated buffer" in str(error)
+
+
 def is_ready(array: jax.Array) -> bool:
     """Whether block_until_ready would not wait, in this process: also for a deleted array."""
     if array.is_deleted():  # JAX 0.10 ends the process when it is asked
         return True
     try:
         found: bool = array.is_ready()  # type: ignore[attr-defined]
-    except RuntimeError:
-        if not array.is_deleted():
+    except RuntimeError as e:
+        if not is_gone(array, e):
             raise
         return True
     return found

@@ -53,10 +53,10 @@ def wait(arrays: Collection[jax.Array]) -> list[Exception]:
         try:
             jax.block_until_ready(array)
         except Exception as e:
-            if not array.is_deleted():
+            if not _jax_compat.is_gone(array, e):
                 problems.append(e)
                 _mark_as_told(array)
-    if not problems and not any(array.is_deleted() for array in arrays):
+    if not problems and not any(_jax_compat.is_gone(array, of_all) for array in arrays):
         problems.append(of_all)
     return problems
 

@@ -233,6 +233,20 @@ def test_arrays_that_go_meanwhile_are_nothing_to_wait_for(monkeypatch, waits, en
     assert gone.is_deleted()
 
 
+def test_an_array_on_its_way_into_a_program_is_nothing_to_wait_for(monkeypatch, waits):
+    """JAX refuses a look at it a moment before it calls it deleted."""
+    going, kept = jnp.ones(3) + 1, jnp.ones(3) + 2
+
+    def refuse_going(x):
+        if x is going or isinstance(x, list):
+            raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: of a deleted or donated buffer")
+        return x
+
+    monkeypatch.setattr(jax, "block_until_ready", refuse_going)
+    assert waits([going, kept]) == []
+    assert not going.is_deleted()
+
+
 def test_arrays_that_are_gone_are_nothing_to_wait_for(groups, waits, end):
     gone = jnp.ones(3) + 1
     end(gone)
