@@ -139,6 +139,12 @@ def without_exchange(
     return {**found, backend: _local_only(why_not)}
 
 
+def why_no_custom_calls(mesh: jax.sharding.Mesh, found: dict[str, Usability]) -> str | None:
+    """Why a mesh of devices that have custom calls is left to `xla`; None: it is not."""
+    own = {"cpu": "cpu", "gpu": "cuda"}.get(mesh.devices.flat[0].platform)
+    return None if own is None or is_complete(found[own]) else found[own].reason
+
+
 def is_complete(usability: Usability) -> bool:
     """Whether a back end can do everything."""
     return usability.ops >= _OPS

@@ -19,6 +19,7 @@ import jax
 
 from jax_ep import _jax_compat, _native, _sockets
 from jax_ep._conversation import Conversation
+from jax_ep._neighbourhoods import neighbourhoods
 from jax_ep.errors import GroupError, PeerTimeoutError
 
 _LEAVE_S, _LEAVE_POLL_S = 5.0, 0.05
@@ -34,16 +35,26 @@ class Meeting:
     Attributes:
       processes: their indices in JAX.
       is_alone: whether there is none but this.
+      neighbours: those that share slices with this one, or with its neighbours; links go to them.
+      crosses_processes: whether any slice of the mesh does; the same in all processes.
       links: to the others, after `connect`, until somebody takes them over.
       why_not_linked: or why there are none.
       asks_for_others: of whoever took them over: whether another process is still there.
       timeout: seconds to wait for one another.
     """
 
-    def __init__(self, identity: str, owners: Sequence[int], *, timeout: float):
-        """`owners`: the process of each device, in the order of the mesh."""
+    def __init__(
+        self, identity: str, owners: Sequence[int], slices: Sequence[int], *, timeout: float
+    ):
+        """`owners` and `slices`: of each device, in the order of the mesh."""
+        me = jax.process_index()
         self.processes = sorted(set(owners))
-        self.is_alone = self.processes == [jax.process_index()]
+        self.is_alone = self.processes == [me]
+        self._neighbourhoods = neighbourhoods(owners, slices)
+        self.neighbours = [
+            p for processes in self._neighbourhoods if me in processes for p in processes if p != me
+        ]
+        self.crosses_processes = any(len(processes) > 1 for processes in self._neighbourhoods)
         self.links: list[_sockets.Link] = []
         self.why_not_linked: str | None = None
         self.asks_for_others: Callable[[], bool] | None = None
@@ -108,11 +119,11 @@ class Meeting:
         return _first({p: said[p][1] for p in sorted(said, key=lambda p: said[p][0])})
 
     def connect(self, *, reads_memory: bool) -> None:
-        """Links this process to all others, or says in all of them why not.
+        """Links this process to its neighbours, or says in all processes why not.
 
-        `reads_memory`: only if each can read every other one's memory.
+        `reads_memory`: only if each can read its neighbours' memory.
         """
-        if self.is_alone:
+        if not self.crosses_processes:
             return
         me = jax.process_index()
         token = secrets.token_bytes(_sockets.TOKEN_BYTES)
@@ -120,16 +131,15 @@ class Meeting:
         listener = None
         with ExitStack() as stack:
             try:
-                listener, mine["address"] = _sockets.listen(len(self.processes))
+                listener, mine["address"] = _sockets.listen(len(self.neighbours) + 1)
                 stack.enter_context(listener)
                 mine["host"] = _sockets.host()
             except OSError as e:
                 mine["problem"] = str(e)
             said = self.gather("address", mine)
             self.why_not_linked = _first({p: told["problem"] for p, told in said.items()})
-            hosts = {p: told["host"] for p, told in said.items()}
-            if self.why_not_linked is None and len(set(hosts.values())) > 1:
-                self.why_not_linked = f"the mesh spans hosts or containers: {hosts}"
+            if self.why_not_linked is None:
+                self.why_not_linked = self._why_apart({p: t["host"] for p, t in said.items()})
             if self.why_not_linked is not None or listener is None:
                 return
             problem, is_echo = "", False
@@ -139,9 +149,8 @@ class Meeting:
                     process=me,
                     token=token,
                     others={
-                        p: (told["address"], bytes.fromhex(told["token"]))
-                        for p, told in said.items()
-                        if p != me
+                        p: (said[p]["address"], bytes.fromhex(said[p]["token"]))
+                        for p in self.neighbours
                     },
                     timeout=self.sockets_timeout,
                     links=self.links,
@@ -160,6 +169,14 @@ class Meeting:
             self.why_not_linked = self._first_unreadable()
         if self.why_not_linked is not None:
             self._close_links()
+
+    def _why_apart(self, hosts: Mapping[int, str]) -> str | None:
+        """Why a slice is not of one host, if one is not."""
+        for processes in self._neighbourhoods:
+            theirs = {p: hosts[p] for p in processes}
+            if len(set(theirs.values())) > 1:
+                return f"a slice of the mesh spans hosts or containers: {theirs}"
+        return None
 
     @property
     def sockets_timeout(self) -> float:
@@ -243,7 +260,7 @@ class Meeting:
         return any(problem for _, problem in said.values())
 
     def _first_unreadable(self) -> str | None:
-        """Each process reads a random number out of every other one's memory."""
+        """Each process reads a random number out of its neighbours' memory."""
         number = ctypes.c_uint64(secrets.randbits(64))
         problem = ""
         try:
@@ -268,8 +285,13 @@ def _first(problems: Mapping[int, str]) -> str | None:
     return found[0] if found else None
 
 
-def meet(mesh: jax.sharding.Mesh, identity: str, *, timeout: float) -> Meeting:
-    """The processes of a mesh, which are about to open a group. Waits for none of them."""
+def meet(
+    mesh: jax.sharding.Mesh, identity: str, slices: Sequence[int], *, timeout: float
+) -> Meeting:
+    """The processes of a mesh, which are about to open a group. Waits for none of them.
+
+    `slices`: of each device, in the order of the mesh.
+    """
     owners = [d.process_index for d in mesh.devices.flat]
     me = jax.process_index()
     if me not in owners:
@@ -277,7 +299,7 @@ def meet(mesh: jax.sharding.Mesh, identity: str, *, timeout: float) -> Meeting:
             f"Group.open: process {me} has no device of the mesh; only processes "
             f"{sorted(set(owners))} open this group"
         )
-    meeting = Meeting(identity, owners, timeout=timeout)
+    meeting = Meeting(identity, owners, slices, timeout=timeout)
     heartbeat = _jax_compat.default_heartbeat_timeout()
     if not meeting.is_alone and timeout >= heartbeat:
         warnings.warn(

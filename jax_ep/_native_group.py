@@ -3,6 +3,7 @@
 import math
 import os
 import socket
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import numpy as np
 from jax_ep import _native, _sockets, config
 from jax_ep._bootstrap import Meeting
 from jax_ep._drain import drain
-from jax_ep._spec import GroupSpec
+from jax_ep._spec import GroupSpec, Seat
 from jax_ep.errors import GroupError
 
 _STILL_RUNS = "a program that was launched before it was closed still runs"
@@ -60,13 +61,20 @@ class Opening:
         self._meeting = meeting
         self._timeout = timeout
         self._timeout_ms = math.ceil(timeout * 1000)
+        near = {jax.process_index(), *meeting.neighbours}
+        devices = list(mesh.devices.flat)
+        seats = [seat for seat in spec.seats() if devices[seat.position].process_index in near]
+        slices = sorted({seat.slice for seat in seats})
+        # What this process has to do with: seats of others are in its slices, or in theirs.
+        self._seats = [seat._replace(slice=slices.index(seat.slice)) for seat in seats]
+        self._devices = [devices[seat.position] for seat in seats]
 
     def open_cpu(self) -> NativeGroup:
         """Over CPU devices."""
         if _native.load("cpu").has_closed_group(self._spec.identity) and not self._drain():
             raise GroupError(f"Group.open: {_STILL_RUNS}")
-        handle = self._open("cpu", self._spec.seats(), **self._processes())
-        if not self._meeting.is_alone:
+        handle = self._open("cpu", self._seats, **self._processes())
+        if self._meeting.neighbours:
             self._meeting.asks_for_others = handle.has_other_processes
         return NativeGroup(handle, "cpu")
 
@@ -81,7 +89,7 @@ class Opening:
     def _open_or_reopen_cuda(self) -> NativeGroup | str:
         spare, most = config.staging_bytes_from_environment()
         self._meeting.agree("staging", {"the room for staged operands": [spare, most]})
-        grows = None if self._meeting.is_alone else config.why_pool_grows()
+        grows = config.why_pool_grows() if self._meeting.crosses_processes else None
         why_staged = self._first_problem("allocators", config.why_staged() or grows or "")
         reopened = self._reopen_cuda(why_staged, spare, most)
         if reopened is not None:
@@ -92,7 +100,7 @@ class Opening:
             if why_staged is None:
                 return group
         group = self._open_cuda(why_staged, most)
-        if self._meeting.is_alone:
+        if not self._meeting.crosses_processes:
             return group
         group, why_not = self._share(group, with_pools=False)
         return group if why_not is None else why_not
@@ -135,25 +143,30 @@ class Opening:
 
     def _drain(self) -> bool:
         """Whether what was launched on the mesh's devices of this process has ended in time."""
-        own = jax.process_index()
-        devices = [d for d in self._mesh.devices.flat if d.process_index == own]
+        devices = [d for d in self._devices if _is_here(d)]
         return drain(devices, timeout=self._timeout)
 
     def _find_pools(self, group: NativeGroup) -> str | None:
         """Lets peers read XLA's memory in place; the group is closed where they cannot."""
-        if not self._meeting.is_alone:
+        if self._meeting.crosses_processes:
             return self._share(group, with_pools=True)[1]
-        for position, device in enumerate(self._mesh.devices.flat):
+        problem = ""
+        for seat, device in enumerate(self._devices):
             buffer = jax.device_put(np.zeros(1, np.float32), device)
-            if not group.handle.find_pool(position, buffer.unsafe_buffer_pointer()):
-                group.close(self._spec)
-                return f"the memory that XLA gives on {device} is not mapped for its peers"
-        return None
+            if not group.handle.find_pool(seat, buffer.unsafe_buffer_pointer()):
+                problem = f"the memory that XLA gives on {device} is not mapped for its peers"
+                break
+        found = self._first_problem("pools", problem)
+        if found is not None:
+            group.close(self._spec)
+        return found
 
     def _share(self, group: NativeGroup, *, with_pools: bool) -> tuple[NativeGroup, str | None]:
         """The group, closed if its memory cannot be shared, and why."""
         try:
-            why_not = _share_devices(self._meeting, group.handle, self._mesh, with_pools=with_pools)
+            why_not = _share_devices(
+                self._meeting, group.handle, self._devices, with_pools=with_pools
+            )
         except BaseException:
             group.close(self._spec)
             raise
@@ -162,12 +175,13 @@ class Opening:
         return group, why_not
 
     def _open_cuda(self, why_staged: str | None, staging_bytes: int) -> NativeGroup:
-        own = jax.process_index()
-        is_here = [d.process_index == own for d in self._mesh.devices.flat]
         handle = self._open(
             "cuda",
-            self._cuda_seats(),
-            is_here=is_here,
+            [
+                seat._replace(device=_native.cuda_device_of(d) if _is_here(d) else -1)
+                for seat, d in zip(self._seats, self._devices, strict=True)
+            ],
+            is_here=[_is_here(d) for d in self._devices],
             staging_bytes=staging_bytes,
             stages_all=why_staged is not None,
         )
@@ -176,7 +190,7 @@ class Opening:
             handle, "cuda", why_staged, None if why_staged is None else staging_bytes
         )
 
-    def _open(self, backend: str, seats: list[tuple[int, int, int]], **own: Any) -> Any:
+    def _open(self, backend: str, seats: list[Seat], **own: Any) -> Any:
         try:
             native = _native.register(backend)
             if "links" in own:
@@ -184,7 +198,7 @@ class Opening:
             return native.open_group(
                 identity=self._spec.identity,
                 seats=seats,
-                num_slices=self._mesh.size // self._spec.num_ranks,
+                num_slices=len(seats) // self._spec.num_ranks,
                 num_ranks=self._spec.num_ranks,
                 timeout_ms=self._timeout_ms,
                 **own,
@@ -194,32 +208,32 @@ class Opening:
 
     def _processes(self) -> dict[str, Any]:
         """What the CPU's native group must know of them; it takes the sockets over."""
-        if self._meeting.is_alone:
+        if not self._meeting.neighbours:
             return {}
         return {
-            "processes": [d.process_index for d in self._mesh.devices.flat],
+            "processes": [d.process_index for d in self._devices],
             "own_process": jax.process_index(),
             "links": [
                 (link.process, link.pid, link.socket.fileno()) for link in self._meeting.links
             ],
         }
 
-    def _cuda_seats(self) -> list[tuple[int, int, int]]:
-        """As GroupSpec.seats, with CUDA's device numbers, which only their process knows."""
-        own = jax.process_index()
-        ordinals = {
-            d.id: _native.cuda_device_of(d) if d.process_index == own else -1
-            for d in self._mesh.devices.flat
-        }
-        return [(ordinals[device], slice_, rank) for device, slice_, rank in self._spec.seats()]
+
+def _is_here(device: jax.Device) -> bool:
+    is_here: bool = device.process_index == jax.process_index()
+    return is_here
 
 
 def _share_devices(
-    meeting: Meeting, native: Any, mesh: jax.sharding.Mesh, *, with_pools: bool
+    meeting: Meeting, native: Any, devices: Sequence[jax.Device], *, with_pools: bool
 ) -> str | None:
-    """Maps the group's memory on the GPUs of all processes into each of them, and XLA's.
+    """Maps the group's memory on the GPUs of all neighbours into each of them, and XLA's.
 
-    `with_pools`: whether XLA's is, as the native group was opened for.
+    Args:
+      meeting: of all processes of the mesh, which take part.
+      native: the group.
+      devices: of its seats, in their order.
+      with_pools: whether XLA's memory is mapped, as the native group was opened for.
 
     Returns why that cannot be done, the same in all processes, or None.
     """
@@ -230,12 +244,12 @@ def _share_devices(
     problem, is_echo = "", False
     try:
         try:
-            for position, device in enumerate(mesh.devices.flat):
-                if device.process_index == jax.process_index():
+            for seat, device in enumerate(devices):
+                if _is_here(device):
                     buffer = jax.device_put(np.zeros(1, np.float32), device)
                     address = buffer.unsafe_buffer_pointer()
-                    told, control, pool = native.export_seat(position, address)
-                    numbers.append((position, told))
+                    told, control, pool = native.export_seat(seat, address)
+                    numbers.append((seat, told))
                     own += [control, pool] if with_pools else [control]
         except RuntimeError as e:
             problem = str(e)
@@ -247,10 +261,10 @@ def _share_devices(
             for seats, received in swapped.values():
                 controls = received[::2] if with_pools else received
                 pools = received[1::2] if with_pools else [-1] * len(received)
-                for (position, told), control, pool in zip(seats, controls, pools, strict=True):
+                for (seat, told), control, pool in zip(seats, controls, pools, strict=True):
                     for descriptor in {control, pool} - {-1}:
                         held.remove(descriptor)
-                    native.import_seat(position, told, control, pool)
+                    native.import_seat(seat, told, control, pool)
         except (OSError, RuntimeError, ValueError) as e:
             problem, is_echo = str(e), isinstance(e, (ConnectionError, TimeoutError))
         why_not = meeting.first_problem(f"mapping of {topic}", problem, is_echo=is_echo)

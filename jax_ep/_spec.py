@@ -14,6 +14,22 @@ from jax_ep import config
 from jax_ep.config import Fill, Layout
 
 
+class Seat(NamedTuple):
+    """One device of a group's mesh.
+
+    Attributes:
+      device: its id; CUDA's number of it where the native group of GPUs is told.
+      slice: of the mesh's other axes.
+      rank: in the slice.
+      position: in the row-major order of the mesh.
+    """
+
+    device: int
+    slice: int
+    rank: int
+    position: int
+
+
 @dataclass(frozen=True)
 class GroupSpec:
     """A group, as compiled code knows it.
@@ -40,18 +56,17 @@ class GroupSpec:
         sizes = dict(self.mesh_axes)
         return math.prod(sizes[a] for a in self.axes)
 
-    def seats(self) -> list[tuple[int, int, int]]:
-        """(device id, slice, rank) of each position of the mesh."""
+    def seats(self) -> list[Seat]:
+        """In the row-major order of the mesh."""
         sizes = dict(self.mesh_axes)
         others = tuple(name for name in sizes if name not in self.axes)
         seats = []
         for position, device_id in enumerate(self.device_ids):
-            index = {}
+            index, rest = {}, position
             for name in reversed(sizes):
-                position, index[name] = divmod(position, sizes[name])  # noqa: PLW2901
-            seats.append(
-                (device_id, _row_major(index, sizes, others), _row_major(index, sizes, self.axes))
-            )
+                rest, index[name] = divmod(rest, sizes[name])
+            slice_, rank = (_row_major(index, sizes, names) for names in (others, self.axes))
+            seats.append(Seat(device_id, slice_, rank, position))
         return seats
 
     def can_stage(self, *operands: jax.Array | None, scratch_bytes: int = 0) -> bool:
@@ -64,7 +79,7 @@ class GroupSpec:
 
     def rank_of(self, device_id: int) -> int:
         """The rank of a device."""
-        return self.seats()[self.device_ids.index(device_id)][2]
+        return self.seats()[self.device_ids.index(device_id)].rank
 
     def position(self) -> jax.Array:
         """[1] int32: where this device stands in the mesh, row-major. Inside shard_map."""

@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -126,6 +127,8 @@ class Group:
         Raises: ConfigError; GroupError, also where the processes disagree or run different builds,
           or one does not come within `timeout`; PeerTimeoutError where one that came is lost. What
           fails in one process is raised in all of them.
+        Warns: where "auto" falls back to stock collectives on CPUs or GPUs, with the reason; the
+          first process of the mesh does.
         Source: DeepEP's Buffer (DeepSeek, 2025), with the mesh in the place of a process group.
         """
         arguments = _open_arguments.check(
@@ -137,7 +140,11 @@ class Group:
             ranks_per_node=ranks_per_node,
         )
         identity, seconds = arguments.spec.identity, arguments.timeout
-        with ExitStack() as undo, _bootstrap.meet(mesh, identity, timeout=seconds) as meeting:
+        slices = [seat.slice for seat in arguments.spec.seats()]
+        with (
+            ExitStack() as undo,
+            _bootstrap.meet(mesh, identity, slices, timeout=seconds) as meeting,
+        ):
             if identity in _registry.open_groups:
                 raise GroupError(
                     f"Group.open: a group named {arguments.name!r} over the same axes and devices "
@@ -182,12 +189,24 @@ class Group:
             undo.callback(group._discard)
             group._start(is_wanted=backend == chosen)
             undo.pop_all()
+        if backend == "auto":
+            group._warn_of_fallback()
         return group
 
     @property
     def identity(self) -> str:
         """Name and fingerprint: what compiled code and handles carry, equal in every process."""
         return self.spec.identity
+
+    def _warn_of_fallback(self) -> None:
+        """In one process: the reason is the same in all of them."""
+        why_not = _backends.why_no_custom_calls(self.mesh, self.backends)
+        if why_not is not None and self._meeting.processes[0] == jax.process_index():
+            warnings.warn(
+                f"Group.open: group {self.identity} runs on stock collectives, back end 'xla': "
+                f"{why_not}",
+                stacklevel=3,
+            )
 
     def _start(self, *, is_wanted: bool) -> None:
         """`is_wanted`: the caller has named the back end, and takes no other."""
@@ -384,7 +403,7 @@ class Group:
             return None
         self._leave_alone()
         owners = [d.process_index for d in self.mesh.devices.flat]
-        ranks = [rank for _, _, rank in self.spec.seats()]
+        ranks = [seat.rank for seat in self.spec.seats()]
         here, there = (
             [rank for rank, owner in zip(ranks, owners, strict=True) if owner == p]
             for p in (jax.process_index(), process)

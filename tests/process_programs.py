@@ -166,6 +166,47 @@ for turn in range(2):
 print("passed")
 """
 
+# Each process, or each pair of them, says that it is on a host of its own.
+HOSTS = """
+from jax.sharding import Mesh
+from jax_ep import _sockets
+from jax_ep.testing.ranks import on_ranks, place
+per_host = int(sys.argv[1])
+_sockets.host = lambda: f"host{me // per_host}"
+num_hosts = jax.process_count() // per_host
+devices = np.array(jax.devices()).reshape(num_hosts, -1)
+num_slices, R = devices.shape
+mesh = Mesh(devices, ("data", "expert"))
+experts = (ids % (4 * R)).reshape(num_slices * R, *ids.shape[1:])
+"""
+
+TRAIN_OVER_HOSTS = """
+with jax_ep.Group.open(mesh, "expert", timeout=60.0) as group:
+    info = group.info()
+    assert (info.backend, info.num_slices) == (sys.argv[2], num_slices), info
+    def step(x, ids, scale):
+        def loss(scale):
+            return (echo(group, x * scale, ids) ** 2).sum()
+        value, gradient = jax.value_and_grad(loss)(scale)
+        sums = jax_ep.all_reduce(x, group=group)
+        if "shares" not in sys.argv:  # NCCL takes no two ranks on a GPU
+            value, gradient = jax.lax.psum((value, gradient), ("data", "expert"))
+        return value[None], gradient, sums
+    run = on_ranks(step, mesh, check_vma=False)
+    scale = np.full((num_slices * R, 1), 2.0, np.float32)
+    for _ in range(3):
+        value, gradient, sums = run(*place((x, experts, scale), mesh))
+    counts = num_ranks_of(experts).astype(np.float32)
+    totals = ((2 * x * counts) ** 2).sum(axis=(1, 2))[:, None]
+    if "shares" not in sys.argv:
+        totals = np.full_like(totals, totals.sum())
+    assert_same_bits(value, totals)
+    assert_same_bits(gradient, totals)
+    expected = x.reshape(num_slices, R, *x.shape[1:]).sum(1).repeat(R, axis=0)
+    assert_same_bits(sums, expected)
+print("passed")
+"""
+
 RAISES = """
 with jax_ep.Group.open(mesh, "ep", timeout=3.0) as group:
     run = on_group(lambda x, ids: echo(group, x, ids), group)

@@ -170,8 +170,8 @@ def test_a_timeout_beyond_the_heartbeat_of_jax_is_warned_of(converse, monkeypatc
     monkeypatch.setattr(_jax_compat.distributed.State, "initialize", initialize)
     monkeypatch.setattr(jax, "process_index", lambda: 0)
     mesh = SimpleNamespace(devices=np.array([SimpleNamespace(process_index=p) for p in (0, 1)]))
-    _bootstrap.meet(mesh, "x", timeout=default - 1.0).close()
+    _bootstrap.meet(mesh, "x", [0, 0], timeout=default - 1.0).close()
     with pytest.warns(UserWarning, match=rf"heartbeat_timeout_seconds \({default} by default"):
-        _bootstrap.meet(mesh, "x", timeout=float(default)).close()
+        _bootstrap.meet(mesh, "x", [0, 0], timeout=float(default)).close()
     alone = SimpleNamespace(devices=mesh.devices[:1])
-    _bootstrap.meet(alone, "x", timeout=float(default)).close()
+    _bootstrap.meet(alone, "x", [0], timeout=float(default)).close()

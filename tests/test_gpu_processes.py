@@ -8,7 +8,16 @@ import subprocess
 from contextlib import suppress
 
 import pytest
-from process_programs import INTERRUPTED, MIDDLE, MISSING, REOPEN, REOPENED, START
+from process_programs import (
+    HOSTS,
+    INTERRUPTED,
+    MIDDLE,
+    MISSING,
+    REOPEN,
+    REOPENED,
+    START,
+    TRAIN_OVER_HOSTS,
+)
 
 from jax_ep.testing import launch
 
@@ -205,6 +214,16 @@ def test_sums_of_more_ranks_than_gpus(num_gpus, mps, per_gpu):
     )
     assert _passed(outputs)
     assert outputs[0].count("checking ") > 40
+
+
+def test_slices_inside_a_host_take_the_custom_calls(num_gpus):
+    """Each process says that it is on a host of its own: slices are of one rank."""
+    assert _passed(_run(HOSTS + TRAIN_OVER_HOSTS, num_gpus, "1", "cuda"))
+
+
+def test_slices_of_several_processes_inside_a_host(num_gpus, mps):
+    outputs = _run(HOSTS + TRAIN_OVER_HOSTS, 2 * num_gpus, "2", "cuda", "shares", environment=mps)
+    assert _passed(outputs)
 
 
 @pytest.mark.slow

@@ -14,7 +14,17 @@ PACKAGE = Path(jax_ep.__file__).parent
 # A module may import from its own layer and from those below it.
 LAYERS = [
     {"errors", "config"},
-    {"_drain", "_jax_compat", "_registry", "_settle", "_sockets", "_spec", "_tuning", "reference"},
+    {
+        "_drain",
+        "_jax_compat",
+        "_neighbourhoods",
+        "_registry",
+        "_settle",
+        "_sockets",
+        "_spec",
+        "_tuning",
+        "reference",
+    },
     {"_bootstrap", "_conversation", "_native", "_open_arguments", "_primitives"},
     {"_interrupts", "_native_group", "_xla", "_xla_reduce", "handle"},
     {"_backends"},

@@ -14,11 +14,13 @@
 
 namespace jax_ep {
 
-using SeatTuple = std::tuple<int64_t, int, int>;  // device id, slice, rank
+using SeatTuple = std::tuple<int64_t, int, int, int64_t>;  // device id, slice, rank, position
 
 inline std::vector<Seat> SeatsOf(const std::vector<SeatTuple>& tuples) {
   std::vector<Seat> seats;
-  for (const auto& [device_id, slice, rank] : tuples) seats.push_back({device_id, {slice, rank}});
+  for (const auto& [device_id, slice, rank, position] : tuples) {
+    seats.push_back({device_id, {slice, rank}, position});
+  }
   return seats;
 }
 

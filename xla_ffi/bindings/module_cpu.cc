@@ -110,14 +110,13 @@ NB_MODULE(_jax_ep_cpu, m) {
           "skip_rank", [](Group& group, int rank) { group.exchange().SkipRank(rank); },
           nanobind::arg("rank"),
           "For tests: keeps the calls of a rank from its peers; -1 ends it.");
-  m.def(
-      "open_group", &jax_ep::OpenGroup, nanobind::arg("identity"), nanobind::arg("seats"),
-      nanobind::arg("num_slices"), nanobind::arg("num_ranks"), nanobind::arg("timeout_ms"),
-      nanobind::arg("processes") = std::vector<int>(), nanobind::arg("own_process") = 0,
-      nanobind::arg("links") = std::vector<jax_ep::LinkTuple>(),
-      "Opens a group. Seats are (device id, slice, rank) in the row-major order of the mesh, and\n"
-      "processes whose they are. Links are (process, pid, descriptor of a stream socket), which\n"
-      "the group takes over.");
+  m.def("open_group", &jax_ep::OpenGroup, nanobind::arg("identity"), nanobind::arg("seats"),
+        nanobind::arg("num_slices"), nanobind::arg("num_ranks"), nanobind::arg("timeout_ms"),
+        nanobind::arg("processes") = std::vector<int>(), nanobind::arg("own_process") = 0,
+        nanobind::arg("links") = std::vector<jax_ep::LinkTuple>(),
+        "Opens a group. Seats are (device id, slice, rank, position in the mesh), of whole slices,\n"
+        "and processes whose they are. Links are (process, pid, descriptor of a stream socket),\n"
+        "which the group takes over.");
   m.def(
       "has_closed_group",
       [](const std::string& identity) {

@@ -194,7 +194,7 @@ void DeviceGroup::Open(uint64_t timeout_ns, const LoadKernels& load_kernels) {
     gpus_[i] = GpuOf(device);
     members_[i].endpoint = {.rank = seats_[i].member.rank,
                             .num_ranks = num_ranks_,
-                            .position = static_cast<int32_t>(i),
+                            .position = static_cast<int32_t>(seats_[i].position),
                             .site = 0,
                             .rooms = RoomsOf(num_ranks_),
                             .control = {},
@@ -204,26 +204,26 @@ void DeviceGroup::Open(uint64_t timeout_ns, const LoadKernels& load_kernels) {
     if (IsAlone() && !stages_all_) members_[i].readers = DevicesHere();
     members_[i].staging = control_[i].data() + staging_offset;
     members_[i].staging_bytes = control_[i].bytes() - staging_offset;
-    position_of_device_[device] = static_cast<int>(i);
+    seat_of_device_[device] = static_cast<int>(i);
     load_kernels(members_[i].traits);
   }
   if (IsAlone()) Complete();
 }
 
-bool DeviceGroup::FindPool(int position, uint64_t address) {
-  const OnDevice on_device(seats_.at(position).device_id);
+bool DeviceGroup::FindPool(int seat, uint64_t address) {
+  const OnDevice on_device(seats_.at(seat).device_id);
   const ExportedAllocation pool = ReadableAllocationOf(address, DevicesHere());
-  members_.at(position).pool = {.begin = pool.begin, .bytes = pool.bytes, .here = 0};
+  members_.at(seat).pool = {.begin = pool.begin, .bytes = pool.bytes, .here = 0};
   return pool.bytes > 0;
 }
 
-DeviceGroup::Exported DeviceGroup::Export(int position, uint64_t address) {
-  Member& member = members_.at(position);
-  const OnDevice on_device(seats_.at(position).device_id);
+DeviceGroup::Exported DeviceGroup::Export(int seat, uint64_t address) {
+  Member& member = members_.at(seat);
+  const OnDevice on_device(seats_.at(seat).device_id);
   Exported exported{.traits = member.traits,
-                    .gpu = gpus_.at(position),
-                    .control = control_.at(position).Export(),
-                    .control_bytes = control_.at(position).bytes(),
+                    .gpu = gpus_.at(seat),
+                    .control = control_.at(seat).Export(),
+                    .control_bytes = control_.at(seat).bytes(),
                     .pool = {.begin = 0, .bytes = 0, .descriptor = -1}};
   if (stages_all_) return exported;
   try {
@@ -236,26 +236,25 @@ DeviceGroup::Exported DeviceGroup::Export(int position, uint64_t address) {
   return exported;
 }
 
-void DeviceGroup::Import(int position, const Exported& exported) {
+void DeviceGroup::Import(int seat, const Exported& exported) {
   const OnDevice on_device(DevicesHere().front());
   try {
-    members_.at(position).traits = exported.traits;
-    gpus_.at(position) = exported.gpu;
-    control_.at(position) =
-        ShareableMemory::Import(exported.control, exported.control_bytes, DevicesHere(),
-                                ShareableMemory::Use::kReadAndWrite);
+    members_.at(seat).traits = exported.traits;
+    gpus_.at(seat) = exported.gpu;
+    control_.at(seat) = ShareableMemory::Import(exported.control, exported.control_bytes,
+                                                DevicesHere(), ShareableMemory::Use::kReadAndWrite);
     if (exported.pool.descriptor >= 0) {
-      pools_.at(position) = ShareableMemory::Import(exported.pool.descriptor, exported.pool.bytes,
-                                                    DevicesHere(), ShareableMemory::Use::kRead);
+      pools_.at(seat) = ShareableMemory::Import(exported.pool.descriptor, exported.pool.bytes,
+                                                DevicesHere(), ShareableMemory::Use::kRead);
     }
   } catch (...) {
     Close(exported);
     throw;
   }
   Close(exported);
-  maps_.at(position) = {.begin = exported.pool.begin,
-                        .bytes = exported.pool.bytes,
-                        .here = reinterpret_cast<uint64_t>(pools_.at(position).data())};
+  maps_.at(seat) = {.begin = exported.pool.begin,
+                    .bytes = exported.pool.bytes,
+                    .here = reinterpret_cast<uint64_t>(pools_.at(seat).data())};
 }
 
 void DeviceGroup::Complete() {
@@ -342,8 +341,8 @@ const DeviceGroup::Member* DeviceGroup::Find(int64_t device_id) const {
   // XLA has made the device of a call current, and may count those that a process was given from 0.
   int current = -1;
   if (cudaGetDevice(&current) != cudaSuccess) current = static_cast<int>(device_id);
-  const auto found = position_of_device_.find(current);
-  return found == position_of_device_.end() ? nullptr : &members_[found->second];
+  const auto found = seat_of_device_.find(current);
+  return found == seat_of_device_.end() ? nullptr : &members_[found->second];
 }
 
 std::optional<ErrorRecord> DeviceGroup::error() const {
@@ -378,14 +377,14 @@ std::optional<ErrorRecord> DeviceGroup::error() const {
       .seen = found->seen};
 }
 
-std::optional<FailureRecord> DeviceGroup::ToldTo(size_t position) const {
-  const OnDevice on_device(seats_[position].device_id);
-  const auto* control = reinterpret_cast<const ControlBlock*>(control_[position].data());
+std::optional<FailureRecord> DeviceGroup::ToldTo(size_t seat) const {
+  const OnDevice on_device(seats_[seat].device_id);
+  const auto* control = reinterpret_cast<const ControlBlock*>(control_[seat].data());
   FailureRecord told[kMaxRanks];
   const auto find_first = [&] {
     Check("cudaMemcpyAsync", cudaMemcpyAsync(told, control->told, sizeof(told),
-                                             cudaMemcpyDeviceToHost, copies_[position]));
-    Check("cudaStreamSynchronize", cudaStreamSynchronize(copies_[position]));
+                                             cudaMemcpyDeviceToHost, copies_[seat]));
+    Check("cudaStreamSynchronize", cudaStreamSynchronize(copies_[seat]));
     return std::find_if(std::begin(told), std::end(told),
                         [](const FailureRecord& record) { return record.is_set != 0; });
   };
@@ -394,20 +393,20 @@ std::optional<FailureRecord> DeviceGroup::ToldTo(size_t position) const {
   return *find_first();
 }
 
-ControlBlock* DeviceGroup::ControlAt(size_t position) const {
-  return reinterpret_cast<ControlBlock*>(control_[position].data());
+ControlBlock* DeviceGroup::ControlAt(size_t seat) const {
+  return reinterpret_cast<ControlBlock*>(control_[seat].data());
 }
 
-void DeviceGroup::CopyBeside(size_t position, void* to, const void* from, size_t bytes,
+void DeviceGroup::CopyBeside(size_t seat, void* to, const void* from, size_t bytes,
                              cudaMemcpyKind kind) const {
-  const OnDevice on_device(seats_[position].device_id);
-  Check("cudaMemcpyAsync", cudaMemcpyAsync(to, from, bytes, kind, copies_[position]));
-  Check("cudaStreamSynchronize", cudaStreamSynchronize(copies_[position]));
+  const OnDevice on_device(seats_[seat].device_id);
+  Check("cudaMemcpyAsync", cudaMemcpyAsync(to, from, bytes, kind, copies_[seat]));
+  Check("cudaStreamSynchronize", cudaStreamSynchronize(copies_[seat]));
 }
 
-std::optional<uint32_t> DeviceGroup::RunningAt(size_t position) const {
+std::optional<uint32_t> DeviceGroup::RunningAt(size_t seat) const {
   Signal turn;
-  CopyBeside(position, &turn, &ControlAt(position)->turn, sizeof(turn), cudaMemcpyDeviceToHost);
+  CopyBeside(seat, &turn, &ControlAt(seat)->turn, sizeof(turn), cudaMemcpyDeviceToHost);
   return turn.value == 0 ? std::nullopt : std::optional(turn.epoch);
 }
 
@@ -438,31 +437,31 @@ bool DeviceGroup::IsWaiting() {
   return false;
 }
 
-void DeviceGroup::FailAt(size_t position, FailureRecord record) {
+void DeviceGroup::FailAt(size_t seat, FailureRecord record) {
   uint32_t has_failed = 0;
-  CopyBeside(position, &has_failed, &ControlAt(position)->has_failed, sizeof(has_failed),
+  CopyBeside(seat, &has_failed, &ControlAt(seat)->has_failed, sizeof(has_failed),
              cudaMemcpyDeviceToHost);
   if (has_failed != 0) return;  // and it ends the waits itself
   // In the order of Fail (device/signals.cuh). The words of `told` go in front of is_set, which a
   // single copy would not promise.
   record.is_set = 0;
-  records_[position] = record;
+  records_[seat] = record;
   std::atomic_thread_fence(std::memory_order_release);
-  static_cast<volatile FailureRecord&>(records_[position]).is_set = 1;
+  static_cast<volatile FailureRecord&>(records_[seat]).is_set = 1;
   std::vector<size_t> slice;
   for (size_t j = 0; j < seats_.size(); ++j) {
-    if (seats_[j].member.slice == seats_[position].member.slice) slice.push_back(j);
+    if (seats_[j].member.slice == seats_[seat].member.slice) slice.push_back(j);
   }
   const uint32_t one = 1;
   for (const bool is_whole : {false, true}) {
     for (const size_t j : slice) {
       FailureRecord& told = ControlAt(j)->told[record.rank];
-      is_whole ? CopyBeside(position, &told.is_set, &one, sizeof(one), cudaMemcpyHostToDevice)
-               : CopyBeside(position, &told, &record, sizeof(record), cudaMemcpyHostToDevice);
+      is_whole ? CopyBeside(seat, &told.is_set, &one, sizeof(one), cudaMemcpyHostToDevice)
+               : CopyBeside(seat, &told, &record, sizeof(record), cudaMemcpyHostToDevice);
     }
   }
   for (const size_t j : slice) {
-    CopyBeside(position, &ControlAt(j)->abort, &one, sizeof(one), cudaMemcpyHostToDevice);
+    CopyBeside(seat, &ControlAt(j)->abort, &one, sizeof(one), cudaMemcpyHostToDevice);
   }
 }
 

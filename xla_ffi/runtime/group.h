@@ -17,7 +17,7 @@ namespace jax_ep {
 
 class Group {
  public:
-  /// `seats` in the row-major order of the mesh, over all of its axes.
+  /// `seats`: of whole slices; those of the mesh that this process has to do with.
   Group(std::string identity, std::vector<Seat> seats, Roster roster,
         std::chrono::milliseconds timeout);
 
@@ -35,7 +35,7 @@ class Group {
   std::string identity_;
   int num_ranks_;
   std::vector<Seat> seats_;
-  std::unordered_map<int64_t, int64_t> position_of_device_;
+  std::unordered_map<int64_t, const Seat*> seat_of_device_;
   Exchange exchange_;
 };
 

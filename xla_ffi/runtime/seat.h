@@ -15,6 +15,7 @@ struct Member {
 struct Seat {
   int64_t device_id;  // what XLA reports as the device ordinal
   Member member;
+  int64_t position;  // in the row-major order of the mesh
 };
 
 }  // namespace jax_ep

@@ -1,0 +1,111 @@
+"""Groups over several hosts: the custom calls where each slice lies inside one, stock ones else."""
+
+import re
+import signal
+import warnings
+
+import jax
+import pytest
+from process_programs import HOSTS, TRAIN_OVER_HOSTS, run_on_cpus
+
+import jax_ep
+from jax_ep._neighbourhoods import neighbourhoods
+from jax_ep.testing.ranks import make_mesh
+
+
+@pytest.mark.parametrize(
+    ("owners", "slices", "expected"),
+    [
+        ([0, 0, 1, 1], [0, 0, 1, 1], [[0], [1]]),
+        ([0, 0, 1, 1], [0, 1, 0, 1], [[0, 1]]),
+        ([0, 1, 2, 3], [0, 0, 1, 1], [[0, 1], [2, 3]]),
+        ([3, 1, 2, 0], [0, 1, 0, 1], [[0, 1], [2, 3]]),
+        ([0, 1, 1, 2, 3, 3], [0, 0, 1, 1, 2, 2], [[0, 1, 2], [3]]),  # by process 1
+        ([0, 2, 1, 3, 2, 3], [0, 0, 1, 1, 2, 2], [[0, 1, 2, 3]]),  # the last slice joins two sets
+    ],
+)
+def test_neighbourhoods(owners, slices, expected):
+    assert neighbourhoods(owners, slices) == expected
+
+
+LOST = """
+group = jax_ep.Group.open(mesh, "expert", timeout=60.0)
+run = on_ranks(lambda x, ids: echo(group, x, ids), mesh, check_vma=False)
+data = place((x, experts), mesh)
+group.check(run(*data))
+if me == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+start = time.monotonic()
+try:
+    for _ in range(5):
+        group.check(run(*data))
+    print("passed")
+except jax_ep.PeerTimeoutError as e:
+    print("waited", time.monotonic() - start)
+    print(e)
+sys.stdout.flush()
+os._exit(7)  # jax.distributed would wait for the killed one
+"""
+
+CROSSED = """
+mesh = Mesh(devices.T, ("data", "expert"))
+with jax_ep.Group.open(mesh, "expert", timeout=60.0) as group:
+    info = group.info()
+    assert info.backend == "xla", info
+    print(info.backends["cpu"])
+    R = num_slices
+    run = on_ranks(lambda x, ids: echo(group, x, ids), mesh, check_vma=False)
+    data = place((x, experts % (4 * R)), mesh)
+    assert_same_bits(run(*data), x * num_ranks_of(experts % (4 * R)).astype(np.float32))
+try:
+    jax_ep.Group.open(mesh, "expert", backend="cpu", timeout=60.0)
+except jax_ep.GroupError as e:
+    print(e)
+"""
+
+
+@pytest.mark.parametrize(("processes", "per_host", "devices"), [(2, 1, 2), (4, 2, 1), (3, 1, 2)])
+def test_slices_inside_a_host_take_the_custom_calls(processes, per_host, devices):
+    sizes = {"processes": processes, "devices": devices}
+    for output in run_on_cpus(HOSTS + TRAIN_OVER_HOSTS, str(per_host), "cpu", **sizes):
+        assert output.endswith("passed\n")
+        assert "UserWarning" not in output
+
+
+def test_a_lost_process_fails_its_neighbours():
+    codes = [7, -signal.SIGKILL, 7, 7]
+    outputs = run_on_cpus(HOSTS + LOST, "2", processes=4, devices=1, exit_codes=codes)
+    assert "waited for rank 1, whose process has ended" in outputs[0]
+    assert float(re.search(r"waited ([\d.]+)\n", outputs[0])[1]) < 5.0
+    assert [output.endswith("passed\n") for output in outputs[2:]] == [True, True]
+
+
+def test_slices_over_hosts_leave_xla():
+    first, second = run_on_cpus(HOSTS + CROSSED, "1")
+    why = "a slice of the mesh spans hosts or containers: {0: 'host0', 1: 'host1'}"
+    for output in (first, second):
+        assert why in output.splitlines()
+        assert f"backend 'cpu' is not usable here: {why}" in output
+    warning = r"UserWarning: Group.open: group expert-\w+ runs on stock collectives, back end 'xla'"
+    assert re.search(rf"{warning}: {re.escape(why)}", first)
+    assert "UserWarning" not in second
+
+
+def test_a_fallback_of_auto_is_warned_of_once(monkeypatch):
+    monkeypatch.setattr(
+        jax_ep._backends, "_cpu", lambda *_: jax_ep._backends.Usability(frozenset(), "not today")
+    )
+    mesh = make_mesh(2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            with jax_ep.Group.open(mesh, "ep", name="falls back") as group:
+                assert group.backend == "xla"
+    (told,) = caught
+    assert "back end 'xla': not today" in str(told.message)
+    assert told.filename == __file__
+
+
+def test_a_wanted_back_end_is_not_warned_of():
+    with jax_ep.Group.open(make_mesh(2), "ep", name="wanted", backend="xla"):
+        assert jax.default_backend() == "cpu"
