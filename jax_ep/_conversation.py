@@ -81,7 +81,7 @@ class Conversation:
         raise self._silence(topic, said)
 
     def heard(self, topic: str) -> dict[int, Any]:
-        """What those have said about a topic that have come to it already. Not collective.
+        """Words about a topic, of those that have come to it already. Not collective.
 
         Raises: GroupError, PeerTimeoutError: one has failed in this opening.
         """

@@ -96,8 +96,8 @@ def distributed_client() -> Any:
 def default_heartbeat_timeout() -> float:
     """Seconds after which JAX aborts processes that wait for a lost one, unless it was told others.
 
-    Those that jax.distributed.initialize was told are handed to the client and the service, in C++,
-    and neither they nor JAX's state can be asked for them.
+    JAX hands what jax.distributed.initialize was told to the client and the service, in C++, and
+    neither they nor JAX's state can be asked for it.
     """
     arguments = inspect.signature(distributed.State.initialize).parameters
     return float(arguments["heartbeat_timeout_seconds"].default)

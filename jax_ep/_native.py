@@ -28,7 +28,7 @@ def load(backend: str) -> ModuleType:
 
 
 def builds(platforms: Collection[str]) -> dict[str, str]:
-    """What the modules for these platforms were built from; processes of a group must agree.
+    """Builds of the modules for these platforms; processes of a group must agree.
 
     They share memory as it is, and messages in it. A module that cannot be loaded counts as none.
     """

@@ -184,7 +184,7 @@ def _pid_of_own_user(link: socket.socket) -> int | None:
 
 
 def _room_for_callers(num_processes: int) -> int:
-    """Those that nobody has listened to yet: each process, and some strangers."""
+    """Room for callers that nobody has listened to yet: each process, and some strangers."""
     return 4 * num_processes + 64
 
 
