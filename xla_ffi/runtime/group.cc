@@ -18,7 +18,7 @@ Member Group::Locate(const char* op, int64_t device_id, int64_t position) {
   const bool is_stranger = found == seat_of_device_.end();
   const int64_t own_position = is_stranger ? -1 : found->second->position;
   const Member member = is_stranger ? seats_.front().member : found->second->member;
-  if (position != own_position) {
+  if (is_stranger || position != own_position) {
     exchange_.Fail({.kind = ErrorRecord::Kind::kMeshMismatch,
                     .op = op,
                     .rank = is_stranger ? -1 : member.rank,

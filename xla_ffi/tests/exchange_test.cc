@@ -279,24 +279,26 @@ void TestExchangeDestroyedEarly() {
   }
 }
 
+// Two slices of a larger mesh: positions 1 and 3 are other processes' own.
 std::shared_ptr<Group> MakeGroup(const std::string& identity) {
-  const std::vector<Seat> seats{{12, {0, 0}}, {10, {0, 1}}, {13, {1, 0}}, {3, {1, 1}}};
+  const std::vector<Seat> seats{{12, {0, 0}, 0}, {10, {0, 1}, 2}, {13, {1, 0}, 4}, {3, {1, 1}, 5}};
   return std::make_shared<Group>(identity, seats, Roster{2, 2}, kLong);
 }
 
 void TestGroup() {
   const int64_t devices[] = {12, 10, 13, 3};
+  const int64_t positions[] = {0, 2, 4, 5};
   const auto group = MakeGroup("a");
   for (int i = 0; i < 4; ++i) {
-    const Member member = group->Locate("dispatch", devices[i], i);
+    const Member member = group->Locate("dispatch", devices[i], positions[i]);
     CHECK(member.slice == i / 2 && member.rank == i % 2, i, member.slice, member.rank);
   }
   CHECK(!group->exchange().error(), group->exchange().error()->op);
   CHECK(group->identity() == "a" && group->num_ranks() == 2, group->identity());
 
-  const Member moved = group->Locate("dispatch", 10, 2);
+  const Member moved = group->Locate("dispatch", 10, 1);
   CHECK(moved.slice == 0 && moved.rank == 1, moved.slice, moved.rank);
-  CheckRecord(group->exchange(), {Kind::kMeshMismatch, "dispatch", 1, -1, 1, 2});
+  CheckRecord(group->exchange(), {Kind::kMeshMismatch, "dispatch", 1, -1, 2, 1});
   const auto other = MakeGroup("b");
   const Member stranger = other->Locate("combine", 99, 1);
   CHECK(stranger.slice == 0 && stranger.rank == 0, stranger.slice, stranger.rank);
