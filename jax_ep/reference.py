@@ -154,6 +154,43 @@ def combine(
     return total.astype(rows.dtype)
 
 
+def combine_weights(plan: Plan, w: Rows) -> Rows:
+    """[R, T, K] from w [R, C, K] (rank layout: the sum over ranks) or [R, C] (expert layout)."""
+    return combine(plan, w) if plan.layout == "rank" else weights_to_tokens(plan, w)
+
+
+def weights_to_tokens(plan: Plan, at_rows: Rows) -> Rows:
+    """[R, T, K] from what dispatch_weights gives, which it transposes: moved, not computed with.
+
+    As the gradient of a dispatch's topk_weights it is exact to the bit. So are those of its x,
+    `combine` of the cotangent, and of combine_weights, the cotangent moved to the rows.
+    """
+    num_ranks, num_topk = at_rows.shape[0], plan.recv_topk_idx.shape[2]
+    moved = np.zeros((num_ranks, plan.num_tokens, num_topk), at_rows.dtype)
+    for dst in range(num_ranks):
+        if plan.layout == "rank":
+            row = plan.send_row[:, :, dst]
+            here = (row >= 0)[..., None] & (plan.recv_topk_idx[dst][row] >= 0)
+        else:
+            row = plan.send_row
+            here = (row >= 0) & (plan.send_rank == dst)
+        moved = np.where(here, at_rows[dst][row], moved)
+    return moved
+
+
+def combine_gradient(plan: Plan, cotangent: Rows, weights: Rows | None = None) -> Rows:
+    """[R, C, H], of combine's rows: the cotangent [R, T, H] moved, times weights [R, C] in f32.
+
+    Exact to the bit, as that of a bias is, which is the cotangent. That of weights is not: the
+    order of its dot product is not defined.
+    """
+    moved = dispatch(plan, cotangent)
+    if weights is None:
+        return moved
+    product = moved.astype(np.float32) * weights[..., None]
+    return _where(plan.recv_src >= 0, product.astype(cotangent.dtype))
+
+
 def _sum_of_rank(plan: Plan, dst: int, rows: Rows, weights: Rows | None) -> Rows:
     """[R, T, H] f32: each token's rows on `dst`, added in row order, rounded to their dtype."""
     xp = jnp if isinstance(rows, jax.Array) else np

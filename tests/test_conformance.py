@@ -18,8 +18,9 @@ from jax_ep.testing.compare import assert_close, assert_same_bits
 from jax_ep.testing.conformance import gradients, reductions, round_trips
 from jax_ep.testing.conformance.check import Check
 from jax_ep.testing.conformance.sizes import mix
+from jax_ep.testing.ranks import make_mesh
 
-NUM_RANKS = (1, 2, 3, 4, 6, 8)
+NUM_RANKS = tuple(range(1, 9))
 # Each check on one size of group in turn; these on others, too, where ranks show.
 ON_MORE = {
     round_trips.routings_in_one_scan: (1, 8),
@@ -36,7 +37,8 @@ def _deal():
     adds = [check.run.__module__ == reductions.__name__ for check in ALIKE]
     others = [check for check, is_sum in zip(ALIKE, adds, strict=True) if not is_sum]
     for turn, check in enumerate(others):
-        yield NUM_RANKS[turn % len(NUM_RANKS)], check
+        # One further each time round: neighbours differ in what NUM_RANKS has a multiple of.
+        yield NUM_RANKS[(turn + turn // len(NUM_RANKS)) % len(NUM_RANKS)], check
         for num_ranks in ON_MORE.get(check.run, ()):
             yield num_ranks, check
     # Over one rank a sum is the identity: there, one of each kind.
@@ -71,17 +73,41 @@ def _run(check, group, backend):
     check(group, backend)
 
 
-@pytest.mark.parametrize("axes", [("b", "a"), ("b",)], ids=str)
-def test_other_meshes(backend, axes):
-    """Axes in another order, and several slices side by side."""
-    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("a", "b"))
-    with jax_ep.Group.open(mesh, axes, name="other") as group:
-        for name in (
-            "routings_in_one_scan[layout=expert,capacity=ample,check_vma=True]",
-            "gradients[layout=rank,dtype=f32,check_vma=True,outside=True]",
-            "gradients[layout=expert,dtype=f32,check_vma=False,outside=False]",
-        ):
+ALL_GRADIENTS = "gradients_to_the_bit[layout=expert,dtype=f32,capacity=half,weights_at=rows]"
+IN_LAYERS = (
+    "routings_in_one_scan[layout=expert,capacity=ample,check_vma=True]",
+    "gradients[layout=rank,dtype=f32,check_vma=True,outside=True]",
+    "gradients[layout=expert,dtype=f32,check_vma=False,outside=False]",
+)
+# Device ids, the shape and the axes of a mesh, those of the group, and what is run there.
+MESHES = {
+    "axes_in_another_order": (range(4), {"a": 2, "b": 2}, ("b", "a"), IN_LAYERS),
+    "slices": (range(4), {"a": 2, "b": 2}, ("b",), IN_LAYERS),
+    "permuted_devices": ((6, 1, 3), {"a": 3}, ("a",), [ALL_GRADIENTS]),
+    "three_permuted_axes": (
+        (5, 2, 7, 0, 3, 6, 1, 4),
+        {"a": 2, "b": 2, "c": 2},
+        ("c", "a"),
+        [ALL_GRADIENTS],
+    ),
+}
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_other_meshes(backend, mesh):
+    """Axes and devices in another order, and several slices side by side."""
+    ids, shape, axes, names = MESHES[mesh]
+    devices = np.array(jax.devices())[list(ids)].reshape(tuple(shape.values()))
+    with jax_ep.Group.open(Mesh(devices, tuple(shape)), axes, name="other") as group:
+        for name in names:
             BY_NAME[name](group, backend)
+
+
+def test_several_nodes(backend):
+    """Rows, sums and gradients are those of one node. What counts nodes has its own test."""
+    mesh = make_mesh(6)
+    with jax_ep.Group.open(mesh, "ep", name="several nodes", ranks_per_node=2) as group:
+        BY_NAME[ALL_GRADIENTS](group, backend)
 
 
 TWO_PROCESSES = """

@@ -183,13 +183,19 @@ def assert_dispatched(case: Case, data: Data, out: jax_ep.Dispatched) -> referen
     }
     for name, value in handle.items():
         _assert_field(getattr(out.handle, name), value, f"handle.{name}")
+    is_defined = defined_rows(case, plan)
+    assert_same_bits(out.x, reference.dispatch(plan, data.x), what="x", where=is_defined)
+    return plan
+
+
+def defined_rows(case: Case, plan: reference.Plan) -> Any:
+    """[R, C] bool: the rows that `fill` says something of; the others may hold anything."""
     is_defined = plan.recv_src >= 0
     if case.fill in ("zeros", "padding"):
         is_defined |= np.arange(case.capacity) < plan.num_recv[:, None]
     if case.fill == "zeros":
         is_defined[:] = True
-    assert_same_bits(out.x, reference.dispatch(plan, data.x), what="x", where=is_defined)
-    return plan
+    return is_defined
 
 
 def assert_combined(case: Case, data: Data, plan: reference.Plan, y: Any) -> None:

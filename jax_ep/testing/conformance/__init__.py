@@ -5,10 +5,19 @@ combinations of sizes. Arguments and the reference are made on the host, alike i
 each process compares the shards that it has.
 """
 
-from jax_ep.testing.conformance import gradients, handles, layouts, reductions, round_trips
+from jax_ep.testing.conformance import (
+    gradient_bits,
+    gradients,
+    handles,
+    layouts,
+    reductions,
+    round_trips,
+    weights,
+    wide,
+)
 from jax_ep.testing.conformance.check import Check as Check
 
-_PARTS = (round_trips, handles, gradients, layouts, reductions)
+_PARTS = (round_trips, weights, handles, gradients, gradient_bits, layouts, wide, reductions)
 
 CHECKS: tuple[Check, ...] = tuple(check for part in _PARTS for check in part.CHECKS)
 FULL: tuple[Check, ...] = tuple(check for part in _PARTS for check in part.FULL)

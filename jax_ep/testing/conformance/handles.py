@@ -1,5 +1,6 @@
-"""What travels along a handle: other rows, fp8 pairs, payloads, weights."""
+"""What travels along a handle, and beside rows: other rows, fp8 pairs, payloads."""
 
+import itertools
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import jax_ep
 from jax_ep import reference
 from jax_ep.testing import routing as routings
-from jax_ep.testing.cases import DTYPES, Case, Data, dispatch, make_data, plan_of
+from jax_ep.testing.cases import DTYPES, defined_rows, dispatch, make_data, plan_of
 from jax_ep.testing.compare import assert_same_bits, shards
 from jax_ep.testing.conformance.check import Check, noted
 from jax_ep.testing.conformance.sizes import LAYOUTS, make_case
@@ -17,6 +18,7 @@ from jax_ep.testing.ranks import on_group
 
 _FP8 = {"e4m3fn": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}
 _SCALES = {"f32": np.float32, "e8m0": np.uint8}
+_OTHER_ROWS = (("f32", 4), ("f32", 1028), ("f16", 24), ("bf16", 8))
 _COUNTS = ("group_sizes", "num_recv", "num_dropped", "num_invalid")
 
 
@@ -57,11 +59,11 @@ def _assert_handle(plan: reference.Plan, handle: jax_ep.DispatchHandle) -> None:
 
 
 def fp8_pair_and_payload(
-    group: jax_ep.Group, backend: str, *, layout: str, fp8: str, scales: str
+    group: jax_ep.Group, backend: str, *, layout: str, fp8: str, scales: str, fill: str
 ) -> None:
     """Every bit of fp8 rows, scales and payload arrives, routed and along a handle."""
     alignment = 4 if layout == "expert" else 1
-    case = make_case(group, layout=layout, expert_alignment=alignment)
+    case = make_case(group, layout=layout, expert_alignment=alignment, fill=fill)
     data = make_data(case, "skewed")
     rng = np.random.default_rng(3)
     tokens, kind = data.x.shape[:2], np.dtype(_SCALES[scales])
@@ -77,13 +79,17 @@ def fp8_pair_and_payload(
         return out, jax_ep.dispatch(pair, handle=out.handle, payload=payload, backend=backend)
 
     plan = plan_of(case, data.topk_idx)
-    for form, out in zip(
-        ("routed", "along"), on_group(fn, group)(sent, data.topk_idx), strict=True
-    ):
+    routed, along = on_group(fn, group)(sent, data.topk_idx)
+    # Along a handle, everything else is zero.
+    for form, out, where in (("routed", routed, defined_rows(case, plan)), ("along", along, None)):
         for name, rows in sent.items():
-            bits = f"u{rows.dtype.itemsize}"
-            expected = reference.dispatch(plan, rows.view(bits)).view(rows.dtype)
-            assert_same_bits(getattr(out, name), expected, what=f"{form} {name}", nan_bits=True)
+            assert_same_bits(
+                getattr(out, name),
+                _moved(plan, rows),
+                what=f"{form} {name}",
+                where=where,
+                nan_bits=True,
+            )
 
 
 def dispatch_fp8(
@@ -125,39 +131,36 @@ def dispatch_fp8(
             assert_same_bits(got, wanted, what="gradient")
 
 
-def combine_weights(group: jax_ep.Group, backend: str, *, layout: str, capacity: str) -> None:
-    """What was kept comes back as it went; what was dropped, masked or invalid is zero."""
-    case = make_case(group, layout=layout, capacity=capacity)
+def other_widths_along_a_handle(group: jax_ep.Group, backend: str, *, layout: str) -> None:
+    """Rows of other dtypes and sizes, and fp8 pairs, take the way of the first ones."""
+    alignment = 3 if layout == "expert" else 1
+    case = make_case(group, layout=layout, expert_alignment=alignment, capacity="half")
+    data = make_data(case, "masked")
+    rng = np.random.default_rng(4)
+    tokens = data.x.shape[:2]
 
-    def fn(x: Any, ids: Any, weights: Any) -> Any:
-        out = dispatch(case, group, backend, x, ids, weights)
+    def patterns(dtype: Any, width: int) -> Any:
+        return rng.integers(0, 256, (*tokens, width * np.dtype(dtype).itemsize), np.uint8).view(
+            dtype
+        )
 
-        def back(w: Any) -> Any:
-            return jax_ep.combine_weights(w, out.handle, backend=backend)
+    others = [patterns(DTYPES[name], width) for name, width in _OTHER_ROWS]
+    pair = (patterns(_FP8["e4m3fn"], 48), patterns(np.uint8, 5))
 
-        return back(out.weights), jax.grad(lambda w: jnp.sum(back(w) * 3.0))(out.weights)
+    def fn(x: Any, ids: Any, others: Any, pair: Any) -> Any:
+        handle = dispatch(case, group, backend, x, ids).handle
+        outs = [jax_ep.dispatch(rows, handle=handle, backend=backend) for rows in (*others, pair)]
+        return [out.x for out in outs], outs[-1].scales
 
-    compiled = on_group(fn, group)
-    for routing in routings.BY_NAME:
-        with noted(f"routing {routing}"):
-            data = make_data(case, routing)
-            back, grad = compiled(data.x, data.topk_idx, data.topk_weights)
-            plan = plan_of(case, data.topk_idx)
-            assert_same_bits(back, _kept_weights(case, plan, data), what="weights")
-            has_token = plan.recv_src >= 0
-            if layout == "rank":
-                has_token = np.broadcast_to(has_token[..., None], grad.shape)
-            assert_same_bits(grad, np.where(has_token, 3.0, 0.0).astype(np.float32), what="grad")
+    plan = plan_of(case, data.topk_idx)
+    rows, scales = on_group(fn, group)(data.x, data.topk_idx, others, pair)
+    for got, sent in zip((*rows, scales), (*others, *pair), strict=True):
+        assert_same_bits(got, _moved(plan, sent), what=f"{sent.dtype}{sent.shape}", nan_bits=True)
 
 
-def _kept_weights(case: Case, plan: reference.Plan, data: Data) -> Any:
-    """topk_weights where the choice has a row, else zero."""
-    is_expert = (data.topk_idx >= 0) & (data.topk_idx < case.num_experts)
-    row = plan.send_row
-    if case.layout == "rank":
-        rank = np.where(is_expert, data.topk_idx // case.experts_per_rank, 0)
-        row = np.take_along_axis(plan.send_row, rank, axis=-1)
-    return np.where(is_expert & (row >= 0), data.topk_weights, np.float32(0))
+def _moved(plan: reference.Plan, sent: Any) -> Any:
+    """As bits, which NumPy does not change."""
+    return reference.dispatch(plan, sent.view(f"u{sent.dtype.itemsize}")).view(sent.dtype)
 
 
 _DISPATCH = frozenset({"dispatch"})
@@ -166,15 +169,17 @@ _LAYOUT_AND_CAPACITY = [
 ]
 CHECKS = (
     *(Check(other_rows_along_a_handle, _DISPATCH, params) for params in _LAYOUT_AND_CAPACITY),
+    *(Check(other_widths_along_a_handle, _DISPATCH, {"layout": layout}) for layout in LAYOUTS),
     *(
-        Check(combine_weights, _DISPATCH | {"combine_weights"}, params)
-        for params in _LAYOUT_AND_CAPACITY
-    ),
-    *(
-        Check(fp8_pair_and_payload, _DISPATCH, {"layout": layout, "fp8": fp8, "scales": scales})
+        Check(
+            fp8_pair_and_payload,
+            _DISPATCH,
+            {"layout": layout, "fp8": fp8, "scales": scales, "fill": fill},
+        )
         for layout in LAYOUTS
-        for fp8 in _FP8
-        for scales in _SCALES
+        for (fp8, scales), fill in zip(
+            itertools.product(_FP8, _SCALES), ("zeros", "padding", "none", "padding"), strict=True
+        )
     ),
     *(
         Check(

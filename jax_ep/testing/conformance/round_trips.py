@@ -23,7 +23,14 @@ from jax_ep.testing.cases import (
 from jax_ep.testing.cases import round_trip as compile_round_trip
 from jax_ep.testing.compare import assert_same_bits, shards
 from jax_ep.testing.conformance.check import ROUND_TRIP, Check, noted
-from jax_ep.testing.conformance.sizes import LAYOUTS, VALUES, make_case, mix, seed_of
+from jax_ep.testing.conformance.sizes import (
+    LAYOUTS,
+    MORE_VALUES,
+    VALUES,
+    make_case,
+    mix,
+    seed_of,
+)
 from jax_ep.testing.ranks import on_group
 
 
@@ -46,7 +53,7 @@ def round_trip(
             assert_combined(case, data, plan, y)
             # A capacity that is not what its name says would test nothing.
             dropped = int(plan.num_dropped.sum())
-            if capacity == "ample":
+            if capacity in ("ample", "beyond"):
                 assert dropped == 0, dropped
             elif routing == "skewed":
                 assert (dropped > 0) == (case.capacity < _needed(case, data)), dropped
@@ -188,7 +195,8 @@ def _round_trips(*, full: bool) -> list[Check]:
     for layout in LAYOUTS:
         values, crossed = VALUES[layout], _CROSSED[layout]
         if full:
-            values = {**values, "check_vma": (True, False)}
+            more = {name: more for name, more in MORE_VALUES.items() if name in values}
+            values = {**values, **more, "check_vma": (True, False)}
             crossed = ("dtype", "num_topk", "capacity", "check_vma")
         found += [
             Check(round_trip, ROUND_TRIP, {"layout": layout, **row})
@@ -201,6 +209,8 @@ def _special() -> list[Check]:
     # Enough products to show a contracted multiply-add, in f32, where it would be visible.
     many = {"layout": "expert", "dtype": "f32", "num_topk": 8, "row_bytes": 4080}
     found = [Check(round_trip, ROUND_TRIP, {**many, "weights_at": "rows"})]
+    for aligned in ({"layout": "rank"}, {"layout": "expert", "expert_alignment": 32}):
+        found.append(Check(round_trip, ROUND_TRIP, {**aligned, "capacity": "beyond"}))
     for layout in LAYOUTS:
         weights_at = None if layout == "rank" else "tokens"
         weighted = {"layout": layout, "weights_at": weights_at}

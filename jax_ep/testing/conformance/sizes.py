@@ -26,7 +26,17 @@ _SIZES: Params = {
 }
 VALUES: dict[str, Params] = {
     "rank": _SIZES,
-    "expert": {**_SIZES, "expert_alignment": (1, 4, 32), "weights_at": (None, "rows", "tokens")},
+    "expert": {
+        **_SIZES,
+        "expert_alignment": (1, 2, 3, 16),
+        "weights_at": (None, "rows", "tokens"),
+    },
+}
+
+# In their place in the full matrix.
+MORE_VALUES: Params = {
+    "capacity": (*_SIZES["capacity"], "beyond"),
+    "expert_alignment": (1, 2, 3, 4, 16, 32),
 }
 
 
@@ -46,8 +56,9 @@ def make_case(
       dtype: a key of DTYPES.
       num_topk: as many experts, and at least four, are on each rank, so that all may go to one.
       row_bytes: default: hidden 24.
-      capacity: "ample": the worst case's; "exact": what the busiest rank of the skewed routing
-        needs; "short": one row less; "half": half of it; "one": one row.
+      capacity: "ample": the worst case's; "beyond": more than that; "exact": what the busiest rank
+        of the skewed routing needs; "short": one row less; "half": half of it; "one": one row,
+        which is also less than an alignment.
       **fields: of Case.
     """
     hidden = 24 if row_bytes is None else row_bytes // np.dtype(DTYPES[dtype]).itemsize
@@ -65,6 +76,8 @@ def make_case(
     )
     if capacity == "ample":
         return case
+    if capacity == "beyond":
+        return replace(case, recv_capacity=case.capacity + 5)
     skewed = make_topk_idx(case, "skewed", seed_of("skewed"))
     needed = int(np.max(plan_of(case, skewed).num_recv))
     rows = {"exact": needed, "short": needed - 1, "half": needed // 2, "one": 1}[capacity]

@@ -1,0 +1,160 @@
+"""The suite sees faults of a back end: each is put into one, and a check must fail of it."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jax_ep import _backends, _checks, _differentiable
+from jax_ep.testing import conformance
+
+CHECKS = {check.name: check for check in conformance.CHECKS}
+GRADIENTS = "gradients_to_the_bit[layout=expert,dtype=f32,capacity=half,weights_at=rows]"
+
+
+def _next(x):
+    """One unit in the last place away from zero."""
+    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+    return jax.lax.bitcast_convert_type(bits + 1, x.dtype)
+
+
+def _fault_of(index, spoil):
+    """Of one of several results."""
+    return lambda results: tuple(spoil(r) if i == index else r for i, r in enumerate(results))
+
+
+def _backward(op, spoil):
+    """In the gradients that an operation gives its operands."""
+
+    def inject(monkeypatch):
+        rule = getattr(_differentiable, op)
+        right = rule.bwd
+        monkeypatch.setattr(rule, "bwd", lambda *args: spoil(right(*args)))
+
+    return inject
+
+
+def _forward(op, spoil_of):
+    """In what a back end computes: `spoil_of` gets the right function and its arguments."""
+
+    def inject(monkeypatch):
+        right = _backends.get
+
+        def get(name):
+            fn = getattr(right(name), op)
+            return right(name)._replace(**{op: lambda *a, **options: spoil_of(fn, *a, **options)})
+
+        monkeypatch.setattr(_backends, "get", get)
+
+    return inject
+
+
+def _fill(index, value):
+    """Rows of a dispatch that hold no token, in one of the arrays that travel."""
+
+    def spoil(fn, *args):
+        routed = fn(*args)
+        rows = list(routed.rows)
+        if index < len(rows):
+            is_free = (routed.recv_src < 0)[:, None]
+            rows[index] = jnp.where(is_free, jnp.asarray(value, rows[index].dtype), rows[index])
+        return routed._replace(rows=tuple(rows))
+
+    return _forward("dispatch", spoil)
+
+
+def _leak(fn, spec, index, rows, *others):
+    """A row that need not hold a token, taken times zero where it should be left out."""
+    return fn(spec, index, rows, *others) + rows[-1:] * 0
+
+
+def _with_weights(change):
+    def spoil(fn, spec, index, rows, weights, biases):
+        return fn(spec, index, rows, None if weights is None else change(weights), biases)
+
+    return _forward("combine", spoil)
+
+
+def _narrow_ids(monkeypatch):
+    right = _checks.require_topk_idx
+    monkeypatch.setattr(
+        _checks, "require_topk_idx", lambda ids, **options: right(ids.astype(jnp.int32), **options)
+    )
+
+
+def _narrow_rows(fn, spec, index, rows, **slots):
+    """Of a cached dispatch: what lies beyond the first KiB is lost."""
+    return fn(spec, index, rows, **slots).at[:, 1024 // rows.dtype.itemsize :].set(0)
+
+
+FAULTS = {
+    "last bit of the gradient of x": (
+        _backward("dispatch", _fault_of(0, lambda rows: (_next(rows[0]), *rows[1:]))),
+        GRADIENTS,
+        "gradient of x:",
+    ),
+    "last bit of the gradient of topk_weights": (
+        _backward("dispatch", _fault_of(1, _next)),
+        GRADIENTS,
+        "gradient of topk_weights",
+    ),
+    "last bit of the gradient along a handle": (
+        _backward("dispatch_along", _fault_of(0, lambda rows: (_next(rows[0]),))),
+        GRADIENTS,
+        "gradient of x along a handle",
+    ),
+    "last bit of the gradient of rows": (
+        _backward("combine", _fault_of(0, _next)),
+        GRADIENTS,
+        "gradient of rows",
+    ),
+    "last bit of the gradient of a bias": (
+        _backward("combine", _fault_of(2, lambda biases: (_next(biases[0]),))),
+        GRADIENTS,
+        "gradient of bias",
+    ),
+    "a negative zero in a gradient": (
+        _backward("combine", _fault_of(0, lambda rows: jnp.where(rows == 0, -0.0, rows))),
+        GRADIENTS,
+        "gradient of rows",
+    ),
+    "a NaN that leaks into a gradient": (_forward("combine", _leak), GRADIENTS, "gradient of x:"),
+    "a negative zero in a fill": (
+        _fill(0, -0.0),
+        "round_trip[layout=rank,capacity=beyond]",
+        "x: ",
+    ),
+    "a fill that is missing": (
+        _fill(0, 1.0),
+        "round_trip[layout=expert,expert_alignment=32,capacity=beyond]",
+        "x: ",
+    ),
+    "a fill of scales that is missing": (
+        _fill(1, 1),
+        "fp8_pair_and_payload[layout=expert,fp8=e4m3fn,scales=f32,fill=zeros]",
+        "routed scales",
+    ),
+    "weights that are ignored": (
+        _with_weights(lambda weights: None),
+        "special_weights[layout=expert,weights_at=tokens]",
+        "combine",
+    ),
+    "weights without a sign": (
+        _with_weights(jnp.abs),
+        "special_weights[layout=expert,weights_at=tokens]",
+        "combine",
+    ),
+    "ids cut to 32 bits": (_narrow_ids, "with_x64[layout=rank]", "group_sizes"),
+    "wide rows cut": (
+        _forward("pull_rows", _narrow_rows),
+        "other_widths_along_a_handle[layout=rank]",
+        "float32",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", FAULTS)
+def test_a_fault_is_seen(groups, monkeypatch, what):
+    inject, name, message = FAULTS[what]
+    inject(monkeypatch)
+    with pytest.raises(AssertionError, match=message):
+        CHECKS[name](groups(2), "cpu")
