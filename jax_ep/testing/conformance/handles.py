@@ -13,7 +13,7 @@ from jax_ep.testing import routing as routings
 from jax_ep.testing.cases import DTYPES, defined_rows, dispatch, make_data, plan_of
 from jax_ep.testing.compare import assert_same_bits, shards
 from jax_ep.testing.conformance.check import Check, noted
-from jax_ep.testing.conformance.sizes import LAYOUTS, make_case
+from jax_ep.testing.conformance.sizes import FILLS, LAYOUTS, make_case
 from jax_ep.testing.ranks import on_group
 
 _FP8 = {"e4m3fn": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}
@@ -178,7 +178,7 @@ CHECKS = (
         )
         for layout in LAYOUTS
         for (fp8, scales), fill in zip(
-            itertools.product(_FP8, _SCALES), ("zeros", "padding", "none", "padding"), strict=True
+            itertools.product(_FP8, _SCALES), itertools.cycle(FILLS), strict=False
         )
     ),
     *(

@@ -14,6 +14,7 @@ from jax_ep.testing.cases import DTYPES, Case, make_topk_idx, plan_of
 Params = dict[str, Any]
 
 LAYOUTS = ("rank", "expert")
+FILLS = ("zeros", "padding", "none")
 _BIG_ROW_BYTES = 4096
 
 _SIZES: Params = {
@@ -21,7 +22,7 @@ _SIZES: Params = {
     "num_topk": (1, 2, 3, 8, 32),
     "capacity": ("ample", "exact", "short", "half", "one"),
     "row_bytes": (16, 48, 1040, 16384),
-    "fill": ("zeros", "padding", "none"),
+    "fill": FILLS,
     "num_biases": (0, 1, 2),
 }
 VALUES: dict[str, Params] = {
