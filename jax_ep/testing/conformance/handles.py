@@ -18,7 +18,6 @@ from jax_ep.testing.ranks import on_group
 
 _FP8 = {"e4m3fn": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}
 _SCALES = {"f32": np.float32, "e8m0": np.uint8}
-_OTHER_ROWS = (("f32", 4), ("f32", 1028), ("f16", 24), ("bf16", 8))
 _COUNTS = ("group_sizes", "num_recv", "num_dropped", "num_invalid")
 
 
@@ -144,7 +143,8 @@ def other_widths_along_a_handle(group: jax_ep.Group, backend: str, *, layout: st
             dtype
         )
 
-    others = [patterns(DTYPES[name], width) for name, width in _OTHER_ROWS]
+    widths = (("f32", 4), ("f32", 1028), ("f16", 24), ("bf16", 8))
+    others = [patterns(DTYPES[name], width) for name, width in widths]
     pair = (patterns(_FP8["e4m3fn"], 48), patterns(np.uint8, 5))
 
     def fn(x: Any, ids: Any, others: Any, pair: Any) -> Any:
