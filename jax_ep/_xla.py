@@ -4,12 +4,13 @@ Every rank gathers the routing of all ranks and computes the whole plan; rows tr
 partial sums by all_to_all. Sums are written out one by one, so their order is ours.
 """
 
+import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jax_ep import _exact
 from jax_ep._primitives.check_mesh import check_mesh
 from jax_ep._spec import CallSpec, CombineSpec, DispatchSpec, GroupSpec, Routed, RowIndex
 from jax_ep.config import Layout
@@ -146,7 +147,7 @@ def combine(
     num_tokens, num_slots = index.send_row.shape
     num_all = spec.group.num_ranks * num_tokens
     recv_src = index.recv_src
-    rows = _keep(check_mesh(rows, spec.group, op="combine"), recv_src)
+    rows = _exact.kept(check_mesh(rows, spec.group, op="combine"))
     if spec.layout is Layout.RANK:
         partial = _take(rows, _invert(recv_src, num_all))
     else:
@@ -158,10 +159,8 @@ def combine(
         split_axis=0,
         concat_axis=0,
     )
-    total = jnp.zeros(parts.shape[1:], jnp.float32)
-    for part in [*parts, *(_keep(bias, index.send_row[:, 0]) for bias in biases)]:
-        total = total + part.astype(jnp.float32)
-    return _round(total, rows.dtype)
+    terms = [term.astype(jnp.float32) for term in (*parts, *map(_exact.kept, biases))]
+    return _exact.kept(_sum(terms).astype(rows.dtype))
 
 
 def _sum_in_row_order(
@@ -178,33 +177,19 @@ def _sum_in_row_order(
     order = jnp.argsort(key, stable=True)
     place = jnp.zeros((capacity,), jnp.int32).at[order].set(jnp.arange(capacity, dtype=jnp.int32))
     turn = place - jnp.searchsorted(key[order], key).astype(jnp.int32)
-    total = jnp.zeros((num_all, rows.shape[1]), jnp.float32)
+    terms = []
     for j in range(max_rows):
         row = _invert(jnp.where(turn == j, recv_src, -1), num_all)
         term = _take(rows, row).astype(jnp.float32)
         if weights is not None:
-            term = _keep(term * _take(weights, row)[:, None], row)
-        total = total + term
-    return _round(total, rows.dtype)
+            term = _exact.kept(term * _take(weights, row)[:, None])
+        terms.append(term)
+    return _exact.kept(_sum(terms).astype(rows.dtype))
 
 
-def _keep(terms: jax.Array, row: jax.Array) -> jax.Array:
-    """Unchanged, but rounded to their dtype: what made them is not fused into sums that follow.
-
-    XLA contracts a product and a sum to one rounding, and drops that to a narrow dtype. XLA:CPU
-    drops an optimization_barrier before it does. An integer addition in between stops it: of a zero
-    that the compiler cannot know to be one, since rows are >= -1.
-    """
-    carrier = jnp.dtype(f"int{8 * terms.dtype.itemsize}")
-    zero = (row == -2).astype(carrier)[:, None]
-    bits = jax.lax.bitcast_convert_type(terms, carrier)
-    return jax.lax.bitcast_convert_type(bits + zero, terms.dtype)
-
-
-def _round(total: jax.Array, dtype: Any) -> jax.Array:
-    # Behind the barrier XLA cannot hand the unrounded value to whoever widens the result again.
-    rounded: jax.Array = jax.lax.optimization_barrier(total.astype(dtype))
-    return rounded
+def _sum(terms: Sequence[jax.Array]) -> jax.Array:
+    """One by one, beginning with +0, which XLA would leave out if it were written as a term."""
+    return _exact.positive_zeros(functools.reduce(jnp.add, terms))
 
 
 def _gather_tokens(group: GroupSpec, x: jax.Array) -> jax.Array:

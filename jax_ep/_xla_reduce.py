@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from jax_ep import _exact
 from jax_ep._primitives.check_mesh import check_mesh
 from jax_ep._spec import ReduceSpec
 from jax_ep.config import Algorithm, Movement
@@ -42,11 +43,14 @@ def all_reduce_residual_rmsnorm(
     spec: ReduceSpec, x: jax.Array, residual: jax.Array, scale: jax.Array, eps: float
 ) -> tuple[jax.Array, jax.Array]:
     """The same by one operation after the other."""
-    if spec.algorithm is Algorithm.PSUM:
-        new_residual = stock(spec, x) + residual
-    else:
-        new_residual = keep(all_reduce(spec, x) + residual)
+    add_up = stock if spec.algorithm is Algorithm.PSUM else all_reduce
+    new_residual = add(add_up(spec, x), residual)
     return rms_norm(new_residual, scale, eps), new_residual
+
+
+def add(total: jax.Array, residual: jax.Array) -> jax.Array:
+    """Both rounded before, and the sum after it, whatever made them and takes it."""
+    return _exact.kept(_exact.kept(total) + _exact.kept(residual))
 
 
 def rms_norm(h: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -55,20 +59,16 @@ def rms_norm(h: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     mean = jnp.mean(wide * wide, axis=-1, keepdims=True)
     factor = 1.0 / jnp.sqrt(mean + jnp.float32(eps))
     wide_scale = scale.astype(jnp.float32).reshape(*(1 for _ in h.shape[1:]), -1)
-    return (wide * factor * wide_scale).astype(h.dtype)
+    return _exact.kept((wide * factor * wide_scale).astype(h.dtype))
 
 
 def _sum(terms: jax.Array) -> jax.Array:
     """Over the leading axis, one by one."""
-    is_float = jnp.issubdtype(terms.dtype, jnp.floating)
-    wide = terms.astype(jnp.float32) if is_float else terms
-    return keep(functools.reduce(jnp.add, list(wide)).astype(terms.dtype))
-
-
-def keep(rounded: jax.Array) -> jax.Array:
-    """Behind the barrier XLA cannot hand the unrounded value to whoever widens the result again."""
-    kept: jax.Array = jax.lax.optimization_barrier(rounded)
-    return kept
+    if not jnp.issubdtype(terms.dtype, jnp.floating):
+        return functools.reduce(jnp.add, list(terms))
+    # Over one rank no collective parts the terms from what made them.
+    wide = _exact.kept(terms).astype(jnp.float32)
+    return _exact.kept(functools.reduce(jnp.add, list(wide)).astype(terms.dtype))
 
 
 def _check_mesh(spec: ReduceSpec, x: jax.Array) -> jax.Array:

@@ -79,7 +79,7 @@ def all_reduce_residual_rmsnorm(
     terms, onto = (a.reshape(-1, x.shape[-1]) for a in operands[:2])
     if spec is None:
         total = all_reduce(terms, group=group, allow_psum=allow_psum, backend=backend)
-        new_residual = _reduce.named(_xla_reduce.keep(total + onto))
+        new_residual = _reduce.named(_xla_reduce.add(total, onto))
         results = _xla_reduce.rms_norm(new_residual, operands[2], eps), new_residual
     elif spec.algorithm is Algorithm.PSUM:
         call = _xla_reduce.all_reduce_residual_rmsnorm

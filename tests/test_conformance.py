@@ -25,6 +25,7 @@ NUM_RANKS = tuple(range(1, 9))
 ON_MORE = {
     round_trips.routings_in_one_scan: (1, 8),
     round_trips.runs_give_equal_bits: (8,),
+    round_trips.sums_of_negative_zeros_are_positive: (1, 2),
     gradients.combine_is_the_transpose_of_dispatch: (1, 3, 8),
 }
 # How sums travel between GPUs makes no difference to CPU devices.
@@ -212,6 +213,11 @@ WRONG = {
         "all_reduce",
         lambda y: jnp.where(y == 0, jnp.abs(y), y),
         "special_values[dtype=f32",
+    ),
+    "a sign of a zero sum": (
+        "combine",
+        lambda y: jnp.where(y == 0, -jnp.abs(y), y),
+        "sums_of_negative_zeros_are_positive[",
     ),
     "a norm": (
         "all_reduce_residual_rmsnorm",

@@ -126,6 +126,43 @@ def subnormals_are_kept(group: jax_ep.Group, backend: str, *, layout: str, dtype
     _assert_round_trip(group, backend, case, data)
 
 
+def sums_of_negative_zeros_are_positive(
+    group: jax_ep.Group, backend: str, *, layout: str, dtype: str, weights_at: str | None
+) -> None:
+    """Sums begin with +0. One that is rounded to -0 stays so. In gradients, too."""
+    case = make_case(
+        group, layout=layout, dtype=dtype, weights_at=weights_at, num_topk=2, num_biases=1
+    )
+
+    def fn(x: Any, ids: Any, weights: Any, rows: Any, bias: Any) -> Any:
+        def send(x: Any) -> Any:
+            out = dispatch(case, group, backend, x, ids, weights)
+            return out.x, out
+
+        _, back, out = jax.vjp(send, x, has_aux=True)
+        at = {None: None, "rows": out.weights, "tokens": weights}[weights_at]
+        y = jax_ep.combine(rows, out.handle, weights=at, bias=bias, backend=backend)
+        return y, back(rows)[0]
+
+    compiled = on_group(fn, group)
+    for routing in routings.BY_NAME:
+        with noted(f"routing {routing}"):
+            data = make_data(case, routing, seed_of(routing))
+            rows, bias = (_mostly_negative_zeros(a) for a in (data.rows, *data.biases))
+            y, grad = compiled(data.x, data.topk_idx, data.topk_weights, rows, bias)
+            plan = plan_of(case, data.topk_idx)
+            at = None if weights_at is None else reference.dispatch_weights(plan, data.topk_weights)
+            assert_same_bits(y, reference.combine(plan, rows, at, (bias,)), what="combine")
+            assert_same_bits(grad, reference.combine(plan, rows), what="gradient of x")
+
+
+def _mostly_negative_zeros(like: Any) -> Any:
+    """Beside them, numbers of both signs, among them such as a weight makes a zero of f16."""
+    rng = np.random.default_rng(6)
+    others = rng.choice([-1.0, 1.0, -(2.0**-24), 2.0**-24, 0.0], like.shape)
+    return np.where(rng.random(like.shape) < 0.8, -0.0, others).astype(like.dtype)
+
+
 def runs_give_equal_bits(
     group: jax_ep.Group, backend: str, *, layout: str, weights_at: str | None, num_runs: int
 ) -> None:
@@ -228,6 +265,11 @@ def _special() -> list[Check]:
             found += [
                 Check(payload_bits_pass_unchanged, frozenset({"dispatch"}), of_dtype),
                 Check(subnormals_are_kept, ROUND_TRIP, of_dtype, exempt=_FLUSHES),
+                Check(
+                    sums_of_negative_zeros_are_positive,
+                    ROUND_TRIP,
+                    {**of_dtype, "weights_at": weights_at},
+                ),
             ]
         found += [
             Check(
