@@ -10,7 +10,7 @@ from jax_ep import _checks, _differentiable, _jax_compat, config
 from jax_ep._spec import CombineSpec, DispatchSpec, Routed
 from jax_ep.config import Fill, Layout
 from jax_ep.errors import ConfigError, DTypeError, GroupError
-from jax_ep.fp8 import FP8_DTYPES
+from jax_ep.fp8 import FP8_DTYPES, SCALE_DTYPES
 from jax_ep.group import Group
 from jax_ep.handle import Dispatched, DispatchHandle
 
@@ -45,8 +45,8 @@ def dispatch(
 
     Args:
       x: [num_tokens, hidden] bf16, f16 or f32, or a pair (fp8 [num_tokens, hidden], scales
-        [num_tokens, S] f32 or uint8), as `quantize_fp8` makes it; hidden * itemsize a multiple of
-        16 bytes. The same num_tokens on every rank; mask with -1 in topk_idx.
+        [num_tokens, S] f32, uint8 or float8_e8m0fnu), as `quantize_fp8` makes it; hidden * itemsize
+        a multiple of 16 bytes. The same num_tokens on every rank; mask with -1 in topk_idx.
       topk_idx: [num_tokens, num_topk] int32 or int64. Global expert ids; -1 sends nothing. Other
         ids outside [0, num_experts) are counted in num_invalid and ignored; one expert twice in a
         token is the caller's error (debug mode finds both). None with `handle`.
@@ -247,7 +247,7 @@ def _require_streams(x: Any, payload: Any) -> tuple[jax.Array, ...]:
             raise DTypeError(f"{_OP}: x must be an array or a pair, got {len(x)} arrays")
         fp8 = _checks.require_rows(x[0], op=_OP, argument="x[0]", dtypes=FP8_DTYPES)
         rows = [_differentiable.refuse_gradient(_NO_FP8_GRADIENT, fp8)]
-        others.append(("scales", x[1], (jnp.float32, jnp.uint8), _NO_FP8_GRADIENT))
+        others.append(("scales", x[1], SCALE_DTYPES, _NO_FP8_GRADIENT))
     if payload is not None:
         no_gradient = f"{_OP}: payload cannot be differentiated; use jax.lax.stop_gradient"
         others.append(("payload", payload, None, no_gradient))

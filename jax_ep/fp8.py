@@ -10,11 +10,18 @@ import ml_dtypes
 import numpy as np
 from jax.typing import DTypeLike
 
-from jax_ep import _checks, config
+from jax_ep import _checks, _exact, config
 from jax_ep.errors import DTypeError, ShapeError
 
 FP8_DTYPES = (jnp.float8_e4m3fn, jnp.float8_e5m2)
+# Of scales as bytes of the microscaling formats, or as that type of JAX's.
+SCALE_DTYPES = (jnp.float32, jnp.uint8, jnp.float8_e8m0fnu)
 _E8M0_BIAS = 127
+_E8M0_NAN = 255
+_F32_MANTISSA_BITS = 23
+_F32_MAGNITUDE = np.uint32(0x7FFFFFFF)
+_F32_INFINITY = np.uint32(0x7F800000)
+_F32_TINY = np.finfo(np.float32).tiny
 
 
 class Scales(enum.Enum):
@@ -37,12 +44,14 @@ def quantize_fp8(
       x: [num_tokens, hidden] bf16, f16 or f32; hidden a positive multiple of block.
       block: elements per scale; DeepSeek-V3 uses 128.
       scales: "f32", or "e8m0": powers of two as exponent bytes (uint8, exponent + 127), as the
-        microscaling formats have them.
+        microscaling formats have them. `jax.lax.bitcast_convert_type` makes float8_e8m0fnu of them.
       dtype: float8_e4m3fn or float8_e5m2.
 
     Returns:
       (fp8 [num_tokens, hidden], scales [num_tokens, hidden / block] f32 or uint8), which dispatch
-      takes as x. The largest element of a block maps to at most the largest fp8 number.
+      takes as x. The largest element of a block maps to at most the largest fp8 number. A block
+      with NaN or infinity has one of them as its scale (e8m0: 255), and is NaN when dequantised.
+      Numbers are rounded also where the same program widens them again.
 
     Collective: no. Gradient: none of use, it is a rounding; see `dispatch_fp8`.
     Raises: ShapeError, ConfigError, DTypeError.
@@ -55,19 +64,33 @@ def quantize_fp8(
     _checks.require_dtype(x, _checks.FLOAT_DTYPES, op=op, argument="x")
     block = _checks.require_blocks(x, block, op=op)
     blocks = jnp.asarray(x).astype(jnp.float32).reshape(x.shape[0], x.shape[1] // block, block)
-    largest = float(ml_dtypes.finfo(dtype).max)  # type: ignore[no-untyped-call]
-    scale = jnp.max(jnp.abs(blocks), axis=-1) / largest
-    # A block of zeros keeps a scale that divides.
-    scale = jnp.maximum(scale, np.finfo(np.float32).tiny)
-    stored = scale
+    largest = np.float32(ml_dtypes.finfo(dtype).max)  # type: ignore[no-untyped-call]
+    # As integers, absolute values are in their order, NaN last; a maximum of floats may lose it.
+    magnitudes = jax.lax.bitcast_convert_type(blocks, jnp.uint32) & _F32_MAGNITUDE
+    most = jnp.max(magnitudes, axis=-1)
     if kind is Scales.E8M0:
-        mantissa, exponent = jnp.frexp(scale)
-        # An exact power of two is its own ceiling.
-        exponent = jnp.where(mantissa == 0.5, exponent - 1, exponent)
-        stored = jnp.clip(exponent + _E8M0_BIAS, 0, 254).astype(jnp.uint8)
-        scale = _as_f32(stored)
-    scaled = jnp.clip(blocks / scale[..., None], -largest, largest)
-    return scaled.astype(dtype).reshape(x.shape), stored
+        stored, inverse = _power_of_two(most, largest)
+    else:
+        scale = jax.lax.bitcast_convert_type(most, jnp.float32) * (np.float32(1) / largest)
+        # A block of zeros keeps a scale that divides.
+        stored = jnp.where(scale < _F32_TINY, _F32_TINY, scale)
+        inverse = 1 / stored
+    # XLA divides by a broadcast scale in this way.
+    scaled = jnp.clip(blocks * inverse[..., None], -largest, largest)
+    return _exact.kept(scaled.astype(dtype)).reshape(x.shape), stored
+
+
+def _power_of_two(most: jax.Array, largest: np.float32) -> tuple[jax.Array, jax.Array]:
+    """The least power of two that is at least most / largest: (exponent byte, f32 inverse).
+
+    Both are f32, the first as its bits. The byte of what is not finite is that of NaN.
+    """
+    exponent, mantissa = divmod(int(largest.view(np.uint32)), 1 << _F32_MANTISSA_BITS)
+    # The carry of a larger mantissa.
+    ceiling = (most + np.uint32((1 << _F32_MANTISSA_BITS) - 1 - mantissa)) >> _F32_MANTISSA_BITS
+    byte = jnp.maximum(ceiling.astype(jnp.int32) - (exponent - _E8M0_BIAS), 1)
+    stored = jnp.where(most >= _F32_INFINITY, _E8M0_NAN, byte).astype(jnp.uint8)
+    return stored, _as_f32((2 * _E8M0_BIAS - byte).astype(jnp.uint8))
 
 
 def dequantize_fp8(x: jax.Array, scales: jax.Array, dtype: DTypeLike = jnp.bfloat16) -> jax.Array:
@@ -75,7 +98,7 @@ def dequantize_fp8(x: jax.Array, scales: jax.Array, dtype: DTypeLike = jnp.bfloa
 
     Args:
       x: [rows, hidden] float8_e4m3fn or float8_e5m2.
-      scales: [rows, hidden / block] f32, or uint8 exponent bytes.
+      scales: [rows, hidden / block] f32, or exponent bytes: uint8 or float8_e8m0fnu; 255 is NaN.
       dtype: of the result: bf16, f16 or f32.
 
     Returns:
@@ -93,7 +116,7 @@ def dequantize_fp8(x: jax.Array, scales: jax.Array, dtype: DTypeLike = jnp.bfloa
     if x.ndim != 2 or x.shape[1] < 1:
         raise ShapeError(f"{op}: x must be [rows, hidden], hidden positive, got shape {x.shape}")
     scales = _checks.require_array(scales, op=op, argument="scales")
-    _checks.require_dtype(scales, (jnp.float32, jnp.uint8), op=op, argument="scales")
+    _checks.require_dtype(scales, SCALE_DTYPES, op=op, argument="scales")
     rows, hidden = x.shape
     num_blocks = scales.shape[1] if scales.ndim == 2 else 0
     if num_blocks < 1 or scales.shape[0] != rows or hidden % num_blocks:
@@ -102,9 +125,13 @@ def dequantize_fp8(x: jax.Array, scales: jax.Array, dtype: DTypeLike = jnp.bfloa
             f"{scales.shape}"
         )
     scales = jnp.asarray(scales)
-    wide = scales if scales.dtype == jnp.float32 else _as_f32(scales)
     blocks = jnp.asarray(x).astype(jnp.float32).reshape(rows, num_blocks, hidden // num_blocks)
-    return (blocks * wide[..., None]).reshape(x.shape).astype(dtype)
+    if scales.dtype != jnp.float32:
+        byte = jax.lax.bitcast_convert_type(scales, jnp.uint8)
+        # 2**-127 is a subnormal, which XLA:CPU takes for zero: twice as much, of half the number.
+        blocks = jnp.where(byte[..., None] == 0, blocks * 0.5, blocks)
+        scales = _as_f32(jnp.maximum(byte, 1))
+    return (blocks * scales[..., None]).reshape(x.shape).astype(dtype)
 
 
 def _require_result(dtype: Any, dtypes: Sequence[Any], *, op: str) -> Any:
@@ -119,6 +146,7 @@ def _require_result(dtype: Any, dtypes: Sequence[Any], *, op: str) -> Any:
 
 
 def _as_f32(exponent_byte: jax.Array) -> jax.Array:
-    # The byte is the exponent field of an f32; 0 stands for 2**-127, which f32 has as a subnormal.
-    bits = jnp.maximum(exponent_byte.astype(jnp.uint32), 1) << 23
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+    """Of a byte from 1 on, which is the exponent of a normal f32, or 255, NaN."""
+    bits = exponent_byte.astype(jnp.uint32) << _F32_MANTISSA_BITS
+    power: jax.Array = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    return jnp.where(exponent_byte == _E8M0_NAN, np.float32(np.nan), power)

@@ -4,14 +4,17 @@ Values of those that travel are in the conformance suite.
 """
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
 import jax_ep
 from jax_ep.fp8 import FP8_DTYPES
+from jax_ep.testing.compare import assert_same_bits
 from jax_ep.testing.ranks import on_ranks
 
 
@@ -38,6 +41,120 @@ def test_quantize_fp8(scales):
         assert np.all(
             (exact / 2 * 448 < largest.reshape(7, 2, 128)[:, :, 0]) | (largest == 0)[:, ::128]
         )
+
+
+@pytest.mark.parametrize("fp8", FP8_DTYPES, ids=lambda d: jnp.dtype(d).name)
+@pytest.mark.parametrize("scales", ["f32", "e8m0"])
+def test_quantize_fp8_has_the_bits_of_numpy(scales, fp8):
+    """By itself and in a program: the scale, the product with its inverse, and the conversion."""
+    rng = np.random.default_rng(1)
+    x = (rng.standard_normal((64, 4096)) * np.exp(rng.normal(0, 5, (64, 4096)))).astype(np.float32)
+    x[0] = np.where(rng.random(4096) < 0.5, 1.0, 1.75) * np.exp2(rng.integers(-9, 9, 4096))
+    x[1, :128], x[1, 128:256] = 0, np.finfo(np.float32).max
+    largest = np.float32(ml_dtypes.finfo(fp8).max)
+    blocks = x.reshape(64, 32, 128)
+    most = np.abs(blocks).max(-1)
+    if scales == "f32":
+        stored = np.maximum(most * (np.float32(1) / largest), np.finfo(np.float32).tiny)
+        scale = stored
+    else:
+        exponent = np.ceil(np.log2(np.maximum(most.astype(np.float64) / largest, 2.0**-126)))
+        stored = (exponent + 127).astype(np.uint8)
+        scale = np.exp2(exponent).astype(np.float32)
+    scaled = np.clip(blocks * (np.float32(1) / scale)[..., None], -largest, largest)
+    quantize = partial(jax_ep.quantize_fp8, scales=scales, dtype=fp8)
+    for call in (quantize, jax.jit(quantize)):
+        got, got_scales = call(x)
+        assert_same_bits(got_scales, stored)
+        assert_same_bits(got, scaled.astype(fp8).reshape(x.shape))
+
+
+@pytest.mark.parametrize("scales", ["f32", "e8m0"])
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [0, 5, 127])
+def test_a_block_that_is_not_finite_arrives_as_nan(scales, value, place):
+    """The whole block, and no other one; in a wide array, whose maxima XLA:CPU vectorises."""
+    x = np.random.default_rng(2).standard_normal((64, 4096)).astype(np.float32)
+    x[3, 256 + place] = value
+    expected = np.zeros(x.shape, bool)
+    expected[3, 256:384] = True
+    quantize = partial(jax_ep.quantize_fp8, scales=scales)
+    for call in (quantize, jax.jit(quantize)):
+        rows, stored = call(x)
+        scale = np.asarray(stored)[3, 2]
+        assert scale == 255 if scales == "e8m0" else not np.isfinite(scale)
+        back = np.asarray(jax_ep.dequantize_fp8(rows, stored, jnp.float32))
+        np.testing.assert_array_equal(np.isnan(back), expected)
+
+
+def test_dequantize_fp8_takes_every_e8m0_scale():
+    """As bytes and as a dtype; 0 is 2**-127, a subnormal of f32, and 255 is NaN."""
+    byte = np.arange(256, dtype=np.uint8)[:, None]
+    x = np.broadcast_to(np.array([448, -1.75, 2.0**-9, 0], np.float32), (256, 4))
+    wide = x * np.exp2(byte.astype(np.float64) - 127)
+    wide[255] = np.nan
+    with np.errstate(over="ignore"):
+        expected = wide.astype(np.float32)
+    # What XLA:CPU flushes, or need not.
+    is_exact = ~(np.abs(wide) < np.finfo(np.float32).tiny) | (x == 0)
+    fp8 = x.astype(FP8_DTYPES[0])
+    results = [
+        np.asarray(jax_ep.dequantize_fp8(fp8, scales, jnp.float32))
+        for scales in (byte, byte.view(jnp.float8_e8m0fnu))
+    ]
+    for got in results:
+        assert_same_bits(got, expected, where=is_exact)
+
+
+def _dropped(compiled):
+    """Conversions to f32 in optimised HLO whose operand is a conversion to something narrower."""
+    text = compiled.as_text()
+    narrow = re.findall(r"(%[\w.-]+) = (?:f8\w+|bf16|f16)\[[^\n]*? convert\(", text)
+    widened = re.findall(r"= f32\[[^\n]*? convert\((?:[^\n%]* )?(%[\w.-]+)\)", text)
+    return set(narrow) & set(widened)
+
+
+@pytest.mark.parametrize("fp8", FP8_DTYPES, ids=lambda d: jnp.dtype(d).name)
+@pytest.mark.parametrize("scales", ["f32", "e8m0"])
+def test_no_compiler_finds_a_pair_of_conversions(scales, fp8):
+    """XLA:GPU drops a rounding whose result is widened: the two must not meet."""
+
+    def plain(x):
+        return (x * 3).astype(fp8).astype(jnp.float32)
+
+    def round_trip(x):
+        pair = jax_ep.quantize_fp8(x, scales=scales, dtype=fp8)
+        return jax_ep.dequantize_fp8(*pair, jnp.float32)
+
+    x = np.random.default_rng(3).standard_normal((8, 256)).astype(np.float32)
+    assert _dropped(jax.jit(plain).lower(x).compile())  # or the test looks for the wrong thing
+    compiled = jax.jit(round_trip).lower(x).compile()
+    assert not _dropped(compiled)
+    pair = jax.jit(partial(jax_ep.quantize_fp8, scales=scales, dtype=fp8))(x)
+    apart = jax.jit(lambda *pair: jax_ep.dequantize_fp8(*pair, jnp.float32))(*pair)
+    assert_same_bits(compiled(x), np.asarray(apart))
+
+
+def test_no_compiler_finds_a_pair_of_conversions_in_a_sum(groups):
+    """Over one rank nothing crosses between the roundings of `xla`, nor in dispatch_fp8."""
+    group = groups(1)
+    options = {"group": group, "backend": "xla"}
+
+    def run(x, ids):
+        x = (x * 1.1).astype(jnp.bfloat16)
+        layout = {"num_experts": 4, "layout": "expert", "recv_capacity": 16}
+        out = jax_ep.dispatch_fp8(x, ids, **layout, **options)
+        y = jax_ep.combine(out.x, out.handle, backend="xla")
+        total = jax_ep.all_reduce(y, allow_psum=False, **options)
+        normed = jax_ep.all_reduce_residual_rmsnorm(
+            total, x, jnp.ones(256), algorithm="one_shot", **options
+        )
+        return [a.astype(jnp.float32) for a in (y, total, *normed)]
+
+    x = np.random.default_rng(4).standard_normal((1, 8, 256)).astype(np.float32)
+    ids = np.random.default_rng(5).integers(0, 4, (1, 8, 2)).astype(np.int32)
+    lowered = on_ranks(run, group.mesh, check_vma=False).lower(x, ids)
+    assert not _dropped(lowered.compile())
 
 
 def test_no_rows_are_rows():
@@ -78,8 +195,8 @@ def test_quantize_fp8_bad_input(name):
 ROWS, SCALES = ONES.astype(FP8_DTYPES[0]), np.ones((2, 2), np.float32)
 DEQUANTIZE = {
     "list": ((ROWS, [[1.0, 1.0]] * 2), jax_ep.DTypeError, "scales must be an array, got list"),
-    "bf16": ((ROWS, SCALES.astype(jnp.bfloat16)), jax_ep.DTypeError, "scales must be float32, uint8, got bfloat16"),
-    "f16": ((ROWS, SCALES.astype(np.float16)), jax_ep.DTypeError, "scales must be float32, uint8, got float16"),
+    "bf16": ((ROWS, SCALES.astype(jnp.bfloat16)), jax_ep.DTypeError, "scales must be float32, uint8, float8_e8m0fnu, got bfloat16"),
+    "f16": ((ROWS, SCALES.astype(np.float16)), jax_ep.DTypeError, "scales must be float32, uint8, float8_e8m0fnu, got float16"),
     "rows": ((ROWS, SCALES[:1]), jax_ep.ShapeError, "scales must be [rows=2, a divisor of hidden=128], got shape (1, 2)"),
     "more_rows": ((ROWS, np.ones((4, 1), np.float32)), jax_ep.ShapeError, "scales must be [rows=2, a divisor of hidden=128], got shape (4, 1)"),
     "blocks": ((ROWS, np.ones((2, 3), np.float32)), jax_ep.ShapeError, "scales must be [rows=2, a divisor of hidden=128], got shape (2, 3)"),
@@ -154,7 +271,7 @@ BAD = {
     "not_a_handle": (lambda x, ids, h: jax_ep.dispatch(x, handle=ids), jax_ep.ConfigError, "dispatch: handle must be the DispatchHandle of a dispatch, got"),
     "triple": (lambda x, ids, h: jax_ep.dispatch((x, x, x), handle=h), jax_ep.DTypeError, "dispatch: x must be an array or a pair, got 3 arrays"),
     "not_fp8": (lambda x, ids, h: jax_ep.dispatch((x, x), handle=h), jax_ep.DTypeError, r"dispatch: x\[0\] must be float8_e4m3fn, float8_e5m2, got float32"),
-    "scales_dtype": (lambda x, ids, h: jax_ep.dispatch((x.astype(FP8_DTYPES[0]), ids), handle=h), jax_ep.DTypeError, "dispatch: scales must be float32, uint8, got int32"),
+    "scales_dtype": (lambda x, ids, h: jax_ep.dispatch((x.astype(FP8_DTYPES[0]), ids), handle=h), jax_ep.DTypeError, "dispatch: scales must be float32, uint8, float8_e8m0fnu, got int32"),
     "scales_tokens": (lambda x, ids, h: jax_ep.dispatch((x.astype(FP8_DTYPES[0]), x[:2]), handle=h), jax_ep.ShapeError, r"dispatch: scales must be \[num_tokens=4, at least 1\], got shape \(2, 128\)"),
     "payload_rank": (lambda x, ids, h: jax_ep.dispatch(x, handle=h, payload=x[0]), jax_ep.ShapeError, r"dispatch: payload must be \[num_tokens=4, at least 1\], got shape \(128,\)"),
     "payload_int4": (lambda x, ids, h: jax_ep.dispatch(x, handle=h, payload=x.astype(jnp.int4)), jax_ep.DTypeError, "rows of payload must be whole bytes; pack int4 into uint8"),
