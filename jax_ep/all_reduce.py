@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jax_ep import _checks, _jax_compat, _reduce
 from jax_ep.config import Movement
-from jax_ep.errors import ShapeError
+from jax_ep.errors import DTypeError, ShapeError
 from jax_ep.group import Group
 
 
@@ -149,7 +149,8 @@ def all_gather(
     """The arrays of all ranks, on every rank: `lax.all_gather` over the group's axes.
 
     Args:
-      x: [...], or a pytree of such. Any dtype of whole bytes; others by `lax.all_gather`.
+      x: [...], or a pytree of such. Any dtype of whole bytes, and keys of `jax.random.key`; others
+        by `lax.all_gather`.
       group: the ranks.
       tiled: whether the ranks' arrays are put one behind the other along the first axis, or along
         a new one.
@@ -170,9 +171,12 @@ def all_gather(
     _checks.require_group(group, op=op)
 
     def gather(leaf: Any) -> jax.Array:
-        array = _array(leaf, op=op)
+        array = leaf if _is_key(leaf) else _array(leaf, op=op)
         if tiled and array.ndim == 0:
             raise ShapeError(f"{op}: tiled, x must have an axis, got shape ()")
+        if _is_key(array):
+            words = gather(jax.random.key_data(array))
+            return jax.random.wrap_key_data(words, impl=jax.random.key_impl(array))
         spec = _reduce.make_spec(
             group,
             array,
@@ -197,10 +201,16 @@ def all_gather(
 def _array(leaf: Any, *, op: str) -> jax.Array:
     if not isinstance(leaf, (int, float, complex)):
         leaf = _checks.require_array(leaf, op=op, argument="x")
+    if _is_key(leaf):
+        raise DTypeError(f"{op}: x must be numbers, got random keys, {leaf.dtype.name}")
     # A weak type would stay one on some back ends only.
     return jax.lax.convert_element_type(leaf, jnp.asarray(leaf).dtype)
 
 
+def _is_key(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
 def _is_whole_bytes(dtype: Any) -> bool:
-    is_key = jnp.issubdtype(dtype, jax.dtypes.extended)
-    return not is_key and jax.dtypes.itemsize_bits(dtype) % 8 == 0
+    whole: bool = jax.dtypes.itemsize_bits(dtype) % 8 == 0
+    return whole

@@ -212,6 +212,36 @@ def test_wide_rows_are_added_in_our_order(groups, backend):
     assert grads.shape == x.shape
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("hidden", [64, 40_000])  # the latter: without a kernel
+def test_what_the_program_computes_is_rounded_before_it_is_added(
+    groups, backend, hidden, dtype, num_ranks
+):
+    """Products are not contracted with the sums that follow them, and no rounding is dropped."""
+    group = groups(num_ranks)
+    rng = np.random.default_rng(6)
+    factors = rng.standard_normal((2, num_ranks, 3, hidden), np.float32)
+    onto = np.broadcast_to(rng.standard_normal((2, 1, 3, hidden), np.float32), factors.shape)
+    is_wide = hidden > 64
+    options = {"group": group, "allow_psum": is_wide and backend == "xla", "backend": backend}
+    algorithm = "auto" if is_wide else "one_shot"
+
+    def run(a, b, c, d, scale):
+        x, residual = (a * b).astype(dtype), (c * d).astype(dtype)
+        fused = partial(jax_ep.all_reduce_residual_rmsnorm, algorithm=algorithm, **options)
+        return fused(x, residual, scale)[1].astype(jnp.float32)
+
+    got = on_ranks(run, group.mesh, check_vma=False)(
+        *factors, *onto, np.ones((num_ranks, hidden), np.float32)
+    )
+    # By NumPy, which rounds each product.
+    x, residual = (np.multiply(*pair).astype(jnp.dtype(dtype)) for pair in (factors, onto))
+    scale = np.ones((num_ranks, hidden), np.float32)
+    _, expected = reference.all_reduce_residual_rmsnorm(x, residual, scale, eps=1e-6)
+    assert_same_bits(got, expected.astype(np.float32))
+
+
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "complex64", "uint8"])
 def test_gathers_move_bytes(groups, backend, dtype):
     group = groups(2)
@@ -341,6 +371,39 @@ def test_tiled_and_trees(groups, backend):
     sums = on_ranks(partial(jax_ep.all_reduce, **options), group.mesh, check_vma=False)(tree)
     assert_same_bits(sums["b"][0], reference.all_reduce(tree["b"][0]))
     assert_same_bits(sums["a"], reference.all_reduce(x))
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_random_keys_are_gathered(groups, backend, impl, tiled):
+    """As arrays of their own shape. JAX 0.12 cannot lower lax.all_gather of them untiled."""
+    keys = jax.random.split(jax.random.key(0, impl=impl), (3, 4))
+    options = {"group": groups(3), "tiled": tiled, "backend": backend}
+    for algorithm in ("auto", "one_shot"):
+        got = on_ranks(
+            lambda tree, a=algorithm: jax_ep.all_gather(tree, algorithm=a, **options),
+            groups(3).mesh,
+        )({"keys": keys})["keys"]
+        assert got.dtype == keys.dtype
+        wanted = keys.reshape(12) if tiled else keys
+        assert got.shape == (3, *wanted.shape)
+        words = np.asarray(jax.random.key_data(wanted))
+        assert_same_bits(jax.random.key_data(got), np.broadcast_to(words, (3, *words.shape)))
+
+
+@pytest.mark.parametrize("op", ["all_reduce", "reduce_scatter"])
+@pytest.mark.parametrize("algorithm", ["auto", "psum", "one_shot"])
+def test_random_keys_are_not_added(groups, backend, op, algorithm):
+    keys = jax.random.split(jax.random.key(0), (2, 2))
+    call = partial(getattr(jax_ep, op), group=groups(2), algorithm=algorithm, backend=backend)
+    with pytest.raises(jax_ep.DTypeError, match=f"{op}: x must be numbers, got random keys, key<f"):
+        on_ranks(call, groups(2).mesh)(keys)
+
+
+def test_a_random_key_without_an_axis_is_not_tiled(groups):
+    call = partial(jax_ep.all_gather, group=groups(2), tiled=True)
+    with pytest.raises(jax_ep.ShapeError, match=r"all_gather: tiled, x must have an axis"):
+        on_ranks(call, groups(2).mesh)(jax.random.split(jax.random.key(0)))
 
 
 def test_what_is_not_ours_is_psum(groups, backend):
