@@ -36,7 +36,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import trange
-from train_moe import read_text
+from train_moe import largest_difference, read_text
 
 import jax_ep
 
@@ -206,7 +206,7 @@ def main() -> None:
         print(bytes(np.asarray(tokens).astype(np.uint8)).decode(errors="replace"))
         print(f"--- {length} tokens, {took / length * 1e6:.0f} us each")
         _, expected = check(params, np.asarray(tokens))
-        difference = float(jnp.max(jnp.abs(logits - expected)))
+        difference = largest_difference([logits], [expected])
         print(f"largest difference from psum's logits {difference:.1e}")
         if not difference < TOLERANCE:
             raise SystemExit(f"tp_decode: logits differ by {difference}, at most {TOLERANCE}")

@@ -18,6 +18,7 @@ import os
 import sys
 import sysconfig
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -404,6 +405,12 @@ def plot(losses: list[float], held_out: float, unigram: float, bigram: float, pa
     plt.close(figure)
 
 
+def largest_difference(some: Sequence[Any], others: Sequence[Any]) -> float:
+    """Between arrays, pair by pair; NaN where there is one, which max() and jnp.max may lose."""
+    pairs = zip(some, others, strict=True)
+    return float(np.max([np.max(np.abs(np.subtract(a, b))) for a, b in pairs]))
+
+
 def compare(text: np.ndarray, config: Config, mesh: Mesh) -> int:
     """Trains with both back ends from the same seed and prints the largest differences."""
     results = []
@@ -413,8 +420,8 @@ def compare(text: np.ndarray, config: Config, mesh: Mesh) -> int:
             whole = process_allgather(params, tiled=True)
             results.append((group.backend, losses, jax.tree.leaves(whole)))
     (name, losses, params), (other_name, other_losses, other_params) = results
-    loss = max(abs(a - b) for a, b in zip(losses, other_losses, strict=True))
-    param = max(np.max(np.abs(a - b)) for a, b in zip(params, other_params, strict=True))
+    loss = largest_difference(losses, other_losses)
+    param = largest_difference(params, other_params)
     print(f"{name} against {other_name}, {config.steps} steps, largest absolute differences:")
     print(f"losses {loss:.3g} bits per byte, parameters {param:.3g}")
     return 0

@@ -111,6 +111,18 @@ def test_fp8_moe_refuses_impossible_sizes():
     assert "must divide --devices 3" in done.stderr
 
 
+def test_comparisons_of_examples_see_every_nan(monkeypatch):
+    """Python's max loses a NaN that is not the first, and jnp.max one of a wide array on CPUs."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    train_moe = importlib.import_module("train_moe")
+    logits = jnp.ones((64, 256))
+    assert train_moe.largest_difference([logits, 2 * logits], [logits, logits]) == 1
+    for place in ((0, 0), (3, 5), (63, 255)):
+        spoiled = logits.at[place].set(jnp.nan)
+        assert np.isnan(train_moe.largest_difference([spoiled], [logits]))
+        assert np.isnan(train_moe.largest_difference([2 * logits, logits], [logits, spoiled]))
+
+
 @pytest.mark.parametrize("scales", ["f32", "e8m0"])
 def test_fp8_moe_gradient_is_exact_where_fp8_is(groups, backend, scales, monkeypatch):
     """On integers that fp8 holds exactly, results and gradients have the bits of the plain layer.
