@@ -160,7 +160,7 @@ def combine(
         concat_axis=0,
     )
     terms = [term.astype(jnp.float32) for term in (*parts, *map(_exact.kept, biases))]
-    return _exact.kept(_sum(terms).astype(rows.dtype))
+    return _exact.rounded(_sum(terms), rows.dtype)
 
 
 def _sum_in_row_order(
@@ -184,7 +184,7 @@ def _sum_in_row_order(
         if weights is not None:
             term = _exact.kept(term * _take(weights, row)[:, None])
         terms.append(term)
-    return _exact.kept(_sum(terms).astype(rows.dtype))
+    return _exact.rounded(_sum(terms), rows.dtype)
 
 
 def _sum(terms: Sequence[jax.Array]) -> jax.Array:

@@ -50,7 +50,7 @@ def all_reduce_residual_rmsnorm(
 
 def add(total: jax.Array, residual: jax.Array) -> jax.Array:
     """Both rounded before, and the sum after it, whatever made them and takes it."""
-    return _exact.kept(_exact.kept(total) + _exact.kept(residual))
+    return _exact.rounded(_exact.kept(total) + _exact.kept(residual), total.dtype)
 
 
 def rms_norm(h: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -68,7 +68,7 @@ def _sum(terms: jax.Array) -> jax.Array:
         return functools.reduce(jnp.add, list(terms))
     # Over one rank no collective parts the terms from what made them.
     wide = _exact.kept(terms).astype(jnp.float32)
-    return _exact.kept(functools.reduce(jnp.add, list(wide)).astype(terms.dtype))
+    return _exact.rounded(functools.reduce(jnp.add, list(wide)), terms.dtype)
 
 
 def _check_mesh(spec: ReduceSpec, x: jax.Array) -> jax.Array:
