@@ -6,12 +6,13 @@ Nothing else in the package imports jax._src, jax.extend or jax.interpreters.
 import ctypes
 import inspect
 import itertools
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, ParamSpec, TypeVar
 
 import jax
-from jax._src import dispatch, distributed, xla_bridge
+from jax._src import core, dispatch, distributed, sharding_impls, xla_bridge
+from jax._src import mesh as mesh_internals
 from jax._src.interpreters import mlir as mlir_internals
 from jax.experimental import compute_on as compute_on_module
 from jax.extend.core import Primitive
@@ -24,7 +25,9 @@ __all__ = [
     "Primitive",
     "abandon_runtime",
     "ad",
+    "ambient_meshes",
     "batching",
+    "clean_context",
     "default_heartbeat_timeout",
     "distributed_client",
     "excuse_effects",
@@ -56,6 +59,44 @@ def automatic_axes() -> dict[str, int]:
     mesh = jax.sharding.get_abstract_mesh()
     manual = set(getattr(mesh, "manual_axes", ()))
     return {name: size for name, size in mesh.shape.items() if name not in manual and size > 1}
+
+
+def ambient_meshes() -> tuple[jax.sharding.AbstractMesh, list[jax.sharding.Mesh]]:
+    """The mesh of the place that the caller is in, and those with devices that it may be.
+
+    JAX traces the body of a jax.shard_map with the abstract mesh alone; devices are known where
+    jax.set_mesh or a `with mesh:` is around it, or nobody jits it.
+    """
+    found: list[Any] = [
+        mesh_internals.get_concrete_mesh(),
+        mesh_internals.thread_resources.env.physical_mesh,
+    ]
+    trace = core.trace_ctx.trace
+    while trace is not None:
+        found.append(getattr(trace, "mesh", None))
+        trace = getattr(trace, "parent_trace", None)
+    meshes = [m for m in found if isinstance(m, jax.sharding.Mesh) and not m.empty]
+    abstract = jax.sharding.get_abstract_mesh()
+    if abstract.empty and meshes:
+        abstract = meshes[0].abstract_mesh
+    return abstract, meshes
+
+
+@contextmanager
+def clean_context() -> Iterator[None]:
+    """Computes in its body as at the top of a program, wherever the caller is.
+
+    That is while JAX traces a function, inside jax.shard_map, under another mesh, without jit, or
+    where transfers are forbidden.
+    """
+    with (
+        core.eval_context(),
+        jax.disable_jit(False),
+        jax.transfer_guard("allow"),
+        sharding_impls._internal_use_concrete_mesh(mesh_internals.empty_concrete_mesh),
+        jax.sharding.use_abstract_mesh(mesh_internals.empty_abstract_mesh),
+    ):
+        yield
 
 
 def varying_axes(aval: Any) -> frozenset[str]:

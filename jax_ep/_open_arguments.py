@@ -1,4 +1,4 @@
-"""The arguments of `Group.open`, checked and with their defaults."""
+"""The arguments of `Group.open` and `Group.get`, checked and with their defaults."""
 
 import hashlib
 import math
@@ -31,32 +31,33 @@ def check(
     timeout: float,
     num_sms: int | None,
     ranks_per_node: int | None,
+    op: str,
 ) -> OpenArguments:
     """Raises ConfigError or GroupError."""
-    axes = _check_mesh(mesh, axis)
+    axes = _check_mesh(mesh, axis, op)
     sizes = dict(mesh.shape)
     num_ranks = math.prod(sizes[a] for a in axes)
     ranks_per_node = config.require_int(
         num_ranks if ranks_per_node is None else ranks_per_node,
         minimum=1,
-        op="Group.open",
+        op=op,
         argument="ranks_per_node",
     )
     if num_ranks % ranks_per_node:
         raise ConfigError(
-            f"Group.open: ranks_per_node must divide num_ranks={num_ranks}, got {ranks_per_node}"
+            f"{op}: ranks_per_node must divide num_ranks={num_ranks}, got {ranks_per_node}"
         )
     seconds = config.to_number(timeout)
     if not 0 < seconds <= config.MAX_TIMEOUT_S:
         raise ConfigError(
-            "Group.open: timeout must be positive seconds, at most "
+            f"{op}: timeout must be positive seconds, at most "
             f"{config.MAX_TIMEOUT_S:.0f}, got {timeout!r}"
         )
     if num_sms is not None:
-        num_sms = config.require_int(num_sms, minimum=1, op="Group.open", argument="num_sms")
+        num_sms = config.require_int(num_sms, minimum=1, op=op, argument="num_sms")
     name = name if name is not None else "_".join(axes)
     if not isinstance(name, str):
-        raise ConfigError(f"Group.open: name must be a string, got {name!r}")
+        raise ConfigError(f"{op}: name must be a string, got {name!r}")
     return OpenArguments(
         axes=axes,
         name=name,
@@ -68,17 +69,16 @@ def check(
     )
 
 
-def _check_mesh(mesh: jax.sharding.Mesh, axis: Any) -> tuple[str, ...]:
+def _check_mesh(mesh: jax.sharding.Mesh, axis: Any, op: str) -> tuple[str, ...]:
     """The axes of the group, as a tuple."""
     if not isinstance(mesh, jax.sharding.Mesh):
         raise GroupError(
-            f"Group.open: mesh must be a jax.sharding.Mesh with devices, got {type(mesh).__name__}"
+            f"{op}: mesh must be a jax.sharding.Mesh with devices, got {type(mesh).__name__}"
         )
     axes = tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
     if not axes or not set(axes) <= set(mesh.axis_names) or len(set(axes)) != len(axes):
         raise GroupError(
-            f"Group.open: axis must name distinct axes of the mesh {tuple(mesh.axis_names)}, "
-            f"got {axes}"
+            f"{op}: axis must name distinct axes of the mesh {tuple(mesh.axis_names)}, got {axes}"
         )
     return axes
 

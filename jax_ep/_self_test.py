@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from jax_ep import _backends
 from jax_ep._spec import CallSpec
@@ -34,9 +34,11 @@ def run(group: "Group") -> None:
         index = peers * num_ranks + rank
         return backend.pull_rows(spec, index, mine)
 
-    partition = PartitionSpec(tuple(group.mesh.axis_names))
+    # Of what types the axes are is the program's affair.
+    mesh = Mesh(group.mesh.devices, group.mesh.axis_names)
+    partition = PartitionSpec(tuple(mesh.axis_names))
     test = jax.shard_map(
-        pull_one_each, mesh=group.mesh, in_specs=(), out_specs=partition, check_vma=False
+        pull_one_each, mesh=mesh, in_specs=(), out_specs=partition, check_vma=False
     )
     compiled = jax.jit(test).lower().compile()
     group.wait_for_all("compiled self-test")

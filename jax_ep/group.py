@@ -3,10 +3,8 @@
 import atexit
 import os
 import warnings
-from collections import Counter
-from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,37 +16,35 @@ from jax_ep import (
     _group_info,
     _interrupts,
     _jax_compat,
+    _lookup,
     _native,
     _native_group,
     _open_arguments,
     _registry,
     _self_test,
+    _settings,
     _tuning,
     config,
 )
 from jax_ep._backends import Usability
+from jax_ep._failures import Failures
 from jax_ep._group_info import GroupInfo
 from jax_ep._native_group import NativeGroup
-from jax_ep._settle import arrays_in, cause_of, excuse_failures, live_arrays, settle, wait
+from jax_ep._open_arguments import OpenArguments
+from jax_ep._settings import Settings
+from jax_ep._settle import arrays_in, excuse_failures, live_arrays, settle, wait
 from jax_ep._spec import GroupSpec
-from jax_ep.errors import (
-    GroupError,
-    GroupInterruptedError,
-    JaxEpError,
-    PeerTimeoutError,
-    RoutingError,
-    error_of,
-    program_error,
-)
+from jax_ep.errors import GroupError
 
 __all__ = ["Group", "GroupInfo"]
 
 
-@dataclass(eq=False, repr=False)
 class Group:
     """The ranks along one or more mesh axes that exchange rows with each other.
 
     Open one with `Group.open`, use it as a context manager, pass it to the operations as `group=`.
+    `Group.get` finds it again, or opens it where it is needed. `copy.copy` and `copy.deepcopy` give
+    the group itself; a pickle of it finds the open group of the same identity where it is loaded.
     One group covers all slices of the mesh along the other axes. Compiled functions keep what they
     need alive: they may run after `close()`, but nothing new can be traced with a closed group.
 
@@ -81,11 +77,34 @@ class Group:
     backends: dict[str, Usability]
     tuning: _tuning.Table
     budgets: _tuning.Budgets
-    _meeting: _bootstrap.Meeting
-    _native_group: NativeGroup | None = None
-    _is_open: bool = True
-    _bad_routings: Counter[str] = field(default_factory=Counter)
-    _pid: int = field(default_factory=os.getpid)
+
+    def __init__(
+        self,
+        mesh: jax.sharding.Mesh,
+        arguments: OpenArguments,
+        settings: Settings,
+        meeting: _bootstrap.Meeting,
+    ):
+        """Not for users, who call `Group.open` or `Group.get`."""
+        self.mesh = mesh
+        self.axes = arguments.axes
+        self.name = arguments.name
+        self.num_ranks = arguments.num_ranks
+        self.ranks_per_node = arguments.ranks_per_node
+        self.num_sms = arguments.num_sms
+        self.timeout = arguments.timeout
+        self.spec = arguments.spec
+        self.backend = settings.backend
+        self.debug = settings.debug
+        self.backends = settings.backends
+        self.tuning = settings.tuning
+        self.budgets = settings.budgets
+        self._meeting = meeting
+        self._native_group: NativeGroup | None = None
+        self._failures = Failures(mesh, self.spec, meeting)
+        self._is_open = True
+        self._pid = os.getpid()
+        _registry.groups.add(self)
 
     @classmethod
     def open(
@@ -138,56 +157,111 @@ class Group:
             timeout=timeout,
             num_sms=num_sms,
             ranks_per_node=ranks_per_node,
+            op="Group.open",
         )
-        identity, seconds = arguments.spec.identity, arguments.timeout
+        with _registry.opening(arguments.spec.identity):
+            return cls._open(mesh, arguments, backend=backend, debug=debug)
+
+    @classmethod
+    def get(
+        cls,
+        mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None,
+        axis: str | tuple[str, ...] | None = None,
+        *,
+        name: str | None = None,
+        backend: str = "auto",
+        timeout: float | None = None,
+        num_sms: int | None = None,
+        ranks_per_node: int | None = None,
+        debug: bool | None = None,
+    ) -> "Group":
+        """The open group over a mesh and axis; opens it where there is none, or none any more.
+
+        For layers that learn their mesh when they are called, for cells of a notebook that run
+        twice, for models that outlive a group. It may be called while JAX traces, also in the body
+        of a `jax.shard_map`. Whoever closes the group closes it for all who have it.
+
+        Args:
+          mesh: as for `Group.open`. None: that of `jax.set_mesh`, or of the enclosing
+            `jax.shard_map`. Under jit the latter is known without its devices, as every
+            `AbstractMesh` is: then it is the mesh of `jax.set_mesh`, or else that of the open
+            groups, which has the same axes and sizes.
+          axis: as for `Group.open`. None: the only axis of the mesh.
+          name: as for `Group.open`. A group of another name is another group, and left alone.
+          backend: what the group must have in use; "auto": whatever it has.
+          timeout: what it must have been opened with; None: whatever it was.
+          num_sms: the same.
+          ranks_per_node: the same.
+          debug: the same.
+
+        A group that is opened has these settings, and the defaults of `Group.open` for those that
+        are "auto" or None; what an earlier group had, which was closed, does not matter.
+
+        Returns:
+          The open group: the same object until it is closed.
+
+        Collective where it opens: every process of the mesh calls it, at the same place among its
+        calls of `Group.open` and `Group.get`, so all have closed the group before, or none has. A
+        process that takes a traced function out of JAX's caches does not run what is in it: over
+        several processes get the group outside of jit. Else: no.
+        Raises: GroupError where the open group has other settings, or another process opened it
+          (in a forked child), and where there is no mesh, or more than one that it may be; what
+          the open group has failed with, which then is to be closed; when it opens, as
+          `Group.open`.
+        """
+        found = _lookup.find_mesh(mesh, axis, name)
+        arguments = _open_arguments.check(
+            found,
+            _lookup.find_axis(found, axis),
+            name=name,
+            timeout=config.DEFAULT_TIMEOUT_S if timeout is None else timeout,
+            num_sms=num_sms,
+            ranks_per_node=ranks_per_node,
+            op="Group.get",
+        )
+        with _registry.opening(arguments.spec.identity):
+            group = _registry.open_groups.get(arguments.spec.identity)
+            if group is None:
+                return cls._open(found, arguments, backend=backend, debug=debug)
+            group._require_own_process("Group.get")
+            failure = group._failures.failure()
+            if failure is not None:
+                raise failure
+            _lookup.require_settings(
+                group,
+                backend=None if backend == "auto" else backend,
+                timeout=None if timeout is None else arguments.timeout,
+                num_sms=arguments.num_sms,
+                ranks_per_node=None if ranks_per_node is None else arguments.ranks_per_node,
+                debug=debug,
+            )
+            return group
+
+    @classmethod
+    def _open(
+        cls,
+        mesh: jax.sharding.Mesh,
+        arguments: OpenArguments,
+        *,
+        backend: str,
+        debug: bool | None,
+    ) -> Self:
+        identity = arguments.spec.identity
         slices = [seat.slice for seat in arguments.spec.seats()]
         with (
+            _jax_compat.clean_context(),
             ExitStack() as undo,
-            _bootstrap.meet(mesh, identity, slices, timeout=seconds) as meeting,
+            _bootstrap.meet(mesh, identity, slices, timeout=arguments.timeout) as meeting,
         ):
             if identity in _registry.open_groups:
                 raise GroupError(
                     f"Group.open: a group named {arguments.name!r} over the same axes and devices "
                     "is open; pass another name="
                 )
-            debug = config.debug_from_environment() if debug is None else debug
-            kind = mesh.devices.flat[0].device_kind, arguments.num_ranks
-            tuning = _tuning.load(*kind)
-            budgets = _tuning.load_budgets(
-                *kind, num_sms=arguments.num_sms, is_auto=backend == "auto"
-            )
-            # In front of all else: other builds may have other settings.
-            meeting.agree("builds", _native.builds({d.platform for d in mesh.devices.flat}))
-            meeting.agree(
-                "settings",
-                {
-                    "backend": backend,
-                    **{f"the table of {op}": s for op, s in _tuning.to_plain(tuning).items()},
-                    "num_sms": arguments.num_sms,
-                    **{f"the budgets of {op}": b for op, b in budgets.to_plain().items()},
-                    "ranks_per_node": arguments.ranks_per_node,
-                    "timeout": seconds,
-                    "debug": debug,
-                },
-            )
-            meeting.connect(reads_memory=all(d.platform == "cpu" for d in mesh.devices.flat))
-            chosen, usability = _backends.resolve(
-                mesh, arguments.num_ranks, backend, meeting.why_not_linked
-            )
-            complete = sorted(b for b, u in usability.items() if _backends.is_complete(u))
-            meeting.agree("back ends", {"the back ends that are usable": complete})
-            group = cls(
-                mesh=mesh,
-                **arguments._asdict(),
-                backend=chosen,
-                debug=debug,
-                backends=usability,
-                tuning=tuning,
-                budgets=budgets,
-                _meeting=meeting,
-            )
+            settings = _settings.settle(meeting, mesh, arguments, backend=backend, debug=debug)
+            group = cls(mesh, arguments, settings, meeting)
             undo.callback(group._discard)
-            group._start(is_wanted=backend == chosen)
+            group._start(is_wanted=backend == settings.backend)
             undo.pop_all()
         if backend == "auto":
             group._warn_of_fallback()
@@ -205,7 +279,7 @@ class Group:
             warnings.warn(
                 f"Group.open: group {self.identity} runs on stock collectives, back end 'xla': "
                 f"{why_not}",
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def _start(self, *, is_wanted: bool) -> None:
@@ -230,7 +304,7 @@ class Group:
         opening = _native_group.Opening(self.mesh, self.spec, self._meeting, self.timeout)
         opened = opening.open_cpu() if backend == "cpu" else opening.open_cuda()
         if not isinstance(opened, str):
-            self._native_group = opened
+            self._hold(opened)
             self.spec = replace(
                 self.spec, staging_bytes=opened.staging_bytes, has_packets=opened.has_packets
             )
@@ -274,7 +348,11 @@ class Group:
     def _discard(self) -> None:
         """After a failure to open: all is freed now, not with the exception that refers to it."""
         self.close()
-        self._native_group = None
+        self._hold(None)
+
+    def _hold(self, native: NativeGroup | None) -> None:
+        """The native half from now on; None: whoever else holds it keeps it alive."""
+        self._native_group = self._failures.native = native
 
     def __enter__(self) -> Self:
         return self
@@ -294,13 +372,24 @@ class Group:
             if isinstance(error, Exception | KeyboardInterrupt):
                 # The others may wait in their calls for what this process does no more.
                 self._meeting.leave_alone_at_exit()
-                self._loss()
+                self._failures.loss()
                 excuse_failures(error, self._devices())
-            if (failure := self._recorded()) is not None and str(failure) != str(error):
+            if (failure := self._failures.recorded()) is not None and str(failure) != str(error):
                 # It may be why: a failed call gives NaNs.
                 error.add_note(f"group {self.identity}: {type(failure).__name__}: {failure}")
         finally:
             self.close()
+
+    def __copy__(self) -> Self:
+        """There is one group of an identity: a copy of a model has the model's group."""
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As an identity: what loads it has opened its own group, or gets a GroupError."""
+        return _registry.load_group, (self.identity,)
 
     def __repr__(self) -> str:
         state = "" if self._is_open else ", closed"
@@ -329,21 +418,24 @@ class Group:
           that is given its results, once at those without any.
         """
         self._require_own_process("Group.check")
-        arrays = arrays_in(results) if results else live_arrays(self._devices())
-        self._watch_interrupts()
-        problems = self._wait(arrays) + _jax_compat.wait_for_effects()
-        self._raise_record(problems)
+        with _jax_compat.clean_context():
+            arrays = arrays_in(results) if results else live_arrays(self._devices())
+            self._watch_interrupts()
+            problems = self._wait(arrays) + _jax_compat.wait_for_effects()
+        self._failures.raise_known(problems)
         _interrupts.survive()
 
     def wait_for_results(self, *results: Any) -> None:
         """The same for results alone: what programs before have failed with is left to others."""
-        self._raise_record(self._wait(arrays_in(results)))
+        self._failures.raise_known(self._wait(arrays_in(results)))
 
     def _wait(self, arrays: list[jax.Array]) -> list[Exception]:
         """What JAX raises for the arrays."""
         if self._meeting.is_alone:
             return wait(arrays)
-        return settle(arrays, failure=self._failure, loss=self._loss, timeout=self.timeout)
+        return settle(
+            arrays, failure=self._failures.failure, loss=self._failures.loss, timeout=self.timeout
+        )
 
     def _watch_interrupts(self) -> None:
         """Or watches them again, where somebody has set a handler since."""
@@ -353,72 +445,26 @@ class Group:
     def _devices(self) -> set[jax.Device]:
         return set(self.mesh.devices.flat)
 
-    def _raise_record(self, problems: Sequence[Exception] = ()) -> None:
-        """Raises the group's own failure, or else what JAX raised; whatever that was, behind it."""
-        failure = self._recorded()
-        if not problems:
-            if failure is not None:
-                raise failure
-            return
-        cause = cause_of(problems)
-        raise failure or program_error("Group.check", cause) from cause
+    def let_go_at_exit(self) -> None:
+        """At the exit of the interpreter, behind all that asks how the group is.
 
-    def _recorded(self) -> JaxEpError | None:
-        """What went wrong as far as is known now, without waiting for anything."""
-        failure = self._failure()
-        if failure is not None or not self._bad_routings:
-            return failure
-        message = "\n".join(
-            line if times == 1 else f"{line} ({times} times)"
-            for line, times in self._bad_routings.items()
-        )
-        self._bad_routings.clear()
-        return RoutingError(message)
-
-    def _failure(self) -> JaxEpError | None:
-        """The record of the custom calls."""
-        native = self._native_group
-        record = native.handle.error() if native is not None else None
-        if record is None:
-            return None
-        failure = error_of(record)
-        if isinstance(failure, PeerTimeoutError | GroupInterruptedError):
-            self._leave_alone()
-        return failure
-
-    def _leave_alone(self) -> None:
-        """A peer may be lost, or will be: no end waits for it, the interpreter's or the group's."""
-        self._meeting.leave_alone_at_exit()
-        if self._native_group is not None and not self._meeting.is_alone:
-            self._native_group.abandon()
+        The module of native objects reports those that are left when Python has ended. Some are:
+        JAX's registry of pytrees, which is no part of Python, keeps classes of a script, they keep
+        the script's variables, and a group is one of them.
+        """
+        self._meeting.asks_for_others = None
+        self._hold(None)
 
     def leave_alone_now(self) -> None:
         """At the exit of the interpreter, which would wait for the other processes."""
         self._meeting.leave_alone_now()
-
-    def _loss(self) -> JaxEpError | None:
-        """A process that has ended, though no custom call has waited for it."""
-        process = self._meeting.lost_process()
-        if process is None:
-            return None
-        self._leave_alone()
-        owners = [d.process_index for d in self.mesh.devices.flat]
-        ranks = [seat.rank for seat in self.spec.seats()]
-        here, there = (
-            [rank for rank, owner in zip(ranks, owners, strict=True) if owner == p]
-            for p in (jax.process_index(), process)
-        )
-        num_seen = self.num_ranks - len(set(there))
-        return PeerTimeoutError(
-            "Group.check", here[0], there[0], self.num_ranks, num_seen, is_lost=True
-        )
 
     def require_traceable(self, op: str) -> None:
         """Raises unless `op` may be traced here with this group."""
         if not self._is_open:
             raise GroupError(f"{op}: group {self.identity} is closed")
         self._require_own_process(op)
-        self._raise_record()
+        self._failures.raise_known()
         manual = _jax_compat.manual_axes()
         missing = [a for a in self.axes if a not in manual]
         if missing:
@@ -443,12 +489,13 @@ class Group:
 
     def report_bad_routing(self, op: str, rank: Any, num_invalid: Any, num_repeated: Any) -> None:
         """Keeps what debug mode found in one routing until `check()`."""
-        if int(num_invalid) or int(num_repeated):
-            line = (
-                f"{op}: topk_idx of rank {int(rank)} holds {int(num_invalid)} ids outside "
-                f"[-1, num_experts) and repeats an expert in a token {int(num_repeated)} times"
-            )
-            self._bad_routings[line] += 1
+        self._failures.add_bad_routing(op, rank, num_invalid, num_repeated)
 
 
-atexit.register(_interrupts.end_program)
+def _let_go_at_exit() -> None:
+    for group in list(_registry.groups):
+        group.let_go_at_exit()
+
+
+atexit.register(_let_go_at_exit)
+atexit.register(_interrupts.end_program)  # before the other

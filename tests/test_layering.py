@@ -28,7 +28,7 @@ LAYERS = [
     {"_bootstrap", "_conversation", "_native", "_open_arguments", "_primitives"},
     {"_interrupts", "_native_group", "_xla", "_xla_reduce", "handle"},
     {"_backends"},
-    {"_group_info", "_self_test"},
+    {"_failures", "_group_info", "_lookup", "_self_test", "_settings"},
     {"group"},
     {"_checks"},
     {"capacity", "fp8"},
