@@ -1,4 +1,4 @@
-"""How a process ends that has lost a peer."""
+"""How a process ends: one that has lost a peer, and one that still holds groups."""
 
 import subprocess
 import sys
@@ -47,3 +47,73 @@ def test_effects_of_a_step_that_never_ends_are_not_waited_for():
     """As of jax.debug.print beside a psum of NCCL's, whose peer has gone."""
     done = subprocess.run([sys.executable, "-c", STUCK], timeout=60, check=False)
     assert done.returncode == 7
+
+
+KEEPS = """
+import copy, dataclasses, sys
+import jax, numpy as np, jax_ep
+from jax_ep.testing.ranks import make_mesh, on_ranks, prepare_virtual_devices
+prepare_virtual_devices()
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Model:
+    weights: jax.Array
+    group: jax_ep.Group = dataclasses.field(metadata={"static": True})
+
+x, ids = np.ones((2, 4, 8), np.float32), np.zeros((2, 4, 1), np.int32)
+
+def send(x, ids):
+    return jax_ep.dispatch(x, ids, group=model.group, num_experts=2)
+"""
+# What a script of this kind still holds when it ends.
+HELD = {
+    "open": "model = Model(x, jax_ep.Group.open(make_mesh(2), 'ep'))",
+    "got": "model = Model(x, jax_ep.Group.get(make_mesh(2), 'ep'))",
+    "closed": """
+with jax_ep.Group.open(make_mesh(2), "ep") as group:
+    model = Model(x, group)
+""",
+    "compiled": """
+model = Model(x, jax_ep.Group.open(make_mesh(2), "ep"))
+step = on_ranks(send, model.group.mesh)
+out = step(x, ids)
+again = copy.deepcopy(out.handle)
+""",
+    "opened again": """
+first = Model(x, jax_ep.Group.open(make_mesh(2), "ep"))
+first.group.close()
+model = Model(x, jax_ep.Group.open(make_mesh(2), "ep"))
+on_ranks(send, model.group.mesh)(x, ids)
+""",
+    "a thread": """
+import threading, time
+model = Model(x, jax_ep.Group.open(make_mesh(2), "ep"))
+def watch(group):
+    while True:
+        group.check()
+        time.sleep(0.001)
+threading.Thread(target=watch, args=(model.group,), daemon=True).start()
+""",
+    "a failure": """
+model = Model(x, jax_ep.Group.open(make_mesh(2), "ep", timeout=0.2))
+model.group._native_group.handle.skip_rank(1)
+try:
+    model.group.check(on_ranks(send, model.group.mesh)(x, ids))
+except jax_ep.PeerTimeoutError as e:
+    told = e
+""",
+}
+
+
+@pytest.mark.parametrize("held", HELD)
+def test_a_script_whose_classes_jax_keeps_ends_in_silence(held):
+    """JAX's registry of pytrees keeps its classes, and they keep its variables."""
+    done = subprocess.run(
+        [sys.executable, "-c", KEEPS + HELD[held] + "\nprint('end')"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
