@@ -1,5 +1,6 @@
 """Expert-parallel communication for JAX: dispatch and combine as custom calls."""
 
+from jax_ep import _native
 from jax_ep.all_reduce import all_gather as all_gather
 from jax_ep.all_reduce import all_reduce as all_reduce
 from jax_ep.all_reduce import reduce_scatter as reduce_scatter
@@ -33,3 +34,5 @@ from jax_ep.transforms import export_safety_checks as export_safety_checks
 from jax_ep.transforms import save_communication_policy as save_communication_policy
 
 __version__ = "0.1.0"
+
+_native.register_early()

@@ -17,6 +17,7 @@ from jax._src.interpreters import mlir as mlir_internals
 from jax.experimental import compute_on as compute_on_module
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jaxlib import xla_client
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -27,6 +28,7 @@ __all__ = [
     "ad",
     "ambient_meshes",
     "batching",
+    "can_register_types",
     "clean_context",
     "default_heartbeat_timeout",
     "distributed_client",
@@ -44,6 +46,7 @@ __all__ = [
     "vary_alike",
     "varying_axes",
     "wait_for_effects",
+    "when_plugins_begin",
 ]
 
 
@@ -127,6 +130,27 @@ def on_device_memory(array: Any) -> Any:
     if space is not jax.memory.Space.Host:
         return array
     return jax.device_put(array, jax.memory.Space.Device)
+
+
+def can_register_types(platform: str) -> bool:
+    """Whether XLA takes an FFI type of a platform at once, as it wants types before targets.
+
+    What is registered before there is a backend waits in JAX, which hands types over last: XLA then
+    refuses the targets, and JAX has no backend. On the CPU nothing needs to wait.
+    """
+    register = getattr(getattr(xla_client, "_xla", None), "register_custom_type", None)
+    if platform == "cpu" and register is not None:
+        xla_client.register_custom_type_handler(platform, register)
+    return platform in map(_platform_of, getattr(xla_client, "_custom_type_id_handler", ()))
+
+
+def _platform_of(xla_name: str) -> str:
+    return "cpu" if xla_name == "Host" else xla_name
+
+
+def when_plugins_begin(callback: Callable[[], None]) -> None:
+    """Calls back when JAX has found its plugins (GPUs), or now; not at all where there are none."""
+    xla_bridge.register_plugin_callbacks(lambda c_api: callback())
 
 
 def distributed_client() -> Any:

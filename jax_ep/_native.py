@@ -1,18 +1,19 @@
 """The native modules: loading them, and registering their handlers with JAX.
 
-Registration waits for the first group: registering an FFI type before a backend exists breaks the
-CPU backend of JAX 0.10.
+They are registered as early as possible, so that an executable which is loaded before its group is
+open says which group it wants. Nothing here makes a backend of JAX.
 """
 
 import importlib
 from collections.abc import Collection
+from contextlib import suppress
 from types import ModuleType
 from typing import Any
 
 import jax
 import numpy as np
 
-from jax_ep import _registry
+from jax_ep import _jax_compat, _registry
 from jax_ep.errors import GroupError
 
 _MODULES = {"cpu": "jax_ep._jax_ep_cpu", "cuda": "jax_ep._jax_ep_cuda"}
@@ -57,6 +58,19 @@ def register(backend: str) -> ModuleType:
         jax.ffi.register_ffi_target(name, stages, platform=platform)
     _registry.registered_backends.add(backend)
     return module
+
+
+def register_early() -> None:
+    """When the package is imported: the CPU's now, the GPUs' when JAX has found its plugin."""
+    _register_quietly("cpu")
+    _jax_compat.when_plugins_begin(lambda: _register_quietly("cuda"))
+
+
+def _register_quietly(backend: str) -> None:
+    if _jax_compat.can_register_types(_JAX_PLATFORM[backend]):
+        # Group.open does it again, and tells; JAX without groups must not fail by it.
+        with suppress(Exception):
+            register(backend)
 
 
 def targets(backend: str) -> list[str]:
