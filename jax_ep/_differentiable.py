@@ -95,6 +95,7 @@ def _dispatch_fwd(
 
 def _dispatch_bwd(spec: DispatchSpec, residuals: Any, ct: Routed) -> tuple[Any, Any, None]:
     topk_idx, send_row, recv_src = residuals
+    spec = spec.of_gradient()
     index = RowIndex(send_rank(spec, topk_idx, send_row), send_row, recv_src, None)
     return _rows_bar(spec, index, ct.rows), _weights_bar(spec, residuals, ct.recv_weights), None
 
@@ -185,7 +186,7 @@ def _dispatch_along_fwd(spec: CombineSpec, rows: Rows, index: RowIndex) -> tuple
 
 
 def _dispatch_along_bwd(spec: CombineSpec, index: RowIndex, cts: Rows) -> tuple[Any, None]:
-    return _rows_bar(spec, index, cts), None
+    return _rows_bar(spec.of_gradient(), index, cts), None
 
 
 dispatch_along.defvjp(_dispatch_along_fwd, _dispatch_along_bwd)
@@ -214,7 +215,7 @@ def _combine_fwd(
 
 def _combine_bwd(spec: CombineSpec, residuals: Any, ct: jax.Array) -> tuple[Any, Any, Any, None]:
     rows, weights, num_biases, index = residuals
-    rows_bar = _pull_along(spec, index, ct)
+    rows_bar = _pull_along(spec.of_gradient(), index, ct)
     bias_bars = (ct,) * num_biases
     if weights is None:
         return rows_bar, None, bias_bars, None
@@ -249,7 +250,7 @@ def _pull_rows_fwd(
 def _pull_rows_bwd(
     spec: CombineSpec, inverse: jax.Array, ct: jax.Array
 ) -> tuple[jax.Array, None, None]:
-    return _pull(spec, inverse, ct), None, None
+    return _pull(spec.of_gradient(), inverse, ct), None, None
 
 
 pull_rows.defvjp(_pull_rows_fwd, _pull_rows_bwd)

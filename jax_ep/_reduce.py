@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jax_ep import _backends, _checks, _jax_compat, _tuning, _xla_reduce, config
-from jax_ep._spec import ReduceSpec
+from jax_ep._spec import ReduceSpec, gradient_of
 from jax_ep.config import Algorithm, Movement
 from jax_ep.errors import ConfigError
 from jax_ep.group import Group
@@ -55,7 +55,11 @@ def make_spec(
     """
     group = _checks.require_group(group, op=op)
     spec = partial(
-        ReduceSpec, group.spec, _checks.require_backend(backend, group, op=op), movement=movement
+        ReduceSpec,
+        group.spec,
+        _checks.require_backend(backend, group, op=op),
+        movement=movement,
+        op=op,
     )
     if algorithm == "auto":
         stock = spec(Algorithm.PSUM)
@@ -179,6 +183,7 @@ def _move_fwd(spec: ReduceSpec, x: jax.Array) -> tuple[jax.Array, None]:
 def _move_bwd(spec: ReduceSpec, _: None, ct: jax.Array) -> tuple[jax.Array]:
     if spec.movement is Movement.ALL_REDUCE:
         return (transpose_of_sum(spec, ct),)
+    spec = replace(spec, op=gradient_of(spec.op))
     back = {
         Movement.REDUCE_SCATTER: Movement.ALL_GATHER,
         Movement.ALL_GATHER: Movement.REDUCE_SCATTER,
@@ -199,6 +204,7 @@ def transpose_of_sum(spec: ReduceSpec, ct: jax.Array) -> jax.Array:
     With types, only what the cotangent varies over is left to be summed: the sum itself does not
     vary over the group's axes, but what it was added to may.
     """
+    spec = replace(spec, op=gradient_of(spec.op))
     axes = spec.group.axes
     if not spec.is_typed:
         return _move(spec, ct)

@@ -25,7 +25,7 @@ def run(group: "Group") -> None:
     num_ranks = group.num_ranks
     backend = _backends.get(group.backend)
     num_sms = group.budgets.of["cached_dispatch"][Layout.RANK].sms
-    spec = CallSpec(group.spec, group.backend, num_sms)
+    spec = CallSpec(group.spec, group.backend, num_sms, "Group.open")
 
     def pull_one_each() -> jax.Array:
         rank = jax.lax.axis_index(group.axes)

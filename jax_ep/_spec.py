@@ -4,14 +4,16 @@ All of it is hashable or arrays: nothing here refers to an open group.
 """
 
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 
 from jax_ep import config
 from jax_ep.config import Fill, Layout
+
+_GRADIENT = " (gradient)"
 
 
 class Seat(NamedTuple):
@@ -100,11 +102,17 @@ def _row_major(index: dict[str, int], sizes: dict[str, int], axes: tuple[str, ..
 
 @dataclass(frozen=True)
 class CallSpec:
-    """The static facts of one pull_rows; equal on all ranks."""
+    """The static facts of one pull_rows; equal on all ranks. `op` as in ExchangeSpec."""
 
     group: GroupSpec
     backend: str
     num_sms: int
+    op: str
+
+
+def gradient_of(op: str) -> str:
+    """What errors call the backward pass of a public operation."""
+    return f"{op.removesuffix(_GRADIENT)}{_GRADIENT}"
 
 
 class Route(NamedTuple):
@@ -124,20 +132,28 @@ class Routes(NamedTuple):
 
 @dataclass(frozen=True)
 class ExchangeSpec:
-    """What a dispatch and a combine have; their gradients run other exchanges of these routes."""
+    """What a dispatch and a combine have; their gradients run other exchanges of these routes.
+
+    `op` is the public operation, as errors name it: other exchanges may carry it.
+    """
 
     group: GroupSpec
     routes: Routes
     layout: Layout
     recv_capacity: int
+    op: str
+
+    def of_gradient(self) -> Self:
+        """The same for the backward pass."""
+        return replace(self, op=gradient_of(self.op))
 
     def to_combine(self) -> "CombineSpec":
         """The combine along the same routing."""
-        return CombineSpec(self.group, self.routes, self.layout, self.recv_capacity)
+        return CombineSpec(self.group, self.routes, self.layout, self.recv_capacity, self.op)
 
     def to_pull(self) -> CallSpec:
         """The pull_rows along the same routing."""
-        return CallSpec(self.group, *self.routes.cached_dispatch)
+        return CallSpec(self.group, *self.routes.cached_dispatch, self.op)
 
 
 @dataclass(frozen=True)
@@ -183,12 +199,13 @@ class CombineSpec(ExchangeSpec):
 class ReduceSpec:
     """The static facts of one all_reduce, reduce_scatter or all_gather; equal on all ranks.
 
-    `is_typed`: check_vma is on.
+    `op`: as in ExchangeSpec. `is_typed`: check_vma is on.
     """
 
     group: GroupSpec
     backend: str
     algorithm: config.Algorithm
+    op: str
     movement: config.Movement = config.Movement.ALL_REDUCE
     is_typed: bool = False
 

@@ -23,14 +23,14 @@ def dispatch(
     rows: Sequence[jax.Array],
 ) -> Routed:
     """The routing and the rows of this rank; the contract of `Routed`."""
-    topk_idx = check_mesh(topk_idx, spec.group, op="dispatch")
+    topk_idx = check_mesh(topk_idx, spec.group, op=spec.op)
     is_expert = (topk_idx >= 0) & (topk_idx < spec.num_experts)
     num_invalid = jnp.sum((topk_idx != -1) & ~is_expert, dtype=jnp.int32)[None]
     ids = _gather_tokens(spec.group, jnp.where(is_expert, topk_idx, -1))
     route = _route_ranks if spec.layout is Layout.RANK else _route_experts
     routed = route(spec, ids, num_invalid, topk_weights)
     return routed._replace(
-        rows=tuple(pull_rows(spec, routed.recv_src, r, op="dispatch") for r in rows),
+        rows=tuple(pull_rows(spec, routed.recv_src, r) for r in rows),
     )
 
 
@@ -124,10 +124,9 @@ def pull_rows(
     *,
     slot: jax.Array | None = None,
     num_slots: int = 0,
-    op: str = "pull_rows",
 ) -> jax.Array:
     """Rows of the peers' arrays, [N, ...]; the contract of the custom call. Needs no slots."""
-    rows = check_mesh(rows, spec.group, op=op)
+    rows = check_mesh(rows, spec.group, op=spec.op)
     # As integers: XLA:CPU selects fp8 through a wider type, which changes the bits of a NaN.
     is_float = jnp.issubdtype(rows.dtype, jnp.floating)
     carrier = jnp.dtype(f"uint{8 * rows.dtype.itemsize}") if is_float else rows.dtype
@@ -147,7 +146,7 @@ def combine(
     num_tokens, num_slots = index.send_row.shape
     num_all = spec.group.num_ranks * num_tokens
     recv_src = index.recv_src
-    rows = _exact.kept(check_mesh(rows, spec.group, op="combine"))
+    rows = _exact.kept(check_mesh(rows, spec.group, op=spec.op))
     if spec.layout is Layout.RANK:
         partial = _take(rows, _invert(recv_src, num_all))
     else:

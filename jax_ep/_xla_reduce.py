@@ -72,4 +72,4 @@ def _sum(terms: jax.Array) -> jax.Array:
 
 
 def _check_mesh(spec: ReduceSpec, x: jax.Array) -> jax.Array:
-    return check_mesh(x, spec.group, op=spec.movement.name.lower(), transforms=True)
+    return check_mesh(x, spec.group, op=spec.op, has_jvp=True)

@@ -1,5 +1,6 @@
 """all_reduce_residual_rmsnorm: what stands between two tensor-parallel layers, in one kernel."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,6 @@ import numpy as np
 
 from jax_ep import _backends, _checks, _jax_compat, _reduce, _xla_reduce, config
 from jax_ep._spec import ReduceSpec
-from jax_ep.all_reduce import all_reduce
 from jax_ep.config import Algorithm
 from jax_ep.errors import ConfigError, ShapeError
 from jax_ep.group import Group
@@ -78,7 +78,9 @@ def all_reduce_residual_rmsnorm(
     operands = _vary(axes, x, residual, scale)
     terms, onto = (a.reshape(-1, x.shape[-1]) for a in operands[:2])
     if spec is None:
-        total = all_reduce(terms, group=group, allow_psum=allow_psum, backend=backend)
+        total = _reduce.move(
+            _all_reduce_spec(group, terms, allow_psum=allow_psum, backend=backend), terms
+        )
         new_residual = _reduce.named(_xla_reduce.add(total, onto))
         results = _xla_reduce.rms_norm(new_residual, operands[2], eps), new_residual
     elif spec.algorithm is Algorithm.PSUM:
@@ -118,6 +120,22 @@ def _choose(
     )
     # The sum alone may still be ours: other algorithms carry it.
     return None if algorithm == "auto" and spec.algorithm is Algorithm.PSUM else spec
+
+
+def _all_reduce_spec(
+    group: Group, terms: jax.Array, *, allow_psum: bool, backend: str | None
+) -> ReduceSpec:
+    """Of the all_reduce that stands in for the kernel."""
+    spec = _reduce.make_spec(
+        group,
+        terms,
+        terms.nbytes,
+        op="all_reduce",
+        algorithm="auto",
+        allow_psum=allow_psum,
+        backend=backend,
+    )
+    return replace(spec, op=_OP)
 
 
 def packet_padding(x: jax.Array) -> int:

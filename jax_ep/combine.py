@@ -67,7 +67,7 @@ def combine(
     biases = _as_biases(bias, rows, handle.send_row.shape[0])
     _require_weights(weights, handle, layout)
     routes = _checks.require_routes(backend, num_sms, group, layout, op=_OP)
-    spec = CombineSpec(group.spec, routes, layout, handle.recv_capacity)
+    spec = CombineSpec(group.spec, routes, layout, handle.recv_capacity, _OP)
     operands = (rows, weights, biases, handle.index())
     rows, weights, biases, index = vary_alike(operands, group)
     if weights is not None and weights.ndim == 2:
@@ -155,7 +155,7 @@ def combine_weights(
     w = _checks.require_array(w, op=op, argument="w")
     _checks.require_dtype(w, (jnp.float32,), op=op, argument="w")
     routes = _checks.require_routes(backend, None, group, layout, op=op)
-    spec = CombineSpec(group.spec, routes, layout, handle.recv_capacity)
+    spec = CombineSpec(group.spec, routes, layout, handle.recv_capacity, op)
     w, index = vary_alike((w, handle.index()), group)
     if layout is Layout.RANK:
         if w.ndim != 2 or w.shape[0] != handle.recv_capacity or w.shape[1] < 1:

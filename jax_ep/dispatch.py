@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_ep import _checks, _differentiable, _jax_compat, config
+from jax_ep._primitives.without_tangent import without_tangent
 from jax_ep._spec import CombineSpec, DispatchSpec, Routed
 from jax_ep.config import Fill, Layout
 from jax_ep.errors import ConfigError, DTypeError, GroupError
@@ -77,8 +78,9 @@ def dispatch(
     Collective: every rank of the group calls it. Inside jax.shard_map over the group's mesh.
     Gradient: of x, the `combine` of the cotangent; of topk_weights, the cotangent of `weights`
       moved back to the tokens. Dropped rows have none. ConfigError is raised by
-      derivatives of fp8 rows, scales and payload, by second derivatives, and by `jax.vmap`;
-      `dispatch_fp8` has a gradient.
+      derivatives of fp8 rows, scales and payload, and by second derivatives; `dispatch_fp8` has a
+      gradient.
+    Batches: `jax.vmap` makes one call for each element, in order.
     Limits: num_ranks * num_topk * max(recv_capacity, num_tokens) below 2^31; on the `cuda` back end
       32 ranks, num_topk 32, and about 4,000 experts in the expert layout.
     Raises: ShapeError, DTypeError, ConfigError, GroupError while tracing; PeerTimeoutError,
@@ -153,6 +155,7 @@ def prepare(
         layout=arrangement,
         num_experts=num_experts,
         recv_capacity=_capacity(layout, recv_capacity, num_tokens, num_topk, group, op=op),
+        op=op,
         expert_alignment=_alignment(layout, expert_alignment, num_experts, op=op),
         fill=config.choice(Fill, fill, op=op, argument="fill"),
     )
@@ -225,15 +228,19 @@ def _dispatch_along(
     _checks.require_shape(rows[0], (num_tokens, rows[0].shape[1]), op=_OP, argument="x")
     layout = Layout[handle.layout.upper()]
     routes = _checks.require_routes(backend, num_sms, found, layout, op=_OP)
-    spec = CombineSpec(found.spec, routes, layout, handle.recv_capacity)
+    spec = CombineSpec(found.spec, routes, layout, handle.recv_capacity, _OP)
     rows, index = vary_alike((rows, handle.index()), found)
     moved = _differentiable.dispatch_along(spec, rows, index)
     return _as_dispatched(moved, handle, has_scales=isinstance(x, tuple))
 
 
 def vary_alike(operands: Any, group: Group) -> Any:
-    """The arrays of a pytree, cast to vary over the group and over what any of them varies over."""
+    """The arrays of a pytree, cast to vary over the group and over what any of them varies over.
+
+    No derivative flows through integers.
+    """
     leaves, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, operands))
+    leaves = [without_tangent(a) if jnp.issubdtype(a.dtype, jnp.integer) else a for a in leaves]
     return jax.tree.unflatten(structure, _jax_compat.vary_alike(leaves, group.axes))
 
 

@@ -47,7 +47,7 @@ class PeerTimeoutError(JaxEpError, RuntimeError):
     The group is unusable from then on.
 
     Attributes:
-      op: the operation that waited.
+      op: the public operation that waited; in its backward pass "dispatch (gradient)" and the like.
       rank: the rank that waited.
       peer: the rank that did not come.
       expected: how many ranks the call needs.

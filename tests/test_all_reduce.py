@@ -122,6 +122,7 @@ def test_what_cannot_be_staged_takes_stock_collectives():
         GroupSpec("g", ("ep",), (("ep", 4),), (0, 1, 2, 3), staging_bytes=20 << 20),
         "cuda",
         Algorithm.ONE_SHOT,
+        "all_gather",
         config.Movement.ALL_GATHER,
     )
     small, large = (jax.ShapeDtypeStruct((n << 18,), jnp.float32) for n in (4, 10))

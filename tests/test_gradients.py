@@ -50,19 +50,5 @@ def test_unsupported_transforms_are_refused_by_name(groups, backend):
     def fn(x, ids):
         return jax_ep.dispatch(x, ids, group=group, num_experts=2, backend=backend).x
 
-    def back(rows, ids):
-        out = jax_ep.dispatch(jnp.ones((4, 8)), ids, group=group, num_experts=2, backend=backend)
-        return jax_ep.combine(rows, out.handle, backend=backend)
-
-    over_x = on_ranks(jax.vmap(fn, in_axes=(0, None)), group.mesh)
-    over_ids = on_ranks(jax.vmap(fn, in_axes=(None, 0)), group.mesh)
-    with pytest.raises(jax_ep.ConfigError, match=r"dispatch: jax\.vmap is not supported"):
-        over_x(np.ones((2, 3, 4, 8), np.float32), ids)
-    with pytest.raises(jax_ep.ConfigError, match=r"dispatch: jax\.vmap is not supported"):
-        over_ids(x, np.zeros((2, 3, 4, 1), np.int32))
-    with pytest.raises(jax_ep.ConfigError, match=r"combine: jax\.vmap is not supported"):
-        on_ranks(jax.vmap(back, in_axes=(0, None)), group.mesh)(
-            np.ones((2, 3, 8, 8), np.float32), ids
-        )
     with pytest.raises(jax_ep.ConfigError, match="only first derivatives"):
         on_ranks(jax.hessian(lambda x, i: jnp.sum(fn(x, i) ** 2)), group.mesh)(x, ids)

@@ -99,6 +99,44 @@ for first in range(0, len(devices), 4):
         print("passed", sorted(mine))
 """
 
+BATCHES = """
+from jax.sharding import Mesh, PartitionSpec as P
+from jax_ep.testing.ranks import place
+layers = np.stack([x, x + 1, x * 2])
+routes = np.stack([ids, (ids + 1) % (4 * R), ids])
+with jax_ep.Group.open(mesh, "ep", timeout=60.0) as group:
+    def loss(x, ids):
+        return jnp.sum(jnp.sin(echo(group, x, ids)))
+
+    def each(x, ids):  # one process compiles more than the other, and numbers differ
+        return [jax.grad(loss)(x[i], ids[i]) for i in range(3)]
+
+    def mapped(x, ids):
+        return jax.vmap(jax.grad(loss))(x, ids)
+
+    args = layers.swapaxes(0, 1), routes.swapaxes(0, 1)
+    if me == 1:
+        jax.jit(lambda x: jax.vmap(jnp.sin)(x))(layers)
+    loops, batches = (on_group(f, group)(*args) for f in (each, mapped))
+    for i, wanted in enumerate(loops):
+        for got, shard in zip(batches.addressable_shards, wanted.addressable_shards):
+            assert_same_bits(np.asarray(got.data)[:, i], np.asarray(shard.data))
+        assert np.any(np.asarray(wanted.addressable_shards[0].data))
+
+# Stages whose ranks sit in different processes.
+stages = Mesh(mesh.devices.reshape(2, -1).T, ("stage", "ep"))
+with jax_ep.Group.open(stages, "ep", name="stages", timeout=60.0) as group:
+    def layer(x, ids):
+        return echo(group, x[0], ids[0])[None]
+
+    sharded = jax.shard_map(layer, mesh=stages, in_specs=P("ep"), out_specs=P("ep"))
+    run = jax.jit(jax.vmap(sharded, spmd_axis_name="stage"))
+    args = np.stack([x[:2], x[2:], x[:2] + 1, x[2:] - 1]), np.stack([ids[:2] % 8, ids[2:] % 8] * 2)
+    y = run(*place(args, stages, ()))
+    assert_same_bits(y, args[0] * num_ranks_of(args[1]).astype(np.float32))
+print("passed")
+"""
+
 _ALL = {"marks": [pytest.mark.slow, pytest.mark.timeout(1500)]}
 
 
@@ -169,6 +207,11 @@ print("passed")
 
 def test_independent_calls_mixed_with_psums():
     assert all(output.endswith("passed\n") for output in run_on_cpus(INDEPENDENT, devices=4))
+
+
+def test_batches():
+    """The calls of a batch find their peers in the other process, and so do those of stages."""
+    assert all(output.endswith("passed\n") for output in run_on_cpus(BATCHES))
 
 
 def test_groups_over_a_part_of_the_processes():

@@ -13,7 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_ep import _native
-from jax_ep._jax_compat import Primitive, ad, batching, mlir, number_in_program, result_aval
+from jax_ep._jax_compat import (
+    Primitive,
+    ad,
+    batching,
+    mlir,
+    number_in_program,
+    result_aval,
+    vary_alike,
+)
 from jax_ep.errors import ConfigError
 
 # Shape and dtype of each result, from the operands' avals and the parameters.
@@ -25,7 +33,7 @@ BatchRule = Callable[..., tuple[Sequence[Any], Sequence[int]]]
 
 
 def make_primitive(
-    op: str,
+    stem: str,
     results: ResultsRule,
     *,
     platforms: Sequence[str],
@@ -34,24 +42,25 @@ def make_primitive(
     varying: VaryingRule | None = None,
     batch: BatchRule | None = None,
 ) -> Callable[..., list[jax.Array]]:
-    """Makes the primitive of target `jax_ep.<op>`.
+    """Makes the primitive of target `jax_ep.<stem>`.
 
     Args:
-      op: the stem of the operation.
+      stem: of the operation.
       results: the shape rule, called with the operands' avals and the parameters by name.
       platforms: where the target has a twin.
       attributes: the parameters that the handler reads; the others serve the shape rule only.
-        With `group` among them the operation is collective, and its calls get names.
+        With `group` among them the operation is collective, its calls get names, and a parameter
+        `op` is the public operation that the call is a part of, as errors name it.
       has_position: whether the first operand is the device's position in the mesh, which says
         nothing about what the results vary over.
       varying: the axes that the results vary over, called like `results`; None: all axes that an
         operand varies over.
-      batch: the rule of jax.vmap; None: it is refused.
+      batch: the rule of jax.vmap; None: one call for each element, in order.
 
     Returns:
       bind(*operands, **parameters) -> results.
     """
-    primitive = Primitive(f"jax_ep.{op}")
+    primitive = Primitive(f"jax_ep.{stem}")
     primitive.multiple_results = True
 
     def abstract_eval(*avals: Any, **parameters: Any) -> list[Any]:
@@ -68,18 +77,40 @@ def make_primitive(
             number = number_in_program(ctx)
             if number == 0 and platform == "cpu":
                 _native.load(platform).begin_program()
-            values["call"] = _name_call(op, number, ctx, values)
+            values["call"] = _name_call(stem, parameters["op"], number, ctx, values)
             del values["group"]
-        call = jax.ffi.ffi_lowering(f"jax_ep.{op}", has_side_effect=False)
+        call = jax.ffi.ffi_lowering(f"jax_ep.{stem}", has_side_effect=False)
         return call(ctx, *operands, **values)
+
+    def one_by_one(
+        operands: Sequence[Any], dims: Sequence[int | None], **parameters: Any
+    ) -> tuple[Sequence[Any], Sequence[int]]:
+        def element(i: int) -> list[Any]:
+            return [
+                a if dim is None else jax.lax.index_in_dim(a, i, dim, keepdims=False)
+                for a, dim in zip(operands, dims, strict=True)
+            ]
+
+        size = batch_size(operands, dims)
+        if size > 0:
+            calls = [bind(*element(i), **parameters) for i in range(size)]
+            stacked = [jnp.stack(each) for each in zip(*calls, strict=True)]
+        else:
+            avals = [_without(a, dim) for a, dim in zip(operands, dims, strict=True)]
+            data = operands[1:] if has_position else operands
+            stacked = [
+                vary_alike((jnp.zeros((0, *shape), dtype), *data), ())[0]
+                for shape, dtype in results(*avals, **parameters)
+            ]
+        return stacked, [0] * len(stacked)
 
     primitive.def_abstract_eval(abstract_eval)
     for platform in platforms:
         # Two calls that share a lowering would have one name.
         rule = partial(lower, platform)
         mlir.register_lowering(primitive, rule, platform=platform, cacheable=False)
-    batching.primitive_batchers[primitive] = batch or (lambda *_, **__: refuse_batching(op))
-    ad.primitive_jvps[primitive] = lambda *_, **__: refuse_jvp(op)
+    batching.primitive_batchers[primitive] = batch or one_by_one
+    ad.primitive_jvps[primitive] = lambda *_, **parameters: refuse_jvp(parameters.get("op", stem))
 
     def bind(*operands: jax.Array, **parameters: Any) -> list[jax.Array]:
         out: list[jax.Array] = primitive.bind(*operands, **parameters)
@@ -88,14 +119,21 @@ def make_primitive(
     return bind
 
 
-def refuse_batching(op: str) -> NoReturn:
-    """What jax.vmap of an operation gets."""
-    raise ConfigError(f"{op}: jax.vmap is not supported; fold the batch into the tokens")
-
-
 def refuse_jvp(op: str) -> NoReturn:
     """What a derivative of a derivative gets."""
     raise ConfigError(f"{op}: only first derivatives by jax.grad or jax.vjp are supported")
+
+
+def batch_size(operands: Sequence[Any], dims: Sequence[int | None]) -> int:
+    """Elements of the batch that a batch rule has before it."""
+    size: int = next(a.shape[d] for a, d in zip(operands, dims, strict=True) if d is not None)
+    return size
+
+
+def _without(array: Any, dim: int | None) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of one element of a batch."""
+    shape = tuple(size for place, size in enumerate(array.shape) if place != dim)
+    return jax.ShapeDtypeStruct(shape, array.dtype)
 
 
 def batch_at(array: jax.Array, dim: int | None, place: int, size: int) -> jax.Array:
@@ -115,20 +153,21 @@ def absent(dtype: Any) -> jax.Array:
     return jnp.zeros((1,), dtype)
 
 
-def _name_call(op: str, number: int, ctx: Any, attributes: Mapping[str, Any]) -> str:
+def _name_call(stem: str, op: str, number: int, ctx: Any, attributes: Mapping[str, Any]) -> str:
     """Names a call by its content and its place in the program, alike in every process.
 
-    The group's identity comes first: it is how an executable that is loaded finds the group.
-    xla_ffi/ops/op_site.h reads this.
+    The group's identity comes first: it is how an executable that is loaded finds the group. The
+    public operation comes last: it is how errors name the call. xla_ffi/ops/op_site.h reads this.
     """
     content = [
+        stem,
         op,
         *(f"{name}={value}" for name, value in sorted(attributes.items())),
         *(f"{aval.dtype}{list(aval.shape)}" for aval in (*ctx.avals_in, *ctx.avals_out)),
         str(number),
     ]
     digest = hashlib.blake2b("\n".join(content).encode(), digest_size=8)
-    return f"{attributes['group']}#{digest.hexdigest()}"
+    return f"{attributes['group']}#{digest.hexdigest()}#{op}"
 
 
 def _attribute(value: bool | int | float | str) -> Any:

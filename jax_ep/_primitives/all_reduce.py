@@ -75,7 +75,7 @@ def all_reduce(spec: ReduceSpec, x: jax.Array) -> jax.Array:
     Returns the sum over the ranks; or, of a scatter of [num_ranks, ...], this rank's part of it;
     or, of a gather, [num_ranks, ...].
     """
-    position = check_mesh(spec.group.position(), spec.group, op=spec.movement.name.lower())
+    position = check_mesh(spec.group.position(), spec.group, op=spec.op)
     return _bind(
         position,
         x,
@@ -85,4 +85,5 @@ def all_reduce(spec: ReduceSpec, x: jax.Array) -> jax.Array:
         is_staged=spec.group.staging_bytes is not None,
         movement=spec.movement.value,
         num_ranks=spec.group.num_ranks,
+        op=spec.op,
     )[0]

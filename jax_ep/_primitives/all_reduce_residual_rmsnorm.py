@@ -11,12 +11,10 @@ import jax.numpy as jnp
 
 from jax_ep import config
 from jax_ep._jax_compat import varying_axes
-from jax_ep._primitives._base import batch_at, make_primitive
+from jax_ep._primitives._base import batch_at, batch_size, make_primitive
 from jax_ep._primitives.check_mesh import check_mesh
 from jax_ep._spec import ReduceSpec
 from jax_ep.config import Algorithm
-
-_OP = "all_reduce_residual_rmsnorm"
 
 
 def _results(
@@ -39,7 +37,7 @@ def _batch(
     As are those of a batch that is too large for what was chosen for one of it.
     """
     position, x, residual, scale = operands
-    size = next(a.shape[d] for a, d in zip(operands, dims, strict=True) if d is not None)
+    size = batch_size(operands, dims)
     x, residual = (batch_at(a, d, 0, size) for a, d in ((x, dims[1]), (residual, dims[2])))
     if size == 0:
         return [jnp.zeros_like(x), jnp.zeros_like(residual)], [0, 0]
@@ -63,7 +61,7 @@ def _has_room(x: jax.Array, *, algorithm: int, is_staged: bool, num_ranks: int, 
 
 
 _bind = make_primitive(
-    _OP,
+    "all_reduce_residual_rmsnorm",
     _results,
     platforms=("cpu", "cuda"),
     attributes=("algorithm", "eps", "group"),
@@ -76,7 +74,7 @@ def all_reduce_residual_rmsnorm(
     spec: ReduceSpec, x: jax.Array, residual: jax.Array, scale: jax.Array, eps: float
 ) -> tuple[jax.Array, jax.Array]:
     """The custom call: (normed, new_residual), [rows, hidden] like x and residual."""
-    position = check_mesh(spec.group.position(), spec.group, op=_OP)
+    position = check_mesh(spec.group.position(), spec.group, op=spec.op)
     normed, new_residual = _bind(
         position,
         x,
@@ -88,5 +86,6 @@ def all_reduce_residual_rmsnorm(
         group=spec.group.identity,
         is_staged=spec.group.staging_bytes is not None,
         num_ranks=spec.group.num_ranks,
+        op=spec.op,
     )
     return normed, new_residual

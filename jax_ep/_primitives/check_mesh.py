@@ -9,12 +9,12 @@ from typing import Any
 import jax
 
 from jax_ep._jax_compat import Primitive, ad, batching, lowering_mesh, mlir
-from jax_ep._primitives._base import refuse_batching, refuse_jvp
+from jax_ep._primitives._base import refuse_jvp
 from jax_ep._spec import GroupSpec
 from jax_ep.errors import GroupError
 
 
-def _lower(ctx: Any, x: Any, *, op: str, spec: GroupSpec, transforms: bool) -> Any:
+def _lower(ctx: Any, x: Any, *, op: str, spec: GroupSpec, has_jvp: bool) -> Any:
     mesh = lowering_mesh(ctx)
     if mesh is not None:
         device_ids = tuple(d.id for d in mesh.devices.flat)
@@ -29,18 +29,14 @@ def _lower(ctx: Any, x: Any, *, op: str, spec: GroupSpec, transforms: bool) -> A
     return [x]
 
 
-def _batch(operands: Any, dims: Any, *, op: str, transforms: bool, **parameters: Any) -> Any:
-    if not transforms:
-        refuse_batching(op)
-    (x,) = operands
-    return _check_mesh_p.bind(x, op=op, transforms=transforms, **parameters), dims[0]
+def _batch(operands: Any, dims: Any, **parameters: Any) -> Any:
+    return _check_mesh_p.bind(*operands, **parameters), dims[0]
 
 
-def _jvp(primals: Any, tangents: Any, *, op: str, transforms: bool, **parameters: Any) -> Any:
-    if not transforms:
+def _jvp(primals: Any, tangents: Any, *, op: str, has_jvp: bool, **parameters: Any) -> Any:
+    if not has_jvp:
         refuse_jvp(op)
-    (x,) = primals
-    return _check_mesh_p.bind(x, op=op, transforms=transforms, **parameters), tangents[0]
+    return _check_mesh_p.bind(*primals, op=op, has_jvp=has_jvp, **parameters), tangents[0]
 
 
 _check_mesh_p = Primitive("jax_ep.check_mesh")
@@ -50,10 +46,10 @@ batching.primitive_batchers[_check_mesh_p] = _batch
 ad.primitive_jvps[_check_mesh_p] = _jvp
 
 
-def check_mesh(x: jax.Array, spec: GroupSpec, *, op: str, transforms: bool = False) -> jax.Array:
+def check_mesh(x: jax.Array, spec: GroupSpec, *, op: str, has_jvp: bool = False) -> jax.Array:
     """`x`. Raises GroupError when the program is lowered for another mesh.
 
-    `transforms`: whether it can be differentiated and batched; refused by the name of op otherwise.
+    `has_jvp`: whether it can be differentiated; refused by the name of op otherwise.
     """
-    checked: jax.Array = _check_mesh_p.bind(x, op=op, spec=spec, transforms=transforms)
+    checked: jax.Array = _check_mesh_p.bind(x, op=op, spec=spec, has_jvp=has_jvp)
     return checked

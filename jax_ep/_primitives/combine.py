@@ -62,10 +62,10 @@ def combine(
     """The custom call: [num_tokens, hidden] from rows [recv_capacity, hidden]."""
     if spec.backend == "cuda" and index.send_row.shape[1] > config.MAX_TOPK:
         raise ConfigError(
-            f"combine: backend 'cuda' takes at most {config.MAX_TOPK} choices a token, got "
+            f"{spec.op}: backend 'cuda' takes at most {config.MAX_TOPK} choices a token, got "
             f"{index.send_row.shape[1]}"
         )
-    position = check_mesh(spec.group.position(), spec.group, op="combine")
+    position = check_mesh(spec.group.position(), spec.group, op=spec.op)
     return _bind(
         position,
         absent(jnp.int32) if index.send_rank is None else index.send_rank,
@@ -77,5 +77,6 @@ def combine(
         has_weights=weights is not None,
         layout=spec.layout.value,
         num_sms=spec.num_sms,
+        op=spec.op,
         workspace_bytes=combine_workspace_bytes(spec, index, rows),
     )[0]

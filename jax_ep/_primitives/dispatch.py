@@ -78,7 +78,7 @@ def _workspace_bytes(spec: DispatchSpec, shape: tuple[int, ...]) -> int:
     )
     if size == 0:
         raise ConfigError(
-            f"dispatch: backend 'cuda' takes at most {config.MAX_TOPK} choices a token, and as "
+            f"{spec.op}: backend 'cuda' takes at most {config.MAX_TOPK} choices a token, and as "
             f"many experts as fit into an SM's shared memory; got num_topk={num_topk}, "
             f"num_experts={spec.num_experts}"
         )
@@ -92,7 +92,7 @@ def dispatch(
     rows: Sequence[jax.Array],
 ) -> Routed:
     """The custom call; see Routed for what comes back."""
-    position = check_mesh(spec.group.position(), spec.group, op="dispatch")
+    position = check_mesh(spec.group.position(), spec.group, op=spec.op)
     results = _bind(
         position,
         topk_idx,
@@ -106,6 +106,7 @@ def dispatch(
         num_experts=spec.num_experts,
         num_ranks=spec.group.num_ranks,
         num_sms=spec.num_sms,
+        op=spec.op,
         recv_capacity=spec.recv_capacity,
         workspace_bytes=_workspace_bytes(spec, topk_idx.shape),
     )

@@ -46,7 +46,7 @@ def pull_rows(
     Returns:
       [N, ...]
     """
-    position = check_mesh(spec.group.position(), spec.group, op="pull_rows")
+    position = check_mesh(spec.group.position(), spec.group, op=spec.op)
     fans_out = slot is not None and spec.backend == "cuda"
     return _bind(
         position,
@@ -57,4 +57,5 @@ def pull_rows(
         num_ranks=spec.group.num_ranks,
         num_slots=num_slots if fans_out else 0,
         num_sms=spec.num_sms,
+        op=spec.op,
     )[0]

@@ -54,7 +54,9 @@ inline constexpr int kProtocol = 1;
 inline constexpr int kMaxRanks = 32;
 inline constexpr int kMaxAddresses = 6;
 
-/// Names in failure records; the strings are in device/device_group.cc.
+/// What kernels know of an operation. Errors name the public one that the call is a part of, which
+/// the host knows by the call's site; the strings for a site that it has not loaded are in
+/// device/device_group.cc.
 enum class OpId : uint32_t {
   kDispatch,
   kCombine,
@@ -118,7 +120,8 @@ struct FailureRecord {
   uint32_t is_set;
   Kind kind;
   OpId op;
-  int32_t rank;  // that has found it
+  uint32_t site;  // the name of the call, as Endpoint has it
+  int32_t rank;   // that has found it
   int32_t peer;
   int64_t expected;
   int64_t seen;

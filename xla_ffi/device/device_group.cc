@@ -7,6 +7,8 @@
 #include <stdexcept>
 #include <utility>
 
+#include "runtime/registry.h"
+
 namespace jax_ep {
 namespace {
 
@@ -85,14 +87,14 @@ void Close(const DeviceGroup::Exported& exported) {
   if (exported.pool.descriptor >= 0) close(exported.pool.descriptor);
 }
 
-const char* NameOf(OpId op) {
+const char* KernelsOf(OpId op) {
   switch (op) {
     case OpId::kDispatch:
       return "dispatch";
     case OpId::kCombine:
       return "combine";
     case OpId::kPullRows:
-      return "pull_rows";
+      return "dispatch or combine";
     case OpId::kAllReduce:
       return "all_reduce";
     case OpId::kReduceScatter:
@@ -105,6 +107,14 @@ const char* NameOf(OpId op) {
       break;
   }
   return "unknown";
+}
+
+std::string OpOf(const FailureRecord& record) {
+  // Which call it is stands nowhere that the host could read.
+  if (record.kind == FailureRecord::Kind::kInterrupted) return "call";
+  // A peer that calls something else may know a site that this process does not.
+  const std::string op = Registry<DeviceGroup>::Get().OpOf(record.site);
+  return op.empty() ? KernelsOf(record.op) : op;
 }
 
 }  // namespace
@@ -356,6 +366,7 @@ std::optional<ErrorRecord> DeviceGroup::error() const {
       own = FailureRecord{.is_set = 1,
                           .kind = record.kind,
                           .op = record.op,
+                          .site = record.site,
                           .rank = record.rank,
                           .peer = record.peer,
                           .expected = record.expected,
@@ -367,14 +378,12 @@ std::optional<ErrorRecord> DeviceGroup::error() const {
     if (own && (!found || own->kind == FailureRecord::Kind::kOverlap)) found = own;
   }
   if (!found) return std::nullopt;
-  return ErrorRecord{
-      .kind = KindOf(found->kind),
-      // Which call it is stands nowhere that the host could read.
-      .op = found->kind == FailureRecord::Kind::kInterrupted ? "call" : NameOf(found->op),
-      .rank = found->rank,
-      .peer = found->peer,
-      .expected = found->expected,
-      .seen = found->seen};
+  return ErrorRecord{.kind = KindOf(found->kind),
+                     .op = OpOf(*found),
+                     .rank = found->rank,
+                     .peer = found->peer,
+                     .expected = found->expected,
+                     .seen = found->seen};
 }
 
 std::optional<FailureRecord> DeviceGroup::ToldTo(size_t seat) const {
@@ -423,6 +432,7 @@ void DeviceGroup::EndNotedWaits() {
     FailAt(i, {.is_set = 1,
                .kind = FailureRecord::Kind::kInterrupted,
                .op = OpId::kDispatch,
+               .site = 0,
                .rank = seats_[i].member.rank,
                .peer = kNoIndex,
                .expected = num_ranks_,

@@ -96,6 +96,7 @@ __device__ inline Signal TakeTurn(const Endpoint& self) {
 __device__ inline void Write(volatile FailureRecord& to, const FailureRecord& from) {
   to.kind = from.kind;
   to.op = from.op;
+  to.site = from.site;
   to.rank = from.rank;
   to.peer = from.peer;
   to.expected = from.expected;
@@ -132,6 +133,7 @@ static __device__ __noinline__ void Fail(const Endpoint& self, FailureRecord::Ki
   const FailureRecord found{.is_set = 1,
                             .kind = kind,
                             .op = op,
+                            .site = self.site,
                             .rank = self.rank,
                             .peer = peer,
                             .expected = expected,
@@ -156,6 +158,7 @@ static __device__ __noinline__ void KeepWhatWasTold(const Endpoint& self) {
     Keep(self, {.is_set = 1,
                 .kind = told.kind,
                 .op = told.op,
+                .site = told.site,
                 .rank = told.rank,
                 .peer = told.peer,
                 .expected = told.expected,

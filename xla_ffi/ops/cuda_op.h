@@ -26,10 +26,9 @@ inline auto DeviceBinding() {
       .Ctx<ffi::DeviceOrdinal>();
 }
 
-inline ffi::Error CudaError(const char* op, cudaError_t status) {
+inline ffi::Error CudaError(const std::string& op, cudaError_t status) {
   if (status == cudaSuccess) return ffi::Error::Success();
-  return ffi::Error(ffi::ErrorCode::kInternal,
-                    std::string(op) + ": CUDA launch: " + cudaGetErrorString(status));
+  return ffi::Error(ffi::ErrorCode::kInternal, op + ": CUDA launch: " + cudaGetErrorString(status));
 }
 
 /// The device of a call, and the SMs it may use: `num_sms`, or all where the device has fewer.
@@ -39,8 +38,9 @@ struct DeviceCall {
   int num_sms = 0;
 };
 
-inline ffi::Error FindDevice(const char* op, const DeviceSite* site, int32_t device_id,
-                             int64_t num_sms, DeviceCall& call) {
+inline ffi::Error FindDevice(const DeviceSite* site, int32_t device_id, int64_t num_sms,
+                             DeviceCall& call) {
+  const std::string& op = site->op;
   call.member = site->group().Find(device_id);
   JAX_EP_REQUIRE(call.member != nullptr, op, ": device ", device_id, " is not in group ",
                  site->group().identity());

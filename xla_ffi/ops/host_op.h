@@ -3,6 +3,7 @@
 #pragma once
 
 #include <memory>
+#include <string>
 #include <utility>
 
 #include "ops/op_site.h"
@@ -21,10 +22,11 @@ struct HostContext {
 
 /// Enters the call; the future completes when the results of this rank are written.
 template <typename Call>
-ffi::Future JoinGroup(const char* op, const HostContext& context, I32Buffer position,
+ffi::Future JoinGroup(const HostContext& context, I32Buffer position,
                       const typename Call::Args& args) {
   ffi::Promise promise;
   ffi::Future future(promise);
+  const std::string& op = context.site->op;
   const std::shared_ptr<Group> group = context.site->GroupOf(context.run_id);
   const Member member = group->Locate(op, context.device_id, position.typed_data()[0]);
   CallSites& sites = Registry<Group>::Get().sites();

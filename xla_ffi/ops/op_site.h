@@ -25,10 +25,15 @@ class OpSite {
  public:
   static inline ffi::TypeId id = {};
 
-  OpSite(std::shared_ptr<GroupT> group, std::shared_ptr<CallSite> call)
-      : num_ranks(group->num_ranks()), call_(std::move(call)), group_(std::move(group)) {}
+  OpSite(std::shared_ptr<GroupT> group, std::string op_, std::shared_ptr<CallSite> call)
+      : num_ranks(group->num_ranks()),
+        op(std::move(op_)),
+        call_(std::move(call)),
+        group_(std::move(group)) {}
 
   const int num_ranks;
+  /// The public operation that the call is a part of, as errors name it.
+  const std::string op;
   CallSite& call() const { return *call_; }
   /// The group that was open when the executable was loaded, until GroupOf finds another one.
   GroupT& group() const { return *group_; }
@@ -52,17 +57,20 @@ class OpSite {
   std::shared_ptr<GroupT> group_;
 };
 
-/// `call`: the identity of a group, and behind a '#' the name of the call in hexadecimal digits.
+/// `call`: the identity of a group, behind a '#' the name of the call in hexadecimal digits, and
+/// behind another one the public operation.
 template <typename GroupT>
 ffi::ErrorOr<std::unique_ptr<OpSite<GroupT>>> InstantiateSite(ffi::Dictionary attrs) {
   const ffi::ErrorOr<std::string_view> call = attrs.get<std::string_view>("call");
   if (!call.has_value()) return ffi::Unexpected(call.error());
-  const size_t end = call->rfind('#');
-  const std::string identity(call->substr(0, end));
+  const size_t end = std::min(call->rfind('#'), call->size());
+  const size_t begin = std::min(call->substr(0, end).rfind('#'), end);
+  const std::string identity(call->substr(0, begin));
+  const std::string op(call->substr(std::min(end + 1, call->size())));
   uint64_t name = 0;
-  const char* digits = call->data() + std::min(end, call->size() - 1) + 1;
-  const auto [rest, problem] = std::from_chars(digits, call->data() + call->size(), name, 16);
-  if (problem != std::errc() || rest != call->data() + call->size()) {
+  const char* digits = call->data() + std::min(begin + 1, end);
+  const auto [rest, problem] = std::from_chars(digits, call->data() + end, name, 16);
+  if (problem != std::errc() || rest != call->data() + end || op.empty()) {
     return ffi::Unexpected(ffi::Error(ffi::ErrorCode::kInvalidArgument,
                                       "jax_ep: not the name of a call: " + std::string(*call)));
   }
@@ -74,7 +82,9 @@ ffi::ErrorOr<std::unique_ptr<OpSite<GroupT>>> InstantiateSite(ffi::Dictionary at
     for (const std::string& open : registry.OpenGroups()) message << " " << open;
     return ffi::Unexpected(ffi::Error(ffi::ErrorCode::kFailedPrecondition, message.str()));
   }
-  return std::make_unique<OpSite<GroupT>>(std::move(group), registry.sites().Add(name));
+  auto site = registry.sites().Add(name);
+  registry.NameCall(name, op);
+  return std::make_unique<OpSite<GroupT>>(std::move(group), op, std::move(site));
 }
 
 inline auto SiteBinding() { return ffi::Ffi::BindInstantiate().Attrs(); }

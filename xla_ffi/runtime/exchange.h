@@ -21,6 +21,7 @@
 #include <memory>
 #include <optional>
 #include <span>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -34,7 +35,7 @@
 namespace jax_ep {
 
 struct Arrival {
-  const char* op;
+  std::string op;
   const CallSite& site;  // settled
   uint64_t newest_site;  // of the process
   int64_t run_id;

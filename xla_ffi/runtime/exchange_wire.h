@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "runtime/call_site.h"
@@ -20,7 +21,7 @@ struct WireMessage {
     kRead,  // the sender does not read the operands of the call any more
     kFail,  // the sender's exchange has failed, and so has the receiver's
   };
-  static constexpr size_t kMaxOpName = 32;
+  static constexpr size_t kMaxOpName = 48;
   static constexpr size_t kMaxPlace = 128;
 
   Kind kind;
@@ -40,7 +41,7 @@ struct WireMessage {
     message.key = key;
     return message;
   }
-  static WireMessage Join(const CallKey& key, const char* op, int rank,
+  static WireMessage Join(const CallKey& key, const std::string& op, int rank,
                           const std::atomic<uint64_t>& gave_up) {
     WireMessage message = Of(Kind::kJoin, key);
     message.SetOp(op);
@@ -50,7 +51,7 @@ struct WireMessage {
   }
   static WireMessage Fail(const ErrorRecord& record) {
     WireMessage message = Of(Kind::kFail, {});
-    message.SetOp(record.op.c_str());
+    message.SetOp(record.op);
     message.rank = record.rank;
     message.error = record.kind;
     message.peer = record.peer;
@@ -78,7 +79,7 @@ struct WireMessage {
   }
 
  private:
-  void SetOp(const char* name) { std::strncpy(op, name, kMaxOpName - 1); }
+  void SetOp(const std::string& name) { std::strncpy(op, name.c_str(), kMaxOpName - 1); }
 };
 
 }  // namespace jax_ep

@@ -13,7 +13,7 @@ Group::Group(std::string identity, std::vector<Seat> seats, Roster roster,
   for (const Seat& seat : seats_) seat_of_device_[seat.device_id] = &seat;
 }
 
-Member Group::Locate(const char* op, int64_t device_id, int64_t position) {
+Member Group::Locate(const std::string& op, int64_t device_id, int64_t position) {
   const auto found = seat_of_device_.find(device_id);
   const bool is_stranger = found == seat_of_device_.end();
   const int64_t own_position = is_stranger ? -1 : found->second->position;

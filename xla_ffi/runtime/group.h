@@ -29,7 +29,7 @@ class Group {
   /// The member at `position` of the mesh. A device that is not the one the group has there means
   /// that the program runs over another mesh or another device order: the group fails, and the
   /// device's own place (or the first seat, for a stranger) is returned.
-  Member Locate(const char* op, int64_t device_id, int64_t position);
+  Member Locate(const std::string& op, int64_t device_id, int64_t position);
 
  private:
   std::string identity_;

@@ -7,7 +7,7 @@ namespace jax_ep {
 
 using Kind = ErrorRecord::Kind;
 
-ErrorRecord TwiceRecord(const char* op, int rank) {
+ErrorRecord TwiceRecord(const std::string& op, int rank) {
   return {.kind = Kind::kArrivedTwice,
           .op = op,
           .rank = rank,
@@ -21,7 +21,7 @@ void Participation::Finish() const {
   done();
 }
 
-OpenCall::OpenCall(const CallKey& key_, const char* op_, int rank,
+OpenCall::OpenCall(const CallKey& key_, const std::string& op_, int rank,
                    std::shared_ptr<PhasedCall> body_, const Roster& roster)
     : key(key_),
       body(std::move(body_)),
@@ -59,8 +59,8 @@ ErrorRecord OpenCall::ExpiredRecord(const Roster& roster) const {
 }
 
 std::string OpenCall::Describe() const {
-  return std::string(op) + ", where " + std::to_string(num_joined) + " of " +
-         std::to_string(body->num_ranks()) + " ranks are";
+  return op + ", where " + std::to_string(num_joined) + " of " + std::to_string(body->num_ranks()) +
+         " ranks are";
 }
 
 ErrorRecord OpenCall::InterruptedRecord(const Roster& roster) const {

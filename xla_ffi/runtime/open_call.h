@@ -26,7 +26,7 @@
 namespace jax_ep {
 
 /// Of a rank that has come to a call where it is already.
-ErrorRecord TwiceRecord(const char* op, int rank);
+ErrorRecord TwiceRecord(const std::string& op, int rank);
 
 /// A rank of this process in a call.
 struct Participation {
@@ -42,7 +42,7 @@ struct Participation {
 /// The exchange's lock guards what changes, but for the phase, which one thread at a time moves on.
 struct OpenCall {
   /// By a rank of this process, which is still to be added.
-  OpenCall(const CallKey& key, const char* op, int rank, std::shared_ptr<PhasedCall> body,
+  OpenCall(const CallKey& key, const std::string& op, int rank, std::shared_ptr<PhasedCall> body,
            const Roster& roster);
 
   /// One more rank; what is wrong with it, if anything.
@@ -64,7 +64,7 @@ struct OpenCall {
 
   CallKey key;
   std::shared_ptr<PhasedCall> body;
-  const char* op;
+  std::string op;
   std::chrono::steady_clock::time_point deadline;
   std::vector<bool> has_joined;  // by rank
   int num_joined = 0;

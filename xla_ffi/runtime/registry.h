@@ -2,10 +2,12 @@
 // kind of group.
 #pragma once
 
+#include <cstdint>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <string>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -54,6 +56,19 @@ class Registry {
     return found == groups_.end() ? nullptr : found->second;
   }
 
+  /// The public operation of a call, by what kernels know of the call's name. Kept for good.
+  void NameCall(uint64_t name, const std::string& op) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    ops_[static_cast<uint32_t>(name)] = op;
+  }
+
+  /// Empty for the name of no call that was loaded.
+  std::string OpOf(uint32_t name) const {
+    std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = ops_.find(name);
+    return found == ops_.end() ? std::string() : found->second;
+  }
+
   /// Of the executables that use groups of this kind.
   CallSites& sites() { return sites_; }
 
@@ -71,6 +86,7 @@ class Registry {
   mutable std::mutex mutex_;
   std::map<std::string, std::shared_ptr<GroupT>> groups_;
   std::map<std::string, std::weak_ptr<GroupT>> closed_;
+  std::unordered_map<uint32_t, std::string> ops_;
 };
 
 }  // namespace jax_ep

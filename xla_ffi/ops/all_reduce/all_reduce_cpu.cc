@@ -48,26 +48,13 @@ class AllReduceCall : public CallOf<AllReduceArgs> {
   }
 };
 
-const char* NameOf(Movement movement) {
-  switch (movement) {
-    case Movement::kAllReduce:
-      return "all_reduce";
-    case Movement::kReduceScatter:
-      return "reduce_scatter";
-    case Movement::kAllGather:
-      return "all_gather";
-  }
-  return "";
-}
-
 ffi::Future AllReduce(HostSite* site, ffi::RunId run_id, int32_t device_id, I32Buffer position,
                       ffi::AnyBuffer in, ffi::Result<ffi::AnyBuffer> out, int64_t, std::string_view,
                       int64_t movement) {
   AllReduceArgs args;
   ffi::Error error = DecodeAllReduce(in, *out, movement, site->num_ranks, args);
   if (error.failure()) return Failed(error);
-  return JoinGroup<AllReduceCall>(NameOf(args.movement), {site, run_id.run_id, device_id}, position,
-                                  args);
+  return JoinGroup<AllReduceCall>({site, run_id.run_id, device_id}, position, args);
 }
 
 }  // namespace

@@ -119,24 +119,24 @@ ffi::Error AllReduce(DeviceSite* site, cudaStream_t stream, int32_t device_id, I
   if (error.failure()) return error;
   AllReduceArgs& args = launch.args;
   const auto how = static_cast<Algorithm>(algorithm);
-  JAX_EP_REQUIRE(args.bytes > 0, "all_reduce: there are no elements");
+  JAX_EP_REQUIRE(args.bytes > 0, site->op, ": there are no elements");
   JAX_EP_REQUIRE(
       how != Algorithm::kLowLatency || args.bytes <= static_cast<int64_t>(PacketPayload(num_ranks)),
-      "all_reduce: low_latency takes at most ", PacketPayload(num_ranks),
+      site->op, ": low_latency takes at most ", PacketPayload(num_ranks),
       " bytes from a rank, got ", args.bytes);
-  JAX_EP_REQUIRE(how != Algorithm::kTwoShot || args.movement == Movement::kAllReduce,
-                 "all_reduce: two_shot is for all_reduce only");
+  JAX_EP_REQUIRE(how != Algorithm::kTwoShot || args.movement == Movement::kAllReduce, site->op,
+                 ": two_shot is for all_reduce only");
   DeviceCall call;
-  error = FindDevice("all_reduce", site, device_id, /*num_sms=*/1, call);
+  error = FindDevice(site, device_id, /*num_sms=*/1, call);
   if (error.failure()) return error;
   if (how != Algorithm::kLowLatency && !IsPushed(args, how)) {
     Staging staging(call, stream);
     staging.Copy(args.in, args.in_bytes());
-    if (staging.status() != cudaSuccess) return CudaError("all_reduce", staging.status());
+    if (staging.status() != cudaSuccess) return CudaError(site->op, staging.status());
   }
   launch.self = call.endpoint;
   launch.position = position.typed_data();
-  return CudaError("all_reduce", LaunchAllReduce(launch, how, call.member->traits, stream));
+  return CudaError(site->op, LaunchAllReduce(launch, how, call.member->traits, stream));
 }
 
 }  // namespace

@@ -94,8 +94,7 @@ ffi::Future RmsNorm(HostSite* site, ffi::RunId run_id, int32_t device_id, I32Buf
   ffi::Error error =
       DecodeRmsNorm({x, residual, scale, *normed, *new_residual, eps}, site->num_ranks, args);
   if (error.failure()) return Failed(error);
-  return JoinGroup<RmsNormCall>("all_reduce_residual_rmsnorm", {site, run_id.run_id, device_id},
-                                position, args);
+  return JoinGroup<RmsNormCall>({site, run_id.run_id, device_id}, position, args);
 }
 
 }  // namespace

@@ -229,7 +229,6 @@ ffi::Error RmsNorm(DeviceSite* site, cudaStream_t stream, int32_t device_id, I32
                    ffi::AnyBuffer x, ffi::AnyBuffer residual, ffi::AnyBuffer scale,
                    ffi::Result<ffi::AnyBuffer> normed, ffi::Result<ffi::AnyBuffer> new_residual,
                    int64_t algorithm, float eps, std::string_view) {
-  constexpr const char* kName = "all_reduce_residual_rmsnorm";
   RmsNormLaunch launch;
   const int num_ranks = site->num_ranks;
   ffi::Error error =
@@ -237,24 +236,24 @@ ffi::Error RmsNorm(DeviceSite* site, cudaStream_t stream, int32_t device_id, I32
   if (error.failure()) return error;
   RmsNormArgs& args = launch.args;
   const auto how = static_cast<Algorithm>(algorithm);
-  JAX_EP_REQUIRE(args.num_rows > 0, kName, ": there are no rows");
-  JAX_EP_REQUIRE(args.row_bytes() <= kMaxNormRowBytes, kName, ": a row has ", args.row_bytes(),
+  JAX_EP_REQUIRE(args.num_rows > 0, site->op, ": there are no rows");
+  JAX_EP_REQUIRE(args.row_bytes() <= kMaxNormRowBytes, site->op, ": a row has ", args.row_bytes(),
                  " bytes, at most ", kMaxNormRowBytes);
   JAX_EP_REQUIRE(how != Algorithm::kLowLatency || args.num_rows * RowGroups(args) <=
                                                       static_cast<int64_t>(PacketGroups(num_ranks)),
-                 kName, ": low_latency takes at most ", PacketGroups(num_ranks),
+                 site->op, ": low_latency takes at most ", PacketGroups(num_ranks),
                  " groups of packets, got ", args.num_rows * RowGroups(args));
   DeviceCall call;
-  error = FindDevice(kName, site, device_id, /*num_sms=*/1, call);
+  error = FindDevice(site, device_id, /*num_sms=*/1, call);
   if (error.failure()) return error;
   if (how != Algorithm::kLowLatency) {
     Staging staging(call, stream);
     staging.Copy(args.in, args.bytes());
-    if (staging.status() != cudaSuccess) return CudaError(kName, staging.status());
+    if (staging.status() != cudaSuccess) return CudaError(site->op, staging.status());
   }
   launch.self = call.endpoint;
   launch.position = position.typed_data();
-  return CudaError(kName, LaunchRmsNorm(launch, how, call.member->traits, stream));
+  return CudaError(site->op, LaunchRmsNorm(launch, how, call.member->traits, stream));
 }
 
 }  // namespace

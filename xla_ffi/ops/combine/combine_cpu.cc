@@ -119,7 +119,7 @@ ffi::Future Combine(HostSite* site, ffi::RunId run_id, int32_t device_id, I32Buf
       DecodeCombine({send_rank, send_row, weights, rows, biases, *out, has_weights, layout},
                     site->num_ranks, args);
   if (error.failure()) return Failed(error);
-  return JoinGroup<CombineCall>("combine", {site, run_id.run_id, device_id}, position, args);
+  return JoinGroup<CombineCall>({site, run_id.run_id, device_id}, position, args);
 }
 
 }  // namespace

@@ -132,20 +132,21 @@ ffi::Error Combine(DeviceSite* site, cudaStream_t stream, int32_t device_id, I32
       DecodeCombine({send_rank, send_row, weights, rows, biases, *out, has_weights, layout},
                     site->num_ranks, launch.args);
   if (error.failure()) return error;
-  JAX_EP_REQUIRE(launch.args.num_slots <= kMaxTerms, "combine: num_topk=", launch.args.num_slots,
+  JAX_EP_REQUIRE(launch.args.num_slots <= kMaxTerms, site->op, ": num_topk=", launch.args.num_slots,
                  " must be at most ", kMaxTerms);
-  JAX_EP_REQUIRE(launch.row_bytes() > 0 && launch.row_bytes() % 16 == 0,
-                 "combine: a row must be a multiple of 16 bytes");
-  JAX_EP_REQUIRE(launch.row_bytes() <= kMaxRowBytes, "combine: a row has ", launch.row_bytes(),
+  JAX_EP_REQUIRE(launch.row_bytes() > 0 && launch.row_bytes() % 16 == 0, site->op,
+                 ": a row must be a multiple of 16 bytes");
+  JAX_EP_REQUIRE(launch.row_bytes() <= kMaxRowBytes, site->op, ": a row has ", launch.row_bytes(),
                  " bytes, at most ", kMaxRowBytes);
-  JAX_EP_REQUIRE(launch.args.num_tokens <= INT32_MAX / kMaxRowParts,
-                 "combine: parts of tokens must be countable in int32, got num_tokens=",
-                 launch.args.num_tokens);
+  JAX_EP_REQUIRE(
+      launch.args.num_tokens <= INT32_MAX / kMaxRowParts, site->op,
+      ": parts of tokens must be countable in int32, got num_tokens=", launch.args.num_tokens);
   launch.workspace = workspace->untyped_data();
-  JAX_EP_REQUIRE(workspace->size_bytes() >= launch.workspace_bytes(), "combine: the workspace has ",
-                 workspace->size_bytes(), " bytes, needs ", launch.workspace_bytes());
+  JAX_EP_REQUIRE(workspace->size_bytes() >= launch.workspace_bytes(), site->op,
+                 ": the workspace has ", workspace->size_bytes(), " bytes, needs ",
+                 launch.workspace_bytes());
   DeviceCall call;
-  error = FindDevice("combine", site, device_id, num_sms, call);
+  error = FindDevice(site, device_id, num_sms, call);
   if (error.failure()) return error;
   CombineArgs& args = launch.args;
   Staging staging(call, stream);
@@ -154,10 +155,10 @@ ffi::Error Combine(DeviceSite* site, cudaStream_t stream, int32_t device_id, I32
   if (args.send_rank) staging.Copy(args.send_rank, send_rank.size_bytes());
   staging.Copy(args.send_row, send_row.size_bytes());
   staging.Replace(launch.workspace, launch.workspace_bytes());
-  if (staging.status() != cudaSuccess) return CudaError("combine", staging.status());
+  if (staging.status() != cudaSuccess) return CudaError(site->op, staging.status());
   launch.self = call.endpoint;
   launch.position = position.typed_data();
-  return CudaError("combine", LaunchCombine(launch, call.member->traits, call.num_sms, stream));
+  return CudaError(site->op, LaunchCombine(launch, call.member->traits, call.num_sms, stream));
 }
 
 }  // namespace

@@ -200,7 +200,7 @@ ffi::Future Dispatch(HostSite* site, ffi::RunId run_id, int32_t device_id, I32Bu
                       expert_alignment, fill, has_weights, layout, num_experts},
                      site->num_ranks, args);
   if (error.failure()) return Failed(error);
-  return JoinGroup<DispatchCall>("dispatch", {site, run_id.run_id, device_id}, position, args);
+  return JoinGroup<DispatchCall>({site, run_id.run_id, device_id}, position, args);
 }
 
 }  // namespace

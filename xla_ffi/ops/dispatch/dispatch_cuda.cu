@@ -161,17 +161,17 @@ ffi::Error Dispatch(DeviceSite* site, cudaStream_t stream, int32_t device_id, I3
                       expert_alignment, fill, has_weights, layout, num_experts},
                      site->num_ranks, launch.args);
   if (error.failure()) return error;
-  JAX_EP_REQUIRE(launch.args.shape.num_tokens > 0, "dispatch: there are no tokens");
+  JAX_EP_REQUIRE(launch.args.shape.num_tokens > 0, site->op, ": there are no tokens");
   for (int i = 0; i < launch.args.num_streams; ++i) {
-    JAX_EP_REQUIRE(launch.args.streams[i].row_bytes <= kMaxRowBytes, "dispatch: a row of array ", i,
-                   " has ", launch.args.streams[i].row_bytes, " bytes, at most ", kMaxRowBytes);
+    JAX_EP_REQUIRE(launch.args.streams[i].row_bytes <= kMaxRowBytes, site->op, ": a row of array ",
+                   i, " has ", launch.args.streams[i].row_bytes, " bytes, at most ", kMaxRowBytes);
   }
   DeviceCall call;
-  error = FindDevice("dispatch", site, device_id, num_sms, call);
+  error = FindDevice(site, device_id, num_sms, call);
   if (error.failure()) return error;
   const size_t workspace_bytes = DispatchWorkspaceBytes(launch.args.shape);
-  JAX_EP_REQUIRE(workspace_bytes > 0 && workspace->size_bytes() >= workspace_bytes,
-                 "dispatch: the workspace has ", workspace->size_bytes(), " bytes, needs ",
+  JAX_EP_REQUIRE(workspace_bytes > 0 && workspace->size_bytes() >= workspace_bytes, site->op,
+                 ": the workspace has ", workspace->size_bytes(), " bytes, needs ",
                  workspace_bytes);
   DispatchArgs& args = launch.args;
   Staging staging(call, stream);
@@ -180,11 +180,11 @@ ffi::Error Dispatch(DeviceSite* site, cudaStream_t stream, int32_t device_id, I3
   for (int i = 0; i < args.num_streams; ++i) {
     staging.Copy(args.streams[i].in, args.shape.num_tokens * args.streams[i].row_bytes);
   }
-  if (staging.status() != cudaSuccess) return CudaError("dispatch", staging.status());
+  if (staging.status() != cudaSuccess) return CudaError(site->op, staging.status());
   launch.self = call.endpoint;
   launch.position = position.typed_data();
   launch.workspace = workspace->untyped_data();
-  return CudaError("dispatch", LaunchDispatch(launch, call.member->traits, call.num_sms, stream));
+  return CudaError(site->op, LaunchDispatch(launch, call.member->traits, call.num_sms, stream));
 }
 
 }  // namespace

@@ -46,9 +46,10 @@ ffi::Future PullRows(HostSite* site, ffi::RunId run_id, int32_t device_id, I32Bu
                      I32Buffer index, I32Buffer slot, ffi::AnyBuffer rows,
                      ffi::Result<ffi::AnyBuffer> out, I32Result places, std::string_view, int64_t) {
   PullRowsArgs args;
-  ffi::Error error = DecodePullRows(index, slot, rows, *out, *places, site->num_ranks, args);
+  ffi::Error error =
+      DecodePullRows(site->op, index, slot, rows, *out, *places, site->num_ranks, args);
   if (error.failure()) return Failed(error);
-  return JoinGroup<PullRowsCall>("pull_rows", {site, run_id.run_id, device_id}, position, args);
+  return JoinGroup<PullRowsCall>({site, run_id.run_id, device_id}, position, args);
 }
 
 }  // namespace

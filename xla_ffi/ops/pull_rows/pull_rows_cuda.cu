@@ -104,23 +104,24 @@ ffi::Error PullRows(DeviceSite* site, cudaStream_t stream, int32_t device_id, I3
                     ffi::Result<ffi::AnyBuffer> out, I32Result places, std::string_view,
                     int64_t num_sms) {
   PullRowsLaunch launch;
-  ffi::Error error = DecodePullRows(index, slot, rows, *out, *places, site->num_ranks, launch.args);
+  ffi::Error error =
+      DecodePullRows(site->op, index, slot, rows, *out, *places, site->num_ranks, launch.args);
   if (error.failure()) return error;
-  JAX_EP_REQUIRE(launch.args.num_rows > 0 && launch.args.num_pulled > 0,
-                 "pull_rows: there are no rows");
-  JAX_EP_REQUIRE(launch.args.row_bytes <= kMaxRowBytes, "pull_rows: a row has ",
+  JAX_EP_REQUIRE(launch.args.num_rows > 0 && launch.args.num_pulled > 0, site->op,
+                 ": there are no rows");
+  JAX_EP_REQUIRE(launch.args.row_bytes <= kMaxRowBytes, site->op, ": a row has ",
                  launch.args.row_bytes, " bytes, at most ", kMaxRowBytes);
-  JAX_EP_REQUIRE(launch.args.num_slots <= kWarpSize, "pull_rows: num_slots=", launch.args.num_slots,
-                 " must be at most ", kWarpSize);
+  JAX_EP_REQUIRE(launch.args.num_slots <= kWarpSize, site->op,
+                 ": num_slots=", launch.args.num_slots, " must be at most ", kWarpSize);
   DeviceCall call;
-  error = FindDevice("pull_rows", site, device_id, num_sms, call);
+  error = FindDevice(site, device_id, num_sms, call);
   if (error.failure()) return error;
   Staging staging(call, stream);
   staging.Copy(launch.args.rows, rows.size_bytes());
-  if (staging.status() != cudaSuccess) return CudaError("pull_rows", staging.status());
+  if (staging.status() != cudaSuccess) return CudaError(site->op, staging.status());
   launch.self = call.endpoint;
   launch.position = position.typed_data();
-  return CudaError("pull_rows", LaunchPullRows(launch, call.member->traits, call.num_sms, stream));
+  return CudaError(site->op, LaunchPullRows(launch, call.member->traits, call.num_sms, stream));
 }
 
 }  // namespace

@@ -1,0 +1,363 @@
+"""jax.vmap: values and gradients are those of a loop over the elements, to the bit."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from programs import make_echo
+
+import jax_ep
+from jax_ep.testing.compare import assert_close, assert_same_bits
+from jax_ep.testing.ranks import make_mesh, on_ranks
+
+NUM_RANKS, NUM_EXPERTS, BATCH, TOKENS, TOPK, HIDDEN = 2, 4, 3, 4, 2, 16
+# Which of x, ids, weights and rows have a batch.
+AXES = {
+    "all": (0, 0, 0, 0),
+    "x": (0, None, None, None),
+    "ids": (None, 0, None, None),
+    "weights": (None, None, 0, None),
+    "rows": (None, None, None, 0),
+}
+
+
+def make_args(batch=(BATCH,), seed=0):
+    """x, ids, weights, rows of all ranks: [ranks, *batch, ...]."""
+    rng = np.random.default_rng(seed)
+    lead = (NUM_RANKS, *batch)
+    x = rng.standard_normal((*lead, TOKENS, HIDDEN)).astype(np.float32)
+    ids = np.argsort(rng.random((*lead, TOKENS, NUM_EXPERTS)), -1)[..., :TOPK].astype(np.int32)
+    weights = rng.random((*lead, TOKENS, TOPK)).astype(np.float32)
+    rows = rng.standard_normal((*lead, capacity(), HIDDEN)).astype(np.float32)
+    return x, ids, weights, rows
+
+
+def capacity():
+    return NUM_RANKS * TOKENS * TOPK
+
+
+def send(group, layout, backend, x, ids, weights, **options):
+    return jax_ep.dispatch(
+        x,
+        ids,
+        weights,
+        group=group,
+        num_experts=NUM_EXPERTS,
+        layout=layout,
+        recv_capacity=capacity(),
+        backend=backend,
+        **options,
+    )
+
+
+def make_step(group, layout, backend):
+    """Every operation of a layer, on one rank: its results as a pytree."""
+
+    def step(x, ids, weights, rows):
+        out = send(group, layout, backend, x, ids, weights)
+        at_rows = None if layout == "rank" else out.weights
+        again = jax_ep.dispatch(2.0 * x, handle=out.handle, backend=backend)
+        back = jax_ep.combine(rows + out.x, out.handle, weights=at_rows, backend=backend)
+        moved = jax_ep.combine_weights(out.weights, out.handle, backend=backend)
+        counts = jax_ep.get_dispatch_layout(
+            ids, num_experts=NUM_EXPERTS, group=group, backend=backend
+        )
+        rounded = jax_ep.dispatch_fp8(
+            x,
+            ids,
+            weights,
+            group=group,
+            num_experts=NUM_EXPERTS,
+            layout=layout,
+            recv_capacity=capacity(),
+            block=HIDDEN,
+            backend=backend,
+        )
+        return out, again, back, moved, counts, rounded.x
+
+    return step
+
+
+def loop(fn, axes=(0, 0, 0, 0), size=BATCH):
+    """What jax.vmap(fn, axes) is, of axes 0 and None: one element after the other."""
+
+    def run(*args):
+        each = [
+            fn(*(a if axis is None else a[i] for a, axis in zip(args, axes, strict=True)))
+            for i in range(size)
+        ]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+
+    return run
+
+
+def without_batch(args, axes):
+    """Of the operands that have no batch, one element."""
+    return [a if axis == 0 else a[:, 0] for a, axis in zip(args, axes, strict=True)]
+
+
+def make_loss(group, layout, backend):
+    """A layer with all gradients, on one rank."""
+
+    def loss(x, ids, weights, rows):
+        out = send(group, layout, backend, jnp.sin(x), ids, weights)
+        at_rows = None if layout == "rank" else out.weights
+        again = jax_ep.dispatch(jnp.cos(x), handle=out.handle, backend=backend).x
+        moved = jax_ep.combine_weights(jnp.sin(out.weights), out.handle, backend=backend)
+        y = jnp.sin(rows + out.x + again)
+        back = jax_ep.combine(y, out.handle, weights=at_rows, backend=backend)
+        return jnp.sum(jnp.sin(back)) + jnp.sum(jnp.sin(moved))
+
+    return loss
+
+
+def assert_same(got, expected):
+    got, expected = (jax.tree_util.tree_leaves_with_path(t) for t in (got, expected))
+    for (path, g), (_, e) in zip(got, expected, strict=True):
+        assert_same_bits(g, np.asarray(e), what=jax.tree_util.keystr(path))
+
+
+def assert_same_grads(got, expected, layout):
+    """Of x, weights and rows. In the expert layout XLA orders the sum of combine's weights."""
+    x, weights, rows = zip(got, expected, strict=True)
+    assert_same_bits(x[0], np.asarray(x[1]), what="x")
+    assert_same_bits(rows[0], np.asarray(rows[1]), what="rows")
+    assert_close(weights[0], np.asarray(weights[1]), tolerance=0 if layout == "rank" else 1e-5)
+
+
+@pytest.mark.parametrize("batched", AXES)
+def test_values_inside_shard_map(groups, layout, backend, batched):
+    """Every result of every operation, whichever operand has the batch."""
+    group, axes = groups(NUM_RANKS), AXES[batched]
+    step = make_step(group, layout, backend)
+    args = without_batch(make_args(), axes)
+    got = on_ranks(jax.vmap(step, in_axes=axes), group.mesh)(*args)
+    assert_same(got, on_ranks(loop(step, axes), group.mesh)(*args))
+
+
+@pytest.mark.parametrize("check_vma", [True, False], ids=["vma", "no_vma"])
+def test_gradients_inside_shard_map(groups, layout, backend, check_vma):
+    """The batch of gradients, and the gradient of a batch."""
+    group = groups(NUM_RANKS)
+    loss, args = make_loss(group, layout, backend), make_args()
+    place = partial(on_ranks, mesh=group.mesh, check_vma=check_vma)
+    grad = jax.grad(loss, argnums=(0, 2, 3))
+    expected = place(loop(grad))(*args)
+    assert_same_grads(place(jax.vmap(grad))(*args), expected, layout)
+    whole = jax.grad(lambda *a: jnp.sum(jax.vmap(loss)(*a)), argnums=(0, 2, 3))
+    assert_same_grads(place(whole)(*args), expected, layout)
+
+
+def test_gradients_of_operands_without_batch(groups, layout):
+    """They are the sum over the batch, whose order is XLA's."""
+    group = groups(NUM_RANKS)
+    loss, axes = make_loss(group, layout, "cpu"), (None, 0, None, None)
+    args = without_batch(make_args(), axes)
+    grads = [
+        on_ranks(jax.grad(lambda *a, f=f: jnp.sum(f(*a)), argnums=(0, 2, 3)), group.mesh)(*args)
+        for f in (jax.vmap(loss, in_axes=axes), loop(loss, axes))
+    ]
+    for got, expected in zip(*grads, strict=True):
+        assert_close(got, np.asarray(expected), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("of_handle", [0, None], ids=["handles", "handle"])
+def test_along_handles(groups, layout, of_handle):
+    """What is sent has a batch, and the handle has one or not."""
+    group = groups(NUM_RANKS)
+
+    def run(mapped, x, ids, weights, rows):
+        def along(handle, x, rows):
+            sent = jax_ep.dispatch(x, handle=handle, payload=rows[:TOKENS], backend="cpu")
+            return sent, jax_ep.combine(rows, handle, bias=x, backend="cpu")
+
+        def route(i, w):
+            return send(group, layout, "cpu", x[0], i, w).handle
+
+        axes = (of_handle, 0, 0)
+        handle = loop(route, (0, 0))(ids, weights) if of_handle == 0 else route(ids[0], weights[0])
+        if mapped:
+            return jax.vmap(along, in_axes=axes)(handle, x, rows)
+        each = [
+            along(jax.tree.map(lambda a, i=i: a[i], handle) if of_handle == 0 else handle, *pair)
+            for i, pair in enumerate(zip(x, rows, strict=True))
+        ]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+
+    got, expected = (on_ranks(partial(run, m), group.mesh)(*make_args()) for m in (True, False))
+    assert_same(got, expected)
+
+
+@pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])
+def test_outside_shard_map(groups, jit):
+    group = groups(NUM_RANKS)
+    step, (x, ids, _, _) = make_echo(group, "cpu"), make_args()
+    ids = ids[..., :1] % NUM_RANKS
+    got = jax.vmap(on_ranks(step, group.mesh, jit=jit), in_axes=1, out_axes=1)(x, ids)
+    assert_same(got, on_ranks(loop(step, (0, 0)), group.mesh)(x, ids))
+
+
+@pytest.mark.parametrize("check_vma", [True, False], ids=["vma", "no_vma"])
+def test_a_pipeline_over_an_axis_of_the_mesh(layout, backend, check_vma):
+    """Each stage has its part of the batch, and ranks of one stage meet one another only."""
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("stage", "ep"))
+    x, ids, weights, rows = (a.swapaxes(0, 1) for a in make_args((4,)))  # [batch, rank, ...]
+    args = x, ids, weights, rows
+    with jax_ep.Group.open(mesh, "ep", name="stages") as group:
+        step, loss = (make(group, layout, backend) for make in (make_step, make_loss))
+
+        def over_ranks(fn):
+            def one(*stacked):
+                return jax.tree.map(lambda a: a[None], fn(*(a[0] for a in stacked)))
+
+            return jax.shard_map(
+                one, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"), check_vma=check_vma
+            )
+
+        def pipeline(fn):
+            return jax.jit(jax.vmap(over_ranks(fn), spmd_axis_name="stage"))
+
+        one_by_one = loop(over_ranks(step), size=4)
+        assert_same(pipeline(step)(*args), jax.jit(one_by_one)(*args))
+
+        grad = jax.grad(loss, argnums=(0, 2, 3))
+        expected = jax.jit(loop(over_ranks(grad), size=4))(*args)
+        whole = jax.grad(lambda *a: jnp.sum(pipeline(loss)(*a)), argnums=(0, 2, 3))
+        assert_same_grads(jax.jit(whole)(*args), expected, layout)
+        assert_same_grads(pipeline(grad)(*args), expected, layout)
+        group.check()
+
+
+def test_a_pipeline_needs_the_mesh_of_the_group(backend):
+    """Stages and ranks in another device order: found while lowering, under the public name."""
+    devices = np.array(jax.devices()[:4]).reshape(2, 2)
+    args = make_args((4,))
+    with jax_ep.Group.open(Mesh(devices, ("stage", "ep")), "ep", name="order") as group:
+        step = make_step(group, "rank", backend)
+        other = Mesh(devices.T, ("stage", "ep"))
+
+        def one(*stacked):
+            return jax.tree.map(lambda a: a[None], step(*(a[0] for a in stacked)))
+
+        mapped = jax.shard_map(one, mesh=other, in_specs=P("ep"), out_specs=P("ep"))
+        with pytest.raises(jax_ep.GroupError, match=r"dispatch: jax\.shard_map runs over the mesh"):
+            jax.jit(jax.vmap(mapped, in_axes=1, spmd_axis_name="stage"))(*args)
+
+
+def test_other_axes_than_the_first(groups):
+    group = groups(NUM_RANKS)
+    step, args = make_step(group, "rank", "cpu"), make_args()
+    last = [np.moveaxis(a, 1, -1) for a in args]
+    got = on_ranks(jax.vmap(step, in_axes=-1, out_axes=-1), group.mesh)(*last)
+    expected = on_ranks(loop(step), group.mesh)(*args)
+    assert_same(jax.tree.map(lambda a: np.moveaxis(np.asarray(a), -1, 1), got), expected)
+
+
+def test_batches_of_batches(groups, layout):
+    """Also where the outer and the inner one have different operands."""
+    group = groups(NUM_RANKS)
+    step, args = make_step(group, layout, "cpu"), make_args((2, BATCH))
+    got = on_ranks(jax.vmap(jax.vmap(step)), group.mesh)(*args)
+    assert_same(got, on_ranks(loop(loop(step), size=2), group.mesh)(*args))
+
+    def inner(x, ids, weights, rows):
+        return jax.vmap(step, in_axes=AXES["x"])(x, ids, weights, rows)
+
+    def looped(x, ids, weights, rows):
+        return loop(step, AXES["x"])(x, ids, weights, rows)
+
+    axes, flat = (None, 0, 0, 0), make_args()
+    got = on_ranks(jax.vmap(inner, in_axes=axes), group.mesh)(*flat)
+    assert_same(got, on_ranks(loop(looped, axes), group.mesh)(*flat))
+
+
+def test_an_empty_batch(groups, layout, backend):
+    """Results of the right shapes and dtypes, and gradients; nothing is called."""
+    group = groups(NUM_RANKS)
+    args, full = make_args((0,)), make_args((1,))
+    for make in (make_step, lambda *a: jax.grad(make_loss(*a), argnums=(0, 2, 3))):
+        mapped = on_ranks(jax.vmap(make(group, layout, backend)), group.mesh)
+        got, one = mapped(*args), mapped(*full)
+        for empty, like in zip(*map(jax.tree.leaves, (got, one)), strict=True):
+            assert (empty.shape, empty.dtype) == ((NUM_RANKS, 0, *like.shape[2:]), like.dtype)
+    if backend == "cpu":
+        assert "custom_call @jax_ep" not in mapped.lower(*args).as_text()
+
+
+def test_loops_of_batches(groups, layout):
+    """Within scan, and as lax.map has it: a scan over batches, and a rest."""
+    group = groups(NUM_RANKS)
+    step, args = make_step(group, layout, "cpu"), make_args((2, BATCH))
+
+    def scanned(*args):
+        return jax.lax.scan(lambda c, a: (c, jax.vmap(step)(*a)), 0, args)[1]
+
+    got = on_ranks(scanned, group.mesh)(*args)
+    assert_same(got, on_ranks(loop(loop(step), size=2), group.mesh)(*args))
+    flat = make_args()
+    for options in ({}, {"batch_size": 2}):
+        mapped = partial(jax.lax.map, lambda a: step(*a), **options)
+        got = on_ranks(lambda *a, f=mapped: f(a), group.mesh)(*flat)
+        assert_same(got, on_ranks(loop(step), group.mesh)(*flat))
+
+
+def test_jacobians(groups, layout):
+    """jax.jacrev is a batch of backward passes."""
+    group = groups(NUM_RANKS)
+    x, ids, weights, _ = (a[:, 0] for a in make_args())
+
+    def sent(x, ids, weights):
+        return send(group, layout, "cpu", x, ids, weights).x[:2, :3]
+
+    def rows_of(jacobian, x, ids, weights):
+        if jacobian:
+            return jax.jacrev(sent)(x, ids, weights)
+        y, back = jax.vjp(lambda x: sent(x, ids, weights), x)
+        basis = jnp.eye(y.size).reshape(y.size, *y.shape)
+        return jnp.stack([back(ct)[0] for ct in basis]).reshape(*y.shape, *x.shape)
+
+    got, expected = (
+        on_ranks(partial(rows_of, j), group.mesh, check_vma=False)(x, ids, weights)
+        for j in (True, False)
+    )
+    assert np.any(np.asarray(got))
+    assert_same(got, expected)
+
+
+def test_each_element_is_a_call_of_its_own(groups):
+    """In order, with a name of its own in the program."""
+    group = groups(NUM_RANKS)
+    fn = on_ranks(jax.vmap(make_step(group, "expert", "cpu")), group.mesh)
+    text = fn.lower(*make_args()).as_text()
+    for op, count in (("dispatch", 2), ("pull_rows", 2), ("combine", 1)):
+        calls = re.findall(rf'custom_call @jax_ep\.{op}\(.*?call = "([^"]*)"', text)
+        assert len(set(calls)) == len(calls) == count * BATCH
+    assert text.count("custom_call @jax_ep.get_dispatch_layout(") == BATCH
+
+
+def test_bad_routing_of_one_element_is_reported():
+    mesh = make_mesh(NUM_RANKS)
+    group = jax_ep.Group.open(mesh, "ep", name="debug-vmap", debug=True)
+    x, ids, weights, _ = make_args()
+    ids[1, 2, 0, 0] = 77
+    run = on_ranks(jax.vmap(lambda *a: send(group, "rank", "cpu", *a).x), mesh)
+    y = run(x, ids, weights)
+    with pytest.raises(jax_ep.RoutingError, match=r"^dispatch: "):
+        group.check(y)
+    group.close()
+
+
+def test_second_derivatives_stay_refused(groups, layout):
+    group = groups(NUM_RANKS)
+    loss, args = make_loss(group, layout, "cpu"), make_args()
+    twice = jax.vmap(jax.jacrev(jax.grad(loss)))
+    with pytest.raises(jax_ep.ConfigError, match="only first derivatives"):
+        on_ranks(twice, group.mesh)(*args)
+    forward = jax.vmap(lambda *a: jax.jvp(lambda x: loss(x, *a[1:]), a[:1], a[:1])[1])
+    with pytest.raises(TypeError, match="can't apply forward-mode"):
+        on_ranks(forward, group.mesh)(*args)
