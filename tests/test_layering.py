@@ -124,7 +124,7 @@ STEMLESS = {
 # Stems that lack a file.
 NOT_PUBLIC = {"pull_rows"}  # what gradients and handles need
 TESTED_ELSEWHERE = {"all_reduce_residual_rmsnorm"}  # beside the sum, in test_all_reduce.py
-NOT_NATIVE = {"check_mesh"}  # the identity
+NOT_NATIVE = {"check_mesh", "without_tangent"}  # identities
 STEMS = sorted(set(OPERATIONS) - set(STEMLESS) | NOT_PUBLIC)
 TESTS = Path(__file__).parent
 OPS = TESTS.parent / "xla_ffi" / "ops"

@@ -130,7 +130,10 @@ def assert_same_grads(got, expected, layout):
     assert_close(weights[0], np.asarray(weights[1]), tolerance=0 if layout == "rank" else 1e-5)
 
 
-@pytest.mark.parametrize("batched", AXES)
+# XLA takes long to compile what the back end `xla` is, and its batches are JAX's.
+@pytest.mark.parametrize(
+    ("backend", "batched"), [*(("cpu", b) for b in AXES), ("xla", "all"), ("xla", "x")]
+)
 def test_values_inside_shard_map(groups, layout, backend, batched):
     """Every result of every operation, whichever operand has the batch."""
     group, axes = groups(NUM_RANKS), AXES[batched]
@@ -140,7 +143,7 @@ def test_values_inside_shard_map(groups, layout, backend, batched):
     assert_same(got, on_ranks(loop(step, axes), group.mesh)(*args))
 
 
-@pytest.mark.parametrize("check_vma", [True, False], ids=["vma", "no_vma"])
+@pytest.mark.parametrize(("backend", "check_vma"), [("cpu", True), ("cpu", False), ("xla", True)])
 def test_gradients_inside_shard_map(groups, layout, backend, check_vma):
     """The batch of gradients, and the gradient of a batch."""
     group = groups(NUM_RANKS)
@@ -202,7 +205,15 @@ def test_outside_shard_map(groups, jit):
     assert_same(got, on_ranks(loop(step, (0, 0)), group.mesh)(x, ids))
 
 
-@pytest.mark.parametrize("check_vma", [True, False], ids=["vma", "no_vma"])
+@pytest.mark.parametrize(
+    ("layout", "backend", "check_vma"),
+    [
+        ("rank", "cpu", True),
+        ("expert", "cpu", True),
+        ("expert", "cpu", False),
+        ("rank", "xla", True),
+    ],
+)
 def test_a_pipeline_over_an_axis_of_the_mesh(layout, backend, check_vma):
     """Each stage has its part of the batch, and ranks of one stage meet one another only."""
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("stage", "ep"))
