@@ -137,11 +137,9 @@ def _weights_gradient(case: Case, plan: reference.Plan, given: _Given) -> Any:
 def _make_given(case: Case, plan: reference.Plan, topk_idx: Any) -> _Given:
     rng = np.random.default_rng(6)
 
-    def normal(
-        shape: tuple[int, ...], where: Any, dtype: Any = np.float32, *, zero: float = -0.0
-    ) -> Any:
+    def normal(shape: tuple[int, ...], where: Any, dtype: Any = np.float32) -> Any:
         values = rng.standard_normal(shape).astype(np.float32)
-        values[..., ::5] = zero
+        values[..., ::5] = -0.0
         values[~np.broadcast_to(where, shape)] = np.nan
         return values.astype(dtype)
 
@@ -158,7 +156,7 @@ def _make_given(case: Case, plan: reference.Plan, topk_idx: Any) -> _Given:
         rows=normal((*rows, case.hidden), has_token, kind),
         at_rows=normal(at_rows.shape, at_rows),
         bias=normal((*tokens, case.hidden), True, kind),
-        x_bar=normal((*rows, case.hidden), has_token, kind, zero=0.0),
+        x_bar=normal((*rows, case.hidden), has_token, kind),
         at_rows_bar=normal(at_rows.shape, at_rows),
         y_bar=normal((*tokens, case.hidden), is_sent, kind),
         # In the rank layout a row of weights goes to a rank as a whole, choices elsewhere included.
