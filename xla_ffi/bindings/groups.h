@@ -33,30 +33,10 @@ std::shared_ptr<GroupT> Opened(std::shared_ptr<GroupT> group) {
   return group;
 }
 
-inline const char* KindName(ErrorRecord::Kind kind) {
-  switch (kind) {
-    case ErrorRecord::Kind::kPeerTimeout:
-      return "peer_timeout";
-    case ErrorRecord::Kind::kPeerLost:
-      return "peer_lost";
-    case ErrorRecord::Kind::kMeshMismatch:
-      return "mesh_mismatch";
-    case ErrorRecord::Kind::kArrivedTwice:
-      return "arrived_twice";
-    case ErrorRecord::Kind::kCallMismatch:
-      return "call_mismatch";
-    case ErrorRecord::Kind::kNotMapped:
-      return "not_mapped";
-    case ErrorRecord::Kind::kInterrupted:
-      return "interrupted";
-  }
-  return "unknown";
-}
-
 inline std::optional<Dict> ErrorDict(const std::optional<ErrorRecord>& error) {
   if (!error) return std::nullopt;
   Dict record;
-  record["kind"] = KindName(error->kind);
+  record["kind"] = NameOf(error->kind);
   record["op"] = error->op;
   record["rank"] = error->rank;
   record["peer"] = error->peer;

@@ -18,7 +18,7 @@
 
 #include "bindings/capsules.h"
 #include "bindings/groups.h"
-#include "ops/cpu_handlers.h"
+#include "ops/handlers.h"
 #include "ops/host_op.h"
 #include "runtime/interrupt.h"
 #include "runtime/peer_memory.h"
@@ -33,13 +33,10 @@ auto site_info = ffi::MakeTypeInfo<HostSite>();
 
 Dict Registrations() {
   Dict targets;
-  targets["jax_ep.all_reduce"] = Collective(JaxEpInstantiateSite, JaxEpAllReduceCpu);
-  targets["jax_ep.all_reduce_residual_rmsnorm"] =
-      Collective(JaxEpInstantiateSite, JaxEpAllReduceResidualRmsnormCpu);
-  targets["jax_ep.combine"] = Collective(JaxEpInstantiateSite, JaxEpCombineCpu);
-  targets["jax_ep.dispatch"] = Collective(JaxEpInstantiateSite, JaxEpDispatchCpu);
-  targets["jax_ep.get_dispatch_layout"] = Capsule(JaxEpGetDispatchLayoutCpu);
-  targets["jax_ep.pull_rows"] = Collective(JaxEpInstantiateSite, JaxEpPullRowsCpu);
+#define JAX_EP_COLLECTIVE(Stem, name) \
+  targets["jax_ep." name] = Collective(JaxEpInstantiateSite, JaxEp##Stem##Cpu);
+#define JAX_EP_LOCAL(Stem, name) targets["jax_ep." name] = Capsule(JaxEp##Stem##Cpu);
+#include "core/ops.def"
   return targets;
 }
 
@@ -110,13 +107,14 @@ NB_MODULE(_jax_ep_cpu, m) {
           "skip_rank", [](Group& group, int rank) { group.exchange().SkipRank(rank); },
           nanobind::arg("rank"),
           "For tests: keeps the calls of a rank from its peers; -1 ends it.");
-  m.def("open_group", &jax_ep::OpenGroup, nanobind::arg("identity"), nanobind::arg("seats"),
-        nanobind::arg("num_slices"), nanobind::arg("num_ranks"), nanobind::arg("timeout_ms"),
-        nanobind::arg("processes") = std::vector<int>(), nanobind::arg("own_process") = 0,
-        nanobind::arg("links") = std::vector<jax_ep::LinkTuple>(),
-        "Opens a group. Seats are (device id, slice, rank, position in the mesh), of whole slices,\n"
-        "and processes whose they are. Links are (process, pid, descriptor of a stream socket),\n"
-        "which the group takes over.");
+  m.def(
+      "open_group", &jax_ep::OpenGroup, nanobind::arg("identity"), nanobind::arg("seats"),
+      nanobind::arg("num_slices"), nanobind::arg("num_ranks"), nanobind::arg("timeout_ms"),
+      nanobind::arg("processes") = std::vector<int>(), nanobind::arg("own_process") = 0,
+      nanobind::arg("links") = std::vector<jax_ep::LinkTuple>(),
+      "Opens a group. Seats are (device id, slice, rank, position in the mesh), of whole slices,\n"
+      "and processes whose they are. Links are (process, pid, descriptor of a stream socket),\n"
+      "which the group takes over.");
   m.def(
       "has_closed_group",
       [](const std::string& identity) {

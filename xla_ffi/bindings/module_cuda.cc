@@ -18,10 +18,10 @@
 #include "ops/all_reduce/all_reduce_cuda.cuh"
 #include "ops/all_reduce_residual_rmsnorm/all_reduce_residual_rmsnorm_cuda.cuh"
 #include "ops/combine/combine_cuda.cuh"
-#include "ops/cuda_handlers.h"
 #include "ops/cuda_op.h"
 #include "ops/dispatch/dispatch_cuda.cuh"
 #include "ops/get_dispatch_layout/get_dispatch_layout_cuda.cuh"
+#include "ops/handlers.h"
 #include "ops/pull_rows/pull_rows_cuda.cuh"
 #include "runtime/interrupt.h"
 
@@ -44,26 +44,25 @@ Dict CollectiveOnDevice(XLA_FFI_Error* (*execute)(XLA_FFI_CallFrame*)) {
 
 Dict Registrations() {
   Dict targets;
-  targets["jax_ep.all_reduce"] = CollectiveOnDevice(JaxEpAllReduceCuda);
-  targets["jax_ep.all_reduce_residual_rmsnorm"] =
-      CollectiveOnDevice(JaxEpAllReduceResidualRmsnormCuda);
-  targets["jax_ep.combine"] = CollectiveOnDevice(JaxEpCombineCuda);
-  targets["jax_ep.dispatch"] = CollectiveOnDevice(JaxEpDispatchCuda);
-  targets["jax_ep.get_dispatch_layout"] = Capsule(JaxEpGetDispatchLayoutCuda);
-  targets["jax_ep.pull_rows"] = CollectiveOnDevice(JaxEpPullRowsCuda);
+#define JAX_EP_COLLECTIVE(Stem, name) \
+  targets["jax_ep." name] = CollectiveOnDevice(JaxEp##Stem##Cuda);
+#define JAX_EP_LOCAL(Stem, name) targets["jax_ep." name] = Capsule(JaxEp##Stem##Cuda);
+#include "core/ops.def"
   return targets;
 }
 
 Dict Types() { return TypeCapsules("jax_ep.OpSite.cuda", &DeviceSite::id, &site_info); }
 
+void RequireLoaded(const char* op, cudaError_t status) {
+  if (status == cudaSuccess) return;
+  throw std::runtime_error(std::string("loading kernels of ") + op + ": " +
+                           cudaGetErrorString(status));
+}
+
 void LoadKernels(DeviceTraits& device) {
-  for (const auto load : {LoadAllReduceKernels, LoadRmsNormKernels, LoadCombineKernels,
-                          LoadDispatchKernels, LoadGetDispatchLayoutKernels, LoadPullRowsKernels}) {
-    const cudaError_t status = load(device);
-    if (status != cudaSuccess) {
-      throw std::runtime_error(std::string("loading kernels: ") + cudaGetErrorString(status));
-    }
-  }
+#define JAX_EP_COLLECTIVE(Stem, name) RequireLoaded(name, Load##Stem##Kernels(device));
+#define JAX_EP_LOCAL(Stem, name) JAX_EP_COLLECTIVE(Stem, name)
+#include "core/ops.def"
 }
 
 // A group's end waits for its devices, where a callback may wait for Python's lock.

@@ -41,6 +41,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/names.h"
 #include "core/row_stream.h"
 #include "core/types.h"
 
@@ -53,20 +54,6 @@ inline constexpr int kProtocol = 1;
 /// A rank, like a choice of a token, is a lane of a warp somewhere.
 inline constexpr int kMaxRanks = 32;
 inline constexpr int kMaxAddresses = 6;
-
-/// What kernels know of an operation. Errors name the public one that the call is a part of, which
-/// the host knows by the call's site; the strings for a site that it has not loaded are in
-/// device/device_group.cc.
-enum class OpId : uint32_t {
-  kDispatch,
-  kCombine,
-  kPullRows,
-  kAllReduce,
-  kReduceScatter,
-  kAllGather,
-  kRmsNorm,
-  kCount  // of the others
-};
 
 /// A call is named by a tag of so many bits: its operation in the upper ones, its site in the rest.
 inline constexpr int kTagBits = 16;
@@ -109,16 +96,8 @@ struct PartialCells {
 
 /// What went wrong first on a rank. Written once; is_set last.
 struct FailureRecord {
-  enum class Kind : uint32_t {
-    kPeerTimeout,
-    kMeshMismatch,
-    kCallMismatch,
-    kOverlap,
-    kNotMapped,
-    kInterrupted
-  };
   uint32_t is_set;
-  Kind kind;
+  FailureKind kind;
   OpId op;
   uint32_t site;  // the name of the call, as Endpoint has it
   int32_t rank;   // that has found it

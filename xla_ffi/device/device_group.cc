@@ -64,57 +64,19 @@ bool HaveNativeAtomics(const std::vector<uint64_t>& gpus, const std::vector<int>
   return true;
 }
 
-ErrorRecord::Kind KindOf(FailureRecord::Kind kind) {
-  switch (kind) {
-    case FailureRecord::Kind::kPeerTimeout:
-      return ErrorRecord::Kind::kPeerTimeout;
-    case FailureRecord::Kind::kMeshMismatch:
-      return ErrorRecord::Kind::kMeshMismatch;
-    case FailureRecord::Kind::kCallMismatch:
-      return ErrorRecord::Kind::kCallMismatch;
-    case FailureRecord::Kind::kNotMapped:
-      return ErrorRecord::Kind::kNotMapped;
-    case FailureRecord::Kind::kInterrupted:
-      return ErrorRecord::Kind::kInterrupted;
-    case FailureRecord::Kind::kOverlap:
-      return ErrorRecord::Kind::kArrivedTwice;
-  }
-  return ErrorRecord::Kind::kArrivedTwice;
-}
-
 void Close(const DeviceGroup::Exported& exported) {
   close(exported.control);
   if (exported.pool.descriptor >= 0) close(exported.pool.descriptor);
 }
 
-const char* KernelsOf(OpId op) {
-  switch (op) {
-    case OpId::kDispatch:
-      return "dispatch";
-    case OpId::kCombine:
-      return "combine";
-    case OpId::kPullRows:
-      return "dispatch or combine";
-    case OpId::kAllReduce:
-      return "all_reduce";
-    case OpId::kReduceScatter:
-      return "reduce_scatter";
-    case OpId::kAllGather:
-      return "all_gather";
-    case OpId::kRmsNorm:
-      return "all_reduce_residual_rmsnorm";
-    case OpId::kCount:
-      break;
-  }
-  return "unknown";
-}
-
+// The public operation that a call is a part of, which the host knows by the call's site.
 std::string OpOf(const FailureRecord& record) {
   // Which call it is stands nowhere that the host could read.
-  if (record.kind == FailureRecord::Kind::kInterrupted) return "call";
-  // A peer that calls something else may know a site that this process does not.
+  if (record.kind == FailureKind::kInterrupted) return "call";
   const std::string op = Registry<DeviceGroup>::Get().OpOf(record.site);
-  return op.empty() ? KernelsOf(record.op) : op;
+  if (!op.empty()) return op;
+  // A peer that calls something else may know a site that this process does not.
+  return record.op == OpId::kPullRows ? "dispatch or combine" : NameOf(record.op);
 }
 
 }  // namespace
@@ -375,10 +337,10 @@ std::optional<ErrorRecord> DeviceGroup::error() const {
       own = ToldTo(i);
     }
     // A call beside another one makes its peers see a call that is not theirs: not the cause.
-    if (own && (!found || own->kind == FailureRecord::Kind::kOverlap)) found = own;
+    if (own && (!found || own->kind == FailureKind::kArrivedTwice)) found = own;
   }
   if (!found) return std::nullopt;
-  return ErrorRecord{.kind = KindOf(found->kind),
+  return ErrorRecord{.kind = found->kind,
                      .op = OpOf(*found),
                      .rank = found->rank,
                      .peer = found->peer,
@@ -430,7 +392,7 @@ void DeviceGroup::EndNotedWaits() {
   for (size_t i = 0; i < noted_.size(); ++i) {
     if (!noted_[i] || noted_[i] != RunningAt(i)) continue;
     FailAt(i, {.is_set = 1,
-               .kind = FailureRecord::Kind::kInterrupted,
+               .kind = FailureKind::kInterrupted,
                .op = OpId::kDispatch,
                .site = 0,
                .rank = seats_[i].member.rank,

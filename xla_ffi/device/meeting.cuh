@@ -135,11 +135,11 @@ __device__ inline bool Meet(const Endpoint& self, OpId op, const int32_t* positi
   const uint32_t tag = TagOf(op, self.site);
   bool is_good = !is_aborted;
   // A group that has failed knows why already.
-  if (is_busy && is_good) Fail(self, FailureRecord::Kind::kOverlap, op, self.rank, 0, 1);
+  if (is_busy && is_good) Fail(self, FailureKind::kArrivedTwice, op, self.rank, 0, 1);
   if (publishes) {
     const bool is_in_place = found_position == self.position;
     if (is_good && !is_in_place && threadIdx.x == 0) {
-      Fail(self, FailureRecord::Kind::kMeshMismatch, op, self.rank, self.position, found_position);
+      Fail(self, FailureKind::kMeshMismatch, op, self.rank, self.position, found_position);
     }
     // What is published is met: of two calls that overlap, never the second's.
     is_good = __syncthreads_and(is_good && is_in_place && !is_busy);
@@ -162,7 +162,7 @@ __device__ inline bool Meet(const Endpoint& self, OpId op, const int32_t* positi
         [&] { return CountSeen(self, highs, epoch); });
     is_good = is_good && IsCall(self, op, peer, tag, high.value >> 16);
     if (!Translate(self, peer, ToldAddress(low, high), peers.at[i % own.count][peer]) && is_good) {
-      Fail(self, FailureRecord::Kind::kNotMapped, op, peer, i % own.count, 0);
+      Fail(self, FailureKind::kNotMapped, op, peer, i % own.count, 0);
       is_good = false;
     }
   }

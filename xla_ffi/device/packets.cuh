@@ -66,7 +66,7 @@ __device__ inline bool Begin(const Endpoint& self, OpId op, const int32_t* posit
   if (is_aborted) return false;
   if (found != self.position) {
     if (is_first) {
-      Fail(self, FailureRecord::Kind::kMeshMismatch, op, self.rank, self.position, found);
+      Fail(self, FailureKind::kMeshMismatch, op, self.rank, self.position, found);
     }
     return false;
   }
@@ -183,7 +183,7 @@ __device__ inline std::byte* PushedAt(const Endpoint& self, int holder, int sour
 __device__ inline void RefuseOverlap(const Endpoint& self, const PushCall& call) {
   if (blockIdx.x != 0 || threadIdx.x != 0 || !IsOverlap(call.before, call.ended)) return;
   // A group that has failed knows why already.
-  if (!IsAborted(self)) Fail(self, FailureRecord::Kind::kOverlap, call.op, self.rank, 0, 1);
+  if (!IsAborted(self)) Fail(self, FailureKind::kArrivedTwice, call.op, self.rank, 0, 1);
 }
 
 /// SwapBlocks, when this block has pushed its part of an operand.

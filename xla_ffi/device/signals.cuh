@@ -120,8 +120,8 @@ __device__ inline uint64_t WaitLimit(const Endpoint& self, int peer) {
 /// group. When it returns, every rank has been told: until then peers may read this rank's
 /// operands and results. Never inlined: what seldom runs would lie between what always does, and
 /// first runs of kernels wait for their instructions.
-static __device__ __noinline__ void Fail(const Endpoint& self, FailureRecord::Kind kind, OpId op,
-                                         int peer, int64_t expected, int64_t seen) {
+static __device__ __noinline__ void Fail(const Endpoint& self, FailureKind kind, OpId op, int peer,
+                                         int64_t expected, int64_t seen) {
   if (atomicExch(&self.own()->has_failed, 1) != 0) {
     // Another thread of this rank tells all ranks, and ends their waits when it has.
     const uint64_t limit = WaitLimit(self, self.rank);
@@ -178,7 +178,7 @@ __device__ bool WaitUntil(const Endpoint& self, OpId op, int peer, IsThere&& is_
     if (LoadRelaxed(&self.own()->abort)) return false;
     // Loaded each time: what is kept in registers here, the kernels have none left for.
     if (watch.IsOver(GlobalTimer(), WaitLimit(self, peer))) {
-      Fail(self, FailureRecord::Kind::kPeerTimeout, op, peer, self.num_ranks, count_seen());
+      Fail(self, FailureKind::kPeerTimeout, op, peer, self.num_ranks, count_seen());
       return false;
     }
   }
@@ -196,7 +196,7 @@ __device__ bool WaitUntil(const Endpoint& self, OpId op, int peer, IsThere&& is_
 static __device__ __noinline__ void FailAsFirstBlock(const Endpoint& self, OpId op, int peer,
                                                      uint32_t tag, uint32_t seen) {
   if (blockIdx.x == 0) {
-    Fail(self, FailureRecord::Kind::kCallMismatch, op, peer, tag, seen);
+    Fail(self, FailureKind::kCallMismatch, op, peer, tag, seen);
   } else {
     WaitUntil(self, op, self.rank, [] { return false; });
   }

@@ -1,8 +1,11 @@
-// What every CUDA twin needs to become a collective: the group it belongs to, and its place in it.
+// The GPU's side of every handler: the group of a call, its device's place there, and what peers
+// can read.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
+#include <cstdint>
+#include <optional>
 #include <string>
 
 #include "device/device_group.h"
@@ -18,13 +21,25 @@ inline constexpr size_t kStagingAlignment = 256;
 /// What bulk copies ask of an address.
 inline constexpr size_t kOperandAlignment = 16;
 
-/// The contexts that a handler gets, in this order: site, stream, device.
-inline auto DeviceBinding() {
-  return ffi::Ffi::Bind()
-      .Ctx<ffi::State<DeviceSite>>()
-      .Ctx<ffi::PlatformStream<cudaStream_t>>()
-      .Ctx<ffi::DeviceOrdinal>();
-}
+/// What XLA says about the call of one device.
+struct DeviceContext {
+  DeviceSite* site;
+  cudaStream_t stream;
+  int32_t device_id;
+  int num_ranks() const { return site->num_ranks; }
+  const std::string& op() const { return site->op; }
+};
+
+struct DeviceLocalContext {
+  cudaStream_t stream;
+};
+
+/// The back end `cuda`: a handler launches kernels.
+struct Cuda {
+  using Context = DeviceContext;
+  using Status = ffi::Error;
+  using LocalContext = DeviceLocalContext;
+};
 
 inline ffi::Error CudaError(const std::string& op, cudaError_t status) {
   if (status == cudaSuccess) return ffi::Error::Success();
@@ -38,11 +53,11 @@ struct DeviceCall {
   int num_sms = 0;
 };
 
-inline ffi::Error FindDevice(const DeviceSite* site, int32_t device_id, int64_t num_sms,
-                             DeviceCall& call) {
+inline ffi::Error FindDevice(const DeviceContext& context, int64_t num_sms, DeviceCall& call) {
+  const DeviceSite* site = context.site;
   const std::string& op = site->op;
-  call.member = site->group().Find(device_id);
-  JAX_EP_REQUIRE(call.member != nullptr, op, ": device ", device_id, " is not in group ",
+  call.member = site->group().Find(context.device_id);
+  JAX_EP_REQUIRE(call.member != nullptr, op, ": device ", context.device_id, " is not in group ",
                  site->group().identity());
   JAX_EP_REQUIRE(num_sms > 0, op, ": num_sms=", num_sms, " must be positive");
   call.endpoint = call.member->endpoint;
@@ -114,3 +129,41 @@ inline ffi::Error RefuseSuperseded(const DeviceSite* site) {
 inline auto InitializeBinding() { return ffi::Ffi::BindInitialize().Ctx<ffi::State<DeviceSite>>(); }
 
 }  // namespace jax_ep
+
+namespace xla::ffi {
+
+template <>
+struct CtxBinding<jax_ep::DeviceContext> {
+  using Ctx = jax_ep::DeviceContext;
+};
+
+template <>
+struct CtxDecoding<jax_ep::DeviceContext> {
+  using Type = jax_ep::DeviceContext;
+  static std::optional<Type> Decode(const XLA_FFI_Api* api, XLA_FFI_ExecutionContext* context,
+                                    DiagnosticEngine& diagnostic) {
+    const auto site = CtxDecoding<State<jax_ep::DeviceSite>>::Decode(api, context, diagnostic);
+    const auto stream = CtxDecoding<PlatformStream<cudaStream_t>>::Decode(api, context, diagnostic);
+    const auto device = CtxDecoding<DeviceOrdinal>::Decode(api, context, diagnostic);
+    if (!site || !stream || !device) return std::nullopt;
+    return Type{*site, *stream, *device};
+  }
+};
+
+template <>
+struct CtxBinding<jax_ep::DeviceLocalContext> {
+  using Ctx = jax_ep::DeviceLocalContext;
+};
+
+template <>
+struct CtxDecoding<jax_ep::DeviceLocalContext> {
+  using Type = jax_ep::DeviceLocalContext;
+  static std::optional<Type> Decode(const XLA_FFI_Api* api, XLA_FFI_ExecutionContext* context,
+                                    DiagnosticEngine& diagnostic) {
+    const auto stream = CtxDecoding<PlatformStream<cudaStream_t>>::Decode(api, context, diagnostic);
+    if (!stream) return std::nullopt;
+    return Type{*stream};
+  }
+};
+
+}  // namespace xla::ffi

@@ -4,24 +4,40 @@
 
 #include <sstream>
 #include <string>
+#include <utility>
 
 #include "core/types.h"
-#include "xla/ffi/api/ffi.h"
+#include "ops/binding.h"
 
 namespace jax_ep {
-
-namespace ffi = xla::ffi;
 
 using I32Buffer = ffi::Buffer<ffi::S32>;
 using F32Buffer = ffi::Buffer<ffi::F32>;
 using I32Result = ffi::Result<I32Buffer>;
 using F32Result = ffi::Result<F32Buffer>;
 
+/// An error as any handler returns it, now or in a future: every device of the program meets it.
+class Refusal {
+ public:
+  explicit Refusal(ffi::Error error) : error_(std::move(error)) {}
+
+  operator ffi::Error() && { return std::move(error_); }
+  operator ffi::Future() && {
+    ffi::Promise promise;
+    ffi::Future future(promise);
+    promise.SetError(std::move(error_));
+    return future;
+  }
+
+ private:
+  ffi::Error error_;
+};
+
 template <typename... Parts>
-ffi::Error InvalidArgument(const Parts&... parts) {
+Refusal InvalidArgument(const Parts&... parts) {
   std::ostringstream message;
   (message << ... << parts);
-  return ffi::Error(ffi::ErrorCode::kInvalidArgument, message.str());
+  return Refusal(ffi::Error(ffi::ErrorCode::kInvalidArgument, message.str()));
 }
 
 #define JAX_EP_REQUIRE(condition, ...)                     \
@@ -48,7 +64,7 @@ int64_t Dim(Buffer buffer, size_t axis) {
   return axis < buffer.dimensions().size() ? buffer.dimensions()[axis] : -1;
 }
 
-inline ffi::Error DecodeDType(const char* op, ffi::AnyBuffer buffer, DType& dtype) {
+inline ffi::Error DecodeDType(const std::string& op, ffi::AnyBuffer buffer, DType& dtype) {
   switch (buffer.element_type()) {
     case ffi::BF16:
       dtype = DType::kBF16;

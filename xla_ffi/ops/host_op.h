@@ -1,10 +1,10 @@
-// What every host twin needs to become a collective: the group it belongs to and the way into its
-// exchange.
+// The CPU's side of every handler: the group of a call, and the way into its exchange.
 #pragma once
 
+#include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
-#include <utility>
 
 #include "ops/op_site.h"
 #include "runtime/group.h"
@@ -18,6 +18,17 @@ struct HostContext {
   HostSite* site;
   int64_t run_id;
   int64_t device_id;
+  int num_ranks() const { return site->num_ranks; }
+  const std::string& op() const { return site->op; }
+};
+
+struct HostLocalContext {};
+
+/// The back end `cpu`: the results of a call are there when its peers have come.
+struct Cpu {
+  using Context = HostContext;
+  using Status = ffi::Future;
+  using LocalContext = HostLocalContext;
 };
 
 /// Enters the call; the future completes when the results of this rank are written.
@@ -26,7 +37,7 @@ ffi::Future JoinGroup(const HostContext& context, I32Buffer position,
                       const typename Call::Args& args) {
   ffi::Promise promise;
   ffi::Future future(promise);
-  const std::string& op = context.site->op;
+  const std::string& op = context.op();
   const std::shared_ptr<Group> group = context.site->GroupOf(context.run_id);
   const Member member = group->Locate(op, context.device_id, position.typed_data()[0]);
   CallSites& sites = Registry<Group>::Get().sites();
@@ -37,17 +48,40 @@ ffi::Future JoinGroup(const HostContext& context, I32Buffer position,
   return future;
 }
 
-/// A failure that every device of the program meets alike.
-inline ffi::Future Failed(ffi::Error error) {
-  ffi::Promise promise;
-  ffi::Future future(promise);
-  promise.SetError(std::move(error));
-  return future;
-}
-
-/// The contexts that HostContext is made of, in the order handlers take them.
-inline auto HostBinding() {
-  return ffi::Ffi::Bind().Ctx<ffi::State<HostSite>>().Ctx<ffi::RunId>().Ctx<ffi::DeviceOrdinal>();
-}
-
 }  // namespace jax_ep
+
+namespace xla::ffi {
+
+template <>
+struct CtxBinding<jax_ep::HostContext> {
+  using Ctx = jax_ep::HostContext;
+};
+
+template <>
+struct CtxDecoding<jax_ep::HostContext> {
+  using Type = jax_ep::HostContext;
+  static std::optional<Type> Decode(const XLA_FFI_Api* api, XLA_FFI_ExecutionContext* context,
+                                    DiagnosticEngine& diagnostic) {
+    const auto site = CtxDecoding<State<jax_ep::HostSite>>::Decode(api, context, diagnostic);
+    const auto run = CtxDecoding<RunId>::Decode(api, context, diagnostic);
+    const auto device = CtxDecoding<DeviceOrdinal>::Decode(api, context, diagnostic);
+    if (!site || !run || !device) return std::nullopt;
+    return Type{*site, run->run_id, *device};
+  }
+};
+
+template <>
+struct CtxBinding<jax_ep::HostLocalContext> {
+  using Ctx = jax_ep::HostLocalContext;
+};
+
+template <>
+struct CtxDecoding<jax_ep::HostLocalContext> {
+  using Type = jax_ep::HostLocalContext;
+  static std::optional<Type> Decode(const XLA_FFI_Api*, XLA_FFI_ExecutionContext*,
+                                    DiagnosticEngine&) {
+    return Type{};
+  }
+};
+
+}  // namespace xla::ffi

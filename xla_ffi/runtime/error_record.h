@@ -4,20 +4,13 @@
 #include <cstdint>
 #include <string>
 
+#include "core/names.h"
+
 namespace jax_ep {
 
 /// The field names are those of PeerTimeoutError (jax_ep/errors.py).
 struct ErrorRecord {
-  enum class Kind {
-    kPeerTimeout,
-    kPeerLost,
-    kMeshMismatch,
-    kArrivedTwice,
-    kCallMismatch,
-    kNotMapped,
-    kInterrupted
-  };
-  Kind kind;
+  FailureKind kind;
   std::string op;
   int rank;
   int peer;

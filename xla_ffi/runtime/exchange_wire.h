@@ -29,7 +29,7 @@ struct WireMessage {
   char op[kMaxOpName];  // kJoin, kFail
   int32_t rank;         // kJoin: that has joined; kFail: of the record
   uint64_t gave_up;     // kJoin: address of a word, not 0 when operands may be gone before kRead
-  ErrorRecord::Kind error;
+  FailureKind error;
   int32_t peer;
   int64_t expected;
   int64_t seen;

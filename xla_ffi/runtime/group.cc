@@ -19,7 +19,7 @@ Member Group::Locate(const std::string& op, int64_t device_id, int64_t position)
   const int64_t own_position = is_stranger ? -1 : found->second->position;
   const Member member = is_stranger ? seats_.front().member : found->second->member;
   if (is_stranger || position != own_position) {
-    exchange_.Fail({.kind = ErrorRecord::Kind::kMeshMismatch,
+    exchange_.Fail({.kind = FailureKind::kMeshMismatch,
                     .op = op,
                     .rank = is_stranger ? -1 : member.rank,
                     .peer = -1,

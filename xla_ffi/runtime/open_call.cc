@@ -5,10 +5,8 @@
 
 namespace jax_ep {
 
-using Kind = ErrorRecord::Kind;
-
 ErrorRecord TwiceRecord(const std::string& op, int rank) {
-  return {.kind = Kind::kArrivedTwice,
+  return {.kind = FailureKind::kArrivedTwice,
           .op = op,
           .rank = rank,
           .peer = kNoIndex,
@@ -35,7 +33,7 @@ std::optional<ErrorRecord> OpenCall::Add(int rank, std::string_view of_op,
                                          std::span<const std::byte> args) {
   if (has_joined[rank]) return TwiceRecord(op, rank);
   if (of_op != op || !body->Deposit(rank, args)) {
-    return ErrorRecord{.kind = Kind::kCallMismatch,
+    return ErrorRecord{.kind = FailureKind::kCallMismatch,
                        .op = op,
                        .rank = first_rank,
                        .peer = rank,
@@ -48,9 +46,9 @@ std::optional<ErrorRecord> OpenCall::Add(int rank, std::string_view of_op,
 }
 
 ErrorRecord OpenCall::ExpiredRecord(const Roster& roster) const {
-  if (has_ended) return ProcessRecord(Kind::kPeerTimeout, roster, *are_reading.begin());
+  if (has_ended) return ProcessRecord(FailureKind::kPeerTimeout, roster, *are_reading.begin());
   const auto missing = std::find(has_joined.begin(), has_joined.end(), false);
-  return {.kind = Kind::kPeerTimeout,
+  return {.kind = FailureKind::kPeerTimeout,
           .op = op,
           .rank = first_rank,
           .peer = static_cast<int>(missing - has_joined.begin()),
@@ -65,15 +63,15 @@ std::string OpenCall::Describe() const {
 
 ErrorRecord OpenCall::InterruptedRecord(const Roster& roster) const {
   ErrorRecord record = ExpiredRecord(roster);
-  record.kind = Kind::kInterrupted;
+  record.kind = FailureKind::kInterrupted;
   return record;
 }
 
 ErrorRecord OpenCall::LostRecord(const Roster& roster, int process) const {
-  return ProcessRecord(Kind::kPeerLost, roster, process);
+  return ProcessRecord(FailureKind::kPeerLost, roster, process);
 }
 
-ErrorRecord OpenCall::ProcessRecord(Kind kind, const Roster& roster, int process) const {
+ErrorRecord OpenCall::ProcessRecord(FailureKind kind, const Roster& roster, int process) const {
   const std::vector<int> missing = roster.RanksOf(key.slice, process);
   return {.kind = kind,
           .op = op,

@@ -77,7 +77,7 @@ struct OpenCall {
   std::map<int, uint64_t> gave_up;  // by process, where it says so (WireMessage)
 
  private:
-  ErrorRecord ProcessRecord(ErrorRecord::Kind kind, const Roster& roster, int process) const;
+  ErrorRecord ProcessRecord(FailureKind kind, const Roster& roster, int process) const;
 };
 
 }  // namespace jax_ep

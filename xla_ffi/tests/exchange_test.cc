@@ -21,7 +21,7 @@ namespace {
 
 using std::chrono::milliseconds;
 using Clock = std::chrono::steady_clock;
-using Kind = ErrorRecord::Kind;
+using Kind = FailureKind;
 
 struct Slot {  // what one rank sees of one call
   std::atomic<int> num_poisons = 0;

@@ -118,7 +118,7 @@ void TestHandlers() {
   Countdown done(1);
   Join(exchange, 1, done);
   done.Wait();
-  CHECK(exchange.error()->kind == ErrorRecord::Kind::kInterrupted, 0);
+  CHECK(exchange.error()->kind == FailureKind::kInterrupted, 0);
 }
 
 void TestAChildDoesNotEndItsParentsCalls() {
@@ -143,7 +143,7 @@ void TestAnInterruptEndsWhatWaitsAllTheTime() {
   interruptible->EndNotedWaits();
   first.Wait();
   const auto record = exchange.error();
-  CHECK(record && record->kind == ErrorRecord::Kind::kInterrupted, record.has_value());
+  CHECK(record && record->kind == FailureKind::kInterrupted, record.has_value());
   CHECK(record->op == "test_op" && record->rank == 0 && record->peer == 1, record->rank,
         record->peer);
   CHECK(record->expected == 3 && record->seen == 2, record->expected, record->seen);

@@ -22,7 +22,7 @@ namespace {
 
 using std::chrono::milliseconds;
 using Clock = std::chrono::steady_clock;
-using Kind = ErrorRecord::Kind;
+using Kind = FailureKind;
 
 constexpr int kProcesses = 3, kRanksEach = 2, kRanks = kProcesses * kRanksEach;
 constexpr int kValues = 700;  // more than a reader queues

@@ -8,12 +8,19 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/names.h"
 #include "core/types.h"
 
 namespace jax_ep {
 
 /// What becomes of the operands. The values cross the FFI border (jax_ep/config.py).
 enum class Movement : int64_t { kAllReduce = 0, kReduceScatter = 1, kAllGather = 2 };
+
+JAX_EP_HOST_DEVICE constexpr OpId OpOf(Movement movement) {
+  return movement == Movement::kAllReduce       ? OpId::kAllReduce
+         : movement == Movement::kReduceScatter ? OpId::kReduceScatter
+                                                : OpId::kAllGather;
+}
 
 /// How they travel between GPUs. The values cross the FFI border (jax_ep/config.py).
 enum class Algorithm : int64_t {

@@ -4,7 +4,7 @@
 
 #include "ops/all_reduce/all_reduce_ffi.h"
 #include "ops/all_reduce/sum_cpu.h"
-#include "ops/cpu_handlers.h"
+#include "ops/handlers.h"
 #include "ops/host_op.h"
 
 namespace jax_ep {
@@ -48,17 +48,14 @@ class AllReduceCall : public CallOf<AllReduceArgs> {
   }
 };
 
-ffi::Future AllReduce(HostSite* site, ffi::RunId run_id, int32_t device_id, I32Buffer position,
-                      ffi::AnyBuffer in, ffi::Result<ffi::AnyBuffer> out, int64_t, std::string_view,
-                      int64_t movement) {
-  AllReduceArgs args;
-  ffi::Error error = DecodeAllReduce(in, *out, movement, site->num_ranks, args);
-  if (error.failure()) return Failed(error);
-  return JoinGroup<AllReduceCall>({site, run_id.run_id, device_id}, position, args);
-}
-
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxEpAllReduceCpu, AllReduce, BindAllReduce(HostBinding()));
+template <>
+ffi::Future RunAllReduce<Cpu>(const HostContext& context, I32Buffer position,
+                              const AllReduceArgs& args, const AllReduceAttrs&) {
+  return JoinGroup<AllReduceCall>(context, position, args);
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxEpAllReduceCpu, AllReduce<Cpu>, BindingOf(AllReduce<Cpu>));
 
 }  // namespace jax_ep

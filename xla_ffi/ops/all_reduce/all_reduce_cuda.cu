@@ -7,8 +7,8 @@
 #include "ops/all_reduce/all_reduce_ffi.h"
 #include "ops/all_reduce/pull_cuda.cuh"
 #include "ops/all_reduce/push_cuda.cuh"
-#include "ops/cuda_handlers.h"
 #include "ops/cuda_op.h"
+#include "ops/handlers.h"
 
 namespace jax_ep {
 namespace {
@@ -108,40 +108,30 @@ cudaError_t LaunchAllReduce(const AllReduceLaunch& launch, Algorithm algorithm,
   return Launch(is_two_shot ? two_shot : one_shot, config, launch);
 }
 
-namespace {
-
-ffi::Error AllReduce(DeviceSite* site, cudaStream_t stream, int32_t device_id, I32Buffer position,
-                     ffi::AnyBuffer in, ffi::Result<ffi::AnyBuffer> out, int64_t algorithm,
-                     std::string_view, int64_t movement) {
-  AllReduceLaunch launch;
-  const int num_ranks = site->num_ranks;
-  ffi::Error error = DecodeAllReduce(in, *out, movement, num_ranks, launch.args);
-  if (error.failure()) return error;
-  AllReduceArgs& args = launch.args;
-  const auto how = static_cast<Algorithm>(algorithm);
-  JAX_EP_REQUIRE(args.bytes > 0, site->op, ": there are no elements");
-  JAX_EP_REQUIRE(
-      how != Algorithm::kLowLatency || args.bytes <= static_cast<int64_t>(PacketPayload(num_ranks)),
-      site->op, ": low_latency takes at most ", PacketPayload(num_ranks),
-      " bytes from a rank, got ", args.bytes);
-  JAX_EP_REQUIRE(how != Algorithm::kTwoShot || args.movement == Movement::kAllReduce, site->op,
+template <>
+ffi::Error RunAllReduce<Cuda>(const DeviceContext& context, I32Buffer position,
+                              const AllReduceArgs& args, const AllReduceAttrs& attrs) {
+  const Algorithm how = attrs.algorithm;
+  const size_t payload = PacketPayload(args.num_ranks);
+  JAX_EP_REQUIRE(args.bytes > 0, context.op(), ": there are no elements");
+  JAX_EP_REQUIRE(how != Algorithm::kLowLatency || args.bytes <= static_cast<int64_t>(payload),
+                 context.op(), ": low_latency takes at most ", payload, " bytes from a rank, got ",
+                 args.bytes);
+  JAX_EP_REQUIRE(how != Algorithm::kTwoShot || args.movement == Movement::kAllReduce, context.op(),
                  ": two_shot is for all_reduce only");
   DeviceCall call;
-  error = FindDevice(site, device_id, /*num_sms=*/1, call);
+  ffi::Error error = FindDevice(context, /*num_sms=*/1, call);
   if (error.failure()) return error;
+  AllReduceLaunch launch{.self = call.endpoint, .position = position.typed_data(), .args = args};
   if (how != Algorithm::kLowLatency && !IsPushed(args, how)) {
-    Staging staging(call, stream);
-    staging.Copy(args.in, args.in_bytes());
-    if (staging.status() != cudaSuccess) return CudaError(site->op, staging.status());
+    Staging staging(call, context.stream);
+    staging.Copy(launch.args.in, args.in_bytes());
+    if (staging.status() != cudaSuccess) return CudaError(context.op(), staging.status());
   }
-  launch.self = call.endpoint;
-  launch.position = position.typed_data();
-  return CudaError(site->op, LaunchAllReduce(launch, how, call.member->traits, stream));
+  return CudaError(context.op(), LaunchAllReduce(launch, how, call.member->traits, context.stream));
 }
 
-}  // namespace
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxEpAllReduceCuda, AllReduce, BindAllReduce(DeviceBinding()),
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxEpAllReduceCuda, AllReduce<Cuda>, BindingOf(AllReduce<Cuda>),
                               {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace jax_ep

@@ -1,43 +1,53 @@
-// The border of all_reduce: operands, results and attributes in their order, for all twins.
+// The border of all_reduce: operands, results and attributes in their order, for both back ends.
 #pragma once
 
-#include <utility>
+#include <string_view>
 
 #include "ops/all_reduce/all_reduce.h"
 #include "ops/ffi_checks.h"
 
+XLA_FFI_REGISTER_ENUM_ATTR_DECODING(jax_ep::Algorithm);
+XLA_FFI_REGISTER_ENUM_ATTR_DECODING(jax_ep::Movement);
+
 namespace jax_ep {
 
-/// Appends what all_reduce takes and gives to a binding that already names the twin's contexts.
-template <typename Binding>
-auto BindAllReduce(Binding&& binding) {
-  return std::forward<Binding>(binding)
-      .template Arg<I32Buffer>()       // position [1]
-      .template Arg<ffi::AnyBuffer>()  // in
-      .template Ret<ffi::AnyBuffer>()  // out
-      .template Attr<int64_t>("algorithm")
-      .template Attr<std::string_view>("call")
-      .template Attr<int64_t>("movement");
-}
+/// jax_ep/_primitives/all_reduce.py sets them.
+struct AllReduceAttrs {
+  Algorithm algorithm;
+  std::string_view call;
+  Movement movement;
+};
 
-inline ffi::Error DecodeAllReduce(ffi::AnyBuffer in, ffi::AnyBuffer out, int64_t movement,
-                                  int num_ranks, AllReduceArgs& args) {
-  args = {.movement = static_cast<Movement>(movement),
-          .dtype = DType::kF32,
-          .num_ranks = num_ranks,
-          .bytes = static_cast<int64_t>(in.size_bytes()),
-          .in = static_cast<const std::byte*>(in.untyped_data()),
-          .out = static_cast<std::byte*>(out.untyped_data())};
-  if (args.movement == Movement::kReduceScatter) args.bytes /= num_ranks;
+/// Each back end's way to do it.
+template <typename Backend>
+typename Backend::Status RunAllReduce(const typename Backend::Context& context, I32Buffer position,
+                                      const AllReduceArgs& args, const AllReduceAttrs& attrs);
+
+template <typename Backend>
+typename Backend::Status AllReduce(typename Backend::Context context, I32Buffer position,
+                                   ffi::AnyBuffer in, ffi::Result<ffi::AnyBuffer> out,
+                                   AllReduceAttrs attrs) {
+  AllReduceArgs args{.movement = attrs.movement,
+                     .dtype = DType::kF32,
+                     .num_ranks = context.num_ranks(),
+                     .bytes = static_cast<int64_t>(in.size_bytes()),
+                     .in = static_cast<const std::byte*>(in.untyped_data()),
+                     .out = static_cast<std::byte*>(out->untyped_data())};
+  if (args.movement == Movement::kReduceScatter) args.bytes /= args.num_ranks;
   if (args.movement != Movement::kAllGather) {
-    ffi::Error error = DecodeDType("all_reduce", in, args.dtype);
-    if (error.failure()) return error;
+    ffi::Error error = DecodeDType(context.op(), in, args.dtype);
+    if (error.failure()) return Refusal(error);
   }
-  JAX_EP_REQUIRE(in.element_type() == out.element_type() &&
+  JAX_EP_REQUIRE(in.element_type() == out->element_type() &&
                      args.in_bytes() == static_cast<int64_t>(in.size_bytes()) &&
-                     args.out_bytes() == static_cast<int64_t>(out.size_bytes()),
-                 "all_reduce: the result does not fit the operand");
-  return ffi::Error::Success();
+                     args.out_bytes() == static_cast<int64_t>(out->size_bytes()),
+                 context.op(), ": the result does not fit the operand");
+  return RunAllReduce<Backend>(context, position, args, attrs);
 }
 
 }  // namespace jax_ep
+
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_ep::AllReduceAttrs,
+                                      StructMember<jax_ep::Algorithm>("algorithm"),
+                                      StructMember<std::string_view>("call"),
+                                      StructMember<jax_ep::Movement>("movement"));

@@ -13,12 +13,6 @@ namespace jax_ep {
 
 inline constexpr int kReduceThreads = 512;
 
-__device__ inline OpId OpOf(Movement movement) {
-  return movement == Movement::kAllReduce       ? OpId::kAllReduce
-         : movement == Movement::kReduceScatter ? OpId::kReduceScatter
-                                                : OpId::kAllGather;
-}
-
 // Stands for the element of a gather, which moves bytes.
 struct Byte {};
 

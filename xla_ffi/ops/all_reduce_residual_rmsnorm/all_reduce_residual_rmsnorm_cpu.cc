@@ -6,7 +6,7 @@
 #include "core/numerics.h"
 #include "ops/all_reduce/sum_cpu.h"
 #include "ops/all_reduce_residual_rmsnorm/all_reduce_residual_rmsnorm_ffi.h"
-#include "ops/cpu_handlers.h"
+#include "ops/handlers.h"
 #include "ops/host_op.h"
 
 namespace jax_ep {
@@ -86,20 +86,15 @@ class RmsNormCall : public CallOf<RmsNormArgs> {
   }
 };
 
-ffi::Future RmsNorm(HostSite* site, ffi::RunId run_id, int32_t device_id, I32Buffer position,
-                    ffi::AnyBuffer x, ffi::AnyBuffer residual, ffi::AnyBuffer scale,
-                    ffi::Result<ffi::AnyBuffer> normed, ffi::Result<ffi::AnyBuffer> new_residual,
-                    int64_t, float eps, std::string_view) {
-  RmsNormArgs args;
-  ffi::Error error =
-      DecodeRmsNorm({x, residual, scale, *normed, *new_residual, eps}, site->num_ranks, args);
-  if (error.failure()) return Failed(error);
-  return JoinGroup<RmsNormCall>({site, run_id.run_id, device_id}, position, args);
-}
-
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxEpAllReduceResidualRmsnormCpu, RmsNorm,
-                              BindRmsNorm(HostBinding()));
+template <>
+ffi::Future RunRmsNorm<Cpu>(const HostContext& context, I32Buffer position, const RmsNormArgs& args,
+                            const RmsNormAttrs&) {
+  return JoinGroup<RmsNormCall>(context, position, args);
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxEpAllReduceResidualRmsnormCpu, RmsNorm<Cpu>,
+                              BindingOf(RmsNorm<Cpu>));
 
 }  // namespace jax_ep

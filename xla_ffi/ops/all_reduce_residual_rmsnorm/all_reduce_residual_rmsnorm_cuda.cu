@@ -9,8 +9,8 @@
 #include "device/vector.cuh"
 #include "ops/all_reduce_residual_rmsnorm/all_reduce_residual_rmsnorm_cuda.cuh"
 #include "ops/all_reduce_residual_rmsnorm/all_reduce_residual_rmsnorm_ffi.h"
-#include "ops/cuda_handlers.h"
 #include "ops/cuda_op.h"
+#include "ops/handlers.h"
 
 namespace jax_ep {
 namespace {
@@ -20,7 +20,7 @@ constexpr int kMaxGroups = 3;  // of a row, that a warp takes
 static_assert(kMaxNormRowBytes <=
               int64_t{kMaxThreads} / kWarpSize * kMaxGroups * kGroupVectors * kVectorBytes);
 constexpr int kMaxBlocks = 64;
-constexpr OpId kOp = OpId::kRmsNorm;
+constexpr OpId kOp = OpId::kAllReduceResidualRmsnorm;
 
 // The sum of `value` over the block, the same for all threads; in the same order on every rank.
 __device__ float SumOfBlock(float value, float* warps) {
@@ -195,7 +195,7 @@ Kernel KernelOf(DType dtype, bool pulls) {
 
 }  // namespace
 
-cudaError_t LoadRmsNormKernels(DeviceTraits&) {
+cudaError_t LoadAllReduceResidualRmsnormKernels(DeviceTraits&) {
   for (const DType dtype : {DType::kBF16, DType::kF16, DType::kF32}) {
     for (const bool pulls : {false, true}) {
       cudaFuncAttributes found{};
@@ -223,42 +223,31 @@ cudaError_t LaunchRmsNorm(const RmsNormLaunch& launch, Algorithm algorithm,
   return Launch(KernelOf(args.dtype, algorithm != Algorithm::kLowLatency), config, launch, results);
 }
 
-namespace {
-
-ffi::Error RmsNorm(DeviceSite* site, cudaStream_t stream, int32_t device_id, I32Buffer position,
-                   ffi::AnyBuffer x, ffi::AnyBuffer residual, ffi::AnyBuffer scale,
-                   ffi::Result<ffi::AnyBuffer> normed, ffi::Result<ffi::AnyBuffer> new_residual,
-                   int64_t algorithm, float eps, std::string_view) {
-  RmsNormLaunch launch;
-  const int num_ranks = site->num_ranks;
-  ffi::Error error =
-      DecodeRmsNorm({x, residual, scale, *normed, *new_residual, eps}, num_ranks, launch.args);
-  if (error.failure()) return error;
-  RmsNormArgs& args = launch.args;
-  const auto how = static_cast<Algorithm>(algorithm);
-  JAX_EP_REQUIRE(args.num_rows > 0, site->op, ": there are no rows");
-  JAX_EP_REQUIRE(args.row_bytes() <= kMaxNormRowBytes, site->op, ": a row has ", args.row_bytes(),
-                 " bytes, at most ", kMaxNormRowBytes);
-  JAX_EP_REQUIRE(how != Algorithm::kLowLatency || args.num_rows * RowGroups(args) <=
-                                                      static_cast<int64_t>(PacketGroups(num_ranks)),
-                 site->op, ": low_latency takes at most ", PacketGroups(num_ranks),
-                 " groups of packets, got ", args.num_rows * RowGroups(args));
+template <>
+ffi::Error RunRmsNorm<Cuda>(const DeviceContext& context, I32Buffer position,
+                            const RmsNormArgs& args, const RmsNormAttrs& attrs) {
+  const Algorithm how = attrs.algorithm;
+  const int64_t num_groups = args.num_rows * RowGroups(args);
+  const size_t most_groups = PacketGroups(args.num_ranks);
+  JAX_EP_REQUIRE(args.num_rows > 0, context.op(), ": there are no rows");
+  JAX_EP_REQUIRE(args.row_bytes() <= kMaxNormRowBytes, context.op(), ": a row has ",
+                 args.row_bytes(), " bytes, at most ", kMaxNormRowBytes);
+  JAX_EP_REQUIRE(how != Algorithm::kLowLatency || num_groups <= static_cast<int64_t>(most_groups),
+                 context.op(), ": low_latency takes at most ", most_groups,
+                 " groups of packets, got ", num_groups);
   DeviceCall call;
-  error = FindDevice(site, device_id, /*num_sms=*/1, call);
+  ffi::Error error = FindDevice(context, /*num_sms=*/1, call);
   if (error.failure()) return error;
+  RmsNormLaunch launch{.self = call.endpoint, .position = position.typed_data(), .args = args};
   if (how != Algorithm::kLowLatency) {
-    Staging staging(call, stream);
-    staging.Copy(args.in, args.bytes());
-    if (staging.status() != cudaSuccess) return CudaError(site->op, staging.status());
+    Staging staging(call, context.stream);
+    staging.Copy(launch.args.in, args.bytes());
+    if (staging.status() != cudaSuccess) return CudaError(context.op(), staging.status());
   }
-  launch.self = call.endpoint;
-  launch.position = position.typed_data();
-  return CudaError(site->op, LaunchRmsNorm(launch, how, call.member->traits, stream));
+  return CudaError(context.op(), LaunchRmsNorm(launch, how, call.member->traits, context.stream));
 }
 
-}  // namespace
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxEpAllReduceResidualRmsnormCuda, RmsNorm,
-                              BindRmsNorm(DeviceBinding()), {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxEpAllReduceResidualRmsnormCuda, RmsNorm<Cuda>,
+                              BindingOf(RmsNorm<Cuda>), {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace jax_ep

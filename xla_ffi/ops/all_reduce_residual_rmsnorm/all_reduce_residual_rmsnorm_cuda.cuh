@@ -23,6 +23,6 @@ inline constexpr int64_t kMaxNormRowBytes = 64 * 1024;
 cudaError_t LaunchRmsNorm(const RmsNormLaunch& launch, Algorithm algorithm,
                           const DeviceTraits& device, cudaStream_t stream);
 /// Must be called once per device before the first launch.
-cudaError_t LoadRmsNormKernels(DeviceTraits& device);
+cudaError_t LoadAllReduceResidualRmsnormKernels(DeviceTraits& device);
 
 }  // namespace jax_ep

@@ -5,7 +5,7 @@
 
 #include "ops/combine/combine_ffi.h"
 #include "ops/combine/sum_rows_cpu.h"
-#include "ops/cpu_handlers.h"
+#include "ops/handlers.h"
 #include "ops/host_op.h"
 
 namespace jax_ep {
@@ -109,21 +109,14 @@ class CombineCall : public CallOf<CombineArgs> {
   }
 };
 
-ffi::Future Combine(HostSite* site, ffi::RunId run_id, int32_t device_id, I32Buffer position,
-                    I32Buffer send_rank, I32Buffer send_row, F32Buffer weights, ffi::AnyBuffer rows,
-                    ffi::RemainingArgs biases, ffi::Result<ffi::AnyBuffer> out,
-                    ffi::Result<ffi::AnyBuffer>, std::string_view, int64_t has_weights,
-                    int64_t layout, int64_t) {
-  CombineArgs args;
-  ffi::Error error =
-      DecodeCombine({send_rank, send_row, weights, rows, biases, *out, has_weights, layout},
-                    site->num_ranks, args);
-  if (error.failure()) return Failed(error);
-  return JoinGroup<CombineCall>({site, run_id.run_id, device_id}, position, args);
-}
-
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxEpCombineCpu, Combine, BindCombine(HostBinding()));
+template <>
+ffi::Future RunCombine<Cpu>(const HostContext& context, I32Buffer position, const CombineArgs& args,
+                            const CombineAttrs&, ffi::AnyBuffer) {
+  return JoinGroup<CombineCall>(context, position, args);
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxEpCombineCpu, Combine<Cpu>, BindingOf(Combine<Cpu>));
 
 }  // namespace jax_ep

@@ -8,8 +8,8 @@
 #include "ops/combine/combine_cuda.cuh"
 #include "ops/combine/combine_ffi.h"
 #include "ops/combine/row_sums_cuda.cuh"
-#include "ops/cuda_handlers.h"
 #include "ops/cuda_op.h"
+#include "ops/handlers.h"
 
 namespace jax_ep {
 namespace {
@@ -120,50 +120,44 @@ cudaError_t LaunchCombine(const CombineLaunch& launch, const DeviceTraits& devic
   return Launch(KernelOf(args.layout, args.dtype), config, launch, launch.ring(), g.parts, results);
 }
 
-namespace {
-
-ffi::Error Combine(DeviceSite* site, cudaStream_t stream, int32_t device_id, I32Buffer position,
-                   I32Buffer send_rank, I32Buffer send_row, F32Buffer weights, ffi::AnyBuffer rows,
-                   ffi::RemainingArgs biases, ffi::Result<ffi::AnyBuffer> out,
-                   ffi::Result<ffi::AnyBuffer> workspace, std::string_view, int64_t has_weights,
-                   int64_t layout, int64_t num_sms) {
-  CombineLaunch launch;
-  ffi::Error error =
-      DecodeCombine({send_rank, send_row, weights, rows, biases, *out, has_weights, layout},
-                    site->num_ranks, launch.args);
-  if (error.failure()) return error;
-  JAX_EP_REQUIRE(launch.args.num_slots <= kMaxTerms, site->op, ": num_topk=", launch.args.num_slots,
+template <>
+ffi::Error RunCombine<Cuda>(const DeviceContext& context, I32Buffer position,
+                            const CombineArgs& decoded, const CombineAttrs& attrs,
+                            ffi::AnyBuffer workspace) {
+  CombineLaunch launch{.self = {},
+                       .position = position.typed_data(),
+                       .args = decoded,
+                       .workspace = workspace.untyped_data()};
+  JAX_EP_REQUIRE(decoded.num_slots <= kMaxTerms, context.op(), ": num_topk=", decoded.num_slots,
                  " must be at most ", kMaxTerms);
-  JAX_EP_REQUIRE(launch.row_bytes() > 0 && launch.row_bytes() % 16 == 0, site->op,
+  JAX_EP_REQUIRE(launch.row_bytes() > 0 && launch.row_bytes() % 16 == 0, context.op(),
                  ": a row must be a multiple of 16 bytes");
-  JAX_EP_REQUIRE(launch.row_bytes() <= kMaxRowBytes, site->op, ": a row has ", launch.row_bytes(),
-                 " bytes, at most ", kMaxRowBytes);
+  JAX_EP_REQUIRE(launch.row_bytes() <= kMaxRowBytes, context.op(), ": a row has ",
+                 launch.row_bytes(), " bytes, at most ", kMaxRowBytes);
   JAX_EP_REQUIRE(
-      launch.args.num_tokens <= INT32_MAX / kMaxRowParts, site->op,
-      ": parts of tokens must be countable in int32, got num_tokens=", launch.args.num_tokens);
-  launch.workspace = workspace->untyped_data();
-  JAX_EP_REQUIRE(workspace->size_bytes() >= launch.workspace_bytes(), site->op,
-                 ": the workspace has ", workspace->size_bytes(), " bytes, needs ",
+      decoded.num_tokens <= INT32_MAX / kMaxRowParts, context.op(),
+      ": parts of tokens must be countable in int32, got num_tokens=", decoded.num_tokens);
+  JAX_EP_REQUIRE(workspace.size_bytes() >= launch.workspace_bytes(), context.op(),
+                 ": the workspace has ", workspace.size_bytes(), " bytes, needs ",
                  launch.workspace_bytes());
   DeviceCall call;
-  error = FindDevice(site, device_id, num_sms, call);
+  ffi::Error error = FindDevice(context, attrs.num_sms, call);
   if (error.failure()) return error;
-  CombineArgs& args = launch.args;
-  Staging staging(call, stream);
-  staging.Copy(args.rows, rows.size_bytes());
-  if (args.weights) staging.Copy(args.weights, weights.size_bytes());
-  if (args.send_rank) staging.Copy(args.send_rank, send_rank.size_bytes());
-  staging.Copy(args.send_row, send_row.size_bytes());
-  staging.Replace(launch.workspace, launch.workspace_bytes());
-  if (staging.status() != cudaSuccess) return CudaError(site->op, staging.status());
   launch.self = call.endpoint;
-  launch.position = position.typed_data();
-  return CudaError(site->op, LaunchCombine(launch, call.member->traits, call.num_sms, stream));
+  CombineArgs& args = launch.args;
+  Staging staging(call, context.stream);
+  const size_t index_bytes = args.num_tokens * args.num_slots * sizeof(int32_t);
+  staging.Copy(args.rows, args.recv_capacity * launch.row_bytes());
+  staging.Copy(args.weights, args.recv_capacity * sizeof(float));
+  staging.Copy(args.send_rank, index_bytes);
+  staging.Copy(args.send_row, index_bytes);
+  staging.Replace(launch.workspace, launch.workspace_bytes());
+  if (staging.status() != cudaSuccess) return CudaError(context.op(), staging.status());
+  return CudaError(context.op(),
+                   LaunchCombine(launch, call.member->traits, call.num_sms, context.stream));
 }
 
-}  // namespace
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxEpCombineCuda, Combine, BindCombine(DeviceBinding()),
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxEpCombineCuda, Combine<Cuda>, BindingOf(Combine<Cuda>),
                               {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace jax_ep

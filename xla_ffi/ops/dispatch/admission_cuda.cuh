@@ -145,7 +145,7 @@ class Admission {
   __device__ uint32_t alignment() const {
     return static_cast<uint32_t>(shape_.dispatch.expert_alignment);
   }
-  // In 32 bits, where a division is fast: rows, with padding, can be counted so (DecodeDispatch).
+  // In 32 bits, where a division is fast: rows, with padding, can be counted so (dispatch_ffi.h).
   __device__ static uint32_t RoundUp(uint32_t rows, uint32_t align) {
     return align == 1 ? rows : (rows + align - 1) / align * align;
   }

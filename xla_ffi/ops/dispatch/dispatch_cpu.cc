@@ -7,8 +7,8 @@
 #include <utility>
 #include <vector>
 
-#include "ops/cpu_handlers.h"
 #include "ops/dispatch/dispatch_ffi.h"
+#include "ops/handlers.h"
 #include "ops/host_op.h"
 
 namespace jax_ep {
@@ -185,26 +185,14 @@ void DispatchCall::Poison(const DispatchArgs& a) {
   }
 }
 
-ffi::Future Dispatch(HostSite* site, ffi::RunId run_id, int32_t device_id, I32Buffer position,
-                     I32Buffer topk_idx, F32Buffer topk_weights, ffi::RemainingArgs rows,
-                     I32Result group_sizes, I32Result num_recv, I32Result num_dropped,
-                     I32Result num_invalid, I32Result recv_src, I32Result recv_k,
-                     I32Result send_row, I32Result recv_topk_idx, F32Result recv_weights,
-                     ffi::Result<ffi::AnyBuffer>, ffi::RemainingRets recv_rows,
-                     int64_t expert_alignment, int64_t fill, std::string_view, int64_t has_weights,
-                     int64_t layout, int64_t num_experts, int64_t) {
-  DispatchArgs args;
-  ffi::Error error =
-      DecodeDispatch({topk_idx, topk_weights, rows, group_sizes, num_recv, num_dropped, num_invalid,
-                      recv_src, recv_k, send_row, recv_topk_idx, recv_weights, recv_rows,
-                      expert_alignment, fill, has_weights, layout, num_experts},
-                     site->num_ranks, args);
-  if (error.failure()) return Failed(error);
-  return JoinGroup<DispatchCall>({site, run_id.run_id, device_id}, position, args);
-}
-
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxEpDispatchCpu, Dispatch, BindDispatch(HostBinding()));
+template <>
+ffi::Future RunDispatch<Cpu>(const HostContext& context, I32Buffer position,
+                             const DispatchArgs& args, const DispatchAttrs&, ffi::AnyBuffer) {
+  return JoinGroup<DispatchCall>(context, position, args);
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxEpDispatchCpu, Dispatch<Cpu>, BindingOf(Dispatch<Cpu>));
 
 }  // namespace jax_ep

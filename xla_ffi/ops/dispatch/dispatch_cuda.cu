@@ -1,11 +1,11 @@
 #include <algorithm>
 
 #include "device/move_kernel.cuh"
-#include "ops/cuda_handlers.h"
 #include "ops/cuda_op.h"
 #include "ops/dispatch/dispatch_cuda.cuh"
 #include "ops/dispatch/dispatch_ffi.h"
 #include "ops/dispatch/plan_cuda.cuh"
+#include "ops/handlers.h"
 
 namespace jax_ep {
 
@@ -144,52 +144,40 @@ cudaError_t LaunchDispatch(const DispatchLaunch& launch, const DeviceTraits& dev
   return LaunchMove(move, device, num_sms, /*is_behind=*/true, stream);
 }
 
-namespace {
-
-ffi::Error Dispatch(DeviceSite* site, cudaStream_t stream, int32_t device_id, I32Buffer position,
-                    I32Buffer topk_idx, F32Buffer topk_weights, ffi::RemainingArgs rows,
-                    I32Result group_sizes, I32Result num_recv, I32Result num_dropped,
-                    I32Result num_invalid, I32Result recv_src, I32Result recv_k, I32Result send_row,
-                    I32Result recv_topk_idx, F32Result recv_weights,
-                    ffi::Result<ffi::AnyBuffer> workspace, ffi::RemainingRets recv_rows,
-                    int64_t expert_alignment, int64_t fill, std::string_view, int64_t has_weights,
-                    int64_t layout, int64_t num_experts, int64_t num_sms) {
-  DispatchLaunch launch;
-  ffi::Error error =
-      DecodeDispatch({topk_idx, topk_weights, rows, group_sizes, num_recv, num_dropped, num_invalid,
-                      recv_src, recv_k, send_row, recv_topk_idx, recv_weights, recv_rows,
-                      expert_alignment, fill, has_weights, layout, num_experts},
-                     site->num_ranks, launch.args);
-  if (error.failure()) return error;
-  JAX_EP_REQUIRE(launch.args.shape.num_tokens > 0, site->op, ": there are no tokens");
-  for (int i = 0; i < launch.args.num_streams; ++i) {
-    JAX_EP_REQUIRE(launch.args.streams[i].row_bytes <= kMaxRowBytes, site->op, ": a row of array ",
-                   i, " has ", launch.args.streams[i].row_bytes, " bytes, at most ", kMaxRowBytes);
+template <>
+ffi::Error RunDispatch<Cuda>(const DeviceContext& context, I32Buffer position,
+                             const DispatchArgs& decoded, const DispatchAttrs& attrs,
+                             ffi::AnyBuffer workspace) {
+  const DispatchShape& shape = decoded.shape;
+  JAX_EP_REQUIRE(shape.num_tokens > 0, context.op(), ": there are no tokens");
+  for (int i = 0; i < decoded.num_streams; ++i) {
+    JAX_EP_REQUIRE(decoded.streams[i].row_bytes <= kMaxRowBytes, context.op(), ": a row of array ",
+                   i, " has ", decoded.streams[i].row_bytes, " bytes, at most ", kMaxRowBytes);
   }
   DeviceCall call;
-  error = FindDevice(site, device_id, num_sms, call);
+  ffi::Error error = FindDevice(context, attrs.num_sms, call);
   if (error.failure()) return error;
-  const size_t workspace_bytes = DispatchWorkspaceBytes(launch.args.shape);
-  JAX_EP_REQUIRE(workspace_bytes > 0 && workspace->size_bytes() >= workspace_bytes, site->op,
-                 ": the workspace has ", workspace->size_bytes(), " bytes, needs ",
-                 workspace_bytes);
+  const size_t workspace_bytes = DispatchWorkspaceBytes(shape);
+  JAX_EP_REQUIRE(workspace_bytes > 0 && workspace.size_bytes() >= workspace_bytes, context.op(),
+                 ": the workspace has ", workspace.size_bytes(), " bytes, needs ", workspace_bytes);
+  DispatchLaunch launch{.self = call.endpoint,
+                        .position = position.typed_data(),
+                        .args = decoded,
+                        .workspace = workspace.untyped_data()};
   DispatchArgs& args = launch.args;
-  Staging staging(call, stream);
-  staging.Copy(args.topk_idx, topk_idx.size_bytes());
-  if (args.topk_weights) staging.Copy(args.topk_weights, topk_weights.size_bytes());
+  Staging staging(call, context.stream);
+  const size_t num_choices = shape.num_tokens * shape.num_topk;
+  staging.Copy(args.topk_idx, num_choices * sizeof(int32_t));
+  staging.Copy(args.topk_weights, num_choices * sizeof(float));
   for (int i = 0; i < args.num_streams; ++i) {
-    staging.Copy(args.streams[i].in, args.shape.num_tokens * args.streams[i].row_bytes);
+    staging.Copy(args.streams[i].in, shape.num_tokens * args.streams[i].row_bytes);
   }
-  if (staging.status() != cudaSuccess) return CudaError(site->op, staging.status());
-  launch.self = call.endpoint;
-  launch.position = position.typed_data();
-  launch.workspace = workspace->untyped_data();
-  return CudaError(site->op, LaunchDispatch(launch, call.member->traits, call.num_sms, stream));
+  if (staging.status() != cudaSuccess) return CudaError(context.op(), staging.status());
+  return CudaError(context.op(),
+                   LaunchDispatch(launch, call.member->traits, call.num_sms, context.stream));
 }
 
-}  // namespace
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxEpDispatchCuda, Dispatch, BindDispatch(DeviceBinding()),
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxEpDispatchCuda, Dispatch<Cuda>, BindingOf(Dispatch<Cuda>),
                               {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace jax_ep

@@ -1,10 +1,12 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <utility>
 
-#include "ops/cuda_handlers.h"
+#include "ops/cuda_op.h"
 #include "ops/get_dispatch_layout/get_dispatch_layout_cuda.cuh"
 #include "ops/get_dispatch_layout/get_dispatch_layout_ffi.h"
+#include "ops/handlers.h"
 
 namespace jax_ep {
 namespace {
@@ -55,34 +57,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-ffi::Error CudaError(const char* what, cudaError_t status) {
-  if (status == cudaSuccess) return ffi::Error::Success();
-  return ffi::Error(ffi::ErrorCode::kInternal, std::string("get_dispatch_layout: ") + what + ": " +
-                                                   cudaGetErrorString(status));
-}
-
-ffi::Error GetDispatchLayout(cudaStream_t stream, I32Buffer topk_idx, I32Result per_rank,
-                             I32Result per_node, I32Result per_expert, BoolResult in_rank) {
-  GetDispatchLayoutArgs args;
-  ffi::Error error =
-      DecodeGetDispatchLayout(topk_idx, per_rank, per_node, per_expert, in_rank, args);
-  if (error.failure()) return error;
-  for (I32Result counters : {per_rank, per_node, per_expert}) {
-    error = CudaError("clear",
-                      cudaMemsetAsync(counters->untyped_data(), 0, counters->size_bytes(), stream));
-    if (error.failure()) return error;
-  }
-  if (args.num_tokens == 0) return ffi::Error::Success();
-  const size_t counter_bytes =
-      sizeof(int32_t) * (args.experts.num_ranks + args.num_nodes + args.experts.num_experts);
-  const bool in_shared = counter_bytes <= kMaxSharedBytes;
-  const int64_t num_blocks =
-      std::min<int64_t>(kMaxBlocks, (args.num_tokens + kThreads - 1) / kThreads);
-  GetDispatchLayoutKernel<<<static_cast<unsigned>(num_blocks), kThreads,
-                            in_shared ? counter_bytes : 0, stream>>>(args, in_shared);
-  return CudaError("launch", cudaGetLastError());
-}
-
 }  // namespace
 
 cudaError_t LoadGetDispatchLayoutKernels(DeviceTraits&) {
@@ -90,9 +64,32 @@ cudaError_t LoadGetDispatchLayoutKernels(DeviceTraits&) {
   return cudaFuncGetAttributes(&found, GetDispatchLayoutKernel);
 }
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    JaxEpGetDispatchLayoutCuda, GetDispatchLayout,
-    BindGetDispatchLayout(ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>()),
-    {ffi::Traits::kCmdBufferCompatible});
+template <>
+ffi::Error RunGetDispatchLayout<Cuda>(const DeviceLocalContext& context,
+                                      const GetDispatchLayoutArgs& args) {
+  constexpr const char* kName = "get_dispatch_layout";
+  const std::pair<int32_t*, int> counters[] = {
+      {args.num_tokens_per_rank, args.experts.num_ranks},
+      {args.num_tokens_per_node, args.num_nodes},
+      {args.num_tokens_per_expert, args.experts.num_experts}};
+  size_t counter_bytes = 0;
+  for (const auto& [counter, count] : counters) {
+    const size_t bytes = count * sizeof(int32_t);
+    const cudaError_t status = cudaMemsetAsync(counter, 0, bytes, context.stream);
+    if (status != cudaSuccess) return CudaError(kName, status);
+    counter_bytes += bytes;
+  }
+  if (args.num_tokens == 0) return ffi::Error::Success();
+  const bool in_shared = counter_bytes <= kMaxSharedBytes;
+  const int64_t num_blocks =
+      std::min<int64_t>(kMaxBlocks, (args.num_tokens + kThreads - 1) / kThreads);
+  GetDispatchLayoutKernel<<<static_cast<unsigned>(num_blocks), kThreads,
+                            in_shared ? counter_bytes : 0, context.stream>>>(args, in_shared);
+  return CudaError(kName, cudaGetLastError());
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxEpGetDispatchLayoutCuda, GetDispatchLayout<Cuda>,
+                              BindingOf(GetDispatchLayout<Cuda>),
+                              {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace jax_ep

@@ -1,6 +1,6 @@
 #include <cstring>
 
-#include "ops/cpu_handlers.h"
+#include "ops/handlers.h"
 #include "ops/host_op.h"
 #include "ops/pull_rows/pull_rows_ffi.h"
 
@@ -42,18 +42,14 @@ class PullRowsCall : public CallOf<PullRowsArgs> {
   }
 };
 
-ffi::Future PullRows(HostSite* site, ffi::RunId run_id, int32_t device_id, I32Buffer position,
-                     I32Buffer index, I32Buffer slot, ffi::AnyBuffer rows,
-                     ffi::Result<ffi::AnyBuffer> out, I32Result places, std::string_view, int64_t) {
-  PullRowsArgs args;
-  ffi::Error error =
-      DecodePullRows(site->op, index, slot, rows, *out, *places, site->num_ranks, args);
-  if (error.failure()) return Failed(error);
-  return JoinGroup<PullRowsCall>({site, run_id.run_id, device_id}, position, args);
-}
-
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxEpPullRowsCpu, PullRows, BindPullRows(HostBinding()));
+template <>
+ffi::Future RunPullRows<Cpu>(const HostContext& context, I32Buffer position,
+                             const PullRowsArgs& args, const PullRowsAttrs&) {
+  return JoinGroup<PullRowsCall>(context, position, args);
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxEpPullRowsCpu, PullRows<Cpu>, BindingOf(PullRows<Cpu>));
 
 }  // namespace jax_ep

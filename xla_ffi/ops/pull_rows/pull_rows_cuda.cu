@@ -2,8 +2,8 @@
 
 #include "device/launch.cuh"
 #include "device/move_kernel.cuh"
-#include "ops/cuda_handlers.h"
 #include "ops/cuda_op.h"
+#include "ops/handlers.h"
 #include "ops/pull_rows/pull_rows_cuda.cuh"
 #include "ops/pull_rows/pull_rows_ffi.h"
 
@@ -97,36 +97,26 @@ cudaError_t LaunchPullRows(const PullRowsLaunch& launch, const DeviceTraits& dev
   return LaunchMove(MakeMove(launch, items), device, num_sms, /*is_behind=*/true, stream);
 }
 
-namespace {
-
-ffi::Error PullRows(DeviceSite* site, cudaStream_t stream, int32_t device_id, I32Buffer position,
-                    I32Buffer index, I32Buffer slot, ffi::AnyBuffer rows,
-                    ffi::Result<ffi::AnyBuffer> out, I32Result places, std::string_view,
-                    int64_t num_sms) {
-  PullRowsLaunch launch;
-  ffi::Error error =
-      DecodePullRows(site->op, index, slot, rows, *out, *places, site->num_ranks, launch.args);
-  if (error.failure()) return error;
-  JAX_EP_REQUIRE(launch.args.num_rows > 0 && launch.args.num_pulled > 0, site->op,
-                 ": there are no rows");
-  JAX_EP_REQUIRE(launch.args.row_bytes <= kMaxRowBytes, site->op, ": a row has ",
-                 launch.args.row_bytes, " bytes, at most ", kMaxRowBytes);
-  JAX_EP_REQUIRE(launch.args.num_slots <= kWarpSize, site->op,
-                 ": num_slots=", launch.args.num_slots, " must be at most ", kWarpSize);
+template <>
+ffi::Error RunPullRows<Cuda>(const DeviceContext& context, I32Buffer position,
+                             const PullRowsArgs& args, const PullRowsAttrs& attrs) {
+  JAX_EP_REQUIRE(args.num_rows > 0 && args.num_pulled > 0, context.op(), ": there are no rows");
+  JAX_EP_REQUIRE(args.row_bytes <= kMaxRowBytes, context.op(), ": a row has ", args.row_bytes,
+                 " bytes, at most ", kMaxRowBytes);
+  JAX_EP_REQUIRE(args.num_slots <= kWarpSize, context.op(), ": num_slots=", args.num_slots,
+                 " must be at most ", kWarpSize);
   DeviceCall call;
-  error = FindDevice(site, device_id, num_sms, call);
+  ffi::Error error = FindDevice(context, attrs.num_sms, call);
   if (error.failure()) return error;
-  Staging staging(call, stream);
-  staging.Copy(launch.args.rows, rows.size_bytes());
-  if (staging.status() != cudaSuccess) return CudaError(site->op, staging.status());
-  launch.self = call.endpoint;
-  launch.position = position.typed_data();
-  return CudaError(site->op, LaunchPullRows(launch, call.member->traits, call.num_sms, stream));
+  PullRowsLaunch launch{.self = call.endpoint, .position = position.typed_data(), .args = args};
+  Staging staging(call, context.stream);
+  staging.Copy(launch.args.rows, args.num_rows * args.row_bytes);
+  if (staging.status() != cudaSuccess) return CudaError(context.op(), staging.status());
+  return CudaError(context.op(),
+                   LaunchPullRows(launch, call.member->traits, call.num_sms, context.stream));
 }
 
-}  // namespace
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxEpPullRowsCuda, PullRows, BindPullRows(DeviceBinding()),
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxEpPullRowsCuda, PullRows<Cuda>, BindingOf(PullRows<Cuda>),
                               {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace jax_ep

@@ -174,7 +174,7 @@ inline void TestRmsNorm(Algorithm algorithm, int64_t num_rows, int64_t hidden, c
 // whatever is stored at the peers.
 inline void TestMisuse(int num_devices) {
   constexpr int kNumRanks = 2;
-  using Kind = FailureRecord::Kind;
+  using Kind = FailureKind;
   // The small are stored at the peers, the large read where they lie.
   constexpr int64_t kSmall = 5000;
   constexpr int64_t kLarge = 2'500'000;
@@ -186,9 +186,9 @@ inline void TestMisuse(int num_devices) {
        {Way{Algorithm::kLowLatency, kSmall}, Way{Algorithm::kOneShot, kSmall},
         Way{Algorithm::kTwoShot, kSmall}, Way{Algorithm::kOneShot, kLarge},
         Way{Algorithm::kTwoShot, kLarge}}) {
-    for (const Kind misuse : {Kind::kCallMismatch, Kind::kOverlap}) {
+    for (const Kind misuse : {Kind::kCallMismatch, Kind::kArrivedTwice}) {
       // With packets the next call of a rank may begin while this one still waits for its peers'.
-      if (misuse == Kind::kOverlap && algorithm == Algorithm::kLowLatency) continue;
+      if (misuse == Kind::kArrivedTwice && algorithm == Algorithm::kLowLatency) continue;
       const Ranks ranks(kNumRanks, num_devices, std::chrono::seconds(5));
       const std::string name = "misuse " + std::to_string(static_cast<int>(misuse)) +
                                " algorithm " + std::to_string(static_cast<int>(algorithm)) +
@@ -216,7 +216,7 @@ inline void TestMisuse(int num_devices) {
         launch.self.site = site;
         Cuda(LaunchAllReduce(launch, algorithm, ranks.traits(), stream));
       };
-      const bool is_overlap = misuse == Kind::kOverlap;
+      const bool is_overlap = misuse == Kind::kArrivedTwice;
       call(0, 1, ranks.stream(0));
       // The first waits for the rank that has not come yet, and does not end before.
       if (is_overlap) call(0, 2, beside);

@@ -93,7 +93,7 @@ inline void TestCountOfPeers(int num_devices) {
   ranks.Synchronize();
   for (int r = 0; r < 2; ++r) {
     const FailureRecord record = ranks.record(r);
-    CHECK(record.is_set && record.kind == FailureRecord::Kind::kPeerTimeout, r, ranks.Failure());
+    CHECK(record.is_set && record.kind == FailureKind::kPeerTimeout, r, ranks.Failure());
     CHECK(record.peer >= 2 && record.expected == kNumRanks && record.seen == 2, r, ranks.Failure());
   }
 }
@@ -206,8 +206,7 @@ inline void TestUnreadable(int num_devices) {
     ranks.Synchronize();
     for (int r = 0; r < kNumRanks; ++r) {
       const FailureRecord record = ranks.record(r);
-      CHECK(record.is_set && record.kind == FailureRecord::Kind::kNotMapped, way.name, r,
-            ranks.Failure());
+      CHECK(record.is_set && record.kind == FailureKind::kNotMapped, way.name, r, ranks.Failure());
       CHECK(record.peer == kBadRank, way.name, r, record.peer);
       for (const int32_t word : outs[r].Read()) CHECK(word == kNoIndex, way.name, r, word);
     }
@@ -270,7 +269,7 @@ inline void TestLateReader(int num_devices, bool gives_up) {
   }
   ranks.Select(1);
   const FailureRecord told{.is_set = 1,
-                           .kind = FailureRecord::Kind::kPeerTimeout,
+                           .kind = FailureKind::kPeerTimeout,
                            .op = OpId::kAllReduce,
                            .rank = 0,
                            .peer = 2,

@@ -95,7 +95,7 @@ class Ranks {
                  .has_bulk_copy = major >= 9,
                  .highest_priority = -1};
       Cuda(LoadAllReduceKernels(traits_));
-      Cuda(LoadRmsNormKernels(traits_));
+      Cuda(LoadAllReduceResidualRmsnormKernels(traits_));
       Cuda(LoadDispatchKernels(traits_));
       Cuda(LoadCombineKernels(traits_));
       Cuda(LoadPullRowsKernels(traits_));

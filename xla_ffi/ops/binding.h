@@ -1,0 +1,54 @@
+// How XLA's operands, results and attributes reach a handler: in the order of its parameters.
+//
+// A handler is a template over the back end, Cpu (ops/host_op.h) or Cuda (ops/cuda_op.h), that
+// names its Context, which comes first, and its Status. Attributes come last, in one struct.
+#pragma once
+
+#include <type_traits>
+#include <utility>
+
+#include "core/types.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_ep {
+
+namespace ffi = xla::ffi;
+
+/// Appends one parameter to a binding.
+template <typename Param, typename Binding>
+auto BindParam(Binding&& binding) {
+  if constexpr (std::is_same_v<Param, ffi::RemainingArgs>) {
+    return std::forward<Binding>(binding).RemainingArgs();
+  } else if constexpr (std::is_same_v<Param, ffi::RemainingRets>) {
+    return std::forward<Binding>(binding).RemainingRets();
+  } else if constexpr (!std::is_void_v<typename ffi::ArgBinding<Param>::Arg>) {
+    return std::forward<Binding>(binding).template Arg<typename ffi::ArgBinding<Param>::Arg>();
+  } else if constexpr (!std::is_void_v<typename ffi::RetBinding<Param>::Ret>) {
+    return std::forward<Binding>(binding).template Ret<typename ffi::RetBinding<Param>::Ret>();
+  } else if constexpr (!std::is_void_v<typename ffi::AttrsBinding<Param>::Attrs>) {
+    return std::forward<Binding>(binding).template Attrs<Param>();
+  } else {
+    return std::forward<Binding>(binding).template Ctx<typename ffi::CtxBinding<Param>::Ctx>();
+  }
+}
+
+/// Bindings are never named on the way: XLA lets nobody move them.
+template <typename Param, typename... Rest, typename Binding>
+auto BindParams(Binding&& binding) {
+  if constexpr (sizeof...(Rest) == 0) {
+    return BindParam<Param>(std::forward<Binding>(binding));
+  } else {
+    return BindParams<Rest...>(BindParam<Param>(std::forward<Binding>(binding)));
+  }
+}
+
+/// The binding of a handler. XLA's own Ffi::BindTo does not know the remaining operands.
+template <typename Status, typename... Params>
+auto BindingOf(Status (*)(Params...)) {
+  return BindParams<Params...>(ffi::Ffi::Bind());
+}
+
+}  // namespace jax_ep
+
+XLA_FFI_REGISTER_ENUM_ATTR_DECODING(jax_ep::RecvLayout);
+XLA_FFI_REGISTER_ENUM_ATTR_DECODING(jax_ep::Fill);
