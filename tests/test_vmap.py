@@ -269,22 +269,28 @@ def test_other_axes_than_the_first(groups):
     assert_same(jax.tree.map(lambda a: np.moveaxis(np.asarray(a), -1, 1), got), expected)
 
 
+def make_routed_echo(group, layout):
+    """(x, ids) to what comes back: a step that is compiled soon."""
+
+    def echo(x, ids):
+        out = send(group, layout, "cpu", x, ids, None)
+        return jax_ep.combine(jnp.sin(out.x), out.handle, backend="cpu"), out.handle
+
+    return echo
+
+
 def test_batches_of_batches(groups, layout):
     """Also where the outer and the inner one have different operands."""
     group = groups(NUM_RANKS)
-    step, args = make_step(group, layout, "cpu"), make_args((2, BATCH))
-    got = on_ranks(jax.vmap(jax.vmap(step)), group.mesh)(*args)
-    assert_same(got, on_ranks(loop(loop(step), size=2), group.mesh)(*args))
+    step, (x, ids, _, _) = make_routed_echo(group, layout), make_args((2, BATCH))
+    got = on_ranks(jax.vmap(jax.vmap(step)), group.mesh)(x, ids)
+    assert_same(got, on_ranks(loop(loop(step, (0, 0)), (0, 0), size=2), group.mesh)(x, ids))
 
-    def inner(x, ids, weights, rows):
-        return jax.vmap(step, in_axes=AXES["x"])(x, ids, weights, rows)
-
-    def looped(x, ids, weights, rows):
-        return loop(step, AXES["x"])(x, ids, weights, rows)
-
-    axes, flat = (None, 0, 0, 0), make_args()
-    got = on_ranks(jax.vmap(inner, in_axes=axes), group.mesh)(*flat)
-    assert_same(got, on_ranks(loop(looped, axes), group.mesh)(*flat))
+    inner, outer = (0, None), (None, 0)
+    nested = jax.vmap(jax.vmap(step, in_axes=inner), in_axes=outer)
+    got = on_ranks(nested, group.mesh)(x[:, 0], ids[:, 0])
+    expected = on_ranks(loop(loop(step, inner), outer), group.mesh)(x[:, 0], ids[:, 0])
+    assert_same(got, expected)
 
 
 def test_an_empty_batch(groups, layout, backend):
@@ -303,18 +309,18 @@ def test_an_empty_batch(groups, layout, backend):
 def test_loops_of_batches(groups, layout):
     """Within scan, and as lax.map has it: a scan over batches, and a rest."""
     group = groups(NUM_RANKS)
-    step, args = make_step(group, layout, "cpu"), make_args((2, BATCH))
+    step, (x, ids, _, _) = make_routed_echo(group, layout), make_args((2, BATCH))
 
     def scanned(*args):
         return jax.lax.scan(lambda c, a: (c, jax.vmap(step)(*a)), 0, args)[1]
 
-    got = on_ranks(scanned, group.mesh)(*args)
-    assert_same(got, on_ranks(loop(loop(step), size=2), group.mesh)(*args))
-    flat = make_args()
+    got = on_ranks(scanned, group.mesh)(x, ids)
+    assert_same(got, on_ranks(loop(loop(step, (0, 0)), (0, 0), size=2), group.mesh)(x, ids))
+    x, ids = x[:, 0], ids[:, 0]
+    expected = on_ranks(loop(step, (0, 0)), group.mesh)(x, ids)
     for options in ({}, {"batch_size": 2}):
         mapped = partial(jax.lax.map, lambda a: step(*a), **options)
-        got = on_ranks(lambda *a, f=mapped: f(a), group.mesh)(*flat)
-        assert_same(got, on_ranks(loop(step), group.mesh)(*flat))
+        assert_same(on_ranks(lambda *a, f=mapped: f(a), group.mesh)(x, ids), expected)
 
 
 def test_jacobians(groups, layout):
