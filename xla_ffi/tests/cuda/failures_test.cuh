@@ -271,6 +271,7 @@ inline void TestLateReader(int num_devices, bool gives_up) {
   const FailureRecord told{.is_set = 1,
                            .kind = FailureKind::kPeerTimeout,
                            .op = OpId::kAllReduce,
+                           .site = 0,
                            .rank = 0,
                            .peer = 2,
                            .expected = kNumRanks,
