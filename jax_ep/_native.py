@@ -75,7 +75,7 @@ def _register_quietly(backend: str) -> None:
 
 def targets(backend: str) -> list[str]:
     """Names of the operations that a back end's module holds."""
-    return [name.removeprefix("jax_ep.") for name in load(backend).registrations()]
+    return sorted(name.removeprefix("jax_ep.") for name in load(backend).registrations())
 
 
 def cuda_device_of(device: jax.Device) -> int:
