@@ -19,6 +19,8 @@ FLOAT_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 def require_group(group: Any, *, op: str) -> Group:
     """The group, ready to be traced with."""
+    if group is None:
+        raise GroupError(f"{op}: group is missing: pass an open jax_ep.Group as group=")
     if not isinstance(group, Group):
         raise GroupError(f"{op}: group must be a jax_ep.Group, got {type(group).__name__}")
     group.require_traceable(op)
@@ -40,6 +42,8 @@ def require_array(x: Any, *, op: str, argument: str) -> Any:
 
     One in host memory (an offloaded residual) comes back on the device.
     """
+    if x is None:
+        raise DTypeError(f"{op}: {argument} is missing: it must be an array")
     if not hasattr(x, "shape") or not hasattr(x, "dtype"):
         raise DTypeError(f"{op}: {argument} must be an array, got {type(x).__name__}")
     return _jax_compat.on_device_memory(x) if isinstance(x, jax.Array) else x
@@ -54,18 +58,26 @@ def require_shape(x: jax.Array, shape: Sequence[int], *, op: str, argument: str)
 def require_dtype(x: jax.Array, dtypes: Sequence[Any], *, op: str, argument: str) -> None:
     """One of the dtypes."""
     if x.dtype not in [jnp.dtype(d) for d in dtypes]:
-        names = ", ".join(dict.fromkeys(jnp.dtype(d).name for d in dtypes))
+        names = config.alternatives(list(dict.fromkeys(jnp.dtype(d).name for d in dtypes)))
         raise DTypeError(f"{op}: {argument} must be {names}, got {x.dtype.name}")
 
 
 def require_rows(
-    value: Any, *, op: str, argument: str, dtypes: Sequence[Any] = FLOAT_DTYPES
+    value: Any,
+    *,
+    op: str,
+    argument: str,
+    rows: str = "num_tokens",
+    dtypes: Sequence[Any] = FLOAT_DTYPES,
 ) -> jax.Array:
-    """[rows, hidden] of one of the dtypes, a row being a multiple of 16 bytes."""
+    """[rows, hidden] of one of the dtypes, a row being a multiple of 16 bytes.
+
+    `rows`: what their number is called.
+    """
     x = require_array(value, op=op, argument=argument)
     if x.ndim != 2 or 0 in x.shape:
         raise ShapeError(
-            f"{op}: {argument} must be [rows, hidden], both positive, got shape {x.shape}"
+            f"{op}: {argument} must be [{rows}, hidden], both positive, got shape {x.shape}"
         )
     require_dtype(x, dtypes, op=op, argument=argument)
     row_bytes = x.shape[1] * x.dtype.itemsize
@@ -152,6 +164,8 @@ def require_topk_idx(value: Any, *, num_experts: int, op: str) -> jax.Array:
 
 def require_num_experts(num_experts: Any, group: Group, *, op: str) -> int:
     """A positive multiple of the group's ranks."""
+    if num_experts is None:
+        raise ConfigError(f"{op}: num_experts is missing: it must be a static integer")
     number = config.require_int(num_experts, minimum=1, op=op, argument="num_experts")
     if number % group.num_ranks:
         raise ConfigError(

@@ -17,6 +17,10 @@ from jax_ep import _jax_compat, _registry
 from jax_ep.errors import GroupError
 
 _MODULES = {"cpu": "jax_ep._jax_ep_cpu", "cuda": "jax_ep._jax_ep_cuda"}
+_WHY_NOT_BUILT = {
+    "cpu": "",
+    "cuda": ": there was no CUDA compiler when jax_ep was installed, or JAX_EP_CUDA=OFF was set",
+}
 _JAX_PLATFORM = {"cpu": "cpu", "cuda": "CUDA"}
 
 
@@ -25,6 +29,10 @@ def load(backend: str) -> ModuleType:
     try:
         return importlib.import_module(_MODULES[backend])
     except ImportError as e:
+        if isinstance(e, ModuleNotFoundError) and e.name == _MODULES[backend]:
+            raise GroupError(
+                f"back end {backend!r}: its native module was not built{_WHY_NOT_BUILT[backend]}"
+            ) from e
         raise GroupError(f"back end {backend!r}: its native module cannot be loaded: {e}") from e
 
 

@@ -74,7 +74,7 @@ def make_spec(
             padding=padding,
         )
         return spec(chosen)
-    wanted = config.choice(Algorithm, algorithm, op=op, argument="algorithm")
+    wanted = config.choice(Algorithm, algorithm, op=op, argument="algorithm", also=("auto",))
     if wanted is Algorithm.TWO_SHOT and op != "all_reduce":
         raise ConfigError(f"{op}: algorithm must not be 'two_shot'; there is none")
     if wanted is Algorithm.PSUM and not allow_psum:

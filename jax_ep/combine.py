@@ -58,7 +58,7 @@ def combine(
     """
     group = _checks.require_handle(handle, op=_OP)
     layout = Layout[handle.layout.upper()]
-    rows = _checks.require_rows(rows, op=_OP, argument="rows")
+    rows = _checks.require_rows(rows, op=_OP, argument="rows", rows="recv_capacity")
     if rows.shape[0] != handle.recv_capacity:
         raise ShapeError(
             f"{_OP}: rows must be [recv_capacity={handle.recv_capacity}, hidden] as the handle "

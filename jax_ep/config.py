@@ -14,6 +14,7 @@ import enum
 import math
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -83,13 +84,21 @@ class Algorithm(enum.Enum):
 _Choice = TypeVar("_Choice", bound=enum.Enum)
 
 
-def choice(kind: type[_Choice], value: str, *, op: str, argument: str) -> _Choice:
-    """The member of `kind` that a public argument names."""
+def choice(
+    kind: type[_Choice], value: str, *, op: str, argument: str, also: Sequence[str] = ()
+) -> _Choice:
+    """The member of `kind` that a public argument names; `also`: what the caller takes besides."""
     for member in kind:
         if member.name.lower() == value:
             return member
-    names = ", ".join(repr(member.name.lower()) for member in kind)
+    names = ", ".join(map(repr, (*also, *(member.name.lower() for member in kind))))
     raise ConfigError(f"{op}: {argument} must be one of {names}, got {value!r}")
+
+
+def alternatives(names: Sequence[str]) -> str:
+    """As in "bfloat16, float16 or float32"."""
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def require_int(value: Any, *, minimum: int, op: str, argument: str) -> int:

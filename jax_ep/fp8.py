@@ -141,7 +141,7 @@ def _require_result(dtype: Any, dtypes: Sequence[Any], *, op: str) -> Any:
     for d in allowed:
         if d == dtype:
             return d
-    names = ", ".join(d.name for d in allowed)
+    names = config.alternatives([d.name for d in allowed])
     raise DTypeError(f"{op}: dtype must be {names}, got {dtype!r}")
 
 

@@ -423,16 +423,16 @@ def test_what_is_not_ours_is_psum(groups, backend):
 
 
 BAD = {
-    "dtype": (jax_ep.all_reduce, [np.ones((2, 3), np.uint8)], {"allow_psum": False}, jax_ep.DTypeError, "all_reduce: x, for all algorithms but psum, must be bfloat16, float16, float32, int32, got uint8"),
+    "dtype": (jax_ep.all_reduce, [np.ones((2, 3), np.uint8)], {"allow_psum": False}, jax_ep.DTypeError, "all_reduce: x, for all algorithms but psum, must be bfloat16, float16, float32 or int32, got uint8"),
     "empty": (jax_ep.all_reduce, [np.ones((2, 0), np.float32)], {"algorithm": "one_shot"}, jax_ep.ConfigError, r"all_reduce: psum alone takes an x without elements, got shape \(0,\)"),
-    "algorithm": (jax_ep.all_reduce, [np.ones((2, 3))], {"algorithm": "ring"}, jax_ep.ConfigError, "all_reduce: algorithm must be one of 'low_latency', 'one_shot', 'two_shot', 'psum', got 'ring'"),
+    "algorithm": (jax_ep.all_reduce, [np.ones((2, 3))], {"algorithm": "ring"}, jax_ep.ConfigError, "all_reduce: algorithm must be one of 'auto', 'low_latency', 'one_shot', 'two_shot', 'psum', got 'ring'"),
     "backend": (jax_ep.all_reduce, [np.ones((2, 3))], {"backend": "tpu"}, jax_ep.ConfigError, "all_reduce: backend must be one of"),
     "scatter": (jax_ep.reduce_scatter, [np.ones((2, 3))], {}, jax_ep.ShapeError, r"reduce_scatter: the first axis of x must be num_ranks=2, got shape \(3,\)"),
     "tiled": (jax_ep.reduce_scatter, [np.ones((2, 3))], {"tiled": True}, jax_ep.ShapeError, r"must be a multiple of num_ranks=2, got shape \(3,\)"),
     "gather": (jax_ep.all_gather, [np.ones(2)], {"tiled": True}, jax_ep.ShapeError, r"all_gather: tiled, x must have an axis"),
     "residual": (jax_ep.all_reduce_residual_rmsnorm, [np.ones((2, 3)), np.ones((2, 4)), np.ones((2, 3))], {}, jax_ep.ShapeError, r"residual must have shape \(3,\), got \(4,\)"),
     "scale": (jax_ep.all_reduce_residual_rmsnorm, [np.ones((2, 3)), np.ones((2, 3)), np.ones((2, 4))], {}, jax_ep.ShapeError, r"scale must have shape \(3,\), got \(4,\)"),
-    "norm_dtype": (jax_ep.all_reduce_residual_rmsnorm, [np.ones((2, 3), np.int32)] * 3, {}, jax_ep.DTypeError, "x must be bfloat16, float16, float32, got int32"),
+    "norm_dtype": (jax_ep.all_reduce_residual_rmsnorm, [np.ones((2, 3), np.int32)] * 3, {}, jax_ep.DTypeError, "x must be bfloat16, float16 or float32, got int32"),
     "eps": (jax_ep.all_reduce_residual_rmsnorm, [np.ones((2, 3))] * 3, {"eps": -1.0}, jax_ep.ConfigError, "eps must be a static number of at least 0, got -1.0"),
     "packets": (jax_ep.all_reduce, [np.ones((2, 400_000))], {"algorithm": "low_latency"}, jax_ep.ConfigError, "algorithm='low_latency' takes at most 1572864 bytes from a rank here, got 1600000"),
     "two_halves": (jax_ep.reduce_scatter, [np.ones((2, 2))], {"algorithm": "two_shot"}, jax_ep.ConfigError, "reduce_scatter: algorithm must not be 'two_shot'"),

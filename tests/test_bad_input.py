@@ -31,12 +31,12 @@ def _dispatch(group, x=None, ids=None, weights=None, **options):
 
 
 DISPATCH = {
-    "x_rank": ({"x": _zeros(4, 8, 2)}, jax_ep.ShapeError, "dispatch: x must be [rows, hidden], both positive, got shape (4, 8, 2)"),
-    "x_dtype": ({"x": _zeros(4, 8, dtype=np.int32)}, jax_ep.DTypeError, "dispatch: x must be bfloat16, float16, float32, got int32"),
+    "x_rank": ({"x": _zeros(4, 8, 2)}, jax_ep.ShapeError, "dispatch: x must be [num_tokens, hidden], both positive, got shape (4, 8, 2)"),
+    "x_dtype": ({"x": _zeros(4, 8, dtype=np.int32)}, jax_ep.DTypeError, "dispatch: x must be bfloat16, float16 or float32, got int32"),
     "x_row_bytes": ({"x": _zeros(4, 6)}, jax_ep.ShapeError, "dispatch: a row of x must be a multiple of 16 bytes, got hidden=6 of float32: 24 bytes"),
     "x_tokens": ({"x": _zeros(5, 8)}, jax_ep.ShapeError, "dispatch: topk_idx must have shape (5, 2), got (4, 2)"),
     "ids_rank": ({"ids": _zeros(4, dtype=np.int32)}, jax_ep.ShapeError, "dispatch: topk_idx must be [num_tokens, num_topk], both positive, got shape (4,)"),
-    "ids_dtype": ({"ids": _zeros(4, 2)}, jax_ep.DTypeError, "dispatch: topk_idx must be int32, int64, got float32"),
+    "ids_dtype": ({"ids": _zeros(4, 2)}, jax_ep.DTypeError, "dispatch: topk_idx must be int32 or int64, got float32"),
     "weights_shape": ({"weights": _zeros(4, 3)}, jax_ep.ShapeError, "dispatch: topk_weights must have shape (4, 2), got (4, 3)"),
     "weights_dtype": ({"weights": _zeros(4, 2, dtype=jnp.bfloat16)}, jax_ep.DTypeError, "dispatch: topk_weights must be float32, got bfloat16"),
     "experts": ({"num_experts": 5}, jax_ep.ConfigError, "dispatch: num_experts must be a multiple of num_ranks=2, got 5"),
@@ -68,7 +68,8 @@ def test_dispatch_of_a_pair(groups):
         return jax_ep.dispatch((x, x), ids, group=groups(2), num_experts=4)
 
     with pytest.raises(
-        jax_ep.DTypeError, match=r"dispatch: x\[0\] must be float8_e4m3fn, float8_e5m2, got float32"
+        jax_ep.DTypeError,
+        match=r"dispatch: x\[0\] must be float8_e4m3fn or float8_e5m2, got float32",
     ):
         on_ranks(fn, groups(2).mesh)(_zeros(4, 8), _zeros(4, 2, dtype=np.int32))
 
@@ -179,9 +180,28 @@ def test_outside_shard_map(groups):
         jax.jit(lambda x, i: jax_ep.dispatch(x, i, group=groups(2), num_experts=4))(x, ids)
 
 
+MISSING = {
+    "topk_idx": (jax_ep.DTypeError, "dispatch: topk_idx is missing: it must be an array"),
+    "num_experts": (jax_ep.ConfigError, "dispatch: num_experts is missing: it must be a static"),
+    "x": (jax_ep.DTypeError, "dispatch: x is missing: it must be an array"),
+}
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_arguments_that_are_missing(groups, name):
+    error, message = MISSING[name]
+
+    def call(x, ids):
+        arguments = {"x": x, "topk_idx": ids, "num_experts": 4, name: None}
+        return jax_ep.dispatch(**arguments, group=groups(2)).x
+
+    with pytest.raises(error, match=message):
+        on_ranks(call, groups(2).mesh)(_zeros(4, 8), _zeros(4, 2, dtype=np.int32))
+
+
 def test_group_that_is_none():
     with pytest.raises(
-        jax_ep.GroupError, match=r"dispatch: group must be a jax_ep.Group, got NoneType"
+        jax_ep.GroupError, match=r"dispatch: group is missing: pass an open jax_ep.Group as group="
     ):
         jax_ep.dispatch(jnp.zeros((4, 8)), jnp.zeros((4, 2), jnp.int32), group=None, num_experts=4)
 

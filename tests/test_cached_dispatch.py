@@ -176,16 +176,16 @@ def test_gradient_of_scales():
 ONES = np.ones((2, 128), np.float32)
 QUANTIZE = {
     "list": (([[1.0] * 128],), {}, jax_ep.DTypeError, "x must be an array, got list"),
-    "int32": ((ONES.astype(np.int32),), {}, jax_ep.DTypeError, "x must be bfloat16, float16, float32, got int32"),
-    "float64": ((ONES.astype(np.float64),), {}, jax_ep.DTypeError, "x must be bfloat16, float16, float32, got float64"),
+    "int32": ((ONES.astype(np.int32),), {}, jax_ep.DTypeError, "x must be bfloat16, float16 or float32, got int32"),
+    "float64": ((ONES.astype(np.float64),), {}, jax_ep.DTypeError, "x must be bfloat16, float16 or float32, got float64"),
     "rank": ((ONES[0],), {}, jax_ep.ShapeError, "x must be [num_tokens, hidden], hidden a positive multiple of block=128, got shape (128,)"),
     "hidden": ((ONES[:, :100],), {}, jax_ep.ShapeError, "x must be [num_tokens, hidden], hidden a positive multiple of block=128, got shape (2, 100)"),
     "no_hidden": ((ONES[:, :0],), {}, jax_ep.ShapeError, "x must be [num_tokens, hidden], hidden a positive multiple of block=128, got shape (2, 0)"),
     "block_none": ((ONES,), {"block": None}, jax_ep.ConfigError, "block must be a static integer, got None"),
     "block_zero": ((ONES,), {"block": 0}, jax_ep.ConfigError, "block must be at least 1, got 0"),
     "scales": ((ONES,), {"scales": "f16"}, jax_ep.ConfigError, "scales must be one of 'f32', 'e8m0', got 'f16'"),
-    "dtype": ((ONES,), {"dtype": jnp.float32}, jax_ep.DTypeError, "dtype must be float8_e4m3fn, float8_e5m2, got "),
-    "dtype_text": ((ONES,), {"dtype": "fp8"}, jax_ep.DTypeError, "dtype must be float8_e4m3fn, float8_e5m2, got 'fp8'"),
+    "dtype": ((ONES,), {"dtype": jnp.float32}, jax_ep.DTypeError, "dtype must be float8_e4m3fn or float8_e5m2, got "),
+    "dtype_text": ((ONES,), {"dtype": "fp8"}, jax_ep.DTypeError, "dtype must be float8_e4m3fn or float8_e5m2, got 'fp8'"),
 }  # fmt: skip
 
 
@@ -199,16 +199,16 @@ def test_quantize_fp8_bad_input(name):
 ROWS, SCALES = ONES.astype(FP8_DTYPES[0]), np.ones((2, 2), np.float32)
 DEQUANTIZE = {
     "list": ((ROWS, [[1.0, 1.0]] * 2), jax_ep.DTypeError, "scales must be an array, got list"),
-    "bf16": ((ROWS, SCALES.astype(jnp.bfloat16)), jax_ep.DTypeError, "scales must be float32, uint8, float8_e8m0fnu, got bfloat16"),
-    "f16": ((ROWS, SCALES.astype(np.float16)), jax_ep.DTypeError, "scales must be float32, uint8, float8_e8m0fnu, got float16"),
+    "bf16": ((ROWS, SCALES.astype(jnp.bfloat16)), jax_ep.DTypeError, "scales must be float32, uint8 or float8_e8m0fnu, got bfloat16"),
+    "f16": ((ROWS, SCALES.astype(np.float16)), jax_ep.DTypeError, "scales must be float32, uint8 or float8_e8m0fnu, got float16"),
     "rows": ((ROWS, SCALES[:1]), jax_ep.ShapeError, "scales must be [rows=2, a divisor of hidden=128], got shape (1, 2)"),
     "more_rows": ((ROWS, np.ones((4, 1), np.float32)), jax_ep.ShapeError, "scales must be [rows=2, a divisor of hidden=128], got shape (4, 1)"),
     "blocks": ((ROWS, np.ones((2, 3), np.float32)), jax_ep.ShapeError, "scales must be [rows=2, a divisor of hidden=128], got shape (2, 3)"),
     "no_blocks": ((ROWS, SCALES[:, :0]), jax_ep.ShapeError, "scales must be [rows=2, a divisor of hidden=128], got shape (2, 0)"),
     "one_axis": ((ROWS, SCALES[:, 0]), jax_ep.ShapeError, "scales must be [rows=2, a divisor of hidden=128], got shape (2,)"),
-    "x_dtype": ((ONES, SCALES), jax_ep.DTypeError, "x must be float8_e4m3fn, float8_e5m2, got float32"),
+    "x_dtype": ((ONES, SCALES), jax_ep.DTypeError, "x must be float8_e4m3fn or float8_e5m2, got float32"),
     "x_rank": ((ROWS[None], SCALES), jax_ep.ShapeError, "x must be [rows, hidden], hidden positive, got shape (1, 2, 128)"),
-    "dtype": ((ROWS, SCALES, jnp.int32), jax_ep.DTypeError, "dtype must be bfloat16, float16, float32, got "),
+    "dtype": ((ROWS, SCALES, jnp.int32), jax_ep.DTypeError, "dtype must be bfloat16, float16 or float32, got "),
 }  # fmt: skip
 
 
@@ -274,8 +274,8 @@ BAD = {
     "tokens": (lambda x, ids, h: jax_ep.dispatch(x[:3], handle=h), jax_ep.ShapeError, r"dispatch: x must have shape \(4, 128\), got \(3, 128\)"),
     "not_a_handle": (lambda x, ids, h: jax_ep.dispatch(x, handle=ids), jax_ep.ConfigError, "dispatch: handle must be the DispatchHandle of a dispatch, got"),
     "triple": (lambda x, ids, h: jax_ep.dispatch((x, x, x), handle=h), jax_ep.DTypeError, "dispatch: x must be an array or a pair, got 3 arrays"),
-    "not_fp8": (lambda x, ids, h: jax_ep.dispatch((x, x), handle=h), jax_ep.DTypeError, r"dispatch: x\[0\] must be float8_e4m3fn, float8_e5m2, got float32"),
-    "scales_dtype": (lambda x, ids, h: jax_ep.dispatch((x.astype(FP8_DTYPES[0]), ids), handle=h), jax_ep.DTypeError, "dispatch: scales must be float32, uint8, float8_e8m0fnu, got int32"),
+    "not_fp8": (lambda x, ids, h: jax_ep.dispatch((x, x), handle=h), jax_ep.DTypeError, r"dispatch: x\[0\] must be float8_e4m3fn or float8_e5m2, got float32"),
+    "scales_dtype": (lambda x, ids, h: jax_ep.dispatch((x.astype(FP8_DTYPES[0]), ids), handle=h), jax_ep.DTypeError, "dispatch: scales must be float32, uint8 or float8_e8m0fnu, got int32"),
     "scales_tokens": (lambda x, ids, h: jax_ep.dispatch((x.astype(FP8_DTYPES[0]), x[:2]), handle=h), jax_ep.ShapeError, r"dispatch: scales must be \[num_tokens=4, at least 1\], got shape \(2, 128\)"),
     "payload_rank": (lambda x, ids, h: jax_ep.dispatch(x, handle=h, payload=x[0]), jax_ep.ShapeError, r"dispatch: payload must be \[num_tokens=4, at least 1\], got shape \(128,\)"),
     "payload_int4": (lambda x, ids, h: jax_ep.dispatch(x, handle=h, payload=x.astype(jnp.int4)), jax_ep.DTypeError, "rows of payload must be whole bytes; pack int4 into uint8"),
