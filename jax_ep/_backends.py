@@ -12,7 +12,7 @@ from jax_ep._primitives.combine import combine, combine_workspace_bytes
 from jax_ep._primitives.dispatch import dispatch
 from jax_ep._primitives.pull_rows import pull_rows
 from jax_ep._spec import CallSpec, CombineSpec, DispatchSpec, ReduceSpec, Routed, RowIndex
-from jax_ep.errors import ConfigError, GroupError
+from jax_ep.errors import GroupError
 
 _OPS = frozenset(
     {
@@ -114,9 +114,6 @@ def resolve(
 
     `why_not_linked`: why the processes of the mesh cannot reach one another, if they cannot.
     """
-    if requested not in ("auto", *config.BACKENDS):
-        names = ", ".join(repr(b) for b in ("auto", *config.BACKENDS))
-        raise ConfigError(f"Group.open: backend must be one of {names}, got {requested!r}")
     found = {
         "cpu": _cpu(mesh, why_not_linked),
         "cuda": _cuda(mesh, num_ranks, why_not_linked),

@@ -8,7 +8,6 @@ import atexit
 import ctypes
 import os
 import secrets
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -17,12 +16,11 @@ from typing import Any, Self
 
 import jax
 
-from jax_ep import _jax_compat, _native, _sockets
+from jax_ep import _jax_compat, _leaving, _native, _sockets
 from jax_ep._conversation import Conversation
 from jax_ep._neighbourhoods import neighbourhoods
 from jax_ep.errors import GroupError, PeerTimeoutError
 
-_LEAVE_S, _LEAVE_POLL_S = 5.0, 0.05
 _SOCKETS_PART = 0.5  # of the timeout: who waits at a socket must give up before who waits for it
 
 
@@ -61,11 +59,13 @@ class Meeting:
         self.timeout = timeout
         self._leaves_alone = False
         self._pid = os.getpid()
-        self._watched: dict[int, int] = {}  # by process, a descriptor of it
+        self._watched: dict[int, int] = {}  # by process of this host, a descriptor of it
+        self._has_other_hosts = False
         self._conversation = (
             None if self.is_alone else Conversation(identity, owners, timeout=timeout)
         )
         if not self.is_alone:
+            _leaving.join_at_exit()
             atexit.register(self._end_child)
 
     def __enter__(self) -> Self:
@@ -122,21 +122,27 @@ class Meeting:
         """Links this process to its neighbours, or says in all processes why not.
 
         `reads_memory`: only if each can read its neighbours' memory.
+
+        All processes of the host are watched from then on, neighbours or not.
         """
-        if not self.crosses_processes:
+        if self.is_alone:
             return
         me = jax.process_index()
         token = secrets.token_bytes(_sockets.TOKEN_BYTES)
-        mine = {"problem": "", "host": "", "address": "", "token": token.hex()}
+        mine = {"problem": "", "host": "", "pid": os.getpid(), "address": "", "token": token.hex()}
         listener = None
         with ExitStack() as stack:
             try:
-                listener, mine["address"] = _sockets.listen(len(self.neighbours) + 1)
-                stack.enter_context(listener)
                 mine["host"] = _sockets.host()
+                if self.crosses_processes:
+                    listener, mine["address"] = _sockets.listen(len(self.neighbours) + 1)
+                    stack.enter_context(listener)
             except OSError as e:
                 mine["problem"] = str(e)
             said = self.gather("address", mine)
+            self._watch(said)
+            if not self.crosses_processes:
+                return
             self.why_not_linked = _first({p: told["problem"] for p, told in said.items()})
             if self.why_not_linked is None:
                 self.why_not_linked = self._why_apart({p: t["host"] for p, t in said.items()})
@@ -159,16 +165,22 @@ class Meeting:
             except OSError as e:
                 problem = f"no connection between the processes: {e}"
                 is_echo = isinstance(e, TimeoutError)
-        self._watched = {
-            link.process: watch
-            for link in self.links
-            if (watch := _sockets.watch_process(link.pid)) is not None
-        }
         self.why_not_linked = self.first_problem("links", problem, is_echo=is_echo)
         if self.why_not_linked is None and reads_memory:
             self.why_not_linked = self._first_unreadable()
         if self.why_not_linked is not None:
             self._close_links()
+
+    def _watch(self, said: Mapping[int, Mapping[str, Any]]) -> None:
+        me = jax.process_index()
+        host = said[me]["host"]
+        for process, told in said.items():
+            if told["host"] != host:
+                self._has_other_hosts = True
+            elif process != me and host:
+                watch = _sockets.watch_process(told["pid"])
+                if watch is not None:
+                    self._watched[process] = watch
 
     def _why_apart(self, hosts: Mapping[int, str]) -> str | None:
         """Why a slice is not of one host, if one is not."""
@@ -185,15 +197,15 @@ class Meeting:
 
     def close(self) -> None:
         """Closes the sockets that nobody has taken over. Not collective."""
-        self._close_links()
         atexit.unregister(self._end_child)
-
-    def _close_links(self) -> None:
+        if self._leaves_alone:
+            return  # this process asks at exit who is still there
+        self._close_links()
         for watch in self._watched.values():
             os.close(watch)
         self._watched = {}
-        if self._leaves_alone:
-            return  # this process asks at exit who is still there
+
+    def _close_links(self) -> None:
         for link in self.links:
             link.socket.close()
         self.links = []
@@ -205,10 +217,15 @@ class Meeting:
         self.links = []
 
     def has_others(self) -> bool:
-        """Whether another process is still there, as far as is known. Not collective."""
-        if self.asks_for_others is not None:
-            return self.asks_for_others()
-        return _sockets.any_is_open(self.links)
+        """Whether another process is still there, as far as is known. Not collective.
+
+        Those of other hosts count as being there. A neighbour is not, once it has closed its link.
+        """
+        asks = self.asks_for_others
+        if self._has_other_hosts or (_sockets.any_is_open(self.links) if asks is None else asks()):
+            return True
+        strangers = set(self._watched) - set(self.neighbours)
+        return any(not _sockets.has_ended(self._watched[process]) for process in strangers)
 
     def lost_process(self) -> int | None:
         """One that has ended, if that is known. Not collective."""
@@ -219,8 +236,7 @@ class Meeting:
         """After a peer was lost: the interpreter's exit does not wait for all processes of JAX.
 
         JAX's own shutdown would wait for those that are gone until their heartbeats are missed, and
-        abort the process. JAX also aborts processes whose coordinator, process 0, has gone before
-        them: it leaves last, unless the others stay for long. Not collective.
+        abort the process. Not collective.
         """
         if not self.is_alone and not self._leaves_alone:
             self._leaves_alone = True
@@ -245,14 +261,8 @@ class Meeting:
             self._leave(_native.load("cpu"))
 
     def _leave(self, native: ModuleType) -> None:
-        if not self._leaves_alone or _jax_compat.distributed_client() is None:
-            return
-        if jax.process_index() == 0:
-            deadline = time.monotonic() + _LEAVE_S
-            while self.has_others() and time.monotonic() < deadline:
-                time.sleep(_LEAVE_POLL_S)
-        native.exit_without_teardown()
-        _jax_compat.abandon_runtime()
+        if self._leaves_alone:
+            _leaving.leave(native, self.has_others)
 
     def _has_failed_link(self) -> bool:
         """Whether another process has no connection, and says so. Not collective."""
@@ -306,6 +316,6 @@ def meet(
             f"Group.open: timeout={timeout:g} s: JAX aborts processes that wait for a lost one "
             f"after heartbeat_timeout_seconds ({heartbeat:g} by default; JAX does not tell what "
             "jax.distributed.initialize was told): only below it they get an exception",
-            stacklevel=3,
+            stacklevel=4,
         )
     return meeting

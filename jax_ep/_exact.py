@@ -32,11 +32,15 @@ def _kept_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def rounded(x: jax.Array, dtype: Any) -> jax.Array:
-    """A result of ours, as `kept`; what the program does with it is simplified by itself.
+    """A sum, as a result of ours, rounded as `kept`; the program behind it is simplified by itself.
 
-    As behind a custom call: else the gradients of a training step were seen to differ by a bit.
+    As behind a custom call: else the gradients of a training step were seen to differ by a bit. So
+    they were, with JAX 0.10, where a sum that needs no rounding went through `kept`.
     """
-    result: jax.Array = jax.lax.optimization_barrier(kept(x.astype(dtype)))
+    narrow = x.astype(dtype)
+    result: jax.Array = jax.lax.optimization_barrier(
+        narrow if narrow.dtype == x.dtype else kept(narrow)
+    )
     return result
 
 

@@ -8,7 +8,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 from jax._src import core, dispatch, distributed, sharding_impls, xla_bridge
@@ -64,25 +64,38 @@ def automatic_axes() -> dict[str, int]:
     return {name: size for name, size in mesh.shape.items() if name not in manual and size > 1}
 
 
-def ambient_meshes() -> tuple[jax.sharding.AbstractMesh, list[jax.sharding.Mesh]]:
-    """The mesh of the place that the caller is in, and those with devices that it may be.
+class AmbientMeshes(NamedTuple):
+    """What is known of the mesh of the place that the caller is in.
 
-    JAX traces the body of a jax.shard_map with the abstract mesh alone; devices are known where
-    jax.set_mesh or a `with mesh:` is around it, or nobody jits it.
+    JAX traces the body of a jax.shard_map with the abstract mesh alone. Devices are known where
+    nobody jits it, or jax.set_mesh is around it, which JAX compares with the mesh of a shard_map.
+
+    Attributes:
+      abstract: its axes; empty where there is none.
+      known: meshes with devices, the innermost first.
+      around: the mesh of a `with mesh:`, which another one's shard_map may stand in.
     """
-    found: list[Any] = [
-        mesh_internals.get_concrete_mesh(),
-        mesh_internals.thread_resources.env.physical_mesh,
-    ]
+
+    abstract: jax.sharding.AbstractMesh
+    known: list[jax.sharding.Mesh]
+    around: jax.sharding.Mesh | None
+
+
+def ambient_meshes() -> AmbientMeshes:
+    """As the caller finds them."""
+    found: list[Any] = []
     trace = core.trace_ctx.trace
     while trace is not None:
         found.append(getattr(trace, "mesh", None))
         trace = getattr(trace, "parent_trace", None)
-    meshes = [m for m in found if isinstance(m, jax.sharding.Mesh) and not m.empty]
+    found.append(mesh_internals.get_concrete_mesh())
+    known = [m for m in found if isinstance(m, jax.sharding.Mesh) and not m.empty]
+    physical: jax.sharding.Mesh = mesh_internals.thread_resources.env.physical_mesh
+    around = None if physical.empty else physical
     abstract = jax.sharding.get_abstract_mesh()
-    if abstract.empty and meshes:
-        abstract = meshes[0].abstract_mesh
-    return abstract, meshes
+    if abstract.empty:
+        abstract = (known[0] if known else physical).abstract_mesh
+    return AmbientMeshes(abstract, known, around)
 
 
 @contextmanager

@@ -1,10 +1,10 @@
-"""What `Group.get` looks for: the mesh and the axis that are meant, and the settings wanted."""
+"""What `Group.get` looks for: which mesh and axis are meant, and the settings wanted."""
 
 from typing import TYPE_CHECKING, Any
 
 import jax
 
-from jax_ep import _jax_compat, _registry
+from jax_ep import _jax_compat, _open_arguments, _registry
 from jax_ep.errors import GroupError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ def find_mesh(mesh: Any, axis: Axis, name: str | None) -> jax.sharding.Mesh:
     """The mesh with devices; GroupError where none is known, or more than one."""
     if isinstance(mesh, jax.sharding.Mesh):
         return mesh
-    abstract, meshes = _jax_compat.ambient_meshes()
+    abstract, known, around = _jax_compat.ambient_meshes()
     if isinstance(mesh, jax.sharding.AbstractMesh):
         abstract = mesh
     elif mesh is not None:
@@ -29,25 +29,29 @@ def find_mesh(mesh: Any, axis: Axis, name: str | None) -> jax.sharding.Mesh:
         )
     if abstract.empty:
         raise GroupError(f"Group.get: no mesh is set here: {_WHAT_TO_DO}")
-    alike = [m for m in meshes if _axes_of(m) == _axes_of(abstract)]
+    wanted = _axes_of(abstract)
+    alike = [m for m in known if _axes_of(m) == wanted]
     if alike:
         return alike[0]
-    axes = _as_tuple(find_axis(abstract, axis))
-    found = {
-        group.spec.device_ids: group.mesh
-        for group in list(_registry.open_groups.values())
-        if _axes_of(group.mesh) == _axes_of(abstract)
-        and group.axes == axes
-        and group.name == (name if name is not None else "_".join(axes))
-    }
+    axes = _open_arguments.check_axis(abstract, find_axis(abstract, axis), op="Group.get")
+    name = "_".join(axes) if name is None else name
+    groups = [g for g in list(_registry.open_groups.values()) if (g.axes, g.name) == (axes, name)]
+    if around is not None and _axes_of(around) == wanted:
+        if mesh is None and not _jax_compat.manual_axes():
+            return around
+        candidates = [around, *(group.mesh for group in groups)]
+    else:
+        candidates = [group.mesh for group in groups]
+    found = {tuple(m.devices.flat): m for m in candidates if _axes_of(m) == wanted}
     if len(found) == 1:
         return next(iter(found.values()))
-    how_many = f"{len(found)} groups over meshes" if found else "no group over a mesh"
     sizes = ", ".join(f"{a!r}: {size}" for a, size in _axes_of(abstract))
+    problem = f"Group.get: the devices of the mesh ({sizes}) are not known here, and"
+    if found:
+        raise GroupError(f"{problem} {len(found)} meshes like it are in use: {_WHAT_TO_DO}")
     raise GroupError(
-        f"Group.get: the devices of the mesh ({sizes}) are not known here, and {how_many} like it "
-        f"along {_listed(axes)} is open: {_WHAT_TO_DO}"
-        + ("" if found else ", or open the group before")
+        f"{problem} no group over a mesh like it along {_listed(axes)} is open: {_WHAT_TO_DO}, or "
+        "open the group before"
     )
 
 
@@ -87,10 +91,6 @@ def require_settings(group: "Group", *, backend: str | None, **wanted: Any) -> N
             f"{', '.join(sorted(others))} in part, wanted {backend!r} alone: "
             "close it first, or pass another name="
         )
-
-
-def _as_tuple(axis: str | tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
 
 
 def _axes_of(mesh: Any) -> tuple[tuple[str, int], ...]:

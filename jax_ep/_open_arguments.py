@@ -28,13 +28,20 @@ def check(
     axis: str | tuple[str, ...],
     *,
     name: str | None,
+    backend: str,
     timeout: float,
     num_sms: int | None,
     ranks_per_node: int | None,
+    debug: bool | None,
     op: str,
 ) -> OpenArguments:
     """Raises ConfigError or GroupError."""
     axes = _check_mesh(mesh, axis, op)
+    if backend not in ("auto", *config.BACKENDS):
+        names = ", ".join(map(repr, ("auto", *config.BACKENDS)))
+        raise ConfigError(f"{op}: backend must be one of {names}, got {backend!r}")
+    if debug is not None and not isinstance(debug, bool):
+        raise ConfigError(f"{op}: debug must be True, False or None, got {debug!r}")
     sizes = dict(mesh.shape)
     num_ranks = math.prod(sizes[a] for a in axes)
     ranks_per_node = config.require_int(
@@ -75,6 +82,11 @@ def _check_mesh(mesh: jax.sharding.Mesh, axis: Any, op: str) -> tuple[str, ...]:
         raise GroupError(
             f"{op}: mesh must be a jax.sharding.Mesh with devices, got {type(mesh).__name__}"
         )
+    return check_axis(mesh, axis, op=op)
+
+
+def check_axis(mesh: Any, axis: Any, *, op: str) -> tuple[str, ...]:
+    """The axes of the group, as a tuple, of a mesh with or without devices."""
     axes = tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
     if not axes or not set(axes) <= set(mesh.axis_names) or len(set(axes)) != len(axes):
         raise GroupError(

@@ -36,6 +36,7 @@ def make_spec(
     dtypes: Sequence[Any] | None = SUM_DTYPES,
     movement: Movement = Movement.ALL_REDUCE,
     padding: int = 0,
+    kernel: str | None = None,
 ) -> ReduceSpec:
     """The call's static facts, with the algorithm chosen; equal on all ranks.
 
@@ -50,10 +51,12 @@ def make_spec(
       dtypes: what the custom call takes; None: anything.
       movement: what becomes of the operands.
       padding: bytes that packets have to carry beside them.
+      kernel: whose table and limits are meant; None: those of `op`.
 
     Raises: GroupError, ConfigError, DTypeError.
     """
     group = _checks.require_group(group, op=op)
+    kernel = op if kernel is None else kernel
     spec = partial(
         ReduceSpec,
         group.spec,
@@ -69,6 +72,7 @@ def make_spec(
             x,
             num_bytes,
             op=op,
+            kernel=kernel,
             allow_psum=allow_psum,
             dtypes=dtypes,
             padding=padding,
@@ -86,7 +90,7 @@ def make_spec(
                 f"{op}: algorithm={algorithm!r} needs GPUs with native atomics between them "
                 "(NVLink): elsewhere the 16 bytes of a packet may arrive in parts"
             )
-        most = _limits(group, spec(wanted), x, op, padding)[wanted]
+        most = _limits(group, spec(wanted), x, kernel, padding)[wanted]
         if most < num_bytes:
             raise ConfigError(
                 f"{op}: algorithm={algorithm!r} takes at most {max(0, most)} bytes from a rank "
@@ -102,6 +106,7 @@ def choose(
     num_bytes: int,
     *,
     op: str,
+    kernel: str,
     allow_psum: bool,
     dtypes: Sequence[Any] | None,
     padding: int,
@@ -113,10 +118,10 @@ def choose(
     _require_operand(x, dtypes, op)
     if spec.backend != "cuda":
         return Algorithm.ONE_SHOT
-    limits = _limits(group, spec, x, op, padding)
+    limits = _limits(group, spec, x, kernel, padding)
     allowed = [a for a, most in limits.items() if num_bytes <= most]
     choices = [*allowed, Algorithm.PSUM] if allow_psum else allowed
-    chosen = _tuning.pick(group.tuning, op, num_bytes, choices)
+    chosen = _tuning.pick(group.tuning, kernel, num_bytes, choices)
     if chosen is not None:
         return chosen
     if allow_psum:
@@ -134,7 +139,7 @@ def _require_operand(x: jax.Array, dtypes: Sequence[Any] | None, op: str) -> Non
 
 
 def _limits(
-    group: Group, spec: ReduceSpec, x: jax.Array, op: str, padding: int
+    group: Group, spec: ReduceSpec, x: jax.Array, kernel: str, padding: int
 ) -> dict[Algorithm, int]:
     """Bytes from each rank that an algorithm can carry, -1 for none; the last for the largest."""
     most = config.packet_payload(group.num_ranks) - padding if group.spec.has_packets else -1
@@ -142,13 +147,13 @@ def _limits(
     if spec.backend != "cuda":
         # Packets have their limit everywhere: a program that runs here runs there.
         return packets | dict.fromkeys((Algorithm.ONE_SHOT, Algorithm.TWO_SHOT), _UNLIMITED)
-    pushed = -1 if op == "all_reduce_residual_rmsnorm" else config.push_payload(group.num_ranks)
+    pushed = -1 if kernel == "all_reduce_residual_rmsnorm" else config.push_payload(group.num_ranks)
     # A large two-shot reads results of peers, which are never staged.
     pulls = group.spec.staging_bytes is None
     two_shot = _UNLIMITED if pulls else config.two_shot_payload(group.num_ranks)
     return packets | {
         Algorithm.ONE_SHOT: _UNLIMITED if group.spec.can_stage(x) else pushed,
-        Algorithm.TWO_SHOT: two_shot if op == "all_reduce" else -1,
+        Algorithm.TWO_SHOT: two_shot if kernel == "all_reduce" else -1,
     }
 
 

@@ -22,6 +22,7 @@ told_failures: "list[weakref.ref[jax.Array]]" = []
 # By identity: of two threads that want one group, the second finds what the first has opened.
 _opening: dict[str, AbstractContextManager[Any]] = {}
 os.register_at_fork(after_in_child=_opening.clear)  # whoever held one is not there
+joins_at_exit: int | None = None  # the pid of a process of several, not of its forked children
 interrupts_survived: int | None = None  # None: nobody watches them
 
 

@@ -34,7 +34,7 @@ def run(group: "Group") -> None:
         index = peers * num_ranks + rank
         return backend.pull_rows(spec, index, mine)
 
-    # Of what types the axes are is the program's affair.
+    # The types of axes are the program's business.
     mesh = Mesh(group.mesh.devices, group.mesh.axis_names)
     partition = PartitionSpec(tuple(mesh.axis_names))
     test = jax.shard_map(

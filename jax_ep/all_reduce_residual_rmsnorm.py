@@ -1,6 +1,5 @@
 """all_reduce_residual_rmsnorm: what stands between two tensor-parallel layers, in one kernel."""
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -126,16 +125,16 @@ def _all_reduce_spec(
     group: Group, terms: jax.Array, *, allow_psum: bool, backend: str | None
 ) -> ReduceSpec:
     """Of the all_reduce that stands in for the kernel."""
-    spec = _reduce.make_spec(
+    return _reduce.make_spec(
         group,
         terms,
         terms.nbytes,
-        op="all_reduce",
+        op=_OP,
+        kernel="all_reduce",
         algorithm="auto",
         allow_psum=allow_psum,
         backend=backend,
     )
-    return replace(spec, op=_OP)
 
 
 def packet_padding(x: jax.Array) -> int:

@@ -45,7 +45,8 @@ def get_dispatch_layout(
     Returns:
       DispatchLayout.
 
-    Collective: no, but inside jax.shard_map over the group's mesh.
+    Collective: no, but inside jax.shard_map over the group's mesh. The order of its devices does
+      not matter here, and is not checked.
     Gradient: none, the results are integers.
     Raises: ShapeError, DTypeError, ConfigError, GroupError while tracing; RoutingError from
       `group.check()` in debug mode.

@@ -154,9 +154,11 @@ class Group:
             mesh,
             axis,
             name=name,
+            backend=backend,
             timeout=timeout,
             num_sms=num_sms,
             ranks_per_node=ranks_per_node,
+            debug=debug,
             op="Group.open",
         )
         with _registry.opening(arguments.spec.identity):
@@ -214,9 +216,11 @@ class Group:
             found,
             _lookup.find_axis(found, axis),
             name=name,
+            backend=backend,
             timeout=config.DEFAULT_TIMEOUT_S if timeout is None else timeout,
             num_sms=num_sms,
             ranks_per_node=ranks_per_node,
+            debug=debug,
             op="Group.get",
         )
         with _registry.opening(arguments.spec.identity):
@@ -262,9 +266,9 @@ class Group:
             group = cls(mesh, arguments, settings, meeting)
             undo.callback(group._discard)
             group._start(is_wanted=backend == settings.backend)
+            if backend == "auto":
+                group._warn_of_fallback()
             undo.pop_all()
-        if backend == "auto":
-            group._warn_of_fallback()
         return group
 
     @property
@@ -273,14 +277,20 @@ class Group:
         return self.spec.identity
 
     def _warn_of_fallback(self) -> None:
-        """In one process: the reason is the same in all of them."""
+        """In one process: the reason is the same in all of them.
+
+        Whoever makes errors of warnings has the group not opened, in any process.
+        """
         why_not = _backends.why_no_custom_calls(self.mesh, self.backends)
-        if why_not is not None and self._meeting.processes[0] == jax.process_index():
+        if why_not is None:
+            return
+        if self._meeting.processes[0] == jax.process_index():
             warnings.warn(
                 f"Group.open: group {self.identity} runs on stock collectives, back end 'xla': "
                 f"{why_not}",
                 stacklevel=4,
             )
+        self.wait_for_all("warning")
 
     def _start(self, *, is_wanted: bool) -> None:
         """`is_wanted`: the caller has named the back end, and takes no other."""

@@ -184,7 +184,7 @@ def test_flags_are_read_as_xla_reads_them(tmp_path):
 
 
 @pytest.mark.parametrize("num_ranks", [32, 33])
-def test_more_ranks_than_the_kernels_take_leave_xla(monkeypatch, num_ranks):
+def test_more_ranks_than_the_kernels_take_go_to_xla(monkeypatch, num_ranks):
     header = (Path(__file__).parent.parent / "xla_ffi/core/protocol.h").read_text()
     assert f"kMaxRanks = {config.MAX_CUDA_RANKS};" in header
     devices = [SimpleNamespace(platform="gpu", process_index=0) for _ in range(num_ranks)]

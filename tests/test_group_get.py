@@ -113,6 +113,12 @@ def test_a_back_end_is_wanted_alone():
         ({"mesh": WIDE, "axis": "tp"}, r"Group.get: axis must name distinct axes of the mesh"),
         ({"mesh": "ep"}, r"Group.get: mesh must be a jax.sharding.Mesh, .* got str"),
         ({"mesh": MESH, "timeout": -1}, r"Group.get: timeout must be positive seconds"),
+        ({"mesh": MESH, "backend": "mpi"}, r"Group.get: backend must be one of 'auto', 'cpu', "),
+        ({"mesh": MESH, "debug": 3}, r"Group.get: debug must be True, False or None, got 3"),
+        (
+            {"mesh": WIDE.abstract_mesh, "axis": "tp"},
+            r"Group.get: axis must name distinct axes of the mesh \('data', 'ep'\), got \('tp',\)",
+        ),
         (
             {"mesh": WIDE.abstract_mesh, "axis": "ep"},
             r"devices of the mesh \('data': 2, 'ep': 4\) are not known here, and no group",
@@ -120,7 +126,8 @@ def test_a_back_end_is_wanted_alone():
     ],
 )
 def test_what_cannot_be_meant_is_refused(arguments, message):
-    error = jax_ep.ConfigError if "timeout" in arguments else jax_ep.GroupError
+    is_setting = {"timeout", "backend", "debug"} & set(arguments)
+    error = jax_ep.ConfigError if is_setting else jax_ep.GroupError
     with pytest.raises(error, match=message):
         jax_ep.Group.get(**arguments)
 
@@ -166,7 +173,7 @@ def test_a_layer_finds_the_open_group_of_the_mesh_under_jit():
             reordered = Mesh(WIDE.devices[:, ::-1], WIDE.axis_names)
             with (
                 jax_ep.Group.open(reordered, "ep"),
-                pytest.raises(jax_ep.GroupError, match="2 groups over meshes like it"),
+                pytest.raises(jax_ep.GroupError, match="2 meshes like it are in use"),
             ):
                 _run(WIDE)
 
@@ -175,6 +182,17 @@ def test_a_layer_finds_the_open_group_of_the_mesh_under_jit():
 def test_a_mesh_as_context_manager_is_the_ambient_one():
     with MESH:
         assert jax_ep.Group.get().mesh == MESH
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_shard_map_inside_another_mesh_has_its_own():
+    reordered = Mesh(WIDE.devices[:, ::-1], WIDE.axis_names)
+    with WIDE:
+        with jax_ep.Group.open(reordered, "ep"):
+            _run(reordered, jit=False)
+            with pytest.raises(jax_ep.GroupError, match="2 meshes like it are in use"):
+                _run(reordered)
+        _run(WIDE)
 
 
 def test_a_failed_group_is_told_and_not_opened_again():

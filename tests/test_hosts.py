@@ -47,9 +47,41 @@ sys.stdout.flush()
 os._exit(7)  # jax.distributed would wait for the killed one
 """
 
+# Without a `with` block, and with a psum between processes that share no slice.
+KILLED = """
+from jax.sharding import Mesh
+from jax_ep.testing.ranks import on_ranks, place
+mesh = Mesh(np.array(jax.devices()).reshape(2, -1), ("data", "expert"))
+R = 2
+group = jax_ep.Group.open(mesh, "expert", timeout=3.0)
+run = on_ranks(lambda x, ids: jax.lax.psum(echo(group, x, ids), "data"), mesh, check_vma=False)
+data = place((x, ids % (4 * R)), mesh)
+group.check(run(*data))
+if me == 1:
+    print("killed", time.time(), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+try:
+    while True:
+        group.check(run(*data))
+except jax_ep.PeerTimeoutError as e:
+    print("raised", time.time())
+    print(e)
+    sys.exit(7)
+"""
+
+FAILS = """
+with jax_ep.Group.open(mesh, "expert", timeout=60.0) as group:
+    run = on_ranks(lambda x, ids: echo(group, x, ids), mesh, check_vma=False)
+    group.check(run(*place((x, experts), mesh)))
+    if me == 0:
+        raise ValueError("not today")
+    time.sleep(2.5)
+    sys.exit(7)
+"""
+
 CROSSED = """
 mesh = Mesh(devices.T, ("data", "expert"))
-with jax_ep.Group.open(mesh, "expert", timeout=60.0) as group:
+with jax_ep.Group.open(mesh, "expert", timeout=150.0) as group:
     info = group.info()
     assert info.backend == "xla", info
     print(info.backends["cpu"])
@@ -80,7 +112,23 @@ def test_a_lost_process_fails_its_neighbours():
     assert [output.endswith("passed\n") for output in outputs[2:]] == [True, True]
 
 
-def test_slices_over_hosts_leave_xla():
+def test_a_lost_process_is_known_on_its_host():
+    """Also where it shares no slice: a collective of XLA's waits for it."""
+    survivor, killed = run_on_cpus(KILLED, exit_codes=[7, -signal.SIGKILL])
+    assert "whose process has ended" in survivor
+    raised, at = (re.search(r"(?:raised|killed) ([\d.]+)\n", o)[1] for o in (survivor, killed))
+    assert float(raised) - float(at) < 8.0
+
+
+@pytest.mark.parametrize("per_host", [1, 2])
+def test_the_first_process_waits_for_the_others_when_it_fails(per_host):
+    """Its end would abort them: they share no slice with it, and may be of another host."""
+    program = HOSTS.replace("num_hosts, -1", "2, -1") + FAILS
+    first, _ = run_on_cpus(program, str(per_host), exit_codes=[1, 7])
+    assert "ValueError: not today" in first
+
+
+def test_slices_that_span_hosts_take_xla():
     first, second = run_on_cpus(HOSTS + CROSSED, "1")
     why = "a slice of the mesh spans hosts or containers: {0: 'host0', 1: 'host1'}"
     for output in (first, second):
@@ -88,7 +136,8 @@ def test_slices_over_hosts_leave_xla():
         assert f"backend 'cpu' is not usable here: {why}" in output
     warning = r"UserWarning: Group.open: group expert-\w+ runs on stock collectives, back end 'xla'"
     assert re.search(rf"{warning}: {re.escape(why)}", first)
-    assert "UserWarning" not in second
+    assert re.search(r"<string>:\d+: UserWarning: Group.open: timeout=150 s", first)
+    assert "stock collectives" not in second
 
 
 def test_a_fallback_of_auto_is_warned_of_once(monkeypatch):
@@ -104,6 +153,14 @@ def test_a_fallback_of_auto_is_warned_of_once(monkeypatch):
     (told,) = caught
     assert "back end 'xla': not today" in str(told.message)
     assert told.filename == __file__
+
+
+def test_a_warning_that_is_an_error_leaves_no_group(monkeypatch):
+    unusable = jax_ep._backends.Usability(frozenset(), "not today")
+    monkeypatch.setattr(jax_ep._backends, "_cpu", lambda *_: unusable)
+    for _ in range(2):
+        with pytest.raises(UserWarning, match="not today"):
+            jax_ep.Group.open(make_mesh(2), "ep", name="warns")
 
 
 def test_a_wanted_back_end_is_not_warned_of():

@@ -186,12 +186,13 @@ except KeyboardInterrupt:
     del y, step
 raise KeyboardInterrupt
 """,
-    # The exit of the interpreter waits for a call that did not yet wait when the signal came.
+    # The exit of the interpreter would wait for a call that did not yet wait when the signal came.
+    # The nap is longer than an exit takes: Python aborts a process whose callback ends meanwhile.
     "later": """
 with open_group() as group:
     def late(x, ids):
         def nap(x):
-            time.sleep(1.0)
+            time.sleep(4.0)
             return x
         return make_echo(group)(jax.pure_callback(nap, jax.typeof(x), x), ids)
     late = on_ranks(late, mesh)

@@ -25,7 +25,7 @@ LAYERS = [
         "_tuning",
         "reference",
     },
-    {"_bootstrap", "_conversation", "_native", "_open_arguments", "_primitives"},
+    {"_bootstrap", "_conversation", "_leaving", "_native", "_open_arguments", "_primitives"},
     {"_interrupts", "_native_group", "_xla", "_xla_reduce", "handle"},
     {"_backends"},
     {"_failures", "_group_info", "_lookup", "_self_test", "_settings"},

@@ -71,7 +71,7 @@ void Close(const DeviceGroup::Exported& exported) {
 
 // The public operation that a call is a part of, which the host knows by the call's site.
 std::string OpOf(const FailureRecord& record) {
-  // Which call it is stands nowhere that the host could read.
+  // The host cannot tell which call it was.
   if (record.kind == FailureKind::kInterrupted) return "call";
   const std::string op = Registry<DeviceGroup>::Get().OpOf(record.site);
   if (!op.empty()) return op;

@@ -1,7 +1,8 @@
 """Gradients that are moves or ordered sums: to the bit, at cotangents with NaN where no token is.
 
 The gradient of combine's weights is the exception: its dot product is summed in the order that XLA
-or the back end likes, so it is held to a tolerance, and to zero where there is no token.
+or the back end likes, so it is held to a tolerance, and to zero where there is no token. The
+gradient of a bias is the cotangent itself: the check sees that it is passed on.
 """
 
 from dataclasses import dataclass
