@@ -17,9 +17,9 @@ import jax
 
 from jax_ep import _jax_compat, _native, _registry
 
-# Folders of the store, with a key for each process.
-_WAITS = "jax_ep/waits_in_shutdown"
-_GONE = "jax_ep/gone_without_shutdown"
+# Folders of the store, with a key for each process; apart from what processes say to open a group.
+_WAITS = "jax_ep_exits/in_shutdown"
+_GONE = "jax_ep_exits/without_shutdown"
 _LAST_S, _POLL_S, _SECOND_LOOK_S = 5.0, 0.05, 0.2
 
 
