@@ -1,7 +1,7 @@
 """The primitive of dispatch; xla_ffi/ops/dispatch/dispatch_ffi.h is its other side."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,21 @@ from jax_ep._primitives.check_mesh import check_mesh
 from jax_ep._spec import DispatchSpec, Routed
 from jax_ep.config import Layout
 from jax_ep.errors import ConfigError
+
+
+class _Results(NamedTuple):
+    """Those in front of the rows, in the order of the handler: arrays, or their shape and dtype."""
+
+    group_sizes: Any
+    num_recv: Any
+    num_dropped: Any
+    num_invalid: Any
+    recv_src: Any
+    recv_k: Any
+    send_row: Any
+    recv_topk_idx: Any
+    recv_weights: Any
+    workspace: Any
 
 
 def _results(
@@ -31,22 +46,19 @@ def _results(
     is_rank_layout = layout == Layout.RANK.value
     choices = (recv_capacity, num_topk)
     weights = choices if is_rank_layout else (recv_capacity,)
-    integers = (
-        (num_experts // num_ranks,),  # group_sizes
-        (1,),  # num_recv
-        (1,),  # num_dropped
-        (1,),  # num_invalid
-        (recv_capacity,),  # recv_src
-        (0,) if is_rank_layout else (recv_capacity,),  # recv_k
-        (num_tokens, num_ranks if is_rank_layout else num_topk),  # send_row
-        choices if is_rank_layout else (0,),  # recv_topk_idx
+    fixed = _Results(
+        group_sizes=((num_experts // num_ranks,), jnp.int32),
+        num_recv=((1,), jnp.int32),
+        num_dropped=((1,), jnp.int32),
+        num_invalid=((1,), jnp.int32),
+        recv_src=((recv_capacity,), jnp.int32),
+        recv_k=((0,) if is_rank_layout else (recv_capacity,), jnp.int32),
+        send_row=((num_tokens, num_ranks if is_rank_layout else num_topk), jnp.int32),
+        recv_topk_idx=(choices if is_rank_layout else (0,), jnp.int32),
+        recv_weights=(weights if has_weights else (0,), jnp.float32),
+        workspace=((workspace_bytes,), jnp.uint8),
     )
-    return [
-        *((shape, jnp.int32) for shape in integers),
-        (weights if has_weights else (0,), jnp.float32),
-        ((workspace_bytes,), jnp.uint8),
-        *(((recv_capacity, *r.shape[1:]), r.dtype) for r in rows),
-    ]
+    return [*fixed, *(((recv_capacity, *r.shape[1:]), r.dtype) for r in rows)]
 
 
 _bind = make_primitive(
@@ -110,18 +122,18 @@ def dispatch(
         recv_capacity=spec.recv_capacity,
         workspace_bytes=_workspace_bytes(spec, topk_idx.shape),
     )
-    *integers, recv_weights = results[:9]
-    group_sizes, num_recv, num_dropped, num_invalid, recv_src, recv_k, send_row, recv_ids = integers
+    num_fixed = len(_Results._fields)
+    fixed = _Results(*results[:num_fixed])
     is_rank_layout = spec.layout is Layout.RANK
     return Routed(
-        group_sizes=group_sizes,
-        num_recv=num_recv,
-        num_dropped=num_dropped,
-        num_invalid=num_invalid,
-        recv_src=recv_src,
-        recv_k=None if is_rank_layout else recv_k,
-        send_row=send_row,
-        recv_topk_idx=recv_ids if is_rank_layout else None,
-        recv_weights=None if topk_weights is None else recv_weights,
-        rows=tuple(results[10:]),
+        group_sizes=fixed.group_sizes,
+        num_recv=fixed.num_recv,
+        num_dropped=fixed.num_dropped,
+        num_invalid=fixed.num_invalid,
+        recv_src=fixed.recv_src,
+        recv_k=None if is_rank_layout else fixed.recv_k,
+        send_row=fixed.send_row,
+        recv_topk_idx=fixed.recv_topk_idx if is_rank_layout else None,
+        recv_weights=None if topk_weights is None else fixed.recv_weights,
+        rows=tuple(results[num_fixed:]),
     )
