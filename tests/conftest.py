@@ -6,7 +6,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import contextlib
 import functools
+import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import jax
 import pytest
@@ -63,3 +65,17 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(params=LAYOUTS)
 def layout(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+@pytest.fixture
+def write_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Path]:
+    """Writes a file of (device, ranks, parts), and has groups that open read it."""
+
+    def write(*entries: tuple[str, int, dict]) -> Path:
+        path = tmp_path / "table.json"
+        tables = [{"device": d, "num_ranks": n, **parts} for d, n, parts in entries]
+        path.write_text(json.dumps({"tables": tables}))
+        monkeypatch.setenv("JAX_EP_TUNING", str(path))
+        return path
+
+    return write

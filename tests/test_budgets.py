@@ -1,8 +1,7 @@
-"""SMs by operation and layout: who says them, what reaches a call, how `tune` picks them."""
+"""SMs by operation and layout: who says them, and what reaches a call."""
 
 import json
 import re
-from argparse import Namespace
 from importlib import resources
 from itertools import product
 
@@ -10,27 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from budget_tables import KEYS, OLD, plain
 
 import jax_ep
 from jax_ep import __main__, _tuning
-from jax_ep.bench import session, tune
+from jax_ep.bench import session
 from jax_ep.bench.contenders import ours
 from jax_ep.bench.shapes import Shape, make_point
 from jax_ep.config import Layout
 from jax_ep.testing.compare import assert_same_bits
 from jax_ep.testing.ranks import make_mesh, on_ranks
-
-OLD = {"ops": {op: [[None, "one_shot"]] for op in _tuning.OPS}}
-KEYS = list(product(_tuning.EXCHANGES, ("rank", "expert")))
-
-
-def _plain(first, xla=()):
-    """Six numbers from `first` on, in the order of KEYS; `xla` names those that xla is to carry."""
-    budgets = {"source": f"made up from {first}"}
-    for sms, (exchange, layout) in enumerate(KEYS, first):
-        found = {"sms": sms, "backend": "xla"} if (exchange, layout) in xla else {"sms": sms}
-        budgets.setdefault(exchange, {})[layout] = found
-    return {"budgets": budgets}
 
 
 def _numbers(budgets):
@@ -39,20 +27,6 @@ def _numbers(budgets):
         or budgets.of[exchange][Layout[layout.upper()]].sms
         for exchange, layout in KEYS
     ]
-
-
-@pytest.fixture
-def write(monkeypatch, tmp_path):
-    """Writes a file of (device, ranks, parts), and has groups that open read it."""
-
-    def write(*entries):
-        path = tmp_path / "table.json"
-        tables = [{"device": d, "num_ranks": n, **parts} for d, n, parts in entries]
-        path.write_text(json.dumps({"tables": tables}))
-        monkeypatch.setenv("JAX_EP_TUNING", str(path))
-        return path
-
-    return write
 
 
 # --- the choice
@@ -85,22 +59,22 @@ def test_the_package_serves_every_group(shipped, group, entry, where):
 def test_the_expert_layout_is_not_starved(shipped):
     """20 SMs, which serve the rank layout, take twice the time there."""
     assert ("NVIDIA H200", 2) in shipped
-    for plain, exchange in product(shipped.values(), _tuning.EXCHANGES):
-        found = plain[exchange]["expert"]
+    for budgets, exchange in product(shipped.values(), _tuning.EXCHANGES):
+        found = budgets[exchange]["expert"]
         assert found["sms"] >= 32 or found.get("backend") == "xla"
 
 
-def test_a_file_serves_what_it_has(write):
+def test_a_file_serves_what_it_has(write_tables):
     """A group's own entry, then one of any device; entries without budgets leave them alone."""
     package = _tuning.load_budgets("a", 2)
-    path = write(
-        ("a", 2, _plain(1)),
+    path = write_tables(
+        ("a", 2, plain(1)),
         ("a", 4, OLD),
-        ("any", 2, _plain(11)),
-        ("any", 4, _plain(21)),
+        ("any", 2, plain(11)),
+        ("any", 4, plain(21)),
         ("any", 4, OLD),
-        ("b", 2, _plain(41)),  # an older one
-        ("b", 2, OLD | _plain(31)),
+        ("b", 2, plain(41)),  # an older one
+        ("b", 2, OLD | plain(31)),
     )
     expected = {("a", 2): 1, ("a", 3): 11, ("a", 4): 21, ("a", 8): 21, ("b", 2): 31, ("b", 5): 21}
     for group, first in expected.items():
@@ -112,12 +86,12 @@ def test_a_file_serves_what_it_has(write):
     # And its budgets take no algorithms away.
     (step,) = _tuning.load("a", 4)["all_reduce"]
     assert (step.bytes, step.algorithm.name) == (None, "ONE_SHOT")
-    write(("a", 2, _plain(1)))
+    write_tables(("a", 2, plain(1)))
     assert len(_tuning.load("a", 2)["all_reduce"]) > 1
 
 
-def test_who_names_sms_or_a_back_end_is_not_overruled(write):
-    write(("a", 2, _plain(1, xla=[("combine", "expert")])))
+def test_who_names_sms_or_a_back_end_is_not_overruled(write_tables):
+    write_tables(("a", 2, plain(1, xla=[("combine", "expert")])))
     assert _numbers(_tuning.load_budgets("a", 2)) == [1, 2, 3, 4, 5, "xla"]
     assert _numbers(_tuning.load_budgets("a", 2, is_auto=False)) == [1, 2, 3, 4, 5, 6]
     for is_auto in (True, False):
@@ -125,9 +99,9 @@ def test_who_names_sms_or_a_back_end_is_not_overruled(write):
         assert (_numbers(found), found.source) == ([9] * 6, "num_sms of Group.open")
 
 
-def test_a_file_of_before_there_were_budgets(write):
+def test_a_file_of_before_there_were_budgets(write_tables):
     before = _tuning.load_budgets("cpu", 2)
-    write(("cpu", 2, OLD))
+    write_tables(("cpu", 2, OLD))
     with jax_ep.Group.open(make_mesh(2), "ep", name="old_file") as group:
         assert group.budgets == before
         assert len(group.tuning["all_reduce"]) == 1
@@ -147,16 +121,16 @@ def test_a_file_of_before_there_were_budgets(write):
         (lambda b: b["combine"].update(rank=20), "TypeError"),
     ],
 )
-def test_bad_budgets_are_an_error(write, change, message):
-    parts = _plain(1)
+def test_bad_budgets_are_an_error(write_tables, change, message):
+    parts = plain(1)
     change(parts["budgets"])
-    write(("any", 1, parts))
+    write_tables(("any", 1, parts))
     with pytest.raises(jax_ep.ConfigError, match=f"is no table of algorithms: .*{message}"):
         jax_ep.Group.open(make_mesh(2), "ep", name="bad_budgets")
 
 
-def test_an_entry_says_something(write):
-    write(("any", 1, {}))
+def test_an_entry_says_something(write_tables):
+    write_tables(("any", 1, {}))
     with pytest.raises(jax_ep.ConfigError, match="KeyError: 'ops'"):
         _tuning.load_budgets("cpu", 2)
 
@@ -287,12 +261,12 @@ def _calls(fn, group):
 
 
 @pytest.fixture
-def budgeted(write):
+def budgeted(write_tables):
     """A group with six different budgets, of which xla takes some."""
     groups = []
 
     def open_(xla=(), **options):
-        write(("cpu", R, _plain(31, xla=xla)))
+        write_tables(("cpu", R, plain(31, xla=xla)))
         groups.append(jax_ep.Group.open(make_mesh(R), "ep", name="budgeted", **options))
         return groups[-1]
 
@@ -379,8 +353,8 @@ def test_bits_are_those_of_the_group(groups, budgeted, layout):
         group.close()
 
 
-def test_info_tells_the_budgets(write, capsys):
-    path = write(("cpu", R, _plain(31, xla=[("combine", "expert")])))
+def test_info_tells_the_budgets(write_tables, capsys):
+    path = write_tables(("cpu", R, plain(31, xla=[("combine", "expert")])))
     by_table = {
         "dispatch": {"rank": 31, "expert": 32},
         "cached_dispatch": {"rank": 33, "expert": 34},
@@ -399,7 +373,7 @@ def test_info_tells_the_budgets(write, capsys):
         everywhere = {name: {"rank": 9, "expert": 9} for name in by_table}
         assert (info.num_sms, info.budgets) == (9, everywhere)
         assert info.budgets_from == "num_sms of Group.open"
-    write(("cpu", len(jax.devices()), _plain(31, xla=[("combine", "expert")])))
+    write_tables(("cpu", len(jax.devices()), plain(31, xla=[("combine", "expert")])))
     __main__.info()
     printed = capsys.readouterr().out
     assert "  combine: rank layout 35, expert layout xla\n" in printed
@@ -427,111 +401,3 @@ def test_bench_runs_at_the_budgets_and_records_them(budgeted):
 
         expected = {"dispatch": "dispatch", "pull_rows": "cached_dispatch", "combine": "combine"}
         assert _calls(trip, group) == {(t, SMS[e, layout]) for t, e in expected.items()}
-
-
-# --- what tune makes of times
-
-
-@pytest.mark.parametrize(
-    ("us", "expected"),
-    [
-        # Within 3 % of the fastest, the smallest.
-        ({16: 104.0, 20: 103.0, 48: 100.0, 64: 101.0, "xla": 200.0}, {"sms": 20}),
-        ({16: 103.1, 20: 103.1, 48: 100.0, 64: 99.9, "xla": 200.0}, {"sms": 48}),
-        ({64: 100.0, 8: 300.0, "xla": 200.0}, {"sms": 64}),
-        # More is no help.
-        ({8: 100.0, 16: 120.0, 64: 140.0, "xla": 200.0}, {"sms": 8}),
-        # No slower than xla.
-        ({20: 102.0, 24: 101.0, 48: 100.0, "xla": 101.5}, {"sms": 24}),
-        ({20: 102.0, 24: 101.0, 48: 100.0, "xla": 100.0}, {"sms": 48}),
-        ({20: 102.0, 24: 104.0, 48: 100.0, "xla": 99.9}, {"sms": 20, "backend": "xla"}),
-        ({20: 1125.0, 48: 641.0, 64: 494.0, "xla": 677.0}, {"sms": 64}),
-        ({20: 1125.0, 48: 741.0, 64: 694.0, "xla": 677.0}, {"sms": 64, "backend": "xla"}),
-        ({20: 549.0, 48: 260.0, 64: 253.0, "xla": 3000.0}, {"sms": 48}),
-    ],
-)
-def test_tune_picks(us, expected):
-    assert tune.pick_budget(us) == expected
-    assert tune.pick_budget(dict(reversed(us.items()))) == expected
-
-
-def test_tune_writes_what_groups_read(monkeypatch, tmp_path, write):
-    """All of it but for the GPUs: measured, picked, written beside the other part, and read."""
-    path = write(("cpu", R, OLD | {"commit": "older"}), ("b", 2, _plain(1)))
-    original_open, original_session = jax_ep.Group.open, tune.Session
-
-    def open_as_cuda(*args, **kwargs):
-        group = original_open(*args, **kwargs)
-        group.backend = "cuda"
-        return group
-
-    def session_on_cpu(*args, **kwargs):
-        return original_session(*args, **kwargs | {"backends": ["cpu"]})
-
-    times = {8: 50.0, 16: 40.5, 24: 40.0}
-    rows_of = original_session.measure_budgets
-    seen = []
-
-    def rows_with_times(self, point, budgets, progress):
-        """Times that one can say the choice of: xla is faster at combine alone."""
-        rows = rows_of(self, point, budgets, progress)
-        for row in rows:
-            seen.append((row.record.op, row.record.layout, row.record.backend, row.record.sms))
-            stock_us = 39.0 if row.record.op == "combine" else 41.0
-            row.record.us["p50"] = times[row.record.sms] if row.record.sms else stock_us
-        return rows
-
-    monkeypatch.setattr(jax_ep.Group, "open", open_as_cuda)
-    monkeypatch.setattr(tune, "Session", session_on_cpu)
-    monkeypatch.setattr(original_session, "measure_budgets", rows_with_times)
-    monkeypatch.setattr(tune, "_SMS", (8, 16, 24))
-    monkeypatch.setattr(session, "_BUDGET_COUNT", 2)
-    args = Namespace(
-        out=path,
-        records=tmp_path / "records",
-        parts=["exchanges"],
-        most_mib=1,
-        shape="tiny",
-        ranks=R,
-        plot=False,
-        repeats=2,
-        commit="newer",
-    )
-    tune.main(args)
-    ways = [("cpu", 8), ("cpu", 16), ("cpu", 24), ("xla", None)]
-    assert seen == [
-        (exchange, layout, *way)
-        for layout in ("rank", "expert")
-        for exchange in _tuning.EXCHANGES
-        for way in ways
-    ]
-    monkeypatch.setattr(jax_ep.Group, "open", original_open)
-    with jax_ep.Group.open(make_mesh(R), "ep", name="tuned_budgets") as group:
-        info = group.info()
-        assert info.budgets == {
-            "dispatch": {"rank": 16, "expert": 16},
-            "cached_dispatch": {"rank": 16, "expert": 16},
-            "combine": {"rank": "xla", "expert": "xla"},
-        }
-        assert f"JAX_EP_TUNING={path}, cpu, {R} ranks: " in info.budgets_from
-        assert "commit newer" in info.budgets_from
-    tables = {t["device"]: t for t in json.loads(path.read_text())["tables"]}
-    assert (tables["cpu"]["ops"], tables["cpu"]["commit"]) == (OLD["ops"], "older")
-    assert tables["b"]["budgets"] == _plain(1)["budgets"]
-    medians = {"8": 50.0, "16": 40.5, "24": 40.0, "xla": 39.0}
-    assert tables["cpu"]["measured"]["combine"]["expert"] == medians
-    (records,) = (tmp_path / "records").glob("*-dispatch-cached_dispatch-combine.jsonl")
-    assert len(records.read_text().splitlines()) == len(seen)
-
-
-def test_tune_keeps_the_part_that_it_does_not_measure(tmp_path):
-    path = tmp_path / "t.json"
-    own = {"device": "a", "num_ranks": 2}
-    tune._write(path, own | _plain(1) | {"measured": {"combine": {"rank": {"8": 1.0}}}})
-    tune._write(path, own | OLD | {"commit": "c", "measured": {"all_reduce": {"8": {}}}})
-    tune._write(path, own | _plain(11) | {"measured": {"combine": {"rank": {"8": 2.0}}}})
-    (entry,) = json.loads(path.read_text())["tables"]
-    assert entry == own | OLD | _plain(11) | {
-        "commit": "c",
-        "measured": {"combine": {"rank": {"8": 2.0}}, "all_reduce": {"8": {}}},
-    }
