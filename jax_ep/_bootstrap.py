@@ -219,7 +219,7 @@ class Meeting:
     def has_others(self) -> bool:
         """Whether another process is still there, as far as is known. Not collective.
 
-        Those of other hosts count as being there. A neighbour is not, once it has closed its link.
+        Processes of other hosts count as being there, and neighbours until they close their links.
         """
         asks = self.asks_for_others
         if self._has_other_hosts or (_sockets.any_is_open(self.links) if asks is None else asks()):

@@ -1,4 +1,4 @@
-"""What has gone wrong in a group, and what its end, and the interpreter's, must not wait for."""
+"""Failures of a group, and peers that its end, and the interpreter's, must not wait for."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -55,7 +55,7 @@ class Failures:
         raise failure or program_error("Group.check", cause) from cause
 
     def recorded(self) -> JaxEpError | None:
-        """What went wrong; bad routings are told once."""
+        """The first failure, or else the bad routings, which are told once."""
         failure = self.failure()
         if failure is not None or not self._bad_routings:
             return failure

@@ -65,7 +65,7 @@ def automatic_axes() -> dict[str, int]:
 
 
 class AmbientMeshes(NamedTuple):
-    """What is known of the mesh of the place that the caller is in.
+    """The mesh of the place that the caller is in, as far as it is known.
 
     JAX traces the body of a jax.shard_map with the abstract mesh alone. Devices are known where
     nobody jits it, or jax.set_mesh is around it, which JAX compares with the mesh of a shard_map.

@@ -33,6 +33,7 @@ from jax_ep._native_group import NativeGroup
 from jax_ep._open_arguments import OpenArguments
 from jax_ep._settings import Settings
 from jax_ep._settle import arrays_in, excuse_failures, live_arrays, settle, wait
+from jax_ep._shard_map import require_mesh_of
 from jax_ep._spec import GroupSpec
 from jax_ep.errors import GroupError
 
@@ -475,27 +476,7 @@ class Group:
             raise GroupError(f"{op}: group {self.identity} is closed")
         self._require_own_process(op)
         self._failures.raise_known()
-        manual = _jax_compat.manual_axes()
-        missing = [a for a in self.axes if a not in manual]
-        if missing:
-            found = ", ".join(manual) or "none"
-            raise GroupError(
-                f"{op}: group {self.identity} runs along axis {', '.join(self.axes)}: call it "
-                f"inside jax.shard_map over the group's mesh; manual axes here: {found}"
-            )
-        automatic = _jax_compat.automatic_axes()
-        if automatic:
-            raise GroupError(
-                f"{op}: every axis of the mesh must be manual in jax.shard_map; automatic here: "
-                f"{', '.join(automatic)}"
-            )
-        expected = {name: size for name, size in self.spec.mesh_axes if size > 1}
-        got = {name: size for name, size in manual.items() if size > 1}
-        if expected != got:
-            raise GroupError(
-                f"{op}: group {self.identity} was opened over the mesh {expected}, "
-                f"but runs inside jax.shard_map over {got}"
-            )
+        require_mesh_of(self.spec, op)
 
     def report_bad_routing(self, op: str, rank: Any, num_invalid: Any, num_repeated: Any) -> None:
         """Keeps what debug mode found in one routing until `check()`."""
