@@ -69,7 +69,7 @@ def _auto(op, x, has_packets=True):
     )
     group.spec.can_stage = lambda x: True
     padding = packet_padding(x) if op == "all_reduce_residual_rmsnorm" else 0
-    options = {"allow_psum": True, "dtypes": (jnp.bfloat16,), "padding": padding}
+    options = {"allow_psum": True, "dtypes": (jnp.bfloat16,), "padding": padding, "kernel": op}
     stock = ReduceSpec(group.spec, "cuda", Algorithm.PSUM, "all_reduce")
     num_bytes = x.size * x.dtype.itemsize
     return _reduce.choose(group, stock, x, num_bytes, op=op, **options)
