@@ -12,10 +12,10 @@ import jax
 import numpy as np
 
 import jax_ep
-from jax_ep import _native
+from jax_ep._src.base import native_modules
+from jax_ep._src.base.errors import GroupError
 from jax_ep.bench import run as bench
 from jax_ep.bench import tune
-from jax_ep.errors import GroupError
 from jax_ep.testing import run as conformance
 
 
@@ -27,8 +27,8 @@ def info() -> None:
     print(f"python {sys.version.split()[0]}, numpy {np.__version__}")
     for backend in ("cpu", "cuda"):
         try:
-            build = _native.load(backend).build_info()
-            ops = ", ".join(_native.targets(backend))
+            build = native_modules.load(backend).build_info()
+            ops = ", ".join(native_modules.targets(backend))
             ffi_api = ".".join(map(str, build["ffi_api"]))
             print(f"{backend} module: {ops}; {build['build']}, ", end="")
             print(f"{build['compiler']}, FFI API {ffi_api}")

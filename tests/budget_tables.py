@@ -2,10 +2,10 @@
 
 from itertools import product
 
-from jax_ep import _tuning
+from jax_ep._src.base import tables
 
-OLD = {"ops": {op: [[None, "one_shot"]] for op in _tuning.OPS}}
-KEYS = list(product(_tuning.EXCHANGES, ("rank", "expert")))
+OLD = {"ops": {op: [[None, "one_shot"]] for op in tables.OPS}}
+KEYS = list(product(tables.EXCHANGES, ("rank", "expert")))
 
 
 def plain(first, xla=()):

@@ -169,10 +169,10 @@ print("passed")
 # Each process, or each pair of them, says that it is on a host of its own.
 HOSTS = """
 from jax.sharding import Mesh
-from jax_ep import _sockets
+from jax_ep._src.processes import unix_links
 from jax_ep.testing.ranks import on_ranks, place
 per_host = int(sys.argv[1])
-_sockets.host = lambda: f"host{me // per_host}"
+unix_links.host = lambda: f"host{me // per_host}"
 num_hosts = jax.process_count() // per_host
 devices = np.array(jax.devices()).reshape(num_hosts, -1)
 num_slices, R = devices.shape

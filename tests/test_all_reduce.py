@@ -12,9 +12,10 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
-from jax_ep import config, reference
-from jax_ep._spec import GroupSpec, ReduceSpec
-from jax_ep.config import Algorithm
+from jax_ep import reference
+from jax_ep._src.base import config
+from jax_ep._src.base.options import Algorithm, Movement
+from jax_ep._src.base.spec import GroupSpec, ReduceSpec
 from jax_ep.testing.compare import assert_close, assert_same_bits
 from jax_ep.testing.ranks import on_ranks
 
@@ -111,9 +112,9 @@ def test_a_batch_too_large_for_its_algorithm_takes_another(groups):
     x = np.ones((2, 4, config.packet_payload(2) // 8), np.float32)
     call = partial(jax_ep.all_reduce, group=group, algorithm="low_latency")
     text = str(jax.make_jaxpr(on_ranks(jax.vmap(call), group.mesh, check_vma=False))(x))
-    assert f"algorithm={Algorithm.ONE_SHOT.value}" in text
+    assert f"algorithm={Algorithm.ONE_SHOT}" in text
     text = str(jax.make_jaxpr(on_ranks(jax.vmap(call), group.mesh, check_vma=False))(x[..., :9]))
-    assert f"algorithm={Algorithm.LOW_LATENCY.value}" in text
+    assert f"algorithm={Algorithm.LOW_LATENCY}" in text
 
 
 def test_what_cannot_be_staged_takes_stock_collectives():
@@ -123,17 +124,15 @@ def test_what_cannot_be_staged_takes_stock_collectives():
         "cuda",
         Algorithm.ONE_SHOT,
         "all_gather",
-        config.Movement.ALL_GATHER,
+        Movement.ALL_GATHER,
     )
     small, large = (jax.ShapeDtypeStruct((n << 18,), jnp.float32) for n in (4, 10))
     assert spec.is_carried(small)
     assert spec.is_carried(large)
-    back = dataclasses.replace(spec, movement=config.Movement.REDUCE_SCATTER)
+    back = dataclasses.replace(spec, movement=Movement.REDUCE_SCATTER)
     assert back.is_carried(jax.ShapeDtypeStruct((4, 4 << 18), jnp.float32))  # pushed
     assert not back.is_carried(jax.ShapeDtypeStruct((4, 10 << 18), jnp.float32))
-    two_shot = dataclasses.replace(
-        spec, algorithm=Algorithm.TWO_SHOT, movement=config.Movement.ALL_REDUCE
-    )
+    two_shot = dataclasses.replace(spec, algorithm=Algorithm.TWO_SHOT, movement=Movement.ALL_REDUCE)
     assert two_shot.is_carried(small)  # pushed
     assert not two_shot.is_carried(large)
 

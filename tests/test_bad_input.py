@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
-from jax_ep import _checks, _tuning
+from jax_ep._src.base import tables
+from jax_ep._src.base.checks import StaticChecks
 from jax_ep.testing.ranks import make_mesh, on_ranks
 
 F32 = jnp.float32
@@ -243,7 +244,7 @@ def test_same_axis_in_another_device_order(groups, backend):
 
 def test_device_order_is_checked_again_on_the_device(monkeypatch):
     """The host twin's own check, with the one at lowering out of the way."""
-    from jax_ep._primitives import check_mesh
+    from jax_ep._src.ops.common import check_mesh
 
     monkeypatch.setattr(check_mesh, "lowering_mesh", lambda ctx: None)
     group = jax_ep.Group.open(make_mesh(2), "ep", name="order")
@@ -293,7 +294,7 @@ def test_open(name):
     "value", [2, 0.5, np.float32(1.25), np.float16(2), np.float64(1), np.int64(3)]
 )
 def test_numbers_of_python_and_numpy(value):
-    number = _checks.require_positive_number(value, op="op", argument="x")
+    number = StaticChecks("op").positive_number(value, name="x")
     assert type(number) is float
     assert number == value
 
@@ -318,13 +319,13 @@ def test_what_is_no_number(value):
     for or_zero, kind in ((False, "positive number"), (True, "number of at least 0")):
         message = re.escape(f"op: x must be a static {kind}, got {value!r}")
         with pytest.raises(jax_ep.ConfigError, match=message):
-            _checks.require_positive_number(value, op="op", argument="x", or_zero=or_zero)
+            StaticChecks("op").positive_number(value, name="x", or_zero=or_zero)
 
 
 def test_zero_is_a_number_where_it_may_be():
-    assert _checks.require_positive_number(0, op="op", argument="x", or_zero=True) == 0.0
+    assert StaticChecks("op").positive_number(0, name="x", or_zero=True) == 0.0
     with pytest.raises(jax_ep.ConfigError, match="op: x must be a static positive number, got 0"):
-        _checks.require_positive_number(0, op="op", argument="x")
+        StaticChecks("op").positive_number(0, name="x")
 
 
 @pytest.mark.parametrize(
@@ -346,12 +347,12 @@ def test_table_of_algorithms(monkeypatch, tmp_path, change, message):
     """Found when it is read, not when a call looks something up."""
     change = dict(change)
     steps = [change.pop("step", [1024, "one_shot"]), [None, "psum"]]
-    table = {"device": "any", "num_ranks": 1, "ops": dict.fromkeys(_tuning.OPS, steps)} | change
+    table = {"device": "any", "num_ranks": 1, "ops": dict.fromkeys(tables.OPS, steps)} | change
     path = tmp_path / "table.json"
     path.write_text(json.dumps({"tables": [table]}))
     monkeypatch.setenv("JAX_EP_TUNING", str(path))
     with pytest.raises(jax_ep.ConfigError, match=f"is no table of algorithms: .*{message}"):
-        _tuning.load("cpu", 2)
+        tables.load("cpu", 2)
 
 
 def test_altered_handle_cannot_reach_outside(groups, layout):

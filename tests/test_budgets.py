@@ -12,19 +12,19 @@ import pytest
 from budget_tables import KEYS, OLD, plain
 
 import jax_ep
-from jax_ep import __main__, _tuning
+from jax_ep import __main__
+from jax_ep._src.base import tables
+from jax_ep._src.base.options import Layout
 from jax_ep.bench import session
 from jax_ep.bench.contenders import ours
 from jax_ep.bench.shapes import Shape, make_point
-from jax_ep.config import Layout
 from jax_ep.testing.compare import assert_same_bits
 from jax_ep.testing.ranks import make_mesh, on_ranks
 
 
 def _numbers(budgets):
     return [
-        budgets.of[exchange][Layout[layout.upper()]].backend
-        or budgets.of[exchange][Layout[layout.upper()]].sms
+        budgets.of[exchange][Layout(layout)].backend or budgets.of[exchange][Layout(layout)].sms
         for exchange, layout in KEYS
     ]
 
@@ -34,7 +34,7 @@ def _numbers(budgets):
 
 @pytest.fixture(scope="module")
 def shipped():
-    text = resources.files("jax_ep").joinpath("tuning/tables.json").read_text()
+    text = resources.files("jax_ep._src.base").joinpath("tables.json").read_text()
     tables = {(t["device"], t["num_ranks"]): t for t in json.loads(text)["tables"]}
     return {key: table["budgets"] for key, table in tables.items() if "budgets" in table}
 
@@ -49,7 +49,7 @@ def shipped():
     ],
 )
 def test_the_package_serves_every_group(shipped, group, entry, where):
-    found, plain = _tuning.load_budgets(*group), shipped[entry]
+    found, plain = tables.load_budgets(*group), shipped[entry]
     values = [plain[exchange][layout] for exchange, layout in KEYS]
     assert _numbers(found) == [v.get("backend", v["sms"]) for v in values]
     assert found.source.startswith("the package's table, ")
@@ -59,14 +59,14 @@ def test_the_package_serves_every_group(shipped, group, entry, where):
 def test_the_expert_layout_is_not_starved(shipped):
     """20 SMs, which serve the rank layout, take twice the time there."""
     assert ("NVIDIA H200", 2) in shipped
-    for budgets, exchange in product(shipped.values(), _tuning.EXCHANGES):
+    for budgets, exchange in product(shipped.values(), tables.EXCHANGES):
         found = budgets[exchange]["expert"]
         assert found["sms"] >= 32 or found.get("backend") == "xla"
 
 
 def test_a_file_serves_what_it_has(write_tables):
     """A group's own entry, then one of any device; entries without budgets leave them alone."""
-    package = _tuning.load_budgets("a", 2)
+    package = tables.load_budgets("a", 2)
     path = write_tables(
         ("a", 2, plain(1)),
         ("a", 4, OLD),
@@ -78,29 +78,29 @@ def test_a_file_serves_what_it_has(write_tables):
     )
     expected = {("a", 2): 1, ("a", 3): 11, ("a", 4): 21, ("a", 8): 21, ("b", 2): 31, ("b", 5): 21}
     for group, first in expected.items():
-        found = _tuning.load_budgets(*group)
+        found = tables.load_budgets(*group)
         assert _numbers(found) == list(range(first, first + 6)), group
         assert found.source.startswith(f"JAX_EP_TUNING={path}, ")
         assert found.source.endswith(f"made up from {first}")
-    assert _tuning.load_budgets("a", 1) == package
+    assert tables.load_budgets("a", 1) == package
     # And its budgets take no algorithms away.
-    (step,) = _tuning.load("a", 4)["all_reduce"]
+    (step,) = tables.load("a", 4)["all_reduce"]
     assert (step.bytes, step.algorithm.name) == (None, "ONE_SHOT")
     write_tables(("a", 2, plain(1)))
-    assert len(_tuning.load("a", 2)["all_reduce"]) > 1
+    assert len(tables.load("a", 2)["all_reduce"]) > 1
 
 
 def test_who_names_sms_or_a_back_end_is_not_overruled(write_tables):
     write_tables(("a", 2, plain(1, xla=[("combine", "expert")])))
-    assert _numbers(_tuning.load_budgets("a", 2)) == [1, 2, 3, 4, 5, "xla"]
-    assert _numbers(_tuning.load_budgets("a", 2, is_auto=False)) == [1, 2, 3, 4, 5, 6]
+    assert _numbers(tables.load_budgets("a", 2)) == [1, 2, 3, 4, 5, "xla"]
+    assert _numbers(tables.load_budgets("a", 2, is_auto=False)) == [1, 2, 3, 4, 5, 6]
     for is_auto in (True, False):
-        found = _tuning.load_budgets("a", 2, num_sms=9, is_auto=is_auto)
+        found = tables.load_budgets("a", 2, num_sms=9, is_auto=is_auto)
         assert (_numbers(found), found.source) == ([9] * 6, "num_sms of Group.open")
 
 
 def test_a_file_of_before_there_were_budgets(write_tables):
-    before = _tuning.load_budgets("cpu", 2)
+    before = tables.load_budgets("cpu", 2)
     write_tables(("cpu", 2, OLD))
     with jax_ep.Group.open(make_mesh(2), "ep", name="old_file") as group:
         assert group.budgets == before
@@ -132,7 +132,7 @@ def test_bad_budgets_are_an_error(write_tables, change, message):
 def test_an_entry_says_something(write_tables):
     write_tables(("any", 1, {}))
     with pytest.raises(jax_ep.ConfigError, match="KeyError: 'ops'"):
-        _tuning.load_budgets("cpu", 2)
+        tables.load_budgets("cpu", 2)
 
 
 # --- what reaches a call
@@ -300,7 +300,7 @@ def test_a_number_that_was_named_holds(budgeted, program, layout):
         assert _calls(told, group) == {(t, 9) for t in targets}
 
 
-@pytest.mark.parametrize("stock", [*_tuning.EXCHANGES, "the other layout"])
+@pytest.mark.parametrize("stock", [*tables.EXCHANGES, "the other layout"])
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_xla_takes_what_it_is_faster_at(budgeted, program, layout, stock):
     """That operation in that layout, in gradients too, and nothing else."""
@@ -346,7 +346,7 @@ def _round_trip(group, layout):
 def test_bits_are_those_of_the_group(groups, budgeted, layout):
     """A handle of one back end in the other's operations, both ways, and their gradients."""
     expected = _round_trip(groups(R), layout)
-    for stock in [*([(exchange, layout)] for exchange in _tuning.EXCHANGES), KEYS]:
+    for stock in [*([(exchange, layout)] for exchange in tables.EXCHANGES), KEYS]:
         group = budgeted(xla=stock)
         for got, wanted in zip(_round_trip(group, layout), expected, strict=True):
             assert_same_bits(got, wanted)
@@ -387,7 +387,7 @@ def test_bench_runs_at_the_budgets_and_records_them(budgeted):
         options = {"dtype": "f32", "num_ranks": R, "balance": None, "fill": "zeros"}
         point = make_point("small", sizes, layout=layout, **options)
         default, told = (ours(point, group, "cuda", sms) for sms in (None, 5))
-        for exchange in _tuning.EXCHANGES:
+        for exchange in tables.EXCHANGES:
             assert session._subject(exchange, point, told, group).sms == 5
             assert session._subject(exchange, point, default, group).sms == SMS[exchange, layout]
         assert session._subject("round_trip", point, default, group).sms == SMS["combine", layout]

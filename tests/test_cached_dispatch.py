@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import jax_ep
-from jax_ep.fp8 import FP8_DTYPES
+from jax_ep._src.ops.dispatch.fp8 import FP8_DTYPES
 from jax_ep.testing.compare import assert_same_bits
 from jax_ep.testing.ranks import on_ranks
 

@@ -12,7 +12,8 @@ import pytest
 from jax.experimental import io_callback
 
 import jax_ep
-from jax_ep import _jax_compat, _settle
+from jax_ep._src.base import jax_compat
+from jax_ep._src.processes import wait
 from jax_ep.testing.ranks import make_mesh, on_ranks
 
 X = np.ones((3, 4, 8), np.float32)
@@ -108,7 +109,7 @@ class Failed:
 @pytest.fixture
 def failed_effects():
     """Of two devices, which differ."""
-    tokens = _jax_compat.dispatch.runtime_tokens
+    tokens = jax_compat.dispatch.runtime_tokens
     for device in jax.devices()[:2]:
         tokens.set_output_runtime_token(device, Failed())
     yield tokens
@@ -116,7 +117,7 @@ def failed_effects():
 
 
 def test_all_failed_effects_are_let_go(failed_effects, groups):
-    assert len(_jax_compat.wait_for_effects()) == 2
+    assert len(jax_compat.wait_for_effects()) == 2
     assert not failed_effects.output_runtime_tokens
     groups(3).check()
 
@@ -198,10 +199,10 @@ def test_the_end_of_a_block_tells_once():
 
 
 def settle(arrays):
-    return _settle.settle(arrays, failure=lambda: None, loss=lambda: None, timeout=1.0)
+    return wait.settle(arrays, failure=lambda: None, loss=lambda: None, timeout=1.0)
 
 
-@pytest.fixture(params=[_settle.wait, settle], ids=["one process", "several"])
+@pytest.fixture(params=[wait.wait, settle], ids=["one process", "several"])
 def waits(request):
     return request.param
 
@@ -221,7 +222,7 @@ def end(request):
 @pytest.mark.parametrize("hook", ["block_until_ready", "is_ready"])
 def test_arrays_that_go_meanwhile_are_nothing_to_wait_for(monkeypatch, waits, end, hook):
     gone, kept = jnp.ones(3) + 1, jnp.ones(3) + 2
-    owner = jax if hook == "block_until_ready" else _jax_compat
+    owner = jax if hook == "block_until_ready" else jax_compat
     original = getattr(owner, hook)
 
     def end_first(x):
@@ -283,11 +284,11 @@ def test_what_has_failed_is_told_beside_what_has_gone(waits, groups):
 
 def test_keys_are_waited_for(waits, groups):
     key = jax.random.key(1)
-    assert waits(_settle.arrays_in({"key": key})) == []
+    assert waits(wait.arrays_in({"key": key})) == []
     groups(3).check(key)
     key_data = jax.random.key_data(key)
     key_data.delete()
-    assert _settle.arrays_in([key]) == []
+    assert wait.arrays_in([key]) == []
 
 
 def test_a_watchdog_beside_a_loop_that_donates(groups):

@@ -1,13 +1,26 @@
 """The suite sees faults of a back end: each is put into one, and a check must fail of it."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import pytest
 
-from jax_ep import _backends, _checks, _differentiable
+from jax_ep._src.ops.combine import call as combine_call
+from jax_ep._src.ops.combine import vjp as combine_vjp
+from jax_ep._src.ops.common.checks import Checks
+from jax_ep._src.ops.dispatch import call as dispatch_call
+from jax_ep._src.ops.dispatch import vjp as dispatch_vjp
+from jax_ep._src.ops.pull_rows import call as pull_rows_call
 from jax_ep.testing import conformance
 
 CHECKS = {check.name: check for check in conformance.CHECKS}
+# Where the calls of an operation are looked up.
+CALLERS = {
+    "dispatch": (dispatch_call,),
+    "combine": (combine_call, dispatch_vjp),
+    "pull_rows": (pull_rows_call, dispatch_vjp),
+}
 GRADIENTS = "gradients_to_the_bit[layout=expert,dtype=f32,capacity=half,weights_at=rows]"
 
 
@@ -22,11 +35,10 @@ def _fault_of(index, spoil):
     return lambda results: tuple(spoil(r) if i == index else r for i, r in enumerate(results))
 
 
-def _backward(op, spoil):
+def _backward(rule, spoil):
     """In the gradients that an operation gives its operands."""
 
     def inject(monkeypatch):
-        rule = getattr(_differentiable, op)
         right = rule.bwd
         monkeypatch.setattr(rule, "bwd", lambda *args: spoil(right(*args)))
 
@@ -37,13 +49,9 @@ def _forward(op, spoil_of):
     """In what a back end computes: `spoil_of` gets the right function and its arguments."""
 
     def inject(monkeypatch):
-        right = _backends.get
-
-        def get(name):
-            fn = getattr(right(name), op)
-            return right(name)._replace(**{op: lambda *a, **options: spoil_of(fn, *a, **options)})
-
-        monkeypatch.setattr(_backends, "get", get)
+        for module in CALLERS[op]:
+            fn = getattr(module, op)
+            monkeypatch.setattr(module, op, partial(spoil_of, fn))
 
     return inject
 
@@ -75,9 +83,9 @@ def _with_weights(change):
 
 
 def _narrow_ids(monkeypatch):
-    right = _checks.require_topk_idx
+    right = Checks.topk_idx
     monkeypatch.setattr(
-        _checks, "require_topk_idx", lambda ids, **options: right(ids.astype(jnp.int32), **options)
+        Checks, "topk_idx", lambda self, ids, **o: right(self, ids.astype(jnp.int32), **o)
     )
 
 
@@ -88,32 +96,32 @@ def _narrow_rows(fn, spec, index, rows, **slots):
 
 FAULTS = {
     "last bit of the gradient of x": (
-        _backward("dispatch", _fault_of(0, lambda rows: (_next(rows[0]), *rows[1:]))),
+        _backward(dispatch_vjp.dispatch, _fault_of(0, lambda rows: (_next(rows[0]), *rows[1:]))),
         GRADIENTS,
         "gradient of x:",
     ),
     "last bit of the gradient of topk_weights": (
-        _backward("dispatch", _fault_of(1, _next)),
+        _backward(dispatch_vjp.dispatch, _fault_of(1, _next)),
         GRADIENTS,
         "gradient of topk_weights",
     ),
     "last bit of the gradient along a handle": (
-        _backward("dispatch_along", _fault_of(0, lambda rows: (_next(rows[0]),))),
+        _backward(dispatch_vjp.dispatch_along, _fault_of(0, lambda rows: (_next(rows[0]),))),
         GRADIENTS,
         "gradient of x along a handle",
     ),
     "last bit of the gradient of rows": (
-        _backward("combine", _fault_of(0, _next)),
+        _backward(combine_vjp.combine, _fault_of(0, _next)),
         GRADIENTS,
         "gradient of rows",
     ),
     "last bit of the gradient of a bias": (
-        _backward("combine", _fault_of(2, lambda biases: (_next(biases[0]),))),
+        _backward(combine_vjp.combine, _fault_of(2, lambda biases: (_next(biases[0]),))),
         GRADIENTS,
         "gradient of bias",
     ),
     "a negative zero in a gradient": (
-        _backward("combine", _fault_of(0, lambda rows: jnp.where(rows == 0, -0.0, rows))),
+        _backward(combine_vjp.combine, _fault_of(0, lambda rows: jnp.where(rows == 0, -0.0, rows))),
         GRADIENTS,
         "gradient of rows",
     ),

@@ -8,8 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from jax_ep import _bootstrap, _conversation, _jax_compat
-from jax_ep.errors import GroupError, PeerTimeoutError
+from jax_ep._src.base import jax_compat
+from jax_ep._src.base.errors import GroupError, PeerTimeoutError
+from jax_ep._src.processes import kv_exchange, rendezvous
 
 
 class Store:
@@ -31,11 +32,11 @@ class Store:
 def converse(monkeypatch):
     """converse(process, timeout): that process's part in a new opening by the owners."""
     store = Store()
-    monkeypatch.setattr(_conversation._jax_compat, "distributed_client", lambda: store)
+    monkeypatch.setattr(kv_exchange.jax_compat, "distributed_client", lambda: store)
 
     def make(process, timeout=20.0, owners=(0, 0, 1, 1, 2, 2)):
         monkeypatch.setattr(jax, "process_index", lambda: process)
-        return _conversation.Conversation("a//b", owners, timeout=timeout)
+        return kv_exchange.Conversation("a//b", owners, timeout=timeout)
 
     make.store = store
     return make
@@ -162,16 +163,16 @@ def test_a_peer_that_failed_is_behind_its_not_coming(converse):
 @pytest.mark.parametrize("default", [100, 50])
 def test_a_timeout_beyond_the_heartbeat_of_jax_is_warned_of(converse, monkeypatch, default):
     """The default of this JAX; what it was told is kept by nobody who could be asked."""
-    assert _jax_compat.default_heartbeat_timeout() == 100.0  # of all versions so far
+    assert jax_compat.default_heartbeat_timeout() == 100.0  # of all versions so far
 
     def initialize(self, address=None, heartbeat_timeout_seconds=default):
         pass
 
-    monkeypatch.setattr(_jax_compat.distributed.State, "initialize", initialize)
+    monkeypatch.setattr(jax_compat.distributed.State, "initialize", initialize)
     monkeypatch.setattr(jax, "process_index", lambda: 0)
     mesh = SimpleNamespace(devices=np.array([SimpleNamespace(process_index=p) for p in (0, 1)]))
-    _bootstrap.meet(mesh, "x", [0, 0], timeout=default - 1.0).close()
+    rendezvous.meet(mesh, "x", [0, 0], timeout=default - 1.0, stacklevel=1).close()
     with pytest.warns(UserWarning, match=rf"heartbeat_timeout_seconds \({default} by default"):
-        _bootstrap.meet(mesh, "x", [0, 0], timeout=float(default)).close()
+        rendezvous.meet(mesh, "x", [0, 0], timeout=float(default), stacklevel=1).close()
     alone = SimpleNamespace(devices=mesh.devices[:1])
-    _bootstrap.meet(alone, "x", [0], timeout=float(default)).close()
+    rendezvous.meet(alone, "x", [0], timeout=float(default), stacklevel=1).close()

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import pytest
 
-from jax_ep import _registry
+from jax_ep._src.base import registry
 from jax_ep.bench import run as bench
 
 ROOT = Path(__file__).parent.parent
@@ -61,9 +61,9 @@ def _name(value):
 @pytest.fixture
 def groups_end():
     """Closes and checks the groups that a page leaves open."""
-    before = set(_registry.open_groups)
+    before = set(registry.open_groups)
     yield
-    opened = [_registry.open_groups[i] for i in set(_registry.open_groups) - before]
+    opened = [registry.open_groups[i] for i in set(registry.open_groups) - before]
     for group in opened:
         group.close()
     for group in opened:

@@ -7,9 +7,9 @@ import pytest
 
 LEAVES = """
 import atexit, sys
-from jax_ep import _native
+from jax_ep._src.base import native_modules
 atexit.register(print, "at exit")
-_native.load("cpu").exit_without_teardown()
+native_modules.load("cpu").exit_without_teardown()
 print("said", end=" ")
 """
 
@@ -29,7 +29,8 @@ STUCK = """
 import sys, threading
 import jax
 from jax._src import dispatch
-from jax_ep import _jax_compat, _native
+from jax_ep._src.base import jax_compat
+from jax_ep._src.base import native_modules
 
 class Never:
     def block_until_ready(self):
@@ -37,8 +38,8 @@ class Never:
 
 jax.numpy.ones(3).block_until_ready()
 dispatch.runtime_tokens.set_output_runtime_token(jax.devices()[0], Never())
-_native.load("cpu").exit_without_teardown()
-_jax_compat.abandon_runtime()
+native_modules.load("cpu").exit_without_teardown()
+jax_compat.abandon_runtime()
 sys.exit(7)
 """
 

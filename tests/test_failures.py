@@ -10,7 +10,7 @@ import pytest
 from programs import make_echo
 
 import jax_ep
-from jax_ep import errors
+from jax_ep._src.base import errors
 from jax_ep.testing.ranks import make_mesh, on_ranks
 
 

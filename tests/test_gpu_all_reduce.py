@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import jax_ep
-from jax_ep import _tuning, config, reference
+from jax_ep import reference
+from jax_ep._src.base import config, tables
 from jax_ep.testing.compare import assert_close, assert_same_bits
 from jax_ep.testing.ranks import make_mesh, on_ranks
 
@@ -158,7 +159,7 @@ def test_algorithms_give_the_same_bits(group):
                 assert_same_bits(got, expected, what=f"{algorithm} {size}")
 
 
-@pytest.mark.parametrize("op", _tuning.OPS)
+@pytest.mark.parametrize("op", tables.OPS)
 def test_auto_around_the_thresholds_of_the_table(group, op):
     """One element, or row, more and less: "auto" has the bits of another algorithm."""
     is_norm = op == "all_reduce_residual_rmsnorm"

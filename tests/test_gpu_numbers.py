@@ -10,7 +10,7 @@ import pytest
 
 import jax_ep
 from jax_ep import reference
-from jax_ep.fp8 import FP8_DTYPES
+from jax_ep._src.ops.dispatch.fp8 import FP8_DTYPES
 from jax_ep.testing import conformance
 from jax_ep.testing.compare import assert_same_bits
 from jax_ep.testing.conformance.round_trips import sums_of_negative_zeros_are_positive

@@ -16,7 +16,8 @@ from jax.sharding import PartitionSpec as P
 from programs import make_echo
 
 import jax_ep
-from jax_ep import _backends, _native, config
+from jax_ep._src.base import config, native_modules
+from jax_ep._src.opening import usability
 from jax_ep.testing.cases import (
     Case,
     assert_combined,
@@ -189,17 +190,19 @@ def test_more_ranks_than_the_kernels_take_go_to_xla(monkeypatch, num_ranks):
     assert f"kMaxRanks = {config.MAX_CUDA_RANKS};" in header
     devices = [SimpleNamespace(platform="gpu", process_index=0) for _ in range(num_ranks)]
     mesh = SimpleNamespace(devices=np.array(devices))
-    monkeypatch.setattr(_native, "load", lambda _: SimpleNamespace(check_devices=lambda _: None))
-    monkeypatch.setattr(_native, "cuda_device_of", lambda _: 0)
+    monkeypatch.setattr(
+        native_modules, "load", lambda _: SimpleNamespace(check_devices=lambda _: None)
+    )
+    monkeypatch.setattr(native_modules, "cuda_device_of", lambda _: 0)
     monkeypatch.delenv("XLA_FLAGS", raising=False)
-    chosen, found = _backends.resolve(mesh, num_ranks, "auto", None)
+    chosen, found = usability.resolve(mesh, num_ranks, "auto", None)
     if num_ranks == 32:
         assert (chosen, found["cuda"].reason) == ("cuda", "usable")
         return
     assert chosen == "xla"
     assert "its kernels take at most 32 ranks, got 33" in found["cuda"].reason
     with pytest.raises(jax_ep.GroupError, match=r"'cuda' is not usable here: .*at most 32 ranks"):
-        _backends.resolve(mesh, num_ranks, "cuda", None)
+        usability.resolve(mesh, num_ranks, "cuda", None)
 
 
 def test_room_for_staged_operands_is_configurable(monkeypatch):

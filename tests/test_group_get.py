@@ -11,8 +11,8 @@ from process_programs import run_on_cpus
 from programs import make_echo
 
 import jax_ep
-from jax_ep import _registry, _tuning
-from jax_ep.config import Layout
+from jax_ep._src.base import registry, tables
+from jax_ep._src.base.options import Layout
 from jax_ep.testing.compare import assert_same_bits
 from jax_ep.testing.ranks import make_mesh, on_ranks
 
@@ -24,10 +24,10 @@ WIDE = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "ep"))
 
 @pytest.fixture(autouse=True)
 def closes_what_it_opens():
-    before = set(_registry.open_groups)
+    before = set(registry.open_groups)
     yield
-    for identity in set(_registry.open_groups) - before:
-        _registry.open_groups[identity].close()
+    for identity in set(registry.open_groups) - before:
+        registry.open_groups[identity].close()
 
 
 def test_gets_one_group_until_it_is_closed():
@@ -98,7 +98,7 @@ def test_a_back_end_is_wanted_alone():
     """Not beside another one, which "auto" takes for an operation that is faster so."""
     with jax_ep.Group.open(MESH, "ep") as group:
         assert jax_ep.Group.get(MESH, "ep", backend="cpu") is group
-        budget = _tuning.Budget(20, "xla")
+        budget = tables.Budget(20, "xla")
         group.budgets.of["combine"][Layout.RANK] = budget
         with pytest.raises(jax_ep.GroupError, match="takes xla in part, wanted 'cpu' alone"):
             jax_ep.Group.get(MESH, "ep", backend="cpu")
@@ -154,7 +154,7 @@ def test_a_layer_finds_the_mesh_that_is_set(jit):
         _run(jit=jit)
         assert jax_ep.Group.get(axis="ep").mesh == WIDE
         assert jax_ep.Group.get(jax.sharding.get_abstract_mesh(), "ep").mesh == WIDE
-    assert len([g for g in _registry.open_groups.values() if g.mesh == WIDE]) == 1
+    assert len([g for g in registry.open_groups.values() if g.mesh == WIDE]) == 1
 
 
 def test_a_layer_finds_the_mesh_of_an_eager_shard_map():

@@ -9,7 +9,9 @@ import pytest
 from process_programs import HOSTS, TRAIN_OVER_HOSTS, run_on_cpus
 
 import jax_ep
-from jax_ep._neighbourhoods import neighbourhoods
+from jax_ep._src.base.spec import Usability
+from jax_ep._src.opening import usability
+from jax_ep._src.processes.neighbourhoods import neighbourhoods
 from jax_ep.testing.ranks import make_mesh
 
 
@@ -142,7 +144,9 @@ def test_slices_that_span_hosts_take_xla():
 
 def test_a_fallback_of_auto_is_warned_of_once(monkeypatch):
     monkeypatch.setattr(
-        jax_ep._backends, "_cpu", lambda *_: jax_ep._backends.Usability(frozenset(), "not today")
+        usability,
+        "_cpu",
+        lambda *_: Usability(frozenset(), "not today"),
     )
     mesh = make_mesh(2)
     with warnings.catch_warnings(record=True) as caught:
@@ -156,8 +160,8 @@ def test_a_fallback_of_auto_is_warned_of_once(monkeypatch):
 
 
 def test_a_warning_that_is_an_error_leaves_no_group(monkeypatch):
-    unusable = jax_ep._backends.Usability(frozenset(), "not today")
-    monkeypatch.setattr(jax_ep._backends, "_cpu", lambda *_: unusable)
+    unusable = Usability(frozenset(), "not today")
+    monkeypatch.setattr(usability, "_cpu", lambda *_: unusable)
     for _ in range(2):
         with pytest.raises(UserWarning, match="not today"):
             jax_ep.Group.open(make_mesh(2), "ep", name="warns")

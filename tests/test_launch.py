@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jax_ep.errors import ConfigError, LaunchError
+from jax_ep._src.base.errors import ConfigError, LaunchError
 from jax_ep.testing import launch
 
 TWO_DEVICES = {

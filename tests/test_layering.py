@@ -1,6 +1,7 @@
 """The shape of the code: imports go downwards, private names of JAX stay in one file."""
 
 import ast
+import graphlib
 import inspect
 import re
 from pathlib import Path
@@ -8,60 +9,31 @@ from pathlib import Path
 import pytest
 
 import jax_ep
+from jax_ep._src.base import operations
 
 PACKAGE = Path(jax_ep.__file__).parent
-
-# A module may import from its own layer and from those below it.
-LAYERS = [
-    {"_exact", "errors", "config"},
-    {
-        "_drain",
-        "_jax_compat",
-        "_neighbourhoods",
-        "_registry",
-        "_settle",
-        "_sockets",
-        "_spec",
-        "_tuning",
-        "reference",
-    },
-    {
-        "_bootstrap",
-        "_conversation",
-        "_leaving",
-        "_shard_map",
-        "_native",
-        "_open_arguments",
-        "_primitives",
-    },
-    {"_interrupts", "_native_group", "_xla", "_xla_reduce", "handle"},
-    {"_backends"},
-    {"_failures", "_group_info", "_lookup", "_self_test", "_settings"},
-    {"group"},
-    {"_checks"},
-    {"capacity", "fp8"},
-    {"_differentiable", "_reduce"},
-    {"dispatch", "get_dispatch_layout", "all_reduce", "all_reduce_residual_rmsnorm"},
-    {"beside", "combine", "dispatch_fp8", "transforms"},
-    {"testing"},
-    {"bench"},
-    {"__init__", "__main__"},
-]
-# The same inside jax_ep.testing, except that `import jax_ep` is free.
-TESTING_LAYERS = [
-    {"compare", "routing", "launch"},
-    {"ranks"},
-    {"cases"},
-    {"conformance"},
-    {"run"},
-    {"__init__"},
-]
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-TESTING_LEVEL = {name: level for level, names in enumerate(TESTING_LAYERS) for name in names}
+FLOORS = ("base", "processes", "group", "ops", "opening")  # of jax_ep/_src, the lowest first
+# A part may import from itself and from the parts before it; `import jax_ep` is free.
+PARTS = (*(f"_src.{floor}" for floor in FLOORS), "reference", "testing", "bench", "__main__")
 SOURCES = sorted(PACKAGE.rglob("*.py"))
+# The bodies of Group.open and Group.get use operations, which use Group: they are imported late.
+ARROWS_BACK = {("_src.group.group", "_src.opening.open")}
+
+
+def _name(path):
+    """A module, as in `_src.base.spec`."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {_name(path): path for path in SOURCES}
+
+
+def _part(module):
+    return next((p for p in PARTS if f"{module}.".startswith(f"{p}.")), None)
 
 
 def _imports(path):
+    """All modules and names that a file imports, but for those that only types need."""
     tree = ast.parse(path.read_text())
     typing_only = {
         node
@@ -80,22 +52,50 @@ def _imports(path):
                 yield alias.name
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_imports_go_downwards(path):
-    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    for name in _imports(path):
+def _own_imports(module):
+    """The modules of the package that one of them imports."""
+    found = set()
+    for name in _imports(MODULES[module]):
         parts = name.split(".")
-        if parts[0] == "jax_ep" and len(parts) > 1:
-            level = LEVEL.get(parts[1], LEVEL["__init__"])
-            assert level <= LEVEL[own], f"{own} imports {name}"
-            if parts[1] == own == "testing":
-                inner = path.relative_to(PACKAGE).parts[1].removesuffix(".py")
-                level = TESTING_LEVEL.get(parts[2], TESTING_LEVEL["__init__"])
-                assert level <= TESTING_LEVEL[inner], f"testing/{inner} imports {name}"
-        assert parts[0] not in ("pytest", "hypothesis"), f"{own} imports {name}"
-        private = ("jax._src", "jax.extend", "jax.interpreters", "jax.core")
-        if name.startswith(private):
-            assert own == "_jax_compat", f"{own} imports {name}"
+        if parts[0] == "jax_ep":
+            inner = [".".join(parts[1:end]) for end in range(len(parts), 1, -1)]
+            found |= {next((n for n in inner if n in MODULES), "")} - {""}
+    return {m for m in found if (module, m) not in ARROWS_BACK}
+
+
+def test_every_module_has_a_part():
+    without = {m for m in MODULES if _part(m) is None}
+    assert without == {"__init__", "_src"}
+    assert {p.name for p in (PACKAGE / "_src").iterdir() if (p / "__init__.py").exists()} == set(
+        FLOORS
+    )
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_go_downwards(module):
+    own = _part(module)
+    for found in _own_imports(module):
+        if own is not None:
+            assert PARTS.index(_part(found)) <= PARTS.index(own), f"{module} imports {found}"
+
+
+def test_modules_do_not_import_in_circles():
+    graphlib.TopologicalSorter({m: _own_imports(m) for m in MODULES}).prepare()
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_private_names_of_jax_stay_in_one_file(module):
+    for name in _imports(MODULES[module]):
+        assert name.split(".")[0] not in ("pytest", "hypothesis"), f"{module} imports {name}"
+        if name.startswith(("jax._src", "jax.extend", "jax.interpreters", "jax.core")):
+            assert module == "_src.base.jax_compat", f"{module} imports {name}"
+
+
+def test_the_public_names_are_those_of_all():
+    visible = {name for name in dir(jax_ep) if not name.startswith("_")}
+    assert visible - {"bench", "reference", "testing"} == set(jax_ep.__all__)
+    for name in jax_ep.__all__:
+        assert getattr(jax_ep, name).__module__ == "jax_ep"
 
 
 # Public functions that are no operations on arrays.
@@ -120,7 +120,7 @@ def test_docstrings_of_operations_are_complete(name):
         assert part in doc, f"{name}: {part}"
 
 
-# Operations without a stem of their own.
+# Operations that share the folder of another one.
 STEMLESS = {
     "all_gather": "the kernels of all_reduce, without the sum",
     "combine_weights": "combine in the rank layout, pull_rows in the other",
@@ -129,30 +129,37 @@ STEMLESS = {
     "quantize_fp8": "plain JAX",
     "reduce_scatter": "the kernels of all_reduce, which keep a part",
 }
-# Stems that lack a file.
-NOT_PUBLIC = {"pull_rows"}  # what gradients and handles need
+NOT_PUBLIC = {"pull_rows"}  # for gradients and handles
+NO_GRADIENT = {"get_dispatch_layout"}
 TESTED_ELSEWHERE = {"all_reduce_residual_rmsnorm"}  # beside the sum, in test_all_reduce.py
-NOT_NATIVE = {"check_mesh", "without_tangent"}  # identities
 STEMS = sorted(set(OPERATIONS) - set(STEMLESS) | NOT_PUBLIC)
 TESTS = Path(__file__).parent
-OPS = TESTS.parent / "xla_ffi" / "ops"
+NATIVE_OPS = TESTS.parent / "xla_ffi" / "ops"
+OPS = PACKAGE / "_src" / "ops"
 
 
 @pytest.mark.parametrize("stem", STEMS)
 def test_one_op_one_stem(stem):
-    """Public module, primitive, native folder and test of each operation share its name."""
+    """The Python folder, the native folder and the test of each operation share its name."""
+    files = {"call", "stock"}
     if stem not in NOT_PUBLIC:
-        assert getattr(jax_ep, stem).__module__ == f"jax_ep.{stem}"
+        files.add("api")
+        assert inspect.getsourcefile(getattr(jax_ep, stem)) == str(OPS / stem / "api.py")
+    if stem not in NO_GRADIENT:
+        files.add("vjp")
+    assert files <= {path.stem for path in (OPS / stem).glob("*.py")}
     assert (TESTS / f"test_{stem}.py").exists() == (stem not in TESTED_ELSEWHERE)
     for suffix in (".h", "_ffi.h", "_cpu.cc", "_cuda.cu"):
-        assert (OPS / stem / f"{stem}{suffix}").exists()
+        assert (NATIVE_OPS / stem / f"{stem}{suffix}").exists()
 
 
-def test_every_primitive_has_a_stem():
-    primitives = {p.stem for p in (PACKAGE / "_primitives").glob("*.py") if p.stem[0] != "_"}
-    assert sorted(primitives - NOT_NATIVE) == STEMS
-    assert sorted(p.name for p in OPS.iterdir() if p.is_dir()) == STEMS
+def test_every_folder_is_an_operation():
+    for folder in (OPS, NATIVE_OPS):
+        names = {p.name for p in folder.iterdir() if p.is_dir() and p.name != "__pycache__"}
+        assert sorted(names - {"common"}) == STEMS
     assert set(STEMLESS) <= set(OPERATIONS)
+    plain = {"quantize_fp8", "dequantize_fp8"}
+    assert {op.name for op in operations.OPERATIONS} == set(OPERATIONS) - plain
 
 
 NATIVE = Path(__file__).parent.parent / "xla_ffi"

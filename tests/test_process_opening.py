@@ -12,8 +12,8 @@ try:
 except jax_ep.GroupError as e:
     print(e)
 import json, tempfile
-from jax_ep import _tuning
-steps = {op: [[8 + me * (op == "all_gather"), "one_shot"], [None, "psum"]] for op in _tuning.OPS}
+from jax_ep._src.base import tables
+steps = {op: [[8 + me * (op == "all_gather"), "one_shot"], [None, "psum"]] for op in tables.OPS}
 with tempfile.NamedTemporaryFile("w") as file:
     json.dump({"tables": [{"device": "any", "num_ranks": 1, "ops": steps}]}, file)
     file.flush()
@@ -25,7 +25,7 @@ with tempfile.NamedTemporaryFile("w") as file:
 
 # Numbers, a back end that "auto" takes in its place, and neither where the caller says more.
 def open_with(combine, **options):
-    budgets = {e: {"rank": {"sms": 8}, "expert": {"sms": 8}} for e in _tuning.EXCHANGES}
+    budgets = {e: {"rank": {"sms": 8}, "expert": {"sms": 8}} for e in tables.EXCHANGES}
     budgets = {**budgets, "source": f"process {me}"}
     budgets["combine"] = {"rank": {"sms": 8}, "expert": combine}
     entry = {"device": "any", "num_ranks": 1, "budgets": budgets}
@@ -47,8 +47,8 @@ open_with({"sms": 8})
 """
 
 BUILDS = """
-from jax_ep import _native
-native = _native.load("cpu")
+from jax_ep._src.base import native_modules
+native = native_modules.load("cpu")
 info = native.build_info()
 if me == 1:
     other = {"build": "9", "protocol": 2, "sizes": {**info["sizes"], "WireMessage": 1}}
@@ -78,7 +78,11 @@ with jax_ep.Group.open(mesh, "ep", name="late", timeout=20.0):
 """
 
 LOCAL_FAILURES = """
-from jax_ep import _backends, _jax_compat, _native_group, _self_test, _tuning
+from jax_ep._src.opening import usability
+from jax_ep._src.base import jax_compat
+from jax_ep._src.processes import native_group
+from jax_ep._src.opening import self_test
+from jax_ep._src.base import tables
 
 def descriptors(most):
     for _ in range(100):  # threads of the native groups close theirs
@@ -106,12 +110,12 @@ def fails_after(fn):
     return do
 
 STAGES = {
-    "tuning": (_tuning, "load", fails),
-    "back ends": (_backends, "resolve", fails),
-    "opening": (_native_group.Opening, "open_cpu", fails),
-    "native": (_native_group.Opening, "_open", fails),
+    "tuning": (tables, "load", fails),
+    "back ends": (usability, "resolve", fails),
+    "opening": (native_group.Opening, "open_cpu", fails),
+    "native": (native_group.Opening, "_open", fails),
     "opened": (jax_ep.Group, "_open_native", fails_after(jax_ep.Group._open_native)),
-    "self-test": (_self_test, "run", fails_after(_self_test.run)),
+    "self-test": (self_test, "run", fails_after(self_test.run)),
 }
 use()
 use()
@@ -133,7 +137,7 @@ for stage, (place, name, failing) in STAGES.items():
     use()  # at once, whatever the others have read by now
     assert descriptors(before) <= before, stage
     print("told of", stage)
-listed = _jax_compat.distributed_client().key_value_dir_get("jax_ep")
+listed = jax_compat.distributed_client().key_value_dir_get("jax_ep")
 assert len(listed) == jax.process_count(), listed
 assert not [name for name in os.listdir("/dev/shm") if "jax_ep" in name]
 print("passed")
@@ -155,9 +159,9 @@ print("passed")
 """
 
 DIES = """
-from jax_ep import _native_group
+from jax_ep._src.processes import native_group
 place, name = {
-    "opening": (_native_group.Opening, "open_cpu"),
+    "opening": (native_group.Opening, "open_cpu"),
     "self-test": (jax_ep.Group, "wait_for_all"),
 }[sys.argv[1]]
 original = getattr(place, name)
@@ -179,7 +183,9 @@ except jax_ep.PeerTimeoutError as e:
 """
 
 SHARES = """
-from jax_ep import _bootstrap, _native_group, _sockets
+from jax_ep._src.processes import rendezvous
+from jax_ep._src.processes import native_group
+from jax_ep._src.processes import unix_links
 
 class Native:  # as that of GPUs is
     def __init__(self):
@@ -201,14 +207,14 @@ class Native:  # as that of GPUs is
 def fails(*args, **kwargs):
     raise OSError("too many open files")
 
-for swap, expected in ((_sockets.swap, None), (fails, "process 1: too many open files")):
-    with _bootstrap.meet(mesh, "pools", [0] * R, timeout=30.0) as meeting:
+for swap, expected in ((unix_links.swap, None), (fails, "process 1: too many open files")):
+    with rendezvous.meet(mesh, "pools", [0] * R, timeout=30.0) as meeting:
         meeting.connect(reads_memory=False)
         before = len(os.listdir("/proc/self/fd"))
         if me == 1:
-            _sockets.swap = swap
+            unix_links.swap = swap
         start = time.monotonic()
-        why_not = _native_group._share_devices(meeting, Native(), jax.devices(), with_pools=True)
+        why_not = native_group._share_devices(meeting, Native(), jax.devices(), with_pools=True)
         assert why_not == expected, why_not
         assert time.monotonic() - start < 10.0
         assert len(os.listdir("/proc/self/fd")) == before
@@ -218,8 +224,8 @@ print("passed")
 
 STRANGERS = """
 import socket
-from jax_ep import _sockets
-listen = _sockets.listen
+from jax_ep._src.processes import unix_links
+listen = unix_links.listen
 def listen_amid_strangers(*args):
     listener, address = listen(*args)
     with open("/proc/net/unix") as sockets:  # as anyone on this host can read
@@ -233,7 +239,7 @@ def listen_amid_strangers(*args):
             break
     return listener, address
 strangers = []
-_sockets.listen = listen_amid_strangers
+unix_links.listen = listen_amid_strangers
 start = time.monotonic()
 with jax_ep.Group.open(mesh, "ep", timeout=80.0) as group:
     assert time.monotonic() - start < 20.0
@@ -244,9 +250,9 @@ print("passed")
 """
 
 UNCONNECTED = """
-from jax_ep import _sockets
+from jax_ep._src.processes import unix_links
 if me == 1:
-    _sockets._pid_of_own_user = lambda link: None
+    unix_links._pid_of_own_user = lambda link: None
 start = time.monotonic()
 with jax_ep.Group.open(mesh, "ep", timeout=80.0) as group:
     assert time.monotonic() - start < 20.0
@@ -254,8 +260,8 @@ with jax_ep.Group.open(mesh, "ep", timeout=80.0) as group:
 """
 
 UNREADABLE = """
-from jax_ep import _native
-native = _native.load("cpu")
+from jax_ep._src.base import native_modules
+native = native_modules.load("cpu")
 if me == 1:
     native.try_reading = lambda pid, address, expected: "not today"
 with jax_ep.Group.open(mesh, "ep", timeout=60.0) as group:

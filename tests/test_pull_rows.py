@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_ep import _backends
-from jax_ep._spec import CallSpec
+from jax_ep._src.base.spec import CallSpec
+from jax_ep._src.ops.pull_rows.call import pull_rows
 from jax_ep.testing.compare import assert_same_bits
 from jax_ep.testing.ranks import on_ranks
 
@@ -23,7 +23,7 @@ def test_values(groups, backend, dtype, width):
     )
     rows = rows.view(dtype)
     index = rng.integers(-1, 4 * 6, (4, 11)).astype(np.int32)
-    pull = partial(_backends.get(backend).pull_rows, CallSpec(group.spec, backend, 1, "dispatch"))
+    pull = partial(pull_rows, CallSpec(group.spec, backend, 1, "dispatch"))
     got = on_ranks(pull, group.mesh)(index, rows)
     bits = f"u{dtype.itemsize}"
     flat = rows.view(bits).reshape(24, width)
@@ -36,6 +36,6 @@ def test_indices_out_of_range_give_zeros(groups):
     group = groups(2)
     rows = np.ones((2, 3, 4), np.float32)
     index = np.array([[-2, 6, 2**31 - 1, -(2**31), 5]] * 2, np.int32)
-    pull = partial(_backends.get("cpu").pull_rows, CallSpec(group.spec, "cpu", 1, "dispatch"))
+    pull = partial(pull_rows, CallSpec(group.spec, "cpu", 1, "dispatch"))
     got = on_ranks(pull, group.mesh)(index, rows)
     assert_same_bits(got, np.array([[[0] * 4] * 4 + [[1] * 4]] * 2, np.float32))

@@ -5,8 +5,9 @@ import time
 import jax.numpy as jnp
 import pytest
 
-from jax_ep import GroupError, _jax_compat
-from jax_ep._settle import GRACE_S, settle
+from jax_ep import GroupError
+from jax_ep._src.base import jax_compat
+from jax_ep._src.processes.wait import GRACE_S, settle
 
 FAILED, LOST = GroupError("failed"), GroupError("lost")
 
@@ -30,7 +31,7 @@ def test_results_that_are_there_are_good_whatever_happened():
 )
 def test_results_that_do_not_come_are_not_waited_for(monkeypatch, known, expected, least):
     """As behind a collective of NCCL's, whose peer has gone."""
-    monkeypatch.setattr(_jax_compat, "is_ready", lambda array: False)
+    monkeypatch.setattr(jax_compat, "is_ready", lambda array: False)
     start = time.monotonic()
     with pytest.raises(GroupError, match=expected):
         _run(**known)
@@ -39,7 +40,7 @@ def test_results_that_do_not_come_are_not_waited_for(monkeypatch, known, expecte
 
 def test_results_are_waited_for_while_nothing_is_known(monkeypatch):
     answers = iter([False] * 300 + [True])
-    monkeypatch.setattr(_jax_compat, "is_ready", lambda array: next(answers))
+    monkeypatch.setattr(jax_compat, "is_ready", lambda array: next(answers))
     _run()
     assert next(answers, None) is None
 

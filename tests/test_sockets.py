@@ -11,7 +11,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from jax_ep import _sockets
+from jax_ep._src.processes import unix_links
 
 TIMEOUT = 60.0
 
@@ -21,12 +21,12 @@ class Process:
 
     def __init__(self, index, num_processes):
         self.index = index
-        self.listener, self.address = _sockets.listen(num_processes)
-        self.token = secrets.token_bytes(_sockets.TOKEN_BYTES)
+        self.listener, self.address = unix_links.listen(num_processes)
+        self.token = secrets.token_bytes(unix_links.TOKEN_BYTES)
         self.links = []
 
     def connect(self, processes, *, timeout=TIMEOUT, is_in_vain=lambda: False):
-        _sockets.connect(
+        unix_links.connect(
             self.listener,
             process=self.index,
             token=self.token,
@@ -80,10 +80,10 @@ def test_strangers_that_say_nothing_delay_nobody(processes, count):
 
 
 def test_strangers_that_say_something_are_not_taken_for_processes(processes):
-    hello = struct.Struct(f"!i{_sockets.TOKEN_BYTES}s")
+    hello = struct.Struct(f"!i{unix_links.TOKEN_BYTES}s")
     with ExitStack() as stack:
         for process in processes:
-            stranger = hello.pack(2, secrets.token_bytes(_sockets.TOKEN_BYTES))
+            stranger = hello.pack(2, secrets.token_bytes(unix_links.TOKEN_BYTES))
             itself = hello.pack(process.index, process.token)
             for said in (stranger, stranger[:7], itself, b"\xff" * 1000):
                 _strangers(stack, process.address, 1, said)
@@ -98,7 +98,7 @@ def test_links_pass_bytes_and_descriptors_that_no_started_program_gets(processes
         own = os.memfd_create("own", 0)  # inheritable
         try:
             links = process.links
-            got = _sockets.swap(links, [process.index], [own], held, timeout=TIMEOUT)
+            got = unix_links.swap(links, [process.index], [own], held, timeout=TIMEOUT)
             assert len(held) == len(links)
             for fd in held:
                 assert fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC

@@ -7,7 +7,7 @@ import pytest
 from budget_tables import OLD, plain
 
 import jax_ep
-from jax_ep import _tuning
+from jax_ep._src.base import tables
 from jax_ep.bench import session, tune
 from jax_ep.testing.ranks import make_mesh
 
@@ -84,7 +84,7 @@ def test_tune_writes_what_groups_read(monkeypatch, tmp_path, write_tables):
     assert seen == [
         (exchange, layout, *way)
         for layout in ("rank", "expert")
-        for exchange in _tuning.EXCHANGES
+        for exchange in tables.EXCHANGES
         for way in ways
     ]
     monkeypatch.setattr(jax_ep.Group, "open", original_open)

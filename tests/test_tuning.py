@@ -11,53 +11,55 @@ import jax.numpy as jnp
 import pytest
 
 import jax_ep
-from jax_ep import _reduce, _tuning, config
-from jax_ep._spec import ReduceSpec
-from jax_ep.all_reduce_residual_rmsnorm import packet_padding
+from jax_ep._src.base import config, tables
+from jax_ep._src.base.options import Algorithm
+from jax_ep._src.base.spec import ReduceSpec
+from jax_ep._src.ops.all_reduce import choice
+from jax_ep._src.ops.all_reduce_residual_rmsnorm.api import packet_padding
+from jax_ep._src.ops.common.checks import Checks
 from jax_ep.bench import reduce, tune
 from jax_ep.bench.record import find_place
 from jax_ep.bench.session import Session
-from jax_ep.config import Algorithm
 from jax_ep.testing.ranks import make_mesh
 
 
 def _text(steps, device="any", num_ranks=1):
-    ops = dict.fromkeys(_tuning.OPS, steps)
+    ops = dict.fromkeys(tables.OPS, steps)
     return json.dumps({"tables": [{"device": device, "num_ranks": num_ranks, "ops": ops}]})
 
 
 def test_a_table_of_fewer_ranks_gives_way_to_one_of_more():
     """That of two H100 is not for eight of them."""
-    two, eight = (_tuning.load("NVIDIA H100 80GB HBM3", n) for n in (2, 8))
-    assert eight == _tuning.load("no such device", 8)
-    assert two != _tuning.load("no such device", 2)
+    two, eight = (tables.load("NVIDIA H100 80GB HBM3", n) for n in (2, 8))
+    assert eight == tables.load("no such device", 8)
+    assert two != tables.load("no such device", 2)
 
 
 def test_the_table_chooses(monkeypatch, tmp_path):
-    table = _tuning.load("no such device", 2)
+    table = tables.load("no such device", 2)
     ours = [Algorithm.LOW_LATENCY, Algorithm.ONE_SHOT, Algorithm.TWO_SHOT]
-    for op in _tuning.OPS:
-        assert _tuning.pick(table, op, 1, [*ours, Algorithm.PSUM]) is Algorithm.LOW_LATENCY
-        assert _tuning.pick(table, op, 1 << 40, [*ours, Algorithm.PSUM]) is Algorithm.PSUM
-        assert _tuning.pick(table, op, 1 << 40, ours) is None
+    for op in tables.OPS:
+        assert tables.pick(table, op, 1, [*ours, Algorithm.PSUM]) is Algorithm.LOW_LATENCY
+        assert tables.pick(table, op, 1 << 40, [*ours, Algorithm.PSUM]) is Algorithm.PSUM
+        assert tables.pick(table, op, 1 << 40, ours) is None
     path = tmp_path / "table.json"
     path.write_text(_text([[None, "two_shot"]]))
     monkeypatch.setenv("JAX_EP_TUNING", str(path))
     with jax_ep.Group.open(make_mesh(2), "ep", name="tuned") as group:
-        assert _tuning.pick(group.tuning, "all_reduce", 5, ours) is Algorithm.TWO_SHOT
+        assert tables.pick(group.tuning, "all_reduce", 5, ours) is Algorithm.TWO_SHOT
 
 
 def test_groups_that_a_file_says_nothing_of_go_by_the_package(monkeypatch, tmp_path):
     """What was measured for eight of a kind is for eight of that kind."""
     cases = [("a", 8), ("a", 4), ("a", 16), ("b", 8), ("NVIDIA H100 80GB HBM3", 2)]
-    package = {case: _tuning.load(*case) for case in cases}
+    package = {case: tables.load(*case) for case in cases}
     path = tmp_path / "table.json"
     path.write_text(_text([[None, "one_shot"]], device="a", num_ranks=8))
     monkeypatch.setenv("JAX_EP_TUNING", str(path))
-    changed = [case for case in cases if _tuning.load(*case) != package[case]]
+    changed = [case for case in cases if tables.load(*case) != package[case]]
     assert changed == [("a", 8)]
     path.write_text('{"tables": []}')
-    assert all(_tuning.load(*case) == package[case] for case in cases)
+    assert all(tables.load(*case) == package[case] for case in cases)
 
 
 def _auto(op, x, has_packets=True):
@@ -65,21 +67,21 @@ def _auto(op, x, has_packets=True):
     group = SimpleNamespace(
         num_ranks=2,
         spec=SimpleNamespace(staging_bytes=None, has_packets=has_packets),
-        tuning=_tuning.load("NVIDIA H100 80GB HBM3", 2),
+        tuning=tables.load("NVIDIA H100 80GB HBM3", 2),
     )
     group.spec.can_stage = lambda x: True
     padding = packet_padding(x) if op == "all_reduce_residual_rmsnorm" else 0
     options = {"allow_psum": True, "dtypes": (jnp.bfloat16,), "padding": padding, "kernel": op}
     stock = ReduceSpec(group.spec, "cuda", Algorithm.PSUM, "all_reduce")
     num_bytes = x.size * x.dtype.itemsize
-    return _reduce.choose(group, stock, x, num_bytes, op=op, **options)
+    return choice.choose(Checks(op), group, stock, x, num_bytes, **options)
 
 
-@pytest.mark.parametrize("op", _tuning.OPS)
+@pytest.mark.parametrize("op", tables.OPS)
 def test_auto_at_the_thresholds_of_the_table(op):
     """By the bytes that were measured: those of an operand, without the padding of its packets."""
     unit = (8192,) if op == "all_reduce_residual_rmsnorm" else ()
-    steps = _tuning.load("NVIDIA H100 80GB HBM3", 2)[op]
+    steps = tables.load("NVIDIA H100 80GB HBM3", 2)[op]
     assert len(steps) > 1
     for step, next_step in pairwise(steps):
         at = step.bytes // (2 * math.prod(unit))
@@ -142,7 +144,7 @@ def test_tune_keeps_what_is_fastest(tmp_path):
     path = tmp_path / "t.json"
     for device, num_ranks in (("a", 2), ("b", 2), ("a", 2), ("a", 4)):
         entry = {"device": device, "num_ranks": num_ranks}
-        tune._write(path, {**entry, "ops": dict.fromkeys(_tuning.OPS, steps)})
+        tune._write(path, {**entry, "ops": dict.fromkeys(tables.OPS, steps)})
     assert len(json.loads(path.read_text())["tables"]) == 3
 
 
@@ -156,7 +158,7 @@ def test_tune_measures_what_bench_does(groups, tmp_path, monkeypatch):
     session = Session(group, place, repeats=1, copy_rate=1e9, backends=["cpu"], algorithms=names)
     rows = tune.measure(session, [512, 1024], repeats=1)
     medians = tune.collect([row.record for row in rows])
-    assert list(medians) == list(_tuning.OPS)
+    assert list(medians) == list(tables.OPS)
     for op, sizes in medians.items():
         expected = names if op == "all_reduce" else [n for n in names if n != "two_shot"]
         assert list(sizes) == ([1024] if op == "all_reduce_residual_rmsnorm" else [512, 1024])

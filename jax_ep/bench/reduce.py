@@ -16,14 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_ep
-from jax_ep import _tuning
+from jax_ep._src.base import tables
+from jax_ep._src.base.errors import ConfigError
 from jax_ep.bench import memory, timing
 from jax_ep.bench.shapes import ReducePoint
-from jax_ep.errors import ConfigError
 from jax_ep.testing.cases import DTYPES
 from jax_ep.testing.ranks import on_ranks, place
 
-OPS = _tuning.OPS
+OPS = tables.OPS
 OURS = ("low_latency", "one_shot", "two_shot")
 PSUM = "psum"  # as an algorithm: the stock collective
 HIDDEN = 8192  # of the rows that are normalised

@@ -9,6 +9,9 @@ from pathlib import Path
 import jax
 
 import jax_ep
+from jax_ep._src.base.config import BACKENDS
+from jax_ep._src.base.errors import ConfigError
+from jax_ep._src.base.options import Fill
 from jax_ep.bench import reduce, report, timing
 from jax_ep.bench.record import find_place
 from jax_ep.bench.session import Session, measure_copy_rate, save
@@ -21,8 +24,6 @@ from jax_ep.bench.shapes import (
     make_point,
     make_reduce_point,
 )
-from jax_ep.config import BACKENDS, Fill
-from jax_ep.errors import ConfigError
 from jax_ep.testing.ranks import make_mesh, prepare_virtual_devices
 
 OPS = (*timing.OPS, *reduce.OPS)
@@ -69,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "1.25 in the expert layout, none in the rank layout",
     )
     add("--alignment", type=int, default=1, help="expert layout: rows of a group, a multiple of it")
-    add("--fill", choices=[f.name.lower() for f in Fill], default="zeros", help="as in dispatch")
+    add("--fill", choices=list(Fill), default="zeros", help="as in dispatch")
     add("--backends", nargs="+", choices=BACKENDS, help="of ours; default: all that are usable")
     add("--sms", nargs="+", type=int, help="SM budgets of the cuda back end; default: its own")
     add("--ranks", type=int, help="use the first of jax.devices(); default: all, 8 on CPU")

@@ -9,7 +9,8 @@ import jax
 from jax.experimental.multihost_utils import process_allgather
 
 import jax_ep
-from jax_ep._tuning import EXCHANGES
+from jax_ep._src.base.options import Layout
+from jax_ep._src.base.tables import EXCHANGES
 from jax_ep.bench import floor, reduce, report, timing
 from jax_ep.bench.contenders import Contender, contenders, ours
 from jax_ep.bench.record import (
@@ -22,7 +23,6 @@ from jax_ep.bench.record import (
     result_path,
 )
 from jax_ep.bench.shapes import Point, ReducePoint, make_inputs
-from jax_ep.config import Layout
 from jax_ep.testing.ranks import on_ranks
 
 _BUDGET_COUNT = 32  # operations of a chain that tells budgets apart
@@ -143,7 +143,7 @@ class Session:
 def _subject(op: str, point: Point, contender: Contender, group: jax_ep.Group) -> Subject:
     sms = contender.sms
     if contender.backend == "cuda" and sms is None:
-        layout = Layout[point.layout.upper()]
+        layout = Layout(point.layout)
         ops = ("dispatch", "combine") if op == "round_trip" else (op,)
         sms = max(group.budgets.of[o][layout].sms for o in ops)
     return Subject(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_ep
-from jax_ep.config import FP8_BLOCK
+from jax_ep._src.base.config import FP8_BLOCK
 from jax_ep.testing import routing
 from jax_ep.testing.cases import DTYPES, Case
 from jax_ep.testing.ranks import place

@@ -10,12 +10,12 @@ from typing import Any
 import jax
 
 import jax_ep
-from jax_ep._tuning import EXCHANGES
+from jax_ep._src.base.errors import GroupError
+from jax_ep._src.base.tables import EXCHANGES
 from jax_ep.bench import reduce, report
 from jax_ep.bench.record import Place, Record, find_place
 from jax_ep.bench.session import Session, save
 from jax_ep.bench.shapes import SHAPES, Point, make_point, make_reduce_point
-from jax_ep.errors import GroupError
 from jax_ep.testing.ranks import make_mesh
 
 # Microseconds by operation, bytes of a rank and algorithm.

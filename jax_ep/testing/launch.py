@@ -17,8 +17,8 @@ from typing import IO
 
 import jax
 
-from jax_ep.config import ProcessPlace
-from jax_ep.errors import LaunchError
+from jax_ep._src.base.config import ProcessPlace
+from jax_ep._src.base.errors import LaunchError
 
 _POLL_S = 0.02
 _DUMP_S = 5.0

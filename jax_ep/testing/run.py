@@ -9,8 +9,8 @@ from collections import Counter
 import jax
 
 import jax_ep
-from jax_ep.config import BACKENDS
-from jax_ep.errors import ConfigError, GroupError
+from jax_ep._src.base.config import BACKENDS
+from jax_ep._src.base.errors import ConfigError, GroupError
 from jax_ep.testing import conformance
 from jax_ep.testing.ranks import make_mesh, prepare_virtual_devices
 

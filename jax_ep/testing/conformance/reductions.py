@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_ep
-from jax_ep import config, reference
+from jax_ep import reference
+from jax_ep._src.base import config
 from jax_ep.testing.compare import assert_close, assert_same_bits, shards
 from jax_ep.testing.conformance.check import Check, noted
 from jax_ep.testing.ranks import on_group, on_ranks, place

@@ -12,7 +12,7 @@ import numpy as np
 
 import jax_ep
 from jax_ep import reference
-from jax_ep.errors import DTypeError
+from jax_ep._src.base.errors import DTypeError
 from jax_ep.testing.cases import (
     Case,
     assert_combined,

@@ -1,0 +1,1 @@
+"""Facts and tools that know nothing of groups: settings, errors, specifications, JAX's versions."""

@@ -1,0 +1,51 @@
+"""Options that are words: what callers write, and the numbers that native code has for them."""
+
+import enum
+
+
+class Option(enum.StrEnum):
+    """One of a few words. It equals the word, and its members stand in the order of the codes."""
+
+    @property
+    def code(self) -> int:
+        """The number that stands for it in xla_ffi."""
+        return list(type(self)).index(self)
+
+
+class Layout(Option):
+    """How received rows are arranged; codes as in xla_ffi/core/types.h."""
+
+    RANK = "rank"
+    EXPERT = "expert"
+
+
+class Fill(Option):
+    """Which rows without a token are zeroed; codes as in xla_ffi/core/types.h."""
+
+    ZEROS = "zeros"
+    PADDING = "padding"
+    NONE = "none"
+
+
+class Movement(Option):
+    """What becomes of all ranks' arrays; codes as in xla_ffi/ops/all_reduce/all_reduce.h."""
+
+    ALL_REDUCE = "all_reduce"
+    REDUCE_SCATTER = "reduce_scatter"
+    ALL_GATHER = "all_gather"
+
+
+class Algorithm(Option):
+    """How sums travel between GPUs; codes as in xla_ffi/ops/all_reduce/all_reduce.h."""
+
+    LOW_LATENCY = "low_latency"
+    ONE_SHOT = "one_shot"
+    TWO_SHOT = "two_shot"
+    PSUM = "psum"  # the stock collective, which native code never sees
+
+
+class Scales(Option):
+    """How the scales of fp8 rows are stored."""
+
+    F32 = "f32"
+    E8M0 = "e8m0"

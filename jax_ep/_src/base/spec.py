@@ -1,0 +1,256 @@
+"""The static facts of an operation, and what the back ends hand to one another.
+
+All of it is hashable or arrays: nothing here refers to an open group.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+
+from jax_ep._src.base import config
+from jax_ep._src.base.options import Algorithm, Fill, Layout, Movement
+
+_GRADIENT = " (gradient)"
+
+
+class Seat(NamedTuple):
+    """One device of a group's mesh.
+
+    Attributes:
+      device: its id; CUDA's number of it where the native group of GPUs is told.
+      slice: of the mesh's other axes.
+      rank: in the slice.
+      position: in the row-major order of the mesh.
+    """
+
+    device: int
+    slice: int
+    rank: int
+    position: int
+
+
+class Usability(NamedTuple):
+    """What a back end can do for a group: the public operations, and the reason in words."""
+
+    ops: frozenset[str]
+    reason: str
+
+
+@dataclass(frozen=True)
+class GroupSpec:
+    """A group, as compiled code knows it.
+
+    Attributes:
+      identity: name and fingerprint; how a loaded executable finds the group.
+      axes: the axes that the ranks run along.
+      mesh_axes: name and size of every axis of the mesh.
+      device_ids: device ids in the row-major order of the mesh.
+      staging_bytes: room for the operands of a call where they are staged; None: they are not.
+      has_packets: whether 16 bytes arrive at once at a peer, which algorithm low_latency needs.
+    """
+
+    identity: str
+    axes: tuple[str, ...]
+    mesh_axes: tuple[tuple[str, int], ...]
+    device_ids: tuple[int, ...]
+    staging_bytes: int | None = None
+    has_packets: bool = True
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of one slice."""
+        sizes = dict(self.mesh_axes)
+        return math.prod(sizes[a] for a in self.axes)
+
+    def seats(self) -> list[Seat]:
+        """In the row-major order of the mesh."""
+        sizes = dict(self.mesh_axes)
+        others = tuple(name for name in sizes if name not in self.axes)
+        seats = []
+        for position, device_id in enumerate(self.device_ids):
+            index, rest = {}, position
+            for name in reversed(sizes):
+                rest, index[name] = divmod(rest, sizes[name])
+            slice_, rank = (_row_major(index, sizes, names) for names in (others, self.axes))
+            seats.append(Seat(device_id, slice_, rank, position))
+        return seats
+
+    def can_stage(self, *operands: jax.Array | None, scratch_bytes: int = 0) -> bool:
+        """Whether a call that peers read so much of is carried by the custom calls."""
+        if self.staging_bytes is None:
+            return True
+        sizes = [scratch_bytes, *(a.size * a.dtype.itemsize for a in operands if a is not None)]
+        unit = config.STAGING_ALIGNMENT
+        return sum(-(-size // unit) * unit for size in sizes) <= self.staging_bytes
+
+    def rank_of(self, device_id: int) -> int:
+        """The rank of a device."""
+        return self.seats()[self.device_ids.index(device_id)].rank
+
+    def position(self) -> jax.Array:
+        """[1] int32: where this device stands in the mesh, row-major. Inside shard_map."""
+        place = jnp.zeros((1,), jnp.int32)
+        for name, size in self.mesh_axes:
+            # The program's mesh may lack an axis of size one.
+            if size > 1:
+                place = place * size + jax.lax.axis_index(name).astype(jnp.int32)
+        return place
+
+
+def _row_major(index: dict[str, int], sizes: dict[str, int], axes: tuple[str, ...]) -> int:
+    place = 0
+    for name in axes:
+        place = place * sizes[name] + index[name]
+    return place
+
+
+@dataclass(frozen=True)
+class CallSpec:
+    """The static facts of one pull_rows; equal on all ranks. `op` as in ExchangeSpec."""
+
+    group: GroupSpec
+    backend: str
+    num_sms: int
+    op: str
+
+
+def gradient_of(op: str) -> str:
+    """What errors call the backward pass of a public operation."""
+    return f"{op.removesuffix(_GRADIENT)}{_GRADIENT}"
+
+
+class Route(NamedTuple):
+    """How an exchange is carried: the back end, and the SMs that it uses where it is `cuda`."""
+
+    backend: str
+    num_sms: int
+
+
+class Routes(NamedTuple):
+    """The routes of all exchanges in one layout; those of pull_rows are a cached dispatch's."""
+
+    dispatch: Route
+    cached_dispatch: Route
+    combine: Route
+
+
+@dataclass(frozen=True)
+class ExchangeSpec:
+    """What a dispatch and a combine have; their gradients run other exchanges of these routes.
+
+    `op` is the public operation, as errors name it: other exchanges may carry it.
+    """
+
+    group: GroupSpec
+    routes: Routes
+    layout: Layout
+    recv_capacity: int
+    op: str
+
+    def of_gradient(self) -> Self:
+        """The same for the backward pass."""
+        return replace(self, op=gradient_of(self.op))
+
+    def to_combine(self) -> "CombineSpec":
+        """The combine along the same routing."""
+        return CombineSpec(self.group, self.routes, self.layout, self.recv_capacity, self.op)
+
+    def to_pull(self) -> CallSpec:
+        """The pull_rows along the same routing."""
+        return CallSpec(self.group, *self.routes.cached_dispatch, self.op)
+
+
+@dataclass(frozen=True)
+class DispatchSpec(ExchangeSpec):
+    """The static facts of one dispatch; equal on all ranks."""
+
+    num_experts: int
+    expert_alignment: int
+    fill: Fill
+
+    @property
+    def backend(self) -> str:
+        """That carries the dispatch."""
+        return self.routes.dispatch.backend
+
+    @property
+    def num_sms(self) -> int:
+        """Of the dispatch."""
+        return self.routes.dispatch.num_sms
+
+    @property
+    def num_local_experts(self) -> int:
+        """Experts of one rank."""
+        return self.num_experts // self.group.num_ranks
+
+
+@dataclass(frozen=True)
+class CombineSpec(ExchangeSpec):
+    """The static facts of one combine, or dispatch along a handle; equal on all ranks."""
+
+    @property
+    def backend(self) -> str:
+        """That carries the combine."""
+        return self.routes.combine.backend
+
+    @property
+    def num_sms(self) -> int:
+        """Of the combine."""
+        return self.routes.combine.num_sms
+
+
+@dataclass(frozen=True)
+class ReduceSpec:
+    """The static facts of one all_reduce, reduce_scatter or all_gather; equal on all ranks.
+
+    `op`: as in ExchangeSpec. `is_typed`: check_vma is on.
+    """
+
+    group: GroupSpec
+    backend: str
+    algorithm: Algorithm
+    op: str
+    movement: Movement = Movement.ALL_REDUCE
+    is_typed: bool = False
+
+    def is_carried(self, x: jax.Array) -> bool:
+        """Whether the custom calls can carry an operand, by this algorithm."""
+        if self.backend != "cuda" or self.group.staging_bytes is None:
+            return True
+        num_bytes = x.size * x.dtype.itemsize
+        if self.movement is Movement.REDUCE_SCATTER:
+            num_bytes //= self.group.num_ranks
+        num_ranks = self.group.num_ranks
+        is_pushed = num_bytes <= config.push_payload(num_ranks)
+        return {
+            Algorithm.LOW_LATENCY: True,
+            Algorithm.ONE_SHOT: is_pushed or self.group.can_stage(x),
+            Algorithm.TWO_SHOT: num_bytes <= config.two_shot_payload(num_ranks),
+        }.get(self.algorithm, False)
+
+
+class Routed(NamedTuple):
+    """What a back end's dispatch gives, on one rank. `C` = recv_capacity, `L` = local experts."""
+
+    group_sizes: jax.Array  # [L]
+    num_recv: jax.Array  # [1]
+    num_dropped: jax.Array  # [1]
+    num_invalid: jax.Array  # [1]
+    recv_src: jax.Array  # [C] source rank * num_tokens + token, -1 = none
+    recv_k: jax.Array | None  # expert layout: [C]
+    send_row: jax.Array  # [num_tokens, num_ranks or num_topk] row at the destination, -1 = none
+    recv_topk_idx: jax.Array | None  # rank layout: [C, num_topk]
+    recv_weights: jax.Array | None  # rank layout: [C, num_topk], expert layout: [C]
+    rows: tuple[jax.Array, ...]  # [C, ...]
+
+
+class RowIndex(NamedTuple):
+    """Where the rows of a dispatch are, from both ends."""
+
+    send_rank: jax.Array | None  # expert layout: [num_tokens, num_topk] destination, -1 = none
+    send_row: jax.Array
+    recv_src: jax.Array
+    recv_k: jax.Array | None  # expert layout: [C] which choice of its token a row is

@@ -1,0 +1,98 @@
+"""Failures of a group, and peers that its end, and the interpreter's, must not wait for."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from jax_ep._src.base.errors import (
+    GroupInterruptedError,
+    JaxEpError,
+    PeerTimeoutError,
+    RoutingError,
+    error_of,
+    program_error,
+)
+from jax_ep._src.base.spec import GroupSpec
+from jax_ep._src.processes.native_group import NativeGroup
+from jax_ep._src.processes.rendezvous import Meeting
+from jax_ep._src.processes.wait import cause_of
+
+
+class Failures:
+    """The failures of one group, as far as this process knows. Nothing here waits."""
+
+    def __init__(
+        self,
+        mesh: jax.sharding.Mesh,
+        spec: GroupSpec,
+        meeting: Meeting,
+    ):
+        self.native: NativeGroup | None = None  # once it is open
+        self._owners = [d.process_index for d in mesh.devices.flat]
+        self._spec = spec
+        self._meeting = meeting
+        self._bad_routings: Counter[str] = Counter()
+
+    def add_bad_routing(self, op: str, rank: Any, num_invalid: Any, num_repeated: Any) -> None:
+        """Keeps what debug mode found in one routing until it is told."""
+        if int(num_invalid) or int(num_repeated):
+            line = (
+                f"{op}: topk_idx of rank {int(rank)} holds {int(num_invalid)} ids outside "
+                f"[-1, num_experts) and repeats an expert in a token {int(num_repeated)} times"
+            )
+            self._bad_routings[line] += 1
+
+    def raise_known(self, problems: Sequence[Exception] = ()) -> None:
+        """Raises the group's own failure, or else what JAX raised; whatever that was, behind it."""
+        failure = self.recorded()
+        if not problems:
+            if failure is not None:
+                raise failure
+            return
+        cause = cause_of(problems)
+        raise failure or program_error("Group.check", cause) from cause
+
+    def recorded(self) -> JaxEpError | None:
+        """The first failure, or else the bad routings, which are told once."""
+        failure = self.failure()
+        if failure is not None or not self._bad_routings:
+            return failure
+        message = "\n".join(
+            line if times == 1 else f"{line} ({times} times)"
+            for line, times in self._bad_routings.items()
+        )
+        self._bad_routings.clear()
+        return RoutingError(message)
+
+    def failure(self) -> JaxEpError | None:
+        """The record of the custom calls."""
+        record = None if self.native is None else self.native.handle.error()
+        if record is None:
+            return None
+        failure = error_of(record)
+        if isinstance(failure, PeerTimeoutError | GroupInterruptedError):
+            self._leave_alone()
+        return failure
+
+    def loss(self) -> JaxEpError | None:
+        """A process that has ended, though no custom call has waited for it."""
+        process = self._meeting.lost_process()
+        if process is None:
+            return None
+        self._leave_alone()
+        ranks = [seat.rank for seat in self._spec.seats()]
+        here, there = (
+            [rank for rank, owner in zip(ranks, self._owners, strict=True) if owner == p]
+            for p in (jax.process_index(), process)
+        )
+        num_ranks = self._spec.num_ranks
+        num_seen = num_ranks - len(set(there))
+        return PeerTimeoutError("Group.check", here[0], there[0], num_ranks, num_seen, is_lost=True)
+
+    def _leave_alone(self) -> None:
+        """A peer may be lost, or will be: no end waits for it, the interpreter's or the group's."""
+        self._meeting.leave_alone_at_exit()
+        if self.native is not None and not self._meeting.is_alone:
+            self.native.abandon()

@@ -1,0 +1,95 @@
+"""The arguments of `Group.open` and `Group.get`, checked and with their defaults."""
+
+import hashlib
+import math
+from typing import Any
+
+import jax
+
+from jax_ep._src.base import config
+from jax_ep._src.base.checks import StaticChecks, to_number
+from jax_ep._src.base.errors import ConfigError, GroupError
+from jax_ep._src.base.spec import GroupSpec
+from jax_ep._src.group.settings import OpenArguments
+
+
+def check_arguments(
+    mesh: jax.sharding.Mesh,
+    axis: str | tuple[str, ...],
+    *,
+    name: str | None,
+    backend: str,
+    timeout: float,
+    num_sms: int | None,
+    ranks_per_node: int | None,
+    debug: bool | None,
+    op: str,
+) -> OpenArguments:
+    """Raises ConfigError or GroupError."""
+    check = StaticChecks(op)
+    axes = _check_mesh(mesh, axis, op)
+    if backend not in ("auto", *config.BACKENDS):
+        names = ", ".join(map(repr, ("auto", *config.BACKENDS)))
+        raise ConfigError(f"{op}: backend must be one of {names}, got {backend!r}")
+    if debug is not None and not isinstance(debug, bool):
+        raise ConfigError(f"{op}: debug must be True, False or None, got {debug!r}")
+    sizes = dict(mesh.shape)
+    num_ranks = math.prod(sizes[a] for a in axes)
+    ranks_per_node = check.integer(
+        num_ranks if ranks_per_node is None else ranks_per_node, minimum=1, name="ranks_per_node"
+    )
+    if num_ranks % ranks_per_node:
+        raise ConfigError(
+            f"{op}: ranks_per_node must divide num_ranks={num_ranks}, got {ranks_per_node}"
+        )
+    seconds = to_number(timeout)
+    if not 0 < seconds <= config.MAX_TIMEOUT_S:
+        raise ConfigError(
+            f"{op}: timeout must be positive seconds, at most "
+            f"{config.MAX_TIMEOUT_S:.0f}, got {timeout!r}"
+        )
+    if num_sms is not None:
+        num_sms = check.integer(num_sms, minimum=1, name="num_sms")
+    name = name if name is not None else "_".join(axes)
+    if not isinstance(name, str):
+        raise ConfigError(f"{op}: name must be a string, got {name!r}")
+    return OpenArguments(
+        axes=axes,
+        name=name,
+        num_ranks=num_ranks,
+        ranks_per_node=ranks_per_node,
+        num_sms=num_sms,
+        timeout=seconds,
+        spec=_make_spec(mesh, axes, name),
+    )
+
+
+def _check_mesh(mesh: jax.sharding.Mesh, axis: Any, op: str) -> tuple[str, ...]:
+    """The axes of the group, as a tuple."""
+    if not isinstance(mesh, jax.sharding.Mesh):
+        raise GroupError(
+            f"{op}: mesh must be a jax.sharding.Mesh with devices, got {type(mesh).__name__}"
+        )
+    return check_axis(mesh, axis, op=op)
+
+
+def check_axis(mesh: Any, axis: Any, *, op: str) -> tuple[str, ...]:
+    """The axes of the group, as a tuple, of a mesh with or without devices."""
+    axes = tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
+    if not axes or not set(axes) <= set(mesh.axis_names) or len(set(axes)) != len(axes):
+        raise GroupError(
+            f"{op}: axis must name distinct axes of the mesh {tuple(mesh.axis_names)}, got {axes}"
+        )
+    return axes
+
+
+def _make_spec(mesh: jax.sharding.Mesh, axes: tuple[str, ...], name: str) -> GroupSpec:
+    mesh_axes = tuple(mesh.shape.items())
+    device_ids = tuple(d.id for d in mesh.devices.flat)
+    fingerprint = hashlib.sha256(repr((name, axes, mesh_axes, device_ids)).encode()).hexdigest()
+    return GroupSpec(
+        identity=f"{name}-{fingerprint[:16]}",
+        axes=axes,
+        mesh_axes=mesh_axes,
+        device_ids=device_ids,
+    )

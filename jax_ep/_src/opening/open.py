@@ -1,0 +1,143 @@
+"""The bodies of `Group.open` and `Group.get`."""
+
+import warnings
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any, TypeVar, cast
+
+import jax
+
+from jax_ep._src.base import config, jax_compat, native_modules, registry
+from jax_ep._src.base.errors import GroupError
+from jax_ep._src.group.group import Group
+from jax_ep._src.group.settings import OpenArguments
+from jax_ep._src.opening import lookup, self_test, usability
+from jax_ep._src.opening.arguments import check_arguments
+from jax_ep._src.opening.settings import agree_on_settings
+from jax_ep._src.processes import rendezvous
+from jax_ep._src.processes.native_group import Opening
+from jax_ep._src.processes.rendezvous import Meeting
+
+_Group = TypeVar("_Group", bound=Group)
+_TO_CALLER = 5  # frames from a warning here to the caller of Group.open or Group.get
+
+
+def open_group(
+    kind: type[_Group], mesh: jax.sharding.Mesh, axis: str | tuple[str, ...], **options: Any
+) -> _Group:
+    """`options`: the other arguments of Group.open, all of them."""
+    arguments = check_arguments(mesh, axis, op="Group.open", **options)
+    with registry.opening(arguments.spec.identity):
+        return _open(kind, mesh, arguments, **options)
+
+
+def get_group(
+    kind: type[_Group],
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None,
+    axis: str | tuple[str, ...] | None,
+    *,
+    timeout: float | None,
+    **options: Any,
+) -> _Group:
+    """`options`: the other arguments of Group.get, all of them."""
+    found = lookup.find_mesh(mesh, axis, options["name"])
+    arguments = check_arguments(
+        found,
+        lookup.find_axis(found, axis),
+        timeout=config.DEFAULT_TIMEOUT_S if timeout is None else timeout,
+        op="Group.get",
+        **options,
+    )
+    with registry.opening(arguments.spec.identity):
+        group = registry.open_groups.get(arguments.spec.identity)
+        if group is None:
+            return _open(kind, found, arguments, **options)
+        group.require_usable("Group.get")
+        backend, ranks_per_node = options["backend"], options["ranks_per_node"]
+        lookup.require_settings(
+            group,
+            backend=None if backend == "auto" else backend,
+            timeout=None if timeout is None else arguments.timeout,
+            num_sms=arguments.num_sms,
+            ranks_per_node=None if ranks_per_node is None else arguments.ranks_per_node,
+            debug=options["debug"],
+        )
+        return cast(_Group, group)
+
+
+def _open(
+    kind: type[_Group],
+    mesh: jax.sharding.Mesh,
+    arguments: OpenArguments,
+    *,
+    backend: str,
+    debug: bool | None,
+    **_: Any,
+) -> _Group:
+    identity = arguments.spec.identity
+    slices = [seat.slice for seat in arguments.spec.seats()]
+    with (
+        jax_compat.clean_context(),
+        ExitStack() as undo,
+        rendezvous.meet(
+            mesh, identity, slices, timeout=arguments.timeout, stacklevel=_TO_CALLER
+        ) as meeting,
+    ):
+        if identity in registry.open_groups:
+            raise GroupError(
+                f"Group.open: a group named {arguments.name!r} over the same axes and devices "
+                "is open; pass another name="
+            )
+        settings = agree_on_settings(meeting, mesh, arguments, backend=backend, debug=debug)
+        group = kind(mesh, arguments, settings, meeting)
+        undo.callback(group.discard)
+        if group.backends["cuda"].ops:
+            native_modules.register("cuda")
+        for own in ("cpu", "cuda"):
+            if usability.is_complete(group.backends[own]):
+                _open_native(group, meeting, own, is_wanted=backend == settings.backend)
+        group.watch_interrupts()
+        registry.open_groups[identity] = group
+        # In the self-test ranks wait for one another where nobody can tell them of a failure.
+        meeting.gather("native half", None)
+        self_test.run(group, meeting)
+        meeting.gather("self-test", None)
+        if backend == "auto":
+            _warn_of_fallback(group, meeting)
+        undo.pop_all()
+    return group
+
+
+def _open_native(group: Group, meeting: Meeting, backend: str, *, is_wanted: bool) -> None:
+    """`is_wanted`: the caller has named the back end, and takes no other."""
+    opening = Opening(group.mesh, group.spec, meeting, group.timeout)
+    opened = opening.open_cpu() if backend == "cpu" else opening.open_cuda()
+    if not isinstance(opened, str):
+        group.hold(opened)
+        group.spec = replace(
+            group.spec, staging_bytes=opened.staging_bytes, has_packets=opened.has_packets
+        )
+        return
+    why_not = f"the processes cannot map one another's memory: {opened}"
+    if group.backend == backend and is_wanted:
+        raise GroupError(f"Group.open: back end {backend!r} is not usable here: {why_not}")
+    group.backends = usability.without_exchange(group.backends, backend, why_not)
+    if group.backend == backend:
+        group.backend = "xla"
+
+
+def _warn_of_fallback(group: Group, meeting: Meeting) -> None:
+    """Warns in one process: the reason is the same in all of them.
+
+    Where warnings are errors, the group is not opened, in any process.
+    """
+    why_not = usability.why_no_custom_calls(group.mesh, group.backends)
+    if why_not is None:
+        return
+    if meeting.processes[0] == jax.process_index():
+        warnings.warn(
+            f"Group.open: group {group.identity} runs on stock collectives, back end 'xla': "
+            f"{why_not}",
+            stacklevel=_TO_CALLER,
+        )
+    meeting.gather("warning", None)

@@ -1,0 +1,42 @@
+"""What the processes of a group settle before it opens: back end, tables, budgets."""
+
+import jax
+
+from jax_ep._src.base import config, native_modules, tables
+from jax_ep._src.group.settings import OpenArguments, Settings
+from jax_ep._src.opening import usability
+from jax_ep._src.processes.rendezvous import Meeting
+
+
+def agree_on_settings(
+    meeting: Meeting,
+    mesh: jax.sharding.Mesh,
+    arguments: OpenArguments,
+    *,
+    backend: str,
+    debug: bool | None,
+) -> Settings:
+    """Collective. Raises GroupError where the processes disagree; connects them."""
+    debug = config.debug_from_environment() if debug is None else debug
+    kind = mesh.devices.flat[0].device_kind, arguments.num_ranks
+    tuning = tables.load(*kind)
+    budgets = tables.load_budgets(*kind, num_sms=arguments.num_sms, is_auto=backend == "auto")
+    # In front of all else: other builds may have other settings.
+    meeting.agree("builds", native_modules.builds({d.platform for d in mesh.devices.flat}))
+    meeting.agree(
+        "settings",
+        {
+            "backend": backend,
+            **{f"the table of {op}": s for op, s in tables.to_plain(tuning).items()},
+            "num_sms": arguments.num_sms,
+            **{f"the budgets of {op}": b for op, b in budgets.to_plain().items()},
+            "ranks_per_node": arguments.ranks_per_node,
+            "timeout": arguments.timeout,
+            "debug": debug,
+        },
+    )
+    meeting.connect(reads_memory=all(d.platform == "cpu" for d in mesh.devices.flat))
+    chosen, backends = usability.resolve(mesh, arguments.num_ranks, backend, meeting.why_not_linked)
+    complete = sorted(b for b, u in backends.items() if usability.is_complete(u))
+    meeting.agree("back ends", {"the back ends that are usable": complete})
+    return Settings(chosen, debug, backends, tuning, budgets)

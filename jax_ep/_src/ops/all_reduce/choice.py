@@ -1,0 +1,155 @@
+"""The algorithm that carries a call of the all_reduce family."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_ep._src.base import config, tables
+from jax_ep._src.base.errors import ConfigError
+from jax_ep._src.base.options import Algorithm, Movement
+from jax_ep._src.base.spec import ReduceSpec
+from jax_ep._src.group.group import Group
+from jax_ep._src.ops.common.checks import Checks
+
+SUM_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.int32)
+_UNLIMITED = 1 << 62
+
+
+def make_spec(
+    check: Checks,
+    group: Any,
+    x: jax.Array,
+    num_bytes: int,
+    *,
+    algorithm: str,
+    allow_psum: bool,
+    backend: str | None,
+    dtypes: Sequence[Any] | None = SUM_DTYPES,
+    movement: Movement = Movement.ALL_REDUCE,
+    padding: int = 0,
+    kernel: str | None = None,
+) -> ReduceSpec:
+    """The call's static facts, with the algorithm chosen; equal on all ranks.
+
+    Args:
+      check: of the public operation.
+      group: the ranks, or what was passed in their place.
+      x: the operand.
+      num_bytes: that come from each rank.
+      algorithm: "auto", or one by name.
+      allow_psum: whether "auto" may choose the stock collective.
+      backend: the caller's, or None.
+      dtypes: what the custom call takes; None: anything.
+      movement: what becomes of the operands.
+      padding: bytes that packets have to carry beside them.
+      kernel: whose table and limits are meant; None: the operation's own.
+
+    Raises: GroupError, ConfigError, DTypeError.
+    """
+    group = check.group(group)
+    kernel = check.op if kernel is None else kernel
+    spec = partial(
+        ReduceSpec,
+        group.spec,
+        check.backend(backend, group),
+        movement=movement,
+        op=check.op,
+    )
+    if algorithm == "auto":
+        stock = spec(Algorithm.PSUM)
+        chosen = choose(
+            check,
+            group,
+            stock,
+            x,
+            num_bytes,
+            kernel=kernel,
+            allow_psum=allow_psum,
+            dtypes=dtypes,
+            padding=padding,
+        )
+        return spec(chosen)
+    wanted = check.choice(Algorithm, algorithm, name="algorithm", also=("auto",))
+    if wanted is Algorithm.TWO_SHOT and check.op != "all_reduce":
+        raise ConfigError(f"{check.op}: algorithm must not be 'two_shot'; there is none")
+    if wanted is Algorithm.PSUM and not allow_psum:
+        raise ConfigError(f"{check.op}: allow_psum=False forbids algorithm='psum'")
+    if wanted is not Algorithm.PSUM:
+        _require_operand(check, x, dtypes)
+        if wanted is Algorithm.LOW_LATENCY and not group.spec.has_packets:
+            raise ConfigError(
+                f"{check.op}: algorithm={algorithm!r} needs GPUs with native atomics between them "
+                "(NVLink): elsewhere the 16 bytes of a packet may arrive in parts"
+            )
+        most = _limits(group, spec(wanted), x, kernel, padding)[wanted]
+        if most < num_bytes:
+            raise ConfigError(
+                f"{check.op}: algorithm={algorithm!r} takes at most {max(0, most)} bytes from a "
+                f"rank here, got {num_bytes}"
+            )
+    return spec(wanted)
+
+
+def choose(
+    check: Checks,
+    group: Group,
+    spec: ReduceSpec,
+    x: jax.Array,
+    num_bytes: int,
+    *,
+    kernel: str,
+    allow_psum: bool,
+    dtypes: Sequence[Any] | None,
+    padding: int,
+) -> Algorithm:
+    """What "auto" stands for; `spec` names the back end. Otherwise as in make_spec."""
+    is_known = dtypes is None or x.dtype in [jnp.dtype(d) for d in dtypes]
+    if allow_psum and (not is_known or x.size == 0 or spec.backend == "xla"):
+        return Algorithm.PSUM
+    _require_operand(check, x, dtypes)
+    if spec.backend != "cuda":
+        return Algorithm.ONE_SHOT
+    limits = _limits(group, spec, x, kernel, padding)
+    allowed = [a for a, most in limits.items() if num_bytes <= most]
+    choices = [*allowed, Algorithm.PSUM] if allow_psum else allowed
+    chosen = tables.pick(group.tuning, kernel, num_bytes, choices)
+    if chosen is not None:
+        return chosen
+    if allow_psum:
+        return Algorithm.PSUM
+    if not allowed:
+        raise ConfigError(
+            f"{check.op}: no algorithm but psum takes {num_bytes} bytes from a rank here"
+        )
+    return allowed[-1]
+
+
+def _require_operand(check: Checks, x: jax.Array, dtypes: Sequence[Any] | None) -> None:
+    if dtypes is not None:
+        check.dtype(x, dtypes, name="x, for all algorithms but psum,")
+    if x.size == 0:
+        raise ConfigError(
+            f"{check.op}: psum alone takes an x without elements, got shape {x.shape}"
+        )
+
+
+def _limits(
+    group: Group, spec: ReduceSpec, x: jax.Array, kernel: str, padding: int
+) -> dict[Algorithm, int]:
+    """Bytes from each rank that an algorithm can carry, -1 for none; the last for the largest."""
+    most = config.packet_payload(group.num_ranks) - padding if group.spec.has_packets else -1
+    packets = {Algorithm.LOW_LATENCY: most}
+    if spec.backend != "cuda":
+        # Packets have their limit everywhere: a program that runs here runs there.
+        return packets | dict.fromkeys((Algorithm.ONE_SHOT, Algorithm.TWO_SHOT), _UNLIMITED)
+    pushed = -1 if kernel == "all_reduce_residual_rmsnorm" else config.push_payload(group.num_ranks)
+    # A large two-shot reads results of peers, which are never staged.
+    pulls = group.spec.staging_bytes is None
+    two_shot = _UNLIMITED if pulls else config.two_shot_payload(group.num_ranks)
+    return packets | {
+        Algorithm.ONE_SHOT: _UNLIMITED if group.spec.can_stage(x) else pushed,
+        Algorithm.TWO_SHOT: two_shot if kernel == "all_reduce" else -1,
+    }

@@ -1,0 +1,95 @@
+"""The custom call of all_reduce_residual_rmsnorm.
+
+xla_ffi/ops/all_reduce_residual_rmsnorm/all_reduce_residual_rmsnorm_ffi.h is its other side.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_ep._src.base import config
+from jax_ep._src.base.jax_compat import varying_axes
+from jax_ep._src.base.options import Algorithm
+from jax_ep._src.base.spec import ReduceSpec
+from jax_ep._src.ops.all_reduce_residual_rmsnorm import stock
+from jax_ep._src.ops.common.check_mesh import check_mesh
+from jax_ep._src.ops.common.primitive import Result, batch_at, batch_size, make_primitive
+
+
+def _results(position: Any, x: Any, residual: Any, scale: Any, **_: Any) -> tuple[Result, Result]:
+    like_x = Result(x.shape, x.dtype)
+    return like_x, like_x
+
+
+def _varying(
+    position: Any, x: Any, residual: Any, scale: Any, *, axes: tuple[str, ...], **_: Any
+) -> Any:
+    return (varying_axes(x) - set(axes)) | varying_axes(residual) | varying_axes(scale)
+
+
+def _batch(
+    operands: Sequence[Any], dims: Sequence[Any], **parameters: Any
+) -> tuple[Sequence[Any], Sequence[int]]:
+    """The rows of a batch are rows like others; with scales of their own, calls of their own.
+
+    As are those of a batch that is too large for what was chosen for one of it.
+    """
+    position, x, residual, scale = operands
+    size = batch_size(operands, dims)
+    x, residual = (batch_at(a, d, 0, size) for a, d in ((x, dims[1]), (residual, dims[2])))
+    if size == 0:
+        return [jnp.zeros_like(x), jnp.zeros_like(residual)], [0, 0]
+    if dims[3] is not None or not _has_room(x, **parameters):
+        scale = batch_at(scale, dims[3], 0, size)
+        calls = [
+            _bind(position, *each, **parameters) for each in zip(x, residual, scale, strict=True)
+        ]
+        return [jnp.stack(results) for results in zip(*calls, strict=True)], [0, 0]
+    rows = (size * x.shape[1], x.shape[2])
+    results = _bind(position, x.reshape(rows), residual.reshape(rows), scale, **parameters)
+    return [r.reshape(x.shape) for r in results], [0, 0]
+
+
+def _has_room(
+    x: jax.Array, *, algorithm: Algorithm, is_staged: bool, num_ranks: int, **_: Any
+) -> bool:
+    """Whether x [batch, rows, hidden] can go where one of the batch could."""
+    if algorithm is not Algorithm.LOW_LATENCY:
+        return not is_staged
+    row_groups = -(-x.shape[2] * x.dtype.itemsize // config.PACKET_GROUP_PAYLOAD)
+    return x.shape[0] * x.shape[1] * row_groups <= config.PACKET_GROUPS // num_ranks
+
+
+_bind = make_primitive(
+    "all_reduce_residual_rmsnorm",
+    _results,
+    platforms=("cpu", "cuda"),
+    attributes=("algorithm", "eps", "group"),
+    varying=_varying,
+    batch=_batch,
+)
+
+
+def all_reduce_residual_rmsnorm(
+    spec: ReduceSpec, x: jax.Array, residual: jax.Array, scale: jax.Array, eps: float
+) -> tuple[jax.Array, jax.Array]:
+    """(normed, new_residual), [rows, hidden] like x and residual."""
+    if spec.backend == "xla":
+        return stock.all_reduce_residual_rmsnorm(spec, x, residual, scale, eps)
+    position = check_mesh(spec.group.position(), spec.group, op=spec.op)
+    normed, new_residual = _bind(
+        position,
+        x,
+        residual,
+        scale,
+        algorithm=spec.algorithm,
+        axes=spec.group.axes,
+        eps=eps,
+        group=spec.group.identity,
+        is_staged=spec.group.staging_bytes is not None,
+        num_ranks=spec.group.num_ranks,
+        op=spec.op,
+    )
+    return normed, new_residual

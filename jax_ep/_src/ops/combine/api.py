@@ -1,0 +1,174 @@
+"""combine: brings the rows of a dispatch back to their tokens and adds them."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jax_ep._src.base import config
+from jax_ep._src.base.errors import ConfigError, ShapeError
+from jax_ep._src.base.handle import DispatchHandle
+from jax_ep._src.base.options import Layout
+from jax_ep._src.base.spec import CombineSpec, RowIndex
+from jax_ep._src.ops.combine import vjp
+from jax_ep._src.ops.common.checks import Checks
+from jax_ep._src.ops.common.vary import vary_alike
+from jax_ep._src.ops.pull_rows.vjp import pull_rows
+
+_check = Checks("combine")
+
+
+def combine(
+    rows: jax.Array,
+    handle: DispatchHandle,
+    *,
+    weights: jax.Array | None = None,
+    bias: jax.Array | Sequence[jax.Array] | None = None,
+    num_sms: int | None = None,
+    backend: str | None = None,
+) -> jax.Array:
+    """Brings the rows of a dispatch back to their tokens and adds them.
+
+    Products and sums are f32, in a fixed order, never contracted, so the bits are the same on
+    every back end and in every run. Rank layout: the sum over ranks, in rank order, rounded once.
+    Expert layout: on each rank the sum, in expert order, of weight * row, rounded to the rows'
+    dtype; then the sum of these over ranks in rank order, rounded. Biases are added last, before
+    the final rounding. Dropped rows count as zero.
+
+    Args:
+      rows: [recv_capacity, hidden] bf16, f16 or f32, in the layout of the handle; hidden * itemsize
+        a multiple of 16 bytes.
+      handle: of the dispatch.
+      weights: expert layout only: [recv_capacity] f32 at the rows, as `Dispatched.weights`, or
+        [num_tokens, num_topk] f32 at the tokens. None: 1. In the rank layout the caller has
+        summed, and weighted, its experts.
+      bias: one or two arrays [num_tokens, hidden] of the rows' dtype, added to the result.
+      num_sms: SMs that the call and its gradient use on the `cuda` back end; None: what the group's
+        budgets say of this operation and layout. Static.
+      backend: "cpu", "cuda" or "xla"; None: as in dispatch. Any of them takes any handle of its
+        group.
+
+    Returns:
+      [num_tokens, hidden] of the rows' dtype.
+
+    Collective: every rank of the group calls it. Inside jax.shard_map over the group's mesh.
+    Gradient: of rows, the dispatch of the cotangent along the handle, times the weight; of
+      weights, the row-wise dot product in f32, in the form they came in; of bias, the cotangent.
+      Without weights, combine is the transpose of dispatch.
+    Raises: ShapeError, DTypeError, ConfigError, GroupError while tracing; PeerTimeoutError and
+      GroupError from `group.check()`.
+    Source: DeepEP (DeepSeek, 2025), normal kernels, with sums in f32 and in a fixed order.
+    """
+    group, layout = _check.handle(handle)
+    rows = _check.rows(rows, name="rows", count="recv_capacity")
+    if rows.shape[0] != handle.recv_capacity:
+        raise ShapeError(
+            f"{_check.op}: rows must be [recv_capacity={handle.recv_capacity}, hidden] as the "
+            f"handle (layout={layout.value!r}) has it, got shape {rows.shape}"
+        )
+    biases = _as_biases(bias, rows, handle.send_row.shape[0])
+    _require_weights(weights, handle, layout)
+    routes = _check.routes(backend, num_sms, group, layout)
+    spec = CombineSpec(group.spec, routes, layout, handle.recv_capacity, _check.op)
+    operands = (rows, weights, biases, handle.index())
+    rows, weights, biases, index = vary_alike(operands, group)
+    if weights is not None and weights.ndim == 2:
+        weights = _to_rows(spec, weights, index)
+    return vjp.combine(spec, rows, weights, biases, index)
+
+
+def _as_biases(
+    bias: jax.Array | Sequence[jax.Array] | None, rows: jax.Array, num_tokens: int
+) -> tuple[jax.Array, ...]:
+    given = () if bias is None else bias if isinstance(bias, (tuple, list)) else (bias,)
+    if len(given) > config.MAX_BIASES:
+        raise ConfigError(
+            f"{_check.op}: bias takes at most {config.MAX_BIASES} arrays, got {len(given)}"
+        )
+    biases = tuple(_check.array(b, name="bias") for b in given)
+    for b in biases:
+        _check.shape(b, (num_tokens, rows.shape[1]), name="bias")
+        _check.dtype(b, (rows.dtype,), name="bias")
+    return biases
+
+
+def _require_weights(weights: jax.Array | None, handle: DispatchHandle, layout: Layout) -> None:
+    if weights is None:
+        return
+    if layout is Layout.RANK:
+        raise ConfigError(
+            f"{_check.op}: weights need a handle of layout='expert', got layout='rank': in the "
+            "rank layout the caller weights and sums its experts"
+        )
+    weights = _check.array(weights, name="weights")
+    at_rows, at_tokens = (handle.recv_capacity,), handle.send_row.shape
+    if weights.shape not in (at_rows, at_tokens):
+        raise ShapeError(
+            f"{_check.op}: weights must have shape {at_rows} (at the rows) or {at_tokens} "
+            f"(at the tokens), got {weights.shape}"
+        )
+    _check.dtype(weights, (jnp.float32,), name="weights")
+
+
+def _to_rows(spec: CombineSpec, weights: jax.Array, index: RowIndex) -> jax.Array:
+    """Weights [T, K] at the tokens, moved to the rows: [C]."""
+    from_tokens, from_rows = _places(spec, index)
+    moved = pull_rows(spec, weights.reshape(-1, 1), from_tokens, from_rows.reshape(-1))
+    return moved[:, 0]
+
+
+def _places(spec: CombineSpec, index: RowIndex) -> tuple[jax.Array, jax.Array]:
+    """Expert layout: [C] the choice that each row is, [T, K] the row of each choice; -1 = none.
+
+    Both count over all ranks, as pull_rows does; one is the inverse of the other.
+    """
+    send_rank, send_row, recv_src, recv_k = index
+    assert send_rank is not None
+    assert recv_k is not None
+    choice = jnp.where(recv_src >= 0, recv_src * send_row.shape[1] + recv_k, -1)
+    row = jnp.where(send_row >= 0, send_rank * spec.recv_capacity + send_row, -1)
+    return choice, row
+
+
+def combine_weights(
+    w: jax.Array, handle: DispatchHandle, *, backend: str | None = None
+) -> jax.Array:
+    """Brings one number per choice back to the tokens: the reverse of what moved topk_weights.
+
+    Args:
+      w: f32, rank layout: [recv_capacity, num_topk], expert layout: [recv_capacity].
+      handle: of the dispatch.
+      backend: "cpu", "cuda" or "xla"; None: as in dispatch.
+
+    Returns:
+      [num_tokens, num_topk] f32. Rank layout: the sum over ranks, in rank order, of the token's
+      rows of w; where w is 0 for experts of other ranks, as `Dispatched.weights` is, that is the
+      number at the one rank that has the expert. Dropped rows count as zero.
+
+    Collective: every rank of the group calls it. Inside jax.shard_map over the group's mesh.
+    Gradient: of w, the cotangent moved to the rows.
+    Raises: ShapeError, DTypeError, ConfigError, GroupError while tracing; PeerTimeoutError and
+      GroupError from `group.check()`.
+    Source: DeepEP (DeepSeek, 2025), the top-k weights that its combine reduces.
+    """
+    check = Checks("combine_weights")
+    group, layout = check.handle(handle)
+    w = check.array(w, name="w")
+    check.dtype(w, (jnp.float32,), name="w")
+    routes = check.routes(backend, None, group, layout)
+    spec = CombineSpec(group.spec, routes, layout, handle.recv_capacity, check.op)
+    w, index = vary_alike((w, handle.index()), group)
+    if layout is Layout.RANK:
+        if w.ndim != 2 or w.shape[0] != handle.recv_capacity or w.shape[1] < 1:
+            raise ShapeError(
+                f"{check.op}: w must be [recv_capacity={handle.recv_capacity}, num_topk] with a "
+                f"handle of layout='rank', got shape {w.shape}"
+            )
+        # Whole 16 bytes, as every row that combine takes.
+        num_topk = w.shape[1]
+        w = jnp.pad(w, ((0, 0), (0, -num_topk % (config.ROW_BYTES_MULTIPLE // w.dtype.itemsize))))
+        return vjp.combine(spec, w, None, (), index)[:, :num_topk]
+    check.shape(w, (handle.recv_capacity,), name="w")
+    from_tokens, from_rows = _places(spec, index)
+    back = pull_rows(spec, w[:, None], from_rows.reshape(-1), from_tokens)
+    return back.reshape(handle.send_row.shape)

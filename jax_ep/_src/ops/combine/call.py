@@ -1,0 +1,101 @@
+"""The custom call of combine; xla_ffi/ops/combine/combine_ffi.h is its other side."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jax_ep._src.base import config, native_modules
+from jax_ep._src.base.errors import ConfigError
+from jax_ep._src.base.spec import CombineSpec, RowIndex
+from jax_ep._src.ops.combine import stock
+from jax_ep._src.ops.common.check_mesh import check_mesh
+from jax_ep._src.ops.common.primitive import Result, absent, make_primitive
+
+
+class _Results(NamedTuple):
+    """Arrays, or their shape and dtype, in the order of the handler."""
+
+    sums: Any
+    workspace: Any
+
+
+def _results(
+    position: Any,
+    send_rank: Any,
+    send_row: Any,
+    weights: Any,
+    rows: Any,
+    *biases: Any,
+    workspace_bytes: int,
+    **_: Any,
+) -> _Results:
+    return _Results(
+        sums=Result((send_row.shape[0], *rows.shape[1:]), rows.dtype),
+        workspace=Result((workspace_bytes,), jnp.uint8),
+    )
+
+
+_bind = make_primitive(
+    "combine",
+    _results,
+    platforms=("cpu", "cuda"),
+    attributes=("group", "has_weights", "layout", "num_sms"),
+)
+
+
+def _workspace_bytes(spec: CombineSpec, index: RowIndex, rows: jax.Array) -> int:
+    """Scratch of one call: the rings of partial sums."""
+    if spec.backend != "cuda":
+        return 0
+    num_tokens, num_slots = index.send_row.shape
+    size: int = native_modules.load("cuda").combine_workspace_bytes(
+        layout=spec.layout.code,
+        num_ranks=spec.group.num_ranks,
+        num_tokens=num_tokens,
+        num_slots=num_slots,
+        row_bytes=rows.shape[1] * rows.dtype.itemsize,
+    )
+    return size
+
+
+def combine(
+    spec: CombineSpec,
+    index: RowIndex,
+    rows: jax.Array,
+    weights: jax.Array | None,
+    biases: Sequence[jax.Array],
+) -> jax.Array:
+    """[num_tokens, hidden] from rows [recv_capacity, hidden].
+
+    The custom call carries it, or stock collectives where that call has no room to stage the
+    operands. The room is the same on all ranks.
+    """
+    workspace_bytes = _workspace_bytes(spec, index, rows)
+    if spec.backend == "xla" or not spec.group.can_stage(
+        rows, weights, index.send_rank, index.send_row, scratch_bytes=workspace_bytes
+    ):
+        return stock.combine(spec, index, rows, weights, biases)
+    if spec.backend == "cuda" and index.send_row.shape[1] > config.MAX_TOPK:
+        raise ConfigError(
+            f"{spec.op}: backend 'cuda' takes at most {config.MAX_TOPK} choices a token, got "
+            f"{index.send_row.shape[1]}"
+        )
+    position = check_mesh(spec.group.position(), spec.group, op=spec.op)
+    results: _Results = _bind(
+        position,
+        absent(jnp.int32) if index.send_rank is None else index.send_rank,
+        index.send_row,
+        absent(jnp.float32) if weights is None else weights,
+        rows,
+        *biases,
+        group=spec.group.identity,
+        has_weights=weights is not None,
+        layout=spec.layout,
+        num_sms=spec.num_sms,
+        op=spec.op,
+        workspace_bytes=workspace_bytes,
+    )
+    sums: jax.Array = results.sums
+    return sums

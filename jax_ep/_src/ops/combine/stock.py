@@ -1,0 +1,72 @@
+"""combine from stock collectives: partial sums travel by all_to_all.
+
+Sums are written out term by term, so their order is that of the custom call.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jax_ep._src.base import exact
+from jax_ep._src.base.options import Layout
+from jax_ep._src.base.spec import CombineSpec, RowIndex
+from jax_ep._src.ops.common.check_mesh import check_mesh
+from jax_ep._src.ops.common.tokens import invert, take
+
+
+def combine(
+    spec: CombineSpec,
+    index: RowIndex,
+    rows: jax.Array,
+    weights: jax.Array | None,
+    biases: Sequence[jax.Array],
+) -> jax.Array:
+    """[num_tokens, hidden]; the contract of the custom call."""
+    num_tokens, num_slots = index.send_row.shape
+    num_all = spec.group.num_ranks * num_tokens
+    recv_src = index.recv_src
+    rows = exact.kept(check_mesh(rows, spec.group, op=spec.op))
+    if spec.layout is Layout.RANK:
+        partial = take(rows, invert(recv_src, num_all))
+    else:
+        partial = _sum_in_row_order(recv_src, num_all, num_slots, weights, rows)
+    # [destination rank, token, hidden]: what each rank has for the tokens of this one
+    parts = jax.lax.all_to_all(
+        partial.reshape(spec.group.num_ranks, num_tokens, -1),
+        spec.group.axes,
+        split_axis=0,
+        concat_axis=0,
+    )
+    terms = [term.astype(jnp.float32) for term in (*parts, *map(exact.kept, biases))]
+    return exact.rounded(_sum(terms), rows.dtype)
+
+
+def _sum_in_row_order(
+    recv_src: jax.Array,
+    num_all: int,
+    max_rows: int,
+    weights: jax.Array | None,
+    rows: jax.Array,
+) -> jax.Array:
+    """[num_all, hidden]: per token the sum of its rows here, in row order, rounded."""
+    # The how-manieth row of its token a row is: its place in a stable sort, less the token's first.
+    capacity = recv_src.shape[0]
+    key = jnp.where(recv_src < 0, num_all, recv_src)
+    order = jnp.argsort(key, stable=True)
+    place = jnp.zeros((capacity,), jnp.int32).at[order].set(jnp.arange(capacity, dtype=jnp.int32))
+    turn = place - jnp.searchsorted(key[order], key).astype(jnp.int32)
+    terms = []
+    for j in range(max_rows):
+        row = invert(jnp.where(turn == j, recv_src, -1), num_all)
+        term = take(rows, row).astype(jnp.float32)
+        if weights is not None:
+            term = exact.kept(term * take(weights, row)[:, None])
+        terms.append(term)
+    return exact.rounded(_sum(terms), rows.dtype)
+
+
+def _sum(terms: Sequence[jax.Array]) -> jax.Array:
+    """One by one, beginning with +0, which XLA would leave out if it were written as a term."""
+    return exact.positive_zeros(functools.reduce(jnp.add, terms))

@@ -1,0 +1,56 @@
+"""combine with its gradient: of the rows, a dispatch of the cotangent along the handle."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from jax_ep._src.base.operations import COMBINE_NAME
+from jax_ep._src.base.spec import CombineSpec, RowIndex
+from jax_ep._src.ops.combine import call
+from jax_ep._src.ops.pull_rows.call import pull_along
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def combine(
+    spec: CombineSpec,
+    rows: jax.Array,
+    weights: jax.Array | None,
+    biases: tuple[jax.Array, ...],
+    index: RowIndex,
+) -> jax.Array:
+    """Brings rows back to their tokens and adds them."""
+    out = call.combine(spec, index, rows, weights, biases)
+    named: jax.Array = checkpoint_name(out, COMBINE_NAME)
+    return named
+
+
+def _fwd(
+    spec: CombineSpec,
+    rows: jax.Array,
+    weights: jax.Array | None,
+    biases: tuple[jax.Array, ...],
+    index: RowIndex,
+) -> tuple[jax.Array, Any]:
+    out = combine.fun(spec, rows, weights, biases, index)
+    saved_rows = None if weights is None else rows
+    return out, (saved_rows, weights, len(biases), index)
+
+
+def _bwd(spec: CombineSpec, residuals: Any, ct: jax.Array) -> tuple[Any, Any, Any, None]:
+    rows, weights, num_biases, index = residuals
+    rows_bar = pull_along(spec.of_gradient(), index, ct)
+    bias_bars = (ct,) * num_biases
+    if weights is None:
+        return rows_bar, None, bias_bars, None
+    wide = rows_bar.astype(jnp.float32)
+    dot = jnp.sum(rows.astype(jnp.float32) * wide, axis=-1)
+    # A row without a token may hold anything, NaN included, and so may its weight.
+    has_token = index.recv_src >= 0
+    weighted = jnp.where(has_token[:, None], wide * weights[:, None], 0.0)
+    return weighted.astype(ct.dtype), jnp.where(has_token, dot, 0.0), bias_bars, None
+
+
+combine.defvjp(_fwd, _bwd)

@@ -1,0 +1,208 @@
+"""Checks of an operation's arguments. Each message: operation, argument, expected, got."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_ep._src.base import config, jax_compat, registry
+from jax_ep._src.base.checks import StaticChecks, alternatives
+from jax_ep._src.base.errors import ConfigError, DTypeError, GroupError, ShapeError
+from jax_ep._src.base.handle import DispatchHandle
+from jax_ep._src.base.options import Layout
+from jax_ep._src.base.spec import Route, Routes
+from jax_ep._src.group.group import Group
+
+FLOAT_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+
+
+class Checks(StaticChecks):
+    """The checks of one public operation. `name` is the argument's."""
+
+    # --- arrays
+
+    def array(self, x: Any, *, name: str) -> Any:
+        """An array of JAX or NumPy, as it is: conversion could narrow it before it is checked.
+
+        One in host memory (an offloaded residual) comes back on the device.
+        """
+        if x is None:
+            raise DTypeError(f"{self.op}: {name} is missing: it must be an array")
+        if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+            raise DTypeError(f"{self.op}: {name} must be an array, got {type(x).__name__}")
+        return jax_compat.on_device_memory(x) if isinstance(x, jax.Array) else x
+
+    def shape(self, x: jax.Array, shape: Sequence[int], *, name: str) -> None:
+        """The exact shape."""
+        if x.shape != tuple(shape):
+            raise ShapeError(f"{self.op}: {name} must have shape {tuple(shape)}, got {x.shape}")
+
+    def dtype(self, x: jax.Array, dtypes: Sequence[Any], *, name: str) -> None:
+        """One of the dtypes."""
+        if x.dtype not in [jnp.dtype(d) for d in dtypes]:
+            names = alternatives(list(dict.fromkeys(jnp.dtype(d).name for d in dtypes)))
+            raise DTypeError(f"{self.op}: {name} must be {names}, got {x.dtype.name}")
+
+    def rows(
+        self,
+        value: Any,
+        *,
+        name: str,
+        count: str = "num_tokens",
+        dtypes: Sequence[Any] = FLOAT_DTYPES,
+    ) -> jax.Array:
+        """[count, hidden] of one of the dtypes, a row being a multiple of 16 bytes."""
+        x = self.array(value, name=name)
+        if x.ndim != 2 or 0 in x.shape:
+            raise ShapeError(
+                f"{self.op}: {name} must be [{count}, hidden], both positive, got shape {x.shape}"
+            )
+        self.dtype(x, dtypes, name=name)
+        row_bytes = x.shape[1] * x.dtype.itemsize
+        if row_bytes % config.ROW_BYTES_MULTIPLE:
+            raise ShapeError(
+                f"{self.op}: a row of {name} must be a multiple of {config.ROW_BYTES_MULTIPLE} "
+                f"bytes, got hidden={x.shape[1]} of {x.dtype.name}: {row_bytes} bytes"
+            )
+        return jnp.asarray(x)
+
+    def stream(
+        self, value: Any, num_tokens: int, *, name: str, dtypes: Sequence[Any] | None = None
+    ) -> jax.Array:
+        """[num_tokens, anything], of whole bytes: it is moved, not computed with."""
+        x = self.array(value, name=name)
+        if dtypes is not None:
+            self.dtype(x, dtypes, name=name)
+        if x.ndim != 2 or x.shape[0] != num_tokens or x.shape[1] < 1:
+            raise ShapeError(
+                f"{self.op}: {name} must be [num_tokens={num_tokens}, at least 1], "
+                f"got shape {x.shape}"
+            )
+        is_extended = jnp.issubdtype(x.dtype, jax.dtypes.extended)
+        if is_extended or jax.dtypes.itemsize_bits(x.dtype) % 8:
+            raise DTypeError(
+                f"{self.op}: rows of {name} must be whole bytes; pack {x.dtype} into uint8"
+            )
+        return jnp.asarray(x)
+
+    def blocks(self, x: jax.Array, block: Any) -> int:
+        """The block, of which x [num_tokens, hidden] has whole ones in every row."""
+        size = self.integer(block, minimum=1, name="block")
+        if x.ndim != 2 or x.shape[1] < 1 or x.shape[1] % size:
+            raise ShapeError(
+                f"{self.op}: x must be [num_tokens, hidden], hidden a positive multiple of "
+                f"block={size}, got shape {x.shape}"
+            )
+        return size
+
+    # --- groups and routes
+
+    def group(self, group: Any) -> Group:
+        """The group, ready to be traced with."""
+        if group is None:
+            raise GroupError(f"{self.op}: group is missing: pass an open jax_ep.Group as group=")
+        if not isinstance(group, Group):
+            raise GroupError(f"{self.op}: group must be a jax_ep.Group, got {type(group).__name__}")
+        group.require_traceable(self.op)
+        return group
+
+    def backend(self, backend: str | None, group: Group) -> str:
+        """The back end of this call: the group's, or another one that works for the group."""
+        if backend is None or backend == group.backend:
+            return group.backend
+        if backend not in group.backends:
+            names = ", ".join(repr(b) for b in config.BACKENDS)
+            raise ConfigError(f"{self.op}: backend must be one of {names} or None, got {backend!r}")
+        usability = group.backends[backend]
+        if self.op not in usability.ops:
+            raise GroupError(
+                f"{self.op}: backend {backend!r} is not usable here: {usability.reason}"
+            )
+        return backend
+
+    def routes(
+        self, backend: str | None, num_sms: int | None, group: Group, layout: Layout
+    ) -> Routes:
+        """The routes of this call and its gradient: the group's, or as the caller says."""
+        wanted = self.backend(backend, group)
+        if num_sms is not None:
+            num_sms = self.integer(num_sms, minimum=1, name="num_sms")
+        budgets = [group.budgets.of[exchange][layout] for exchange in Routes._fields]
+        if backend is None and num_sms is None:
+            return Routes(*(Route(budget.backend or wanted, budget.sms) for budget in budgets))
+        return Routes(*(Route(wanted, num_sms or budget.sms) for budget in budgets))
+
+    # --- routings
+
+    def topk_idx(self, value: Any, *, num_experts: int) -> jax.Array:
+        """[num_tokens, num_topk] int32. Wider ids that do not fit stay invalid."""
+        topk_idx = self.array(value, name="topk_idx")
+        if topk_idx.ndim != 2 or 0 in topk_idx.shape:
+            raise ShapeError(
+                f"{self.op}: topk_idx must be [num_tokens, num_topk], both positive, "
+                f"got shape {topk_idx.shape}"
+            )
+        self.dtype(topk_idx, (jnp.int32, jnp.int64), name="topk_idx")
+        # Clipped as what they are: ids that do not fit into int32 stay invalid.
+        return jnp.asarray(topk_idx.clip(-2, num_experts).astype(jnp.int32))
+
+    def num_experts(self, value: Any, group: Group) -> int:
+        """A positive multiple of the group's ranks."""
+        if value is None:
+            raise ConfigError(f"{self.op}: num_experts is missing: it must be a static integer")
+        number = self.integer(value, minimum=1, name="num_experts")
+        if number % group.num_ranks:
+            raise ConfigError(
+                f"{self.op}: num_experts must be a multiple of num_ranks={group.num_ranks}, "
+                f"got {number}"
+            )
+        return number
+
+    def handle(self, handle: Any) -> tuple[Group, Layout]:
+        """The group of a handle that fits it, ready to be traced with, and the handle's layout."""
+        if not isinstance(handle, DispatchHandle):
+            raise ConfigError(
+                f"{self.op}: handle must be the DispatchHandle of a dispatch, "
+                f"got {type(handle).__name__}"
+            )
+        group = self.group(registry.find_group(handle.group, op=self.op))
+        layout = self.choice(Layout, handle.layout, name="handle.layout")
+        self._whole(handle, layout, group.num_ranks)
+        return group, layout
+
+    def _whole(self, handle: DispatchHandle, layout: Layout, num_ranks: int) -> None:
+        """A handle built by hand, or half of one, is told here rather than by a wrong result."""
+        arrays = {"recv_src": handle.recv_src, "send_row": handle.send_row}
+        by_choice = {"recv_k": handle.recv_k, "send_rank": handle.send_rank}
+        is_rank_layout = layout is Layout.RANK
+        columns = handle.send_row.shape[1] if handle.send_row.ndim == 2 else 0
+        if any((a is None) != is_rank_layout for a in by_choice.values()) or (
+            is_rank_layout and columns != num_ranks
+        ):
+            raise GroupError(
+                f"{self.op}: the handle's arrays do not fit its layout={layout.value!r} and "
+                f"num_ranks={num_ranks}: send_row has shape {handle.send_row.shape}"
+            )
+        rows, tokens = (handle.recv_capacity,), (handle.send_row.shape[0], columns)
+        shapes = {"recv_src": rows, "recv_k": rows, "send_row": tokens, "send_rank": tokens}
+        for name, array in (arrays | by_choice).items():
+            if array is not None:
+                self.shape(array, shapes[name], name=f"handle.{name}")
+                self.dtype(array, (jnp.int32,), name=f"handle.{name}")
+
+    def report_bad_routing(self, topk_idx: jax.Array, *, num_experts: int, group: Group) -> None:
+        """In debug mode, has the group record ids that are no experts, and experts named twice."""
+        if not group.debug:
+            return
+        is_expert = (topk_idx >= 0) & (topk_idx < num_experts)
+        num_invalid = jnp.sum((topk_idx != -1) & ~is_expert)
+        repeated = topk_idx[:, :, None] == topk_idx[:, None, :]
+        earlier = jnp.tri(topk_idx.shape[1], k=-1, dtype=jnp.bool_)[None]
+        num_repeated = jnp.sum(repeated & earlier & is_expert[:, :, None])
+        rank = jax.lax.axis_index(group.axes)
+
+        def report(*found: Any) -> None:
+            group.report_bad_routing(self.op, *found)
+
+        jax.debug.callback(report, rank, num_invalid, num_repeated)

@@ -1,0 +1,25 @@
+"""refuse_gradient: the identity, through which no gradient may flow back."""
+
+from functools import partial
+from typing import NoReturn
+
+import jax
+
+from jax_ep._src.base.errors import ConfigError
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def refuse_gradient(message: str, x: jax.Array) -> jax.Array:
+    """`x`; raises ConfigError where a gradient would flow back through it."""
+    return x
+
+
+def _refuse_gradient_fwd(message: str, x: jax.Array) -> tuple[jax.Array, None]:
+    return x, None
+
+
+def _refuse_gradient_bwd(message: str, residuals: None, ct: jax.Array) -> NoReturn:
+    raise ConfigError(message)
+
+
+refuse_gradient.defvjp(_refuse_gradient_fwd, _refuse_gradient_bwd)

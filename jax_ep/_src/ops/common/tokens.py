@@ -1,0 +1,40 @@
+"""Arrays over the tokens of all ranks, from stock collectives and plain indexing."""
+
+import jax
+import jax.numpy as jnp
+
+from jax_ep._src.base.spec import GroupSpec
+
+
+def gather_tokens(group: GroupSpec, x: jax.Array) -> jax.Array:
+    """[num_ranks * T, ...] from every rank's [T, ...]."""
+    gathered: jax.Array = jax.lax.all_gather(x, group.axes, tiled=True)
+    return gathered
+
+
+def own_tokens(group: GroupSpec, x: jax.Array) -> jax.Array:
+    """This rank's part of what _gather_tokens gave."""
+    num_tokens = x.shape[0] // group.num_ranks
+    first = jax.lax.axis_index(group.axes) * num_tokens
+    own: jax.Array = jax.lax.dynamic_slice_in_dim(x, first, num_tokens)
+    return own
+
+
+def take(x: jax.Array, index: jax.Array, *, fill: int = 0) -> jax.Array:
+    """x[index], `fill` where the index is -1."""
+    taken: jax.Array
+    valid = (index >= 0).reshape(index.shape + (1,) * (x.ndim - 1))
+    taken = jnp.where(valid, x[jnp.maximum(index, 0)], jnp.asarray(fill, x.dtype))
+    return taken
+
+
+def invert(row: jax.Array, size: int) -> jax.Array:
+    """[size] int32: inverse[row[i]] = i, -1 where no i points. Rows of -1 point nowhere."""
+    target = jnp.where(row < 0, size, row)
+    numbers = jnp.arange(row.shape[0], dtype=jnp.int32)
+    return jnp.full((size,), -1, jnp.int32).at[target].set(numbers, mode="drop")
+
+
+def count(ids: jax.Array, size: int) -> jax.Array:
+    target = jnp.where(ids < 0, size, ids).reshape(-1)
+    return jnp.zeros((size,), jnp.int32).at[target].add(1, mode="drop")

@@ -1,0 +1,294 @@
+"""dispatch: sends each token to the ranks that own its experts."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_ep._src.base import config
+from jax_ep._src.base.errors import ConfigError, DTypeError, GroupError
+from jax_ep._src.base.handle import Dispatched, DispatchHandle
+from jax_ep._src.base.options import Fill, Layout
+from jax_ep._src.base.spec import CombineSpec, DispatchSpec, Routed
+from jax_ep._src.group.group import Group
+from jax_ep._src.ops.common.checks import Checks
+from jax_ep._src.ops.common.refuse_gradient import refuse_gradient
+from jax_ep._src.ops.common.vary import vary_alike
+from jax_ep._src.ops.dispatch import vjp
+from jax_ep._src.ops.dispatch.fp8 import FP8_DTYPES, SCALE_DTYPES
+
+_check = Checks("dispatch")
+_NO_FP8_GRADIENT = (
+    "dispatch: fp8 rows cannot be differentiated, their cotangent would be rounded to fp8; "
+    "use jax_ep.dispatch_fp8, or jax.lax.stop_gradient"
+)
+
+
+def dispatch(
+    x: jax.Array | tuple[jax.Array, jax.Array],
+    topk_idx: jax.Array | None = None,
+    topk_weights: jax.Array | None = None,
+    *,
+    group: Group | None = None,
+    num_experts: int | None = None,
+    layout: str = "rank",
+    recv_capacity: int | None = None,
+    expert_alignment: int = 1,
+    fill: str = "zeros",
+    payload: jax.Array | None = None,
+    handle: DispatchHandle | None = None,
+    num_sms: int | None = None,
+    backend: str | None = None,
+) -> Dispatched:
+    """Sends each token to the ranks that own its experts.
+
+    Expert `e` lives on rank `e // num_local_experts`; for another placement permute the ids first.
+    The order of the received rows depends on the routing alone, never on timing, and is the same
+    on every back end.
+
+    Args:
+      x: [num_tokens, hidden] bf16, f16 or f32, or a pair (fp8 [num_tokens, hidden], scales
+        [num_tokens, S] f32, uint8 or float8_e8m0fnu), as `quantize_fp8` makes it; hidden * itemsize
+        a multiple of 16 bytes. The same num_tokens on every rank; mask with -1 in topk_idx.
+      topk_idx: [num_tokens, num_topk] int32 or int64. Global expert ids; -1 sends nothing. Other
+        ids outside [0, num_experts) are counted in num_invalid and ignored; one expert twice in a
+        token is the caller's error (debug mode finds both). None with `handle`.
+      topk_weights: [num_tokens, num_topk] f32, moved along with the rows; or None.
+      group: the ranks. Static.
+      num_experts: experts of the whole group, a multiple of its ranks. Static.
+      layout: "rank": one row per (token, rank), ordered by (source rank, token).
+        "expert": one row per (token, expert), grouped by local expert, each group ordered by
+        (source rank, token); feeds `jax.lax.ragged_dot` as it is.
+      recv_capacity: rows this rank can receive. Rank layout: default num_tokens * num_ranks, the
+        worst case. Expert layout: required, see `jax_ep.recv_capacity`. What does not fit is
+        dropped: the longest prefix of whole tokens in (source rank, token) order is kept.
+      expert_alignment: expert layout: each group is padded to a multiple of it.
+      fill: "zeros": every row of x without a token is zero, so that no NaN can leak; "padding":
+        only the alignment padding is; "none": neither. Index arrays and weights are always set.
+      payload: [num_tokens, P] of any type of whole bytes, moved along unchanged; or None.
+      handle: of an earlier dispatch: sends x and payload along its routing. Takes no argument that
+        says something of the routing; all rows without a token are zero.
+      num_sms: SMs that the call and its gradient use on the `cuda` back end; None: what the group's
+        budgets say of this operation and layout. Static.
+      backend: "cpu", "cuda" or "xla"; None: the group's, but `xla` where "auto" chose that one,
+        num_sms is None, and the budgets say that `xla` is faster.
+
+    Returns:
+      Dispatched, with the handle that `combine` takes; topk_idx and weights are None where the
+      routing came with `handle`.
+
+    Collective: every rank of the group calls it. Inside jax.shard_map over the group's mesh.
+    Gradient: of x, the `combine` of the cotangent; of topk_weights, the cotangent of `weights`
+      moved back to the tokens. Dropped rows have none. ConfigError is raised by
+      derivatives of fp8 rows, scales and payload, and by second derivatives; `dispatch_fp8` has a
+      gradient.
+    Batches: `jax.vmap` makes one call for each element, in order.
+    Limits: num_ranks * num_topk * max(recv_capacity, num_tokens) below 2^31; on the `cuda` back end
+      32 ranks, num_topk 32, and about 4,000 experts in the expert layout.
+    Raises: ShapeError, DTypeError, ConfigError, GroupError while tracing; PeerTimeoutError,
+      GroupError and RoutingError (debug mode) from `group.check()`.
+    Source: DeepEP (DeepSeek, 2025), normal kernels; expert-major output as in Hybrid-EP.
+    """
+    if handle is not None:
+        _check.handle(handle)
+        given = {
+            "topk_idx": topk_idx,
+            "topk_weights": topk_weights,
+            "num_experts": num_experts,
+            "recv_capacity": recv_capacity,
+            "expert_alignment": None if expert_alignment == 1 else expert_alignment,
+            "fill": None if fill == "zeros" else fill,
+            "layout": None if layout in ("rank", handle.layout) else layout,
+        }
+        extra = ", ".join(name for name, value in given.items() if value is not None)
+        if extra:
+            raise ConfigError(f"{_check.op}: with handle= the routing is known, got also {extra}")
+        return _dispatch_along(x, payload, handle, group=group, num_sms=num_sms, backend=backend)
+    group = _check.group(group)
+    rows = _require_streams(x, payload)
+    spec, topk_idx, topk_weights = prepare(
+        _check,
+        topk_idx,
+        topk_weights,
+        num_tokens=rows[0].shape[0],
+        group=group,
+        num_experts=num_experts,
+        layout=layout,
+        recv_capacity=recv_capacity,
+        expert_alignment=expert_alignment,
+        fill=fill,
+        num_sms=num_sms,
+        backend=backend,
+    )
+    rows, topk_weights, topk_idx = vary_alike((rows, topk_weights, topk_idx), group)
+    routed = vjp.dispatch(spec, rows, topk_weights, topk_idx)
+    return assemble(spec, topk_idx, routed, has_scales=isinstance(x, tuple))
+
+
+def prepare(
+    check: Checks,
+    topk_idx: Any,
+    topk_weights: Any,
+    *,
+    num_tokens: int,
+    group: Group,
+    num_experts: Any,
+    layout: str,
+    recv_capacity: int | None,
+    expert_alignment: int,
+    fill: str,
+    num_sms: int | None,
+    backend: str | None,
+) -> tuple[DispatchSpec, jax.Array, jax.Array | None]:
+    """Checks the routing arguments of a dispatch; the spec, the ids as int32, and the weights."""
+    num_experts = check.num_experts(num_experts, group)
+    topk_idx = check.topk_idx(topk_idx, num_experts=num_experts)
+    check.shape(topk_idx, (num_tokens, topk_idx.shape[1]), name="topk_idx")
+    if topk_weights is not None:
+        check.array(topk_weights, name="topk_weights")
+        check.shape(topk_weights, topk_idx.shape, name="topk_weights")
+        check.dtype(topk_weights, (jnp.float32,), name="topk_weights")
+        topk_weights = jnp.asarray(topk_weights)
+    arrangement = check.choice(Layout, layout, name="layout")
+    spec = DispatchSpec(
+        group=group.spec,
+        routes=check.routes(backend, num_sms, group, arrangement),
+        layout=arrangement,
+        num_experts=num_experts,
+        op=check.op,
+        recv_capacity=_capacity(check, arrangement, recv_capacity, topk_idx.shape, group),
+        expert_alignment=_alignment(check, arrangement, expert_alignment, num_experts),
+        fill=check.choice(Fill, fill, name="fill"),
+    )
+    check.report_bad_routing(topk_idx, num_experts=num_experts, group=group)
+    return spec, topk_idx, topk_weights
+
+
+def assemble(
+    spec: DispatchSpec, topk_idx: jax.Array, routed: Routed, *, has_scales: bool
+) -> Dispatched:
+    """What the caller gets, handle included, from what a back end gives."""
+    handle = DispatchHandle(
+        recv_src=routed.recv_src,
+        recv_k=routed.recv_k,
+        send_row=routed.send_row,
+        send_rank=vjp.send_rank(spec, topk_idx, routed.send_row),
+        group_sizes=routed.group_sizes,
+        num_recv=routed.num_recv,
+        num_dropped=routed.num_dropped,
+        num_invalid=routed.num_invalid,
+        layout=spec.layout,
+        num_experts=spec.num_experts,
+        recv_capacity=spec.recv_capacity,
+        group=spec.group.identity,
+    )
+    return _as_dispatched(
+        routed.rows, handle, routed.recv_topk_idx, routed.recv_weights, has_scales=has_scales
+    )
+
+
+def _as_dispatched(
+    rows: Sequence[jax.Array],
+    handle: DispatchHandle,
+    topk_idx: jax.Array | None = None,
+    weights: jax.Array | None = None,
+    *,
+    has_scales: bool,
+) -> Dispatched:
+    x, *others = rows
+    return Dispatched(
+        x=x,
+        scales=others.pop(0) if has_scales else None,
+        payload=others.pop(0) if others else None,
+        topk_idx=topk_idx,
+        weights=weights,
+        group_sizes=handle.group_sizes,
+        num_recv=handle.num_recv,
+        num_dropped=handle.num_dropped,
+        num_invalid=handle.num_invalid,
+        handle=handle,
+    )
+
+
+def _dispatch_along(
+    x: Any,
+    payload: Any,
+    handle: DispatchHandle,
+    *,
+    group: Group | None,
+    num_sms: int | None,
+    backend: str | None,
+) -> Dispatched:
+    found, layout = _check.handle(handle)
+    if group is not None and group is not found:
+        raise GroupError(
+            f"{_check.op}: the handle is of group {found.identity}, got group={group.identity}"
+        )
+    rows = _require_streams(x, payload)
+    num_tokens = handle.send_row.shape[0]
+    _check.shape(rows[0], (num_tokens, rows[0].shape[1]), name="x")
+    routes = _check.routes(backend, num_sms, found, layout)
+    spec = CombineSpec(found.spec, routes, layout, handle.recv_capacity, _check.op)
+    rows, index = vary_alike((rows, handle.index()), found)
+    moved = vjp.dispatch_along(spec, rows, index)
+    return _as_dispatched(moved, handle, has_scales=isinstance(x, tuple))
+
+
+def _require_streams(x: Any, payload: Any) -> tuple[jax.Array, ...]:
+    """Everything that travels, one row per token: x, its scales, the payload."""
+    others: list[tuple[str, Any, Sequence[Any] | None, str]] = []
+    if not isinstance(x, tuple):
+        rows = [_check.rows(x, name="x")]
+    else:
+        if len(x) != 2:
+            raise DTypeError(f"{_check.op}: x must be an array or a pair, got {len(x)} arrays")
+        fp8 = _check.rows(x[0], name="x[0]", dtypes=FP8_DTYPES)
+        rows = [refuse_gradient(_NO_FP8_GRADIENT, fp8)]
+        others.append(("scales", x[1], SCALE_DTYPES, _NO_FP8_GRADIENT))
+    if payload is not None:
+        no_gradient = f"{_check.op}: payload cannot be differentiated; use jax.lax.stop_gradient"
+        others.append(("payload", payload, None, no_gradient))
+    for name, stream, dtypes, message in others:
+        moved = _check.stream(stream, rows[0].shape[0], name=name, dtypes=dtypes)
+        rows.append(refuse_gradient(message, moved))
+    return tuple(rows)
+
+
+def _capacity(
+    check: Checks,
+    layout: Layout,
+    recv_capacity: int | None,
+    routing: tuple[int, ...],
+    group: Group,
+) -> int:
+    """`routing`: the shape of topk_idx."""
+    num_tokens, num_topk = routing
+    if recv_capacity is None:
+        if layout is Layout.EXPERT:
+            raise ConfigError(
+                f"{check.op}: recv_capacity is required with layout='expert'; jax_ep.recv_capacity "
+                "computes it"
+            )
+        recv_capacity = num_tokens * group.num_ranks
+    capacity = check.integer(recv_capacity, minimum=1, name="recv_capacity")
+    # Places of choices are computed in int32, over all ranks.
+    largest = group.num_ranks * num_topk * max(capacity, num_tokens)
+    if largest > config.MAX_INDEX:
+        raise ConfigError(
+            f"{check.op}: num_ranks * num_topk * max(recv_capacity, num_tokens) must be at most "
+            f"{config.MAX_INDEX}, got {largest}"
+        )
+    return capacity
+
+
+def _alignment(check: Checks, layout: Layout, expert_alignment: int, num_experts: int) -> int:
+    alignment = check.integer(expert_alignment, minimum=1, name="expert_alignment")
+    if layout is Layout.RANK and alignment != 1:
+        raise ConfigError(f"{check.op}: expert_alignment needs layout='expert', got {alignment}")
+    if alignment > config.MAX_INDEX // num_experts:
+        raise ConfigError(
+            f"{check.op}: num_experts * expert_alignment must be at most {config.MAX_INDEX}, "
+            f"got {num_experts} * {alignment}"
+        )
+    return alignment

@@ -1,0 +1,87 @@
+"""dispatch_fp8: rows cross as fp8 and arrive as what they were; the gradient does not round."""
+
+import jax
+
+from jax_ep._src.base import config
+from jax_ep._src.base.errors import ShapeError
+from jax_ep._src.base.handle import Dispatched
+from jax_ep._src.base.options import Scales
+from jax_ep._src.group.group import Group
+from jax_ep._src.ops.common.checks import Checks
+from jax_ep._src.ops.common.vary import vary_alike
+from jax_ep._src.ops.dispatch import vjp
+from jax_ep._src.ops.dispatch.api import assemble, prepare
+
+_check = Checks("dispatch_fp8")
+
+
+def dispatch_fp8(
+    x: jax.Array,
+    topk_idx: jax.Array,
+    topk_weights: jax.Array | None = None,
+    *,
+    group: Group,
+    num_experts: int,
+    layout: str = "rank",
+    recv_capacity: int | None = None,
+    expert_alignment: int = 1,
+    fill: str = "zeros",
+    block: int = config.FP8_BLOCK,
+    scales: str = "f32",
+    num_sms: int | None = None,
+    backend: str | None = None,
+) -> Dispatched:
+    """Quantises rows to fp8, dispatches them, and dequantises what arrives.
+
+    Half of bf16's bytes cross. Differentiated, it is the plain dispatch: fp8 itself cannot be,
+    since JAX would round its cotangent to fp8 without a word.
+
+    Args:
+      x: [num_tokens, hidden] bf16, f16 or f32; hidden a multiple of block and of 16.
+      topk_idx: as in dispatch, like all that follow but for block and scales.
+      topk_weights: [num_tokens, num_topk] f32 or None.
+      group: the ranks.
+      num_experts: experts of the whole group.
+      layout: "rank" or "expert".
+      recv_capacity: rows this rank can receive.
+      expert_alignment: expert layout: each group is padded to a multiple of it.
+      fill: "zeros", "padding" or "none".
+      block: elements per scale.
+      scales: "f32" or "e8m0", as in quantize_fp8.
+      num_sms: SMs that the call uses on the `cuda` back end, or None.
+      backend: "cpu", "cuda", "xla" or None.
+
+    Returns:
+      Dispatched; x has the dtype of x, scales is None.
+
+    Collective: every rank of the group calls it. Inside jax.shard_map over the group's mesh.
+    Gradient: that of dispatch: the rounding counts as the identity (straight-through).
+    Raises: as dispatch.
+    Source: DeepSeek-V3 (2024): fp8 dispatch, bf16 backward.
+    """
+    group = _check.group(group)
+    x = _check.rows(x, name="x")
+    block = _check.blocks(x, block)
+    if x.shape[1] % config.ROW_BYTES_MULTIPLE:
+        raise ShapeError(
+            f"{_check.op}: hidden must be a multiple of {config.ROW_BYTES_MULTIPLE}, "
+            f"got {x.shape[1]}"
+        )
+    _check.choice(Scales, scales, name="scales")
+    spec, topk_idx, weights = prepare(
+        _check,
+        topk_idx,
+        topk_weights,
+        num_tokens=x.shape[0],
+        group=group,
+        num_experts=num_experts,
+        layout=layout,
+        recv_capacity=recv_capacity,
+        expert_alignment=expert_alignment,
+        fill=fill,
+        num_sms=num_sms,
+        backend=backend,
+    )
+    x, weights, topk_idx = vary_alike((x, weights, topk_idx), group)
+    routed = vjp.dispatch_fp8(spec, (block, scales), x, weights, topk_idx)
+    return assemble(spec, topk_idx, routed, has_scales=False)

@@ -1,0 +1,145 @@
+"""The custom call of dispatch; xla_ffi/ops/dispatch/dispatch_ffi.h is its other side."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jax_ep._src.base import config, native_modules
+from jax_ep._src.base.errors import ConfigError
+from jax_ep._src.base.options import Layout
+from jax_ep._src.base.spec import DispatchSpec, Routed
+from jax_ep._src.ops.common.check_mesh import check_mesh
+from jax_ep._src.ops.common.primitive import Result, absent, make_primitive
+from jax_ep._src.ops.dispatch import stock
+
+
+class _Results(NamedTuple):
+    """Arrays, or their shape and dtype, in the order of the handler."""
+
+    group_sizes: Any
+    num_recv: Any
+    num_dropped: Any
+    num_invalid: Any
+    recv_src: Any
+    recv_k: Any
+    send_row: Any
+    recv_topk_idx: Any
+    recv_weights: Any
+    workspace: Any
+    rows: tuple[Any, ...]
+
+
+def _results(
+    position: Any,
+    topk_idx: Any,
+    topk_weights: Any,
+    *rows: Any,
+    has_weights: bool,
+    layout: Layout,
+    num_experts: int,
+    num_ranks: int,
+    recv_capacity: int,
+    workspace_bytes: int,
+    **_: Any,
+) -> _Results:
+    num_tokens, num_topk = topk_idx.shape
+    is_rank_layout = layout is Layout.RANK
+    choices = (recv_capacity, num_topk)
+    weights = choices if is_rank_layout else (recv_capacity,)
+    return _Results(
+        group_sizes=Result((num_experts // num_ranks,), jnp.int32),
+        num_recv=Result((1,), jnp.int32),
+        num_dropped=Result((1,), jnp.int32),
+        num_invalid=Result((1,), jnp.int32),
+        recv_src=Result((recv_capacity,), jnp.int32),
+        recv_k=Result((0,) if is_rank_layout else (recv_capacity,), jnp.int32),
+        send_row=Result((num_tokens, num_ranks if is_rank_layout else num_topk), jnp.int32),
+        recv_topk_idx=Result(choices if is_rank_layout else (0,), jnp.int32),
+        recv_weights=Result(weights if has_weights else (0,), jnp.float32),
+        workspace=Result((workspace_bytes,), jnp.uint8),
+        rows=tuple(Result((recv_capacity, *r.shape[1:]), r.dtype) for r in rows),
+    )
+
+
+_bind = make_primitive(
+    "dispatch",
+    _results,
+    platforms=("cpu", "cuda"),
+    attributes=(
+        "expert_alignment",
+        "fill",
+        "group",
+        "has_weights",
+        "layout",
+        "num_experts",
+        "num_sms",
+    ),
+)
+
+
+def _workspace_bytes(spec: DispatchSpec, shape: tuple[int, ...]) -> int:
+    if spec.backend != "cuda":
+        return 0
+    num_tokens, num_topk = shape
+    size: int = native_modules.load("cuda").dispatch_workspace_bytes(
+        layout=spec.layout.code,
+        num_experts=spec.num_experts,
+        num_ranks=spec.group.num_ranks,
+        num_tokens=num_tokens,
+        num_topk=num_topk,
+    )
+    if size == 0:
+        raise ConfigError(
+            f"{spec.op}: backend 'cuda' takes at most {config.MAX_TOPK} choices a token, and as "
+            f"many experts as fit into an SM's shared memory; got num_topk={num_topk}, "
+            f"num_experts={spec.num_experts}"
+        )
+    return size
+
+
+def dispatch(
+    spec: DispatchSpec,
+    topk_idx: jax.Array,
+    topk_weights: jax.Array | None,
+    rows: Sequence[jax.Array],
+) -> Routed:
+    """Routes the tokens and moves their rows.
+
+    The custom call carries it, or stock collectives where that call has no room to stage the
+    operands. The room is the same on all ranks.
+    """
+    if spec.backend == "xla" or not spec.group.can_stage(topk_idx, topk_weights, *rows):
+        return stock.dispatch(spec, topk_idx, topk_weights, rows)
+    position = check_mesh(spec.group.position(), spec.group, op=spec.op)
+    results: _Results = _bind(
+        position,
+        topk_idx,
+        absent(jnp.float32) if topk_weights is None else topk_weights,
+        *rows,
+        expert_alignment=spec.expert_alignment,
+        fill=spec.fill,
+        group=spec.group.identity,
+        has_weights=topk_weights is not None,
+        layout=spec.layout,
+        num_experts=spec.num_experts,
+        num_ranks=spec.group.num_ranks,
+        num_sms=spec.num_sms,
+        op=spec.op,
+        recv_capacity=spec.recv_capacity,
+        workspace_bytes=_workspace_bytes(spec, topk_idx.shape),
+    )
+    is_rank_layout = spec.layout is Layout.RANK
+    return Routed(
+        group_sizes=results.group_sizes,
+        num_recv=results.num_recv,
+        num_dropped=results.num_dropped,
+        num_invalid=results.num_invalid,
+        recv_src=results.recv_src,
+        recv_k=None if is_rank_layout else results.recv_k,
+        send_row=results.send_row,
+        recv_topk_idx=results.recv_topk_idx if is_rank_layout else None,
+        recv_weights=None if topk_weights is None else results.recv_weights,
+        rows=results.rows,
+    )

@@ -1,0 +1,120 @@
+"""dispatch from stock collectives, wherever JAX runs.
+
+Every rank gathers the routing of all ranks and computes the whole plan; rows travel by all_gather.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jax_ep._src.base.options import Layout
+from jax_ep._src.base.spec import DispatchSpec, Routed
+from jax_ep._src.ops.common.check_mesh import check_mesh
+from jax_ep._src.ops.common.tokens import count, gather_tokens, invert, own_tokens, take
+from jax_ep._src.ops.pull_rows.stock import pull_rows
+
+
+def dispatch(
+    spec: DispatchSpec,
+    topk_idx: jax.Array,
+    topk_weights: jax.Array | None,
+    rows: Sequence[jax.Array],
+) -> Routed:
+    """The routing and the rows of this rank; the contract of `Routed`."""
+    topk_idx = check_mesh(topk_idx, spec.group, op=spec.op)
+    is_expert = (topk_idx >= 0) & (topk_idx < spec.num_experts)
+    num_invalid = jnp.sum((topk_idx != -1) & ~is_expert, dtype=jnp.int32)[None]
+    ids = gather_tokens(spec.group, jnp.where(is_expert, topk_idx, -1))
+    route = _route_ranks if spec.layout is Layout.RANK else _route_experts
+    routed = route(spec, ids, num_invalid, topk_weights)
+    return routed._replace(
+        rows=tuple(pull_rows(spec, routed.recv_src, r) for r in rows),
+    )
+
+
+def _route_ranks(
+    spec: DispatchSpec, ids: jax.Array, num_invalid: jax.Array, topk_weights: jax.Array | None
+) -> Routed:
+    group, num_local, capacity = spec.group, spec.num_local_experts, spec.recv_capacity
+    rank = jax.lax.axis_index(group.axes)
+    ranks = jnp.arange(group.num_ranks, dtype=jnp.int32)[None, None, :]
+    wanted = jnp.any(_rank_of(ids, num_local)[:, :, None] == ranks, axis=1)  # [tokens, ranks]
+    row = jnp.cumsum(wanted, axis=0, dtype=jnp.int32) - 1
+    row = jnp.where(wanted & (row < capacity), row, -1)
+    recv_src = invert(row[:, rank], capacity)
+    recv_ids = take(ids, recv_src, fill=-1)
+    is_here = (recv_ids >= 0) & (recv_ids // num_local == rank)
+    local = jnp.where(is_here, recv_ids % num_local, -1)
+    weights = None
+    if topk_weights is not None:
+        all_weights = take(gather_tokens(group, topk_weights), recv_src)
+        weights = jnp.where(is_here, all_weights, 0.0)
+    num_wanted = jnp.sum(wanted[:, rank], dtype=jnp.int32)
+    num_recv = jnp.minimum(num_wanted, capacity)
+    return Routed(
+        group_sizes=count(local, num_local),
+        num_recv=num_recv[None],
+        num_dropped=(num_wanted - num_recv)[None],
+        num_invalid=num_invalid,
+        recv_src=recv_src,
+        recv_k=None,
+        send_row=own_tokens(group, row),
+        recv_topk_idx=local,
+        recv_weights=weights,
+        rows=(),
+    )
+
+
+def _route_experts(
+    spec: DispatchSpec, ids: jax.Array, num_invalid: jax.Array, topk_weights: jax.Array | None
+) -> Routed:
+    group, num_local, capacity = spec.group, spec.num_local_experts, spec.recv_capacity
+    num_all, num_topk = ids.shape
+    rank = jax.lax.axis_index(group.axes)
+    experts = jnp.arange(spec.num_experts, dtype=jnp.int32)[None, None, :]
+    chosen = jnp.sum(ids[:, :, None] == experts, axis=1, dtype=jnp.int32)  # [tokens, experts]
+    upto = jnp.cumsum(chosen, axis=0, dtype=jnp.int32)
+
+    # Aligned sizes only grow along the tokens, so "fits" is a prefix of whole tokens.
+    aligned = -(-upto // spec.expert_alignment) * spec.expert_alignment
+    aligned = aligned.reshape(num_all, group.num_ranks, num_local)
+    per_rank = jnp.sum(aligned, axis=-1, dtype=jnp.int32)
+    fits = jnp.repeat(per_rank <= capacity, num_local, axis=1)  # [tokens, experts]
+    kept = jnp.max(jnp.where(fits, upto, 0), axis=0)
+    sizes = (-(-kept // spec.expert_alignment) * spec.expert_alignment).reshape(-1, num_local)
+    first = (jnp.cumsum(sizes, axis=1, dtype=jnp.int32) - sizes).reshape(-1)
+
+    safe = jnp.maximum(ids, 0)
+    earlier = jnp.tri(num_topk, k=-1, dtype=jnp.bool_)[None]
+    same = (ids[:, :, None] == ids[:, None, :]) & earlier
+    before = jnp.take_along_axis(upto - chosen, safe, axis=1) + jnp.sum(
+        same, axis=-1, dtype=jnp.int32
+    )
+    is_kept = (ids >= 0) & jnp.take_along_axis(fits, safe, axis=1)
+    row = jnp.where(is_kept, first[safe] + before, -1)
+
+    is_here = _rank_of(ids, num_local) == rank
+    choice = invert(jnp.where(is_here, row, -1).reshape(-1), capacity)  # token * K + k
+    weights = None
+    if topk_weights is not None:
+        weights = take(gather_tokens(group, topk_weights).reshape(-1), choice)
+    group_sizes = sizes[rank]
+    num_wanted = jnp.sum(is_here, dtype=jnp.int32)
+    num_kept = jnp.sum(is_here & is_kept, dtype=jnp.int32)
+    return Routed(
+        group_sizes=group_sizes,
+        num_recv=jnp.sum(group_sizes, dtype=jnp.int32)[None],
+        num_dropped=(num_wanted - num_kept)[None],
+        num_invalid=num_invalid,
+        recv_src=jnp.where(choice >= 0, choice // num_topk, -1),
+        recv_k=jnp.where(choice >= 0, choice % num_topk, -1),
+        send_row=own_tokens(group, row),
+        recv_topk_idx=None,
+        recv_weights=weights,
+        rows=(),
+    )
+
+
+def _rank_of(ids: jax.Array, num_local_experts: int) -> jax.Array:
+    return jnp.where(ids >= 0, ids // num_local_experts, -1)

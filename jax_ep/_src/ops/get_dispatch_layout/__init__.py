@@ -1,0 +1,1 @@
+"""get_dispatch_layout: what a rank is going to send. Not collective."""

@@ -1,0 +1,1 @@
+"""pull_rows: each rank reads rows of its peers' arrays by index."""

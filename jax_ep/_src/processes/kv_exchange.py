@@ -1,0 +1,223 @@
+"""What the processes that open a group say to one another, through JAX's key-value store.
+
+Each process has one key for a group, and writes there all that it says of an opening. An opening is
+known by the tickets that its processes drew for it: what was said in another one, however that
+ended, is never taken for this one's, and no process counts anything. Each writes a digest of them
+all, so what is read grows with the number of processes alone. Beside it stays the opening before,
+for those who have yet to read how it ended.
+"""
+
+import hashlib
+import json
+import secrets
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypedDict
+from urllib.parse import quote
+
+import jax
+
+from jax_ep._src.base import jax_compat
+from jax_ep._src.base.errors import GroupError, JaxEpError, PeerTimeoutError
+
+_FIRST_POLL_S, _LAST_POLL_S = 0.001, 0.05
+
+
+class _Opening(TypedDict):
+    """What one process says in one opening of a group."""
+
+    ticket: str  # drawn for it
+    name: str  # of the tickets of all, as far as this one has seen them; "" when it gave up
+    waits: bool  # for other processes to come
+    said: dict[str, Any]  # by topic
+    failure: dict[str, Any] | None
+
+
+class Conversation:
+    """One process's part in one opening."""
+
+    def __init__(self, identity: str, owners: Sequence[int], *, timeout: float):
+        """`owners`: the process of each device, in the order of the mesh."""
+        self._client = jax_compat.distributed_client()
+        if self._client is None:
+            raise GroupError(
+                "Group.open: the mesh spans processes, but jax.distributed was not initialised"
+            )
+        self._me = jax.process_index()
+        self._owners = owners
+        self._processes = sorted(set(owners))
+        self._timeout = timeout
+        self._place = f"jax_ep/{quote(identity, safe='')}"
+        ticket = secrets.token_hex(8)
+        self._now = _Opening(ticket=ticket, name="", waits=True, said={}, failure=None)
+        self._before: list[_Opening] = []
+        self._has_begun = False
+        self._is_told = False  # of another process's failure
+
+    def gather(self, topic: str, message: Any) -> dict[int, Any]:
+        """What each process says about a topic, as JSON; once for each topic. Collective.
+
+        Raises:
+          GroupError: a process did not come to this opening, or has failed in it, and why.
+          PeerTimeoutError: one that had come says nothing within the timeout.
+        """
+        if not self._has_begun:
+            self._begin()
+        # Others may still be reading the topic before this one; all have read those before that.
+        kept = list(self._now["said"].items())[-1:]
+        self._now["said"] = {**dict(kept), topic: message}
+        self._write()
+        said: dict[int, Any] = {}
+        for _ in self._rounds():
+            openings = self._openings()
+            told = {p: o["said"] for p, o in openings.items() if o is not None}
+            said = {p: topics[topic] for p, topics in told.items() if topic in topics}
+            if len(said) == len(self._processes):
+                return said
+            failure = _failure_in(openings)
+            if failure is not None:
+                self._is_told = True
+                raise failure
+        raise self._silence(topic, said)
+
+    def heard(self, topic: str) -> dict[int, Any]:
+        """Words about a topic, of those that have come to it already. Not collective.
+
+        Raises: GroupError, PeerTimeoutError: one has failed in this opening.
+        """
+        openings = self._openings()
+        failure = _failure_in(openings)
+        if failure is not None:
+            self._is_told = True
+            raise failure
+        told = {p: o["said"] for p, o in openings.items() if o is not None}
+        return {p: topics[topic] for p, topics in told.items() if topic in topics}
+
+    def end(self, error: BaseException) -> BaseException:
+        """Tells the others that the opening has failed here. Not collective.
+
+        Returns what this process is to raise: `error`, unless another one's failure is behind it.
+        """
+        if self._is_told:
+            return error
+        if not self._has_begun:
+            if not isinstance(error, Exception):
+                return error  # somebody wants to get out: no waiting
+            self._begin()  # or the others could not know which opening this is about
+        timeout = None
+        if isinstance(error, PeerTimeoutError):
+            # A peer that has failed did not come either.
+            cause = _failure_in(self._openings())
+            if isinstance(cause, GroupError):
+                return cause
+            timeout = error.to_plain()
+        why = str(error).removeprefix("Group.open: ") or type(error).__name__
+        self._now["waits"] = False
+        self._now["failure"] = {"why": why, "timeout": timeout}
+        self._write()
+        return error
+
+    def _begin(self) -> None:
+        """Until all processes have drawn a ticket, and each has seen those of all."""
+        self._has_begun = True
+        others = [p for p in self._processes if p != self._me]
+        self._before = self._read().get(self._me, [])[:1]
+        have_come: set[int] = set()
+        late = others
+        for _ in self._rounds():
+            # First whether all others are, or were, where this one is: one that has failed since
+            # may already have drawn its next ticket.
+            found = self._read()
+            names = {p: [o["name"] for o in found.get(p, [])] for p in others}
+            late = [p for p in others if self._now["name"] not in names[p]]
+            if not late and self._now["name"]:
+                self._now["waits"] = False
+                return
+            have_come |= {p for p in others if p in found and found[p][0]["waits"]}
+            newest = {p: openings[0]["ticket"] for p, openings in found.items()}
+            newest[self._me] = self._now["ticket"]
+            name = _name_of([newest.get(p) for p in self._processes])
+            if name != self._now["name"]:
+                self._now["name"] = name
+                self._write()
+        # Whoever still comes does not meet this opening.
+        self._now["name"], self._now["waits"] = "", False
+        self._write()
+        absent = next((p for p in others if p not in have_come), late[0])
+        raise GroupError(
+            f"Group.open: process {absent} did not open the same group (name, axes, devices) "
+            f"within {self._timeout:g} s"
+        )
+
+    def _silence(self, topic: str, said: Mapping[int, Any]) -> PeerTimeoutError:
+        missing = next(p for p in self._processes if p not in said)
+        error = PeerTimeoutError(
+            "Group.open",
+            rank=self._owners.index(self._me),
+            peer=self._owners.index(missing),
+            expected=len(self._owners),
+            seen=sum(process in said for process in self._owners),
+        )
+        error.add_note(f"process {missing} told nothing of its {topic}")
+        return error
+
+    def _openings(self) -> dict[int, _Opening | None]:
+        """What each process says in this opening; None: it has gone on to others."""
+        found = self._read()
+        name = self._now["name"]
+        return {
+            p: next((o for o in found.get(p, []) if o["name"] == name), None)
+            for p in self._processes
+        }
+
+    def _rounds(self) -> Iterator[None]:
+        """Of looking what the others have written, until the timeout."""
+        deadline = time.monotonic() + self._timeout
+        # Each look reads what all have written.
+        last_pause = _LAST_POLL_S * max(1.0, len(self._processes) / 16)
+        pause = _FIRST_POLL_S
+        while (remaining := deadline - time.monotonic()) > 0:
+            yield
+            time.sleep(min(pause, remaining))
+            pause = min(2 * pause, last_pause)
+        yield
+
+    def _read(self) -> dict[int, list[_Opening]]:
+        """What all processes have written: the newest opening, and the one before."""
+        try:
+            found = self._client.key_value_dir_get(self._place)
+        except jax.errors.JaxRuntimeError as e:
+            raise _unreachable(e) from e
+        return {int(key.rpartition("/")[2]): json.loads(text) for key, text in found}
+
+    def _write(self) -> None:
+        text = json.dumps([self._now, *self._before])
+        try:
+            self._client.key_value_set(f"{self._place}/{self._me}", text, allow_overwrite=True)
+        except jax.errors.JaxRuntimeError as e:
+            raise _unreachable(e) from e
+
+
+def _name_of(tickets: Sequence[str | None]) -> str:
+    return hashlib.sha256(json.dumps(tickets).encode()).hexdigest()[:32]
+
+
+def _unreachable(e: Exception) -> GroupError:
+    return GroupError(f"Group.open: JAX's distributed runtime cannot be reached: {e}")
+
+
+def _failure_in(openings: Mapping[int, _Opening | None]) -> JaxEpError | None:
+    """What another process has raised, as it is raised here."""
+    timeout = None
+    for process, opening in openings.items():
+        failure = None if opening is None else opening["failure"]
+        if failure is not None and failure["timeout"] is None:
+            return GroupError(f"Group.open: process {process} failed: {failure['why']}")
+        if failure is not None:
+            timeout = PeerTimeoutError(**failure["timeout"])
+    if timeout is not None:
+        return timeout
+    for process, opening in openings.items():
+        if opening is None:
+            return GroupError(f"Group.open: process {process} has given this opening up")
+    return None

@@ -1,0 +1,83 @@
+"""The exit of one process of several: with JAX's own shutdown, or without it.
+
+JAX's shutdown waits for all processes, and the end of process 0 aborts those that wait there. So
+nobody may go into it when another process has left without it, and a process that would leave
+without it must not, when all others are in it already. Each says in JAX's key-value store what it
+does.
+"""
+
+import atexit
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from types import ModuleType
+
+import jax
+
+from jax_ep._src.base import jax_compat, native_modules, registry
+
+# Folders of the store, with a key for each process; apart from what processes say to open a group.
+_WAITS = "jax_ep_exits/in_shutdown"
+_GONE = "jax_ep_exits/without_shutdown"
+_LAST_S, _POLL_S, _SECOND_LOOK_S = 5.0, 0.05, 0.2
+
+
+def join_at_exit() -> None:
+    """From now on this process joins JAX's shutdown only if no other one has left without it."""
+    registry.joins_at_exit = os.getpid()
+
+
+def leave(native: ModuleType, has_others: Callable[[], bool]) -> None:
+    """Has this process end without JAX's shutdown, unless all others wait there.
+
+    Process 0 leaves last, or after a while. `has_others`: whether one is still there, as far as is
+    known.
+    """
+    if jax_compat.distributed_client() is None or _all_others_wait():
+        return
+    _say(_GONE)
+    if _all_others_wait():  # the last of them came meanwhile; if it has heard this, it leaves, too
+        time.sleep(_SECOND_LOOK_S)
+        if _all_others_wait():
+            return
+    if jax.process_index() == 0:
+        deadline = time.monotonic() + _LAST_S
+        while has_others() and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+    native.exit_without_teardown()
+    jax_compat.abandon_runtime()
+
+
+def _join() -> None:
+    if registry.joins_at_exit != os.getpid() or jax_compat.distributed_client() is None:
+        return
+    _say(_WAITS)
+    if _said(_GONE):
+        leave(
+            native_modules.load("cpu"),
+            lambda: len(_said(_WAITS) | _said(_GONE)) < jax.process_count(),
+        )
+
+
+def _all_others_wait() -> bool:
+    others = set(range(jax.process_count())) - {jax.process_index()}
+    return others <= _said(_WAITS) - _said(_GONE)
+
+
+def _say(folder: str) -> None:
+    with suppress(jax.errors.JaxRuntimeError):  # said before, or process 0 has gone
+        jax_compat.distributed_client().key_value_set(f"{folder}/{jax.process_index()}", "")
+
+
+def _said(folder: str) -> set[int]:
+    """The processes that have; none where process 0 has gone."""
+    try:
+        found = jax_compat.distributed_client().key_value_dir_get(folder)
+    except jax.errors.JaxRuntimeError:
+        return set()
+    return {int(key.rpartition("/")[2]) for key, _ in found}
+
+
+# What is registered later comes earlier: JAX's shutdown is behind this, what leaves before it.
+atexit.register(_join)

@@ -1,0 +1,329 @@
+"""How the processes of a group find each other, through JAX's distributed runtime.
+
+No XLA collective carries these messages: a group may be of a part of the processes, and NCCL
+refuses two ranks on one GPU.
+"""
+
+import atexit
+import ctypes
+import os
+import secrets
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from types import ModuleType, TracebackType
+from typing import Any, Self
+
+import jax
+
+from jax_ep._src.base import jax_compat, native_modules
+from jax_ep._src.base.errors import GroupError, PeerTimeoutError
+from jax_ep._src.processes import leaving, unix_links
+from jax_ep._src.processes.kv_exchange import Conversation
+from jax_ep._src.processes.neighbourhoods import neighbourhoods
+
+_SOCKETS_PART = 0.5  # of the timeout: who waits at a socket must give up before who waits for it
+
+
+class Meeting:
+    """The processes of one group; it may be of one process alone.
+
+    The group is opened in the body of a `with`: what one process raises there, all raise. Every
+    method is collective over the processes unless it says otherwise.
+
+    Attributes:
+      processes: their indices in JAX.
+      is_alone: whether there is none but this.
+      neighbours: those that share slices with this one, or with its neighbours; links go to them.
+      crosses_processes: whether any slice of the mesh does; the same in all processes.
+      links: to the others, after `connect`, until somebody takes them over.
+      why_not_linked: or why there are none.
+      asks_for_others: of whoever took them over: whether another process is still there.
+      timeout: seconds to wait for one another.
+    """
+
+    def __init__(
+        self, identity: str, owners: Sequence[int], slices: Sequence[int], *, timeout: float
+    ):
+        """`owners` and `slices`: of each device, in the order of the mesh."""
+        me = jax.process_index()
+        self.processes = sorted(set(owners))
+        self.is_alone = self.processes == [me]
+        self._neighbourhoods = neighbourhoods(owners, slices)
+        self.neighbours = [
+            p for processes in self._neighbourhoods if me in processes for p in processes if p != me
+        ]
+        self.crosses_processes = any(len(processes) > 1 for processes in self._neighbourhoods)
+        self.links: list[unix_links.Link] = []
+        self.why_not_linked: str | None = None
+        self.asks_for_others: Callable[[], bool] | None = None
+        self.timeout = timeout
+        self._leaves_alone = False
+        self._pid = os.getpid()
+        self._watched: dict[int, int] = {}  # by process of this host, a descriptor of it
+        self._has_other_hosts = False
+        self._conversation = (
+            None if self.is_alone else Conversation(identity, owners, timeout=timeout)
+        )
+        if not self.is_alone:
+            leaving.join_at_exit()
+            atexit.register(self._end_child)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None:
+            return
+        raised = error
+        if self._conversation is not None:
+            with suppress(GroupError):  # nobody hears it
+                raised = self._conversation.end(error)
+        self._leaves_alone = False
+        if isinstance(raised, PeerTimeoutError):
+            self.leave_alone_at_exit()
+        else:
+            self.asks_for_others = None
+        self.close()
+        if raised is not error:
+            raise raised from error
+
+    def gather(self, topic: str, message: Any) -> dict[int, Any]:
+        """What each process says about a topic, as JSON; once for each topic.
+
+        Raises: as Conversation.gather.
+        """
+        if self._conversation is None:
+            return {jax.process_index(): message}
+        return self._conversation.gather(topic, message)
+
+    def agree(self, topic: str, settings: Mapping[str, Any]) -> None:
+        """Raises GroupError in every process if they open the group with different settings."""
+        theirs = self.gather(topic, dict(settings))
+        for name, own in settings.items():
+            values = {process: said[name] for process, said in theirs.items()}
+            if any(value != own for value in values.values()):
+                listed = ", ".join(f"process {p} has {v!r}" for p, v in values.items())
+                raise GroupError(f"Group.open: the processes disagree about {name}: {listed}")
+
+    def first_problem(self, topic: str, problem: str, *, is_echo: bool = False) -> str | None:
+        """Of all processes; the same answer in each of them.
+
+        `is_echo`: another process's problem is behind this one's, and comes before it.
+        """
+        said = self.gather(topic, [is_echo, problem])
+        return _first({p: said[p][1] for p in sorted(said, key=lambda p: said[p][0])})
+
+    def connect(self, *, reads_memory: bool) -> None:
+        """Links this process to its neighbours, or says in all processes why not.
+
+        `reads_memory`: only if each can read its neighbours' memory.
+
+        All processes of the host are watched from then on, neighbours or not.
+        """
+        if self.is_alone:
+            return
+        me = jax.process_index()
+        token = secrets.token_bytes(unix_links.TOKEN_BYTES)
+        mine = {"problem": "", "host": "", "pid": os.getpid(), "address": "", "token": token.hex()}
+        listener = None
+        with ExitStack() as stack:
+            try:
+                mine["host"] = unix_links.host()
+                if self.crosses_processes:
+                    listener, mine["address"] = unix_links.listen(len(self.neighbours) + 1)
+                    stack.enter_context(listener)
+            except OSError as e:
+                mine["problem"] = str(e)
+            said = self.gather("address", mine)
+            self._watch(said)
+            if not self.crosses_processes:
+                return
+            self.why_not_linked = _first({p: told["problem"] for p, told in said.items()})
+            if self.why_not_linked is None:
+                self.why_not_linked = self._why_apart({p: t["host"] for p, t in said.items()})
+            if self.why_not_linked is not None or listener is None:
+                return
+            problem, is_echo = "", False
+            try:
+                unix_links.connect(
+                    listener,
+                    process=me,
+                    token=token,
+                    others={
+                        p: (said[p]["address"], bytes.fromhex(said[p]["token"]))
+                        for p in self.neighbours
+                    },
+                    timeout=self.sockets_timeout,
+                    links=self.links,
+                    is_in_vain=self._has_failed_link,
+                )
+            except OSError as e:
+                problem = f"no connection between the processes: {e}"
+                is_echo = isinstance(e, TimeoutError)
+        self.why_not_linked = self.first_problem("links", problem, is_echo=is_echo)
+        if self.why_not_linked is None and reads_memory:
+            self.why_not_linked = self._first_unreadable()
+        if self.why_not_linked is not None:
+            self._close_links()
+
+    def _watch(self, said: Mapping[int, Mapping[str, Any]]) -> None:
+        me = jax.process_index()
+        host = said[me]["host"]
+        for process, told in said.items():
+            if told["host"] != host:
+                self._has_other_hosts = True
+            elif process != me and host:
+                watch = unix_links.watch_process(told["pid"])
+                if watch is not None:
+                    self._watched[process] = watch
+
+    def _why_apart(self, hosts: Mapping[int, str]) -> str | None:
+        """Why a slice is not of one host, if one is not."""
+        for processes in self._neighbourhoods:
+            theirs = {p: hosts[p] for p in processes}
+            if len(set(theirs.values())) > 1:
+                return f"a slice of the mesh spans hosts or containers: {theirs}"
+        return None
+
+    @property
+    def sockets_timeout(self) -> float:
+        """Seconds to wait for one another at sockets, between two things said to all."""
+        return _SOCKETS_PART * self.timeout
+
+    def close(self) -> None:
+        """Closes the sockets that nobody has taken over. Not collective."""
+        atexit.unregister(self._end_child)
+        if self._leaves_alone:
+            return  # this process asks at exit who is still there
+        self._close_links()
+        for watch in self._watched.values():
+            os.close(watch)
+        self._watched = {}
+
+    def _close_links(self) -> None:
+        for link in self.links:
+            link.socket.close()
+        self.links = []
+
+    def hand_over(self) -> None:
+        """From now on somebody else closes the sockets. Not collective."""
+        for link in self.links:
+            link.socket.detach()
+        self.links = []
+
+    def has_others(self) -> bool:
+        """Whether another process is still there, as far as is known. Not collective.
+
+        Processes of other hosts count as being there, and neighbours until they close their links.
+        """
+        asks = self.asks_for_others
+        if self._has_other_hosts or (
+            unix_links.any_is_open(self.links) if asks is None else asks()
+        ):
+            return True
+        strangers = set(self._watched) - set(self.neighbours)
+        return any(not unix_links.has_ended(self._watched[process]) for process in strangers)
+
+    def lost_process(self) -> int | None:
+        """One that has ended, if that is known. Not collective."""
+        ended = (p for p, watch in self._watched.items() if unix_links.has_ended(watch))
+        return next(ended, None)
+
+    def leave_alone_at_exit(self) -> None:
+        """After a peer was lost: the interpreter's exit does not wait for all processes of JAX.
+
+        JAX's own shutdown would wait for those that are gone until their heartbeats are missed, and
+        abort the process. Not collective.
+        """
+        if not self.is_alone and not self._leaves_alone:
+            self._leaves_alone = True
+            atexit.register(self._leave, native_modules.load("cpu"))
+
+    def _end_child(self) -> None:
+        """In a forked child: its interpreter's exit must not end this process's part in JAX.
+
+        JAX's own would say so to the other processes over the parent's connections, and wait for
+        threads that the child does not have.
+        """
+        if os.getpid() == self._pid:
+            return
+        jax_compat.abandon_runtime()
+        with suppress(GroupError):  # no module, no teardown of its own
+            native_modules.load("cpu").exit_without_teardown()
+
+    def leave_alone_now(self) -> None:
+        """The same when the interpreter exits already."""
+        if not self.is_alone:
+            self._leaves_alone = True
+            self._leave(native_modules.load("cpu"))
+
+    def _leave(self, native: ModuleType) -> None:
+        if self._leaves_alone:
+            leaving.leave(native, self.has_others)
+
+    def _has_failed_link(self) -> bool:
+        """Whether another process has no connection, and says so. Not collective."""
+        said = {} if self._conversation is None else self._conversation.heard("links")
+        return any(problem for _, problem in said.values())
+
+    def _first_unreadable(self) -> str | None:
+        """Each process reads a random number out of its neighbours' memory."""
+        number = ctypes.c_uint64(secrets.randbits(64))
+        problem = ""
+        try:
+            native = native_modules.load("cpu")
+            native.allow_readers()
+        except GroupError as e:
+            problem = str(e)
+        said = self.gather("memory", [problem, ctypes.addressof(number), number.value])
+        missing = _first({process: told[0] for process, told in said.items()})
+        if missing is not None:
+            return missing
+        problems = [
+            f"the memory of process {link.process} cannot be read: {problem}"
+            for link in self.links
+            if (problem := native.try_reading(link.pid, *said[link.process][1:])) is not None
+        ]
+        return self.first_problem("reading", problems[0] if problems else "")
+
+
+def _first(problems: Mapping[int, str]) -> str | None:
+    found = [f"process {process}: {problem}" for process, problem in problems.items() if problem]
+    return found[0] if found else None
+
+
+def meet(
+    mesh: jax.sharding.Mesh,
+    identity: str,
+    slices: Sequence[int],
+    *,
+    timeout: float,
+    stacklevel: int,
+) -> Meeting:
+    """The processes of a mesh, which are about to open a group. Waits for none of them.
+
+    `slices`: of each device, in the order of the mesh. `stacklevel`: of a warning in here.
+    """
+    owners = [d.process_index for d in mesh.devices.flat]
+    me = jax.process_index()
+    if me not in owners:
+        raise GroupError(
+            f"Group.open: process {me} has no device of the mesh; only processes "
+            f"{sorted(set(owners))} open this group"
+        )
+    meeting = Meeting(identity, owners, slices, timeout=timeout)
+    heartbeat = jax_compat.default_heartbeat_timeout()
+    if not meeting.is_alone and timeout >= heartbeat:
+        warnings.warn(
+            f"Group.open: timeout={timeout:g} s: JAX aborts processes that wait for a lost one "
+            f"after heartbeat_timeout_seconds ({heartbeat:g} by default; JAX does not tell what "
+            "jax.distributed.initialize was told): only below it they get an exception",
+            stacklevel=stacklevel,
+        )
+    return meeting

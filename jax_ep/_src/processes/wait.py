@@ -1,0 +1,150 @@
+"""Waiting for results that may never come, or that are deleted while somebody waits for them."""
+
+import time
+import weakref
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+import jax
+
+from jax_ep._src.base import jax_compat, registry
+from jax_ep._src.base.errors import JaxEpError
+
+_LOOK_S = 0.05
+GRACE_S = 0.5  # what a program that goes on may take to end, and a failure to be known
+# Between two looks at results: a part of what was waited for already.
+_PART, _MIN_PAUSE_S, _MAX_PAUSE_S = 0.02, 20e-6, 2e-3
+
+
+def arrays_in(results: Any) -> list[jax.Array]:
+    """The arrays of a pytree; of a key array, the array that holds its bits."""
+    leaves = [leaf for leaf in jax.tree.leaves(results) if isinstance(leaf, jax.Array)]
+    return [leaf for leaf in map(jax_compat.plain_array, leaves) if leaf is not None]
+
+
+def live_arrays(devices: Collection[jax.Device]) -> list[jax.Array]:
+    """Live arrays on some of the devices, without those whose failure has been told already.
+
+    Another thread may delete or donate any of them at any time.
+    """
+    told = [array for ref in registry.told_failures if (array := ref()) is not None]
+    known = {id(array) for array in told}
+    wanted = set(devices)
+    return [
+        array
+        for array in jax.live_arrays()
+        # Not array.devices(), which raises for an array that has been deleted.
+        if id(array) not in known and wanted & array.sharding.device_set
+    ]
+
+
+def wait(arrays: Collection[jax.Array]) -> list[Exception]:
+    """Waits for all arrays; returns what JAX raises for them.
+
+    A deleted or donated array is nothing to wait for. A failure counts as told from now on.
+    """
+    try:
+        jax.block_until_ready(list(arrays))
+        return []
+    except Exception as e:
+        of_all = e
+    problems = []
+    for array in arrays:
+        try:
+            jax.block_until_ready(array)
+        except Exception as e:
+            if not jax_compat.is_gone(array, e):
+                problems.append(e)
+                _mark_as_told(array)
+    if not problems and not any(jax_compat.is_gone(array, of_all) for array in arrays):
+        problems.append(of_all)
+    return problems
+
+
+def settle(
+    arrays: Collection[jax.Array],
+    *,
+    failure: Callable[[], JaxEpError | None],
+    loss: Callable[[], JaxEpError | None],
+    timeout: float,
+) -> list[Exception]:
+    """Waits as `wait` does, in programs of several processes: for no longer than makes sense.
+
+    A custom call ends when its group fails. The psum behind it, whose peer has gone, does not, or
+    fails in words of its own.
+
+    Args:
+      arrays: what to wait for.
+      failure: what the group has recorded, if it has failed.
+      loss: that a process of the group has ended, if one has. It may end when it is done, while
+        this one still computes: it is blamed for results that have failed, and for those that are
+        late.
+      timeout: seconds from a loss until results are late.
+
+    Raises: what `failure` or `loss` tells.
+    """
+    begin = looked = time.monotonic()
+    since: dict[str, float] = {}
+    # Not in block_until_ready, which cannot be called back; and a thread that is in it when the
+    # interpreter ends would abort the process.
+    while not all(jax_compat.is_ready(array) for array in arrays):
+        now = time.monotonic()
+        time.sleep(min(max(_PART * (now - begin), _MIN_PAUSE_S), _MAX_PAUSE_S))
+        if now - looked < _LOOK_S:
+            continue
+        looked = now
+        for kind, found, patience in (("failure", failure(), GRACE_S), ("loss", loss(), timeout)):
+            if found is not None and now - since.setdefault(kind, now) > patience:
+                raise found
+    problems = wait(arrays)
+    if problems:
+        deadline = time.monotonic() + GRACE_S
+        while (known := failure() or loss()) is None and time.monotonic() < deadline:
+            time.sleep(_LOOK_S)
+        if known is not None:
+            raise known from cause_of(problems)
+    return problems
+
+
+def cause_of(problems: Collection[Exception]) -> Exception:
+    """One exception for all problems: ranks that fail alike say the same."""
+    different = list({(type(p), str(p)): p for p in problems}.values())
+    if len(different) == 1:
+        return different[0]
+    return ExceptionGroup("several programs or ranks failed", different)
+
+
+def excuse_failures(error: BaseException, devices: Collection[jax.Device]) -> None:
+    """Counts the failures behind an exception of JAX's that leaves a program's block as told.
+
+    JAX keeps a failure in every result and in the tokens of the thread's last effects, and raises
+    it at every look at one of them. Waits for nothing: programs that still run are excused, too.
+    """
+    if not any(isinstance(e, jax.errors.JaxRuntimeError) for e in _chain(error)):
+        return
+    jax_compat.excuse_effects()
+    for array in live_arrays(devices):
+        if not jax_compat.is_ready(array):
+            _mark_as_told(array)
+        else:
+            wait([array])
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and all that are behind it."""
+    seen: list[BaseException] = []
+    waiting = [error]
+    while waiting:
+        found = waiting.pop()
+        if found is None or any(found is e for e in seen):
+            continue
+        seen.append(found)
+        yield found
+        waiting += [found.__cause__, found.__context__]
+        if isinstance(found, BaseExceptionGroup):
+            waiting += found.exceptions
+
+
+def _mark_as_told(array: jax.Array) -> None:
+    told = [ref for ref in registry.told_failures if ref() is not None]
+    registry.told_failures[:] = [*told, weakref.ref(array)]
