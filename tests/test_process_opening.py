@@ -81,6 +81,7 @@ LOCAL_FAILURES = """
 from jax_ep._src.opening import usability
 from jax_ep._src.base import jax_compat
 from jax_ep._src.processes import native_group
+from jax_ep._src.opening import open as open_body
 from jax_ep._src.opening import self_test
 from jax_ep._src.base import tables
 
@@ -112,9 +113,9 @@ def fails_after(fn):
 STAGES = {
     "tuning": (tables, "load", fails),
     "back ends": (usability, "resolve", fails),
-    "opening": (native_group.Opening, "open_cpu", fails),
-    "native": (native_group.Opening, "_open", fails),
-    "opened": (jax_ep.Group, "_open_native", fails_after(jax_ep.Group._open_native)),
+    "opening": (native_group.NativeOpening, "open_cpu", fails),
+    "native": (native_group.NativeOpening, "_open", fails),
+    "opened": (open_body, "_open_native", fails_after(open_body._open_native)),
     "self-test": (self_test, "run", fails_after(self_test.run)),
 }
 use()
@@ -161,7 +162,7 @@ print("passed")
 DIES = """
 from jax_ep._src.processes import native_group
 place, name = {
-    "opening": (native_group.Opening, "open_cpu"),
+    "opening": (native_group.NativeOpening, "open_cpu"),
     "self-test": (jax_ep.Group, "wait_for_all"),
 }[sys.argv[1]]
 original = getattr(place, name)
@@ -183,7 +184,7 @@ except jax_ep.PeerTimeoutError as e:
 """
 
 SHARES = """
-from jax_ep._src.processes import rendezvous
+from jax_ep._src.processes.rendezvous import meet_processes
 from jax_ep._src.processes import native_group
 from jax_ep._src.processes import unix_links
 
@@ -208,17 +209,17 @@ def fails(*args, **kwargs):
     raise OSError("too many open files")
 
 for swap, expected in ((unix_links.swap, None), (fails, "process 1: too many open files")):
-    with rendezvous.meet(mesh, "pools", [0] * R, timeout=30.0) as meeting:
-        meeting.connect(reads_memory=False)
+    with meet_processes(mesh, "pools", [0] * R, timeout=30.0, stacklevel=1) as rendezvous:
+        rendezvous.connect(reads_memory=False)
         before = len(os.listdir("/proc/self/fd"))
         if me == 1:
             unix_links.swap = swap
         start = time.monotonic()
-        why_not = native_group._share_devices(meeting, Native(), jax.devices(), with_pools=True)
+        why_not = native_group._share_devices(rendezvous, Native(), jax.devices(), with_pools=True)
         assert why_not == expected, why_not
         assert time.monotonic() - start < 10.0
         assert len(os.listdir("/proc/self/fd")) == before
-        meeting.close()
+        rendezvous.close()
 print("passed")
 """
 

@@ -34,7 +34,7 @@ _LARGE_BYTES, _LARGE_BYTES_ON_CPU = 4 << 20, 256 << 10
 Run = Callable[..., Any]
 
 
-class Contender(NamedTuple):
+class SumContender(NamedTuple):
     """One way to do it.
 
     Attributes:
@@ -122,7 +122,7 @@ def contenders(
     group: jax_ep.Group,
     backends: Sequence[str],
     algorithms: Sequence[str] | None = None,
-) -> list[Contender]:
+) -> list[SumContender]:
     """All that can carry a point's bytes: ours on each back end, then the stock collective.
 
     Only on the back end `cuda` do our algorithms differ, so one stands for all of them elsewhere,
@@ -134,13 +134,13 @@ def contenders(
         for algorithm in algorithms or (OURS if backend == "cuda" else ("one_shot",)):
             run = partial(op.ours, group=group, algorithm=algorithm, backend=backend)
             if algorithm != PSUM and _takes(run, point, group):
-                found.append(Contender("jax_ep", backend, algorithm, run))
+                found.append(SumContender("jax_ep", backend, algorithm, run))
     if algorithms is None or PSUM in algorithms:
 
         def stock(*operands: jax.Array) -> Any:
             return op.stock(*operands, group.axes)
 
-        found.append(Contender(op.stock_name, "xla", _stock_algorithm(), stock))
+        found.append(SumContender(op.stock_name, "xla", _stock_algorithm(), stock))
     return found
 
 
@@ -202,7 +202,7 @@ def make_chain(
 def measure(
     point: ReducePoint,
     group: jax_ep.Group,
-    entrants: Sequence[Contender],
+    entrants: Sequence[SumContender],
     *,
     repeats: int,
     tick: Callable[[], None] = lambda: None,
@@ -221,7 +221,7 @@ def measure(
 
 
 def extra_memory(
-    point: ReducePoint, group: jax_ep.Group, entrants: Sequence[Contender]
+    point: ReducePoint, group: jax_ep.Group, entrants: Sequence[SumContender]
 ) -> Iterator[int | None]:
     """Bytes of one rank, while one operation of each runs, beyond operands and results."""
     operands = start(point, group)

@@ -167,7 +167,7 @@ def _subject(op: str, point: Point, contender: Contender, group: jax_ep.Group) -
     )
 
 
-def _reduce_subject(point: ReducePoint, num_ranks: int, contender: reduce.Contender) -> Subject:
+def _reduce_subject(point: ReducePoint, num_ranks: int, contender: reduce.SumContender) -> Subject:
     return Subject(
         op=point.op,
         contender=contender.name,

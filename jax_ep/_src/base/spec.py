@@ -154,9 +154,9 @@ class ExchangeSpec:
         """The same for the backward pass."""
         return replace(self, op=gradient_of(self.op))
 
-    def to_combine(self) -> "CombineSpec":
+    def to_route(self) -> "RouteSpec":
         """The combine along the same routing."""
-        return CombineSpec(self.group, self.routes, self.layout, self.recv_capacity, self.op)
+        return RouteSpec(self.group, self.routes, self.layout, self.recv_capacity, self.op)
 
     def to_pull(self) -> CallSpec:
         """The pull_rows along the same routing."""
@@ -188,7 +188,7 @@ class DispatchSpec(ExchangeSpec):
 
 
 @dataclass(frozen=True)
-class CombineSpec(ExchangeSpec):
+class RouteSpec(ExchangeSpec):
     """The static facts of one combine, or dispatch along a handle; equal on all ranks."""
 
     @property
@@ -232,7 +232,7 @@ class ReduceSpec:
         }.get(self.algorithm, False)
 
 
-class Routed(NamedTuple):
+class DispatchResults(NamedTuple):
     """What a back end's dispatch gives, on one rank. `C` = recv_capacity, `L` = local experts."""
 
     group_sizes: jax.Array  # [L]

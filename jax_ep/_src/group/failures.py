@@ -16,7 +16,7 @@ from jax_ep._src.base.errors import (
 )
 from jax_ep._src.base.spec import GroupSpec
 from jax_ep._src.processes.native_group import NativeGroup
-from jax_ep._src.processes.rendezvous import Meeting
+from jax_ep._src.processes.rendezvous import Rendezvous
 from jax_ep._src.processes.wait import cause_of
 
 
@@ -27,12 +27,12 @@ class Failures:
         self,
         mesh: jax.sharding.Mesh,
         spec: GroupSpec,
-        meeting: Meeting,
+        rendezvous: Rendezvous,
     ):
         self.native: NativeGroup | None = None  # once it is open
         self._owners = [d.process_index for d in mesh.devices.flat]
         self._spec = spec
-        self._meeting = meeting
+        self._rendezvous = rendezvous
         self._bad_routings: Counter[str] = Counter()
 
     def add_bad_routing(self, op: str, rank: Any, num_invalid: Any, num_repeated: Any) -> None:
@@ -78,7 +78,7 @@ class Failures:
 
     def loss(self) -> JaxEpError | None:
         """A process that has ended, though no custom call has waited for it."""
-        process = self._meeting.lost_process()
+        process = self._rendezvous.lost_process()
         if process is None:
             return None
         self._leave_alone()
@@ -93,6 +93,6 @@ class Failures:
 
     def _leave_alone(self) -> None:
         """A peer may be lost, or will be: no end waits for it, the interpreter's or the group's."""
-        self._meeting.leave_alone_at_exit()
-        if self.native is not None and not self._meeting.is_alone:
+        self._rendezvous.leave_alone_at_exit()
+        if self.native is not None and not self._rendezvous.is_alone:
             self.native.abandon()

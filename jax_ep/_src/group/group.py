@@ -17,7 +17,7 @@ from jax_ep._src.group.settings import OpenArguments, Settings
 from jax_ep._src.group.shard_map import require_mesh_of
 from jax_ep._src.processes import interrupts
 from jax_ep._src.processes.native_group import NativeGroup
-from jax_ep._src.processes.rendezvous import Meeting
+from jax_ep._src.processes.rendezvous import Rendezvous
 from jax_ep._src.processes.wait import arrays_in, excuse_failures, live_arrays, settle, wait
 
 
@@ -65,7 +65,7 @@ class Group:
         mesh: jax.sharding.Mesh,
         arguments: OpenArguments,
         settings: Settings,
-        meeting: Meeting,
+        rendezvous: Rendezvous,
     ):
         """Not for users, who call `Group.open` or `Group.get`."""
         self.mesh = mesh
@@ -81,9 +81,9 @@ class Group:
         self.backends = settings.backends
         self.tuning = settings.tuning
         self.budgets = settings.budgets
-        self._meeting = meeting
+        self._rendezvous = rendezvous
         self._native_group: NativeGroup | None = None
-        self._failures = Failures(mesh, self.spec, meeting)
+        self._failures = Failures(mesh, self.spec, rendezvous)
         self._is_open = True
         self._pid = os.getpid()
         registry.groups.add(self)
@@ -228,7 +228,7 @@ class Group:
             return
         if self._native_group is not None:
             self._native_group.close(self.spec)
-        self._meeting.close()
+        self._rendezvous.close()
 
     def _is_inherited(self) -> bool:
         """Whether this is a forked child of the process that opened the group."""
@@ -274,7 +274,7 @@ class Group:
                 return
             if isinstance(error, Exception | KeyboardInterrupt):
                 # The others may wait in their calls for what this process does no more.
-                self._meeting.leave_alone_at_exit()
+                self._rendezvous.leave_alone_at_exit()
                 self._failures.loss()
                 excuse_failures(error, self._devices())
             if (failure := self._failures.recorded()) is not None and str(failure) != str(error):
@@ -339,7 +339,7 @@ class Group:
 
     def _wait(self, arrays: list[jax.Array]) -> list[Exception]:
         """What JAX raises for the arrays."""
-        if self._meeting.is_alone:
+        if self._rendezvous.is_alone:
             return wait(arrays)
         return settle(
             arrays, failure=self._failures.failure, loss=self._failures.loss, timeout=self.timeout
@@ -360,12 +360,12 @@ class Group:
         JAX's registry of pytrees, which is no part of Python, keeps classes of a script, they keep
         the script's variables, and a group is one of them.
         """
-        self._meeting.asks_for_others = None
+        self._rendezvous.asks_for_others = None
         self.hold(None)
 
     def leave_alone_now(self) -> None:
         """At the exit of the interpreter, which would wait for the other processes."""
-        self._meeting.leave_alone_now()
+        self._rendezvous.leave_alone_now()
 
     def require_traceable(self, op: str) -> None:
         """Raises unless `op` may be traced here with this group."""

@@ -14,9 +14,8 @@ from jax_ep._src.group.settings import OpenArguments
 from jax_ep._src.opening import lookup, self_test, usability
 from jax_ep._src.opening.arguments import check_arguments
 from jax_ep._src.opening.settings import agree_on_settings
-from jax_ep._src.processes import rendezvous
-from jax_ep._src.processes.native_group import Opening
-from jax_ep._src.processes.rendezvous import Meeting
+from jax_ep._src.processes.native_group import NativeOpening
+from jax_ep._src.processes.rendezvous import Rendezvous, meet_processes
 
 _Group = TypeVar("_Group", bound=Group)
 _TO_CALLER = 5  # frames from a warning here to the caller of Group.open or Group.get
@@ -79,38 +78,38 @@ def _open(
     with (
         jax_compat.clean_context(),
         ExitStack() as undo,
-        rendezvous.meet(
+        meet_processes(
             mesh, identity, slices, timeout=arguments.timeout, stacklevel=_TO_CALLER
-        ) as meeting,
+        ) as rendezvous,
     ):
         if identity in registry.open_groups:
             raise GroupError(
                 f"Group.open: a group named {arguments.name!r} over the same axes and devices "
                 "is open; pass another name="
             )
-        settings = agree_on_settings(meeting, mesh, arguments, backend=backend, debug=debug)
-        group = kind(mesh, arguments, settings, meeting)
+        settings = agree_on_settings(rendezvous, mesh, arguments, backend=backend, debug=debug)
+        group = kind(mesh, arguments, settings, rendezvous)
         undo.callback(group.discard)
         if group.backends["cuda"].ops:
             native_modules.register("cuda")
         for own in ("cpu", "cuda"):
             if usability.is_complete(group.backends[own]):
-                _open_native(group, meeting, own, is_wanted=backend == settings.backend)
+                _open_native(group, rendezvous, own, is_wanted=backend == settings.backend)
         group.watch_interrupts()
         registry.open_groups[identity] = group
         # In the self-test ranks wait for one another where nobody can tell them of a failure.
-        meeting.gather("native half", None)
-        self_test.run(group, meeting)
-        meeting.gather("self-test", None)
+        rendezvous.gather("native half", None)
+        self_test.run(group, rendezvous)
+        rendezvous.gather("self-test", None)
         if backend == "auto":
-            _warn_of_fallback(group, meeting)
+            _warn_of_fallback(group, rendezvous)
         undo.pop_all()
     return group
 
 
-def _open_native(group: Group, meeting: Meeting, backend: str, *, is_wanted: bool) -> None:
+def _open_native(group: Group, rendezvous: Rendezvous, backend: str, *, is_wanted: bool) -> None:
     """`is_wanted`: the caller has named the back end, and takes no other."""
-    opening = Opening(group.mesh, group.spec, meeting, group.timeout)
+    opening = NativeOpening(group.mesh, group.spec, rendezvous, group.timeout)
     opened = opening.open_cpu() if backend == "cpu" else opening.open_cuda()
     if not isinstance(opened, str):
         group.hold(opened)
@@ -126,7 +125,7 @@ def _open_native(group: Group, meeting: Meeting, backend: str, *, is_wanted: boo
         group.backend = "xla"
 
 
-def _warn_of_fallback(group: Group, meeting: Meeting) -> None:
+def _warn_of_fallback(group: Group, rendezvous: Rendezvous) -> None:
     """Warns in one process: the reason is the same in all of them.
 
     Where warnings are errors, the group is not opened, in any process.
@@ -134,10 +133,10 @@ def _warn_of_fallback(group: Group, meeting: Meeting) -> None:
     why_not = usability.why_no_custom_calls(group.mesh, group.backends)
     if why_not is None:
         return
-    if meeting.processes[0] == jax.process_index():
+    if rendezvous.processes[0] == jax.process_index():
         warnings.warn(
             f"Group.open: group {group.identity} runs on stock collectives, back end 'xla': "
             f"{why_not}",
             stacklevel=_TO_CALLER,
         )
-    meeting.gather("warning", None)
+    rendezvous.gather("warning", None)

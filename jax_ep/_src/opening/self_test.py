@@ -10,10 +10,10 @@ from jax_ep._src.base.options import Layout
 from jax_ep._src.base.spec import CallSpec
 from jax_ep._src.group.group import Group
 from jax_ep._src.ops.pull_rows.call import pull_rows
-from jax_ep._src.processes.rendezvous import Meeting
+from jax_ep._src.processes.rendezvous import Rendezvous
 
 
-def run(group: Group, meeting: Meeting) -> None:
+def run(group: Group, rendezvous: Rendezvous) -> None:
     """Every rank pulls one number from every rank; GroupError names the first wrong pair.
 
     All processes run the program, or none does: JAX numbers the launches of a program in each
@@ -37,7 +37,7 @@ def run(group: Group, meeting: Meeting) -> None:
         pull_one_each, mesh=mesh, in_specs=(), out_specs=partition, check_vma=False
     )
     compiled = jax.jit(test).lower().compile()
-    meeting.gather("compiled self-test", None)
+    rendezvous.gather("compiled self-test", None)
     result = compiled()
     group.wait_for_results(result)
     for shard in result.addressable_shards:

@@ -5,11 +5,11 @@ import jax
 from jax_ep._src.base import config, native_modules, tables
 from jax_ep._src.group.settings import OpenArguments, Settings
 from jax_ep._src.opening import usability
-from jax_ep._src.processes.rendezvous import Meeting
+from jax_ep._src.processes.rendezvous import Rendezvous
 
 
 def agree_on_settings(
-    meeting: Meeting,
+    rendezvous: Rendezvous,
     mesh: jax.sharding.Mesh,
     arguments: OpenArguments,
     *,
@@ -22,8 +22,8 @@ def agree_on_settings(
     tuning = tables.load(*kind)
     budgets = tables.load_budgets(*kind, num_sms=arguments.num_sms, is_auto=backend == "auto")
     # In front of all else: other builds may have other settings.
-    meeting.agree("builds", native_modules.builds({d.platform for d in mesh.devices.flat}))
-    meeting.agree(
+    rendezvous.agree("builds", native_modules.builds({d.platform for d in mesh.devices.flat}))
+    rendezvous.agree(
         "settings",
         {
             "backend": backend,
@@ -35,8 +35,10 @@ def agree_on_settings(
             "debug": debug,
         },
     )
-    meeting.connect(reads_memory=all(d.platform == "cpu" for d in mesh.devices.flat))
-    chosen, backends = usability.resolve(mesh, arguments.num_ranks, backend, meeting.why_not_linked)
+    rendezvous.connect(reads_memory=all(d.platform == "cpu" for d in mesh.devices.flat))
+    chosen, backends = usability.resolve(
+        mesh, arguments.num_ranks, backend, rendezvous.why_not_linked
+    )
     complete = sorted(b for b, u in backends.items() if usability.is_complete(u))
-    meeting.agree("back ends", {"the back ends that are usable": complete})
+    rendezvous.agree("back ends", {"the back ends that are usable": complete})
     return Settings(chosen, debug, backends, tuning, budgets)

@@ -23,7 +23,7 @@ from jax_ep._src.base.errors import GroupError, JaxEpError, PeerTimeoutError
 _FIRST_POLL_S, _LAST_POLL_S = 0.001, 0.05
 
 
-class _Opening(TypedDict):
+class _Said(TypedDict):
     """What one process says in one opening of a group."""
 
     ticket: str  # drawn for it
@@ -33,7 +33,7 @@ class _Opening(TypedDict):
     failure: dict[str, Any] | None
 
 
-class Conversation:
+class KvExchange:
     """One process's part in one opening."""
 
     def __init__(self, identity: str, owners: Sequence[int], *, timeout: float):
@@ -49,8 +49,8 @@ class Conversation:
         self._timeout = timeout
         self._place = f"jax_ep/{quote(identity, safe='')}"
         ticket = secrets.token_hex(8)
-        self._now = _Opening(ticket=ticket, name="", waits=True, said={}, failure=None)
-        self._before: list[_Opening] = []
+        self._now = _Said(ticket=ticket, name="", waits=True, said={}, failure=None)
+        self._before: list[_Said] = []
         self._has_begun = False
         self._is_told = False  # of another process's failure
 
@@ -161,7 +161,7 @@ class Conversation:
         error.add_note(f"process {missing} told nothing of its {topic}")
         return error
 
-    def _openings(self) -> dict[int, _Opening | None]:
+    def _openings(self) -> dict[int, _Said | None]:
         """What each process says in this opening; None: it has gone on to others."""
         found = self._read()
         name = self._now["name"]
@@ -182,7 +182,7 @@ class Conversation:
             pause = min(2 * pause, last_pause)
         yield
 
-    def _read(self) -> dict[int, list[_Opening]]:
+    def _read(self) -> dict[int, list[_Said]]:
         """What all processes have written: the newest opening, and the one before."""
         try:
             found = self._client.key_value_dir_get(self._place)
@@ -206,7 +206,7 @@ def _unreachable(e: Exception) -> GroupError:
     return GroupError(f"Group.open: JAX's distributed runtime cannot be reached: {e}")
 
 
-def _failure_in(openings: Mapping[int, _Opening | None]) -> JaxEpError | None:
+def _failure_in(openings: Mapping[int, _Said | None]) -> JaxEpError | None:
     """What another process has raised, as it is raised here."""
     timeout = None
     for process, opening in openings.items():

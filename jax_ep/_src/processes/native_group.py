@@ -1,4 +1,4 @@
-"""Opening the native half of a group: who sits where, and what memory the ranks share."""
+"""NativeOpening the native half of a group: who sits where, and what memory the ranks share."""
 
 import math
 import os
@@ -15,7 +15,7 @@ from jax_ep._src.base.errors import GroupError
 from jax_ep._src.base.spec import GroupSpec, Seat
 from jax_ep._src.processes import unix_links
 from jax_ep._src.processes.drain import drain
-from jax_ep._src.processes.rendezvous import Meeting
+from jax_ep._src.processes.rendezvous import Rendezvous
 
 _STILL_RUNS = "a program that was launched before it was closed still runs"
 
@@ -47,22 +47,22 @@ class NativeGroup(NamedTuple):
         native_modules.load(self.backend).close_group(spec.identity)
 
 
-class Opening:
+class NativeOpening:
     """One process's part in opening a group; collective over the processes of the mesh."""
 
     def __init__(
         self,
         mesh: jax.sharding.Mesh,
         spec: GroupSpec,
-        meeting: Meeting,
+        rendezvous: Rendezvous,
         timeout: float,
     ):
         self._mesh = mesh
         self._spec = spec
-        self._meeting = meeting
+        self._rendezvous = rendezvous
         self._timeout = timeout
         self._timeout_ms = math.ceil(timeout * 1000)
-        near = {jax.process_index(), *meeting.neighbours}
+        near = {jax.process_index(), *rendezvous.neighbours}
         devices = list(mesh.devices.flat)
         seats = [seat for seat in spec.seats() if devices[seat.position].process_index in near]
         slices = sorted({seat.slice for seat in seats})
@@ -75,8 +75,8 @@ class Opening:
         if native_modules.load("cpu").has_closed_group(self._spec.identity) and not self._drain():
             raise GroupError(f"Group.open: {_STILL_RUNS}")
         handle = self._open("cpu", self._seats, **self._processes())
-        if self._meeting.neighbours:
-            self._meeting.asks_for_others = handle.has_other_processes
+        if self._rendezvous.neighbours:
+            self._rendezvous.asks_for_others = handle.has_other_processes
         return NativeGroup(handle, "cpu")
 
     def open_cuda(self) -> NativeGroup | str:
@@ -84,13 +84,13 @@ class Opening:
         opened = self._open_or_reopen_cuda()
         if isinstance(opened, str):
             return opened
-        atomics = self._meeting.gather("native atomics", opened.handle.has_native_atomics)
+        atomics = self._rendezvous.gather("native atomics", opened.handle.has_native_atomics)
         return opened._replace(has_packets=all(atomics.values()))
 
     def _open_or_reopen_cuda(self) -> NativeGroup | str:
         spare, most = config.staging_bytes_from_environment()
-        self._meeting.agree("staging", {"the room for staged operands": [spare, most]})
-        grows = config.why_pool_grows() if self._meeting.crosses_processes else None
+        self._rendezvous.agree("staging", {"the room for staged operands": [spare, most]})
+        grows = config.why_pool_grows() if self._rendezvous.crosses_processes else None
         why_staged = self._first_problem("allocators", config.why_staged() or grows or "")
         reopened = self._reopen_cuda(why_staged, spare, most)
         if reopened is not None:
@@ -101,7 +101,7 @@ class Opening:
             if why_staged is None:
                 return group
         group = self._open_cuda(why_staged, most)
-        if not self._meeting.crosses_processes:
+        if not self._rendezvous.crosses_processes:
             return group
         group, why_not = self._share(group, with_pools=False)
         return group if why_not is None else why_not
@@ -119,7 +119,7 @@ class Opening:
             if closed.stages_all
             else why_staged is None and closed.staging_bytes == spare
         )
-        if not all(self._meeting.gather("closed group", is_usable).values()):
+        if not all(self._rendezvous.gather("closed group", is_usable).values()):
             return None
         # Whoever clears signals must be sure that no call of a peer is under way.
         if self._first_problem("end of old calls", "" if self._drain() else _STILL_RUNS):
@@ -138,9 +138,9 @@ class Opening:
         return NativeGroup(closed, "cuda", why, closed.staging_bytes)
 
     def _first_problem(self, topic: str, problem: str) -> str | None:
-        if self._meeting.is_alone:
+        if self._rendezvous.is_alone:
             return problem or None
-        return self._meeting.first_problem(topic, problem)
+        return self._rendezvous.first_problem(topic, problem)
 
     def _drain(self) -> bool:
         """Whether what was launched on the mesh's devices of this process has ended in time."""
@@ -149,7 +149,7 @@ class Opening:
 
     def _find_pools(self, group: NativeGroup) -> str | None:
         """Lets peers read XLA's memory in place; the group is closed where they cannot."""
-        if self._meeting.crosses_processes:
+        if self._rendezvous.crosses_processes:
             return self._share(group, with_pools=True)[1]
         problem = ""
         for seat, device in enumerate(self._devices):
@@ -166,7 +166,7 @@ class Opening:
         """The group, closed if its memory cannot be shared, and why."""
         try:
             why_not = _share_devices(
-                self._meeting, group.handle, self._devices, with_pools=with_pools
+                self._rendezvous, group.handle, self._devices, with_pools=with_pools
             )
         except BaseException:
             group.close(self._spec)
@@ -195,7 +195,7 @@ class Opening:
         try:
             native = native_modules.register(backend)
             if "links" in own:
-                self._meeting.hand_over()
+                self._rendezvous.hand_over()
             return native.open_group(
                 identity=self._spec.identity,
                 seats=seats,
@@ -209,13 +209,13 @@ class Opening:
 
     def _processes(self) -> dict[str, Any]:
         """What the CPU's native group must know of them; it takes the sockets over."""
-        if not self._meeting.neighbours:
+        if not self._rendezvous.neighbours:
             return {}
         return {
             "processes": [d.process_index for d in self._devices],
             "own_process": jax.process_index(),
             "links": [
-                (link.process, link.pid, link.socket.fileno()) for link in self._meeting.links
+                (link.process, link.pid, link.socket.fileno()) for link in self._rendezvous.links
             ],
         }
 
@@ -226,12 +226,12 @@ def _is_here(device: jax.Device) -> bool:
 
 
 def _share_devices(
-    meeting: Meeting, native: Any, devices: Sequence[jax.Device], *, with_pools: bool
+    rendezvous: Rendezvous, native: Any, devices: Sequence[jax.Device], *, with_pools: bool
 ) -> str | None:
     """Maps the group's memory on the GPUs of all neighbours into each of them, and XLA's.
 
     Args:
-      meeting: of all processes of the mesh, which take part.
+      rendezvous: of all processes of the mesh, which take part.
       native: the group.
       devices: of its seats, in their order.
       with_pools: whether XLA's memory is mapped, as the native group was opened for.
@@ -254,11 +254,11 @@ def _share_devices(
                     own += [control, pool] if with_pools else [control]
         except RuntimeError as e:
             problem = str(e)
-        why_not = meeting.first_problem(f"exports of {topic}", problem)
+        why_not = rendezvous.first_problem(f"exports of {topic}", problem)
         if why_not is not None:
             return why_not
         try:
-            swapped = _swap(meeting, numbers, own, held)
+            swapped = _swap(rendezvous, numbers, own, held)
             for seats, received in swapped.values():
                 controls = received[::2] if with_pools else received
                 pools = received[1::2] if with_pools else [-1] * len(received)
@@ -268,7 +268,7 @@ def _share_devices(
                     native.import_seat(seat, told, control, pool)
         except (OSError, RuntimeError, ValueError) as e:
             problem, is_echo = str(e), isinstance(e, (ConnectionError, TimeoutError))
-        why_not = meeting.first_problem(f"mapping of {topic}", problem, is_echo=is_echo)
+        why_not = rendezvous.first_problem(f"mapping of {topic}", problem, is_echo=is_echo)
     finally:
         for descriptor in own + held:
             os.close(descriptor)
@@ -278,13 +278,15 @@ def _share_devices(
 
 
 def _swap(
-    meeting: Meeting, numbers: Any, own: list[int], held: list[int]
+    rendezvous: Rendezvous, numbers: Any, own: list[int], held: list[int]
 ) -> dict[int, tuple[Any, list[int]]]:
     try:
-        return unix_links.swap(meeting.links, numbers, own, held, timeout=meeting.sockets_timeout)
+        return unix_links.swap(
+            rendezvous.links, numbers, own, held, timeout=rendezvous.sockets_timeout
+        )
     except OSError:
         # The others need not wait for the rest, and nobody may take it for another message.
-        for link in meeting.links:
+        for link in rendezvous.links:
             with suppress(OSError):
                 link.socket.shutdown(socket.SHUT_RDWR)
         raise

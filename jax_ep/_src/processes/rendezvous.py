@@ -19,13 +19,13 @@ import jax
 from jax_ep._src.base import jax_compat, native_modules
 from jax_ep._src.base.errors import GroupError, PeerTimeoutError
 from jax_ep._src.processes import leaving, unix_links
-from jax_ep._src.processes.kv_exchange import Conversation
+from jax_ep._src.processes.kv_exchange import KvExchange
 from jax_ep._src.processes.neighbourhoods import neighbourhoods
 
 _SOCKETS_PART = 0.5  # of the timeout: who waits at a socket must give up before who waits for it
 
 
-class Meeting:
+class Rendezvous:
     """The processes of one group; it may be of one process alone.
 
     The group is opened in the body of a `with`: what one process raises there, all raise. Every
@@ -62,9 +62,7 @@ class Meeting:
         self._pid = os.getpid()
         self._watched: dict[int, int] = {}  # by process of this host, a descriptor of it
         self._has_other_hosts = False
-        self._conversation = (
-            None if self.is_alone else Conversation(identity, owners, timeout=timeout)
-        )
+        self._kv_exchange = None if self.is_alone else KvExchange(identity, owners, timeout=timeout)
         if not self.is_alone:
             leaving.join_at_exit()
             atexit.register(self._end_child)
@@ -81,9 +79,9 @@ class Meeting:
         if error is None:
             return
         raised = error
-        if self._conversation is not None:
+        if self._kv_exchange is not None:
             with suppress(GroupError):  # nobody hears it
-                raised = self._conversation.end(error)
+                raised = self._kv_exchange.end(error)
         self._leaves_alone = False
         if isinstance(raised, PeerTimeoutError):
             self.leave_alone_at_exit()
@@ -96,11 +94,11 @@ class Meeting:
     def gather(self, topic: str, message: Any) -> dict[int, Any]:
         """What each process says about a topic, as JSON; once for each topic.
 
-        Raises: as Conversation.gather.
+        Raises: as KvExchange.gather.
         """
-        if self._conversation is None:
+        if self._kv_exchange is None:
             return {jax.process_index(): message}
-        return self._conversation.gather(topic, message)
+        return self._kv_exchange.gather(topic, message)
 
     def agree(self, topic: str, settings: Mapping[str, Any]) -> None:
         """Raises GroupError in every process if they open the group with different settings."""
@@ -269,7 +267,7 @@ class Meeting:
 
     def _has_failed_link(self) -> bool:
         """Whether another process has no connection, and says so. Not collective."""
-        said = {} if self._conversation is None else self._conversation.heard("links")
+        said = {} if self._kv_exchange is None else self._kv_exchange.heard("links")
         return any(problem for _, problem in said.values())
 
     def _first_unreadable(self) -> str | None:
@@ -298,14 +296,14 @@ def _first(problems: Mapping[int, str]) -> str | None:
     return found[0] if found else None
 
 
-def meet(
+def meet_processes(
     mesh: jax.sharding.Mesh,
     identity: str,
     slices: Sequence[int],
     *,
     timeout: float,
     stacklevel: int,
-) -> Meeting:
+) -> Rendezvous:
     """The processes of a mesh, which are about to open a group. Waits for none of them.
 
     `slices`: of each device, in the order of the mesh. `stacklevel`: of a warning in here.
@@ -317,13 +315,13 @@ def meet(
             f"Group.open: process {me} has no device of the mesh; only processes "
             f"{sorted(set(owners))} open this group"
         )
-    meeting = Meeting(identity, owners, slices, timeout=timeout)
+    rendezvous = Rendezvous(identity, owners, slices, timeout=timeout)
     heartbeat = jax_compat.default_heartbeat_timeout()
-    if not meeting.is_alone and timeout >= heartbeat:
+    if not rendezvous.is_alone and timeout >= heartbeat:
         warnings.warn(
             f"Group.open: timeout={timeout:g} s: JAX aborts processes that wait for a lost one "
             f"after heartbeat_timeout_seconds ({heartbeat:g} by default; JAX does not tell what "
             "jax.distributed.initialize was told): only below it they get an exception",
             stacklevel=stacklevel,
         )
-    return meeting
+    return rendezvous

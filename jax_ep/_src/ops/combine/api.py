@@ -9,7 +9,7 @@ from jax_ep._src.base import config
 from jax_ep._src.base.errors import ConfigError, ShapeError
 from jax_ep._src.base.handle import DispatchHandle
 from jax_ep._src.base.options import Layout
-from jax_ep._src.base.spec import CombineSpec, RowIndex
+from jax_ep._src.base.spec import RouteSpec, RowIndex
 from jax_ep._src.ops.combine import vjp
 from jax_ep._src.ops.common.checks import Checks
 from jax_ep._src.ops.common.vary import vary_alike
@@ -69,7 +69,7 @@ def combine(
     biases = _as_biases(bias, rows, handle.send_row.shape[0])
     _require_weights(weights, handle, layout)
     routes = _check.routes(backend, num_sms, group, layout)
-    spec = CombineSpec(group.spec, routes, layout, handle.recv_capacity, _check.op)
+    spec = RouteSpec(group.spec, routes, layout, handle.recv_capacity, _check.op)
     operands = (rows, weights, biases, handle.index())
     rows, weights, biases, index = vary_alike(operands, group)
     if weights is not None and weights.ndim == 2:
@@ -110,14 +110,14 @@ def _require_weights(weights: jax.Array | None, handle: DispatchHandle, layout: 
     _check.dtype(weights, (jnp.float32,), name="weights")
 
 
-def _to_rows(spec: CombineSpec, weights: jax.Array, index: RowIndex) -> jax.Array:
+def _to_rows(spec: RouteSpec, weights: jax.Array, index: RowIndex) -> jax.Array:
     """Weights [T, K] at the tokens, moved to the rows: [C]."""
     from_tokens, from_rows = _places(spec, index)
     moved = pull_rows(spec, weights.reshape(-1, 1), from_tokens, from_rows.reshape(-1))
     return moved[:, 0]
 
 
-def _places(spec: CombineSpec, index: RowIndex) -> tuple[jax.Array, jax.Array]:
+def _places(spec: RouteSpec, index: RowIndex) -> tuple[jax.Array, jax.Array]:
     """Expert layout: [C] the choice that each row is, [T, K] the row of each choice; -1 = none.
 
     Both count over all ranks, as pull_rows does; one is the inverse of the other.
@@ -156,7 +156,7 @@ def combine_weights(
     w = check.array(w, name="w")
     check.dtype(w, (jnp.float32,), name="w")
     routes = check.routes(backend, None, group, layout)
-    spec = CombineSpec(group.spec, routes, layout, handle.recv_capacity, check.op)
+    spec = RouteSpec(group.spec, routes, layout, handle.recv_capacity, check.op)
     w, index = vary_alike((w, handle.index()), group)
     if layout is Layout.RANK:
         if w.ndim != 2 or w.shape[0] != handle.recv_capacity or w.shape[1] < 1:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jax_ep._src.base import config, native_modules
 from jax_ep._src.base.errors import ConfigError
-from jax_ep._src.base.spec import CombineSpec, RowIndex
+from jax_ep._src.base.spec import RouteSpec, RowIndex
 from jax_ep._src.ops.combine import stock
 from jax_ep._src.ops.common.check_mesh import check_mesh
 from jax_ep._src.ops.common.primitive import Result, absent, make_primitive
@@ -45,7 +45,7 @@ _bind = make_primitive(
 )
 
 
-def _workspace_bytes(spec: CombineSpec, index: RowIndex, rows: jax.Array) -> int:
+def _workspace_bytes(spec: RouteSpec, index: RowIndex, rows: jax.Array) -> int:
     """Scratch of one call: the rings of partial sums."""
     if spec.backend != "cuda":
         return 0
@@ -61,7 +61,7 @@ def _workspace_bytes(spec: CombineSpec, index: RowIndex, rows: jax.Array) -> int
 
 
 def combine(
-    spec: CombineSpec,
+    spec: RouteSpec,
     index: RowIndex,
     rows: jax.Array,
     weights: jax.Array | None,

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 
 from jax_ep._src.base import exact
 from jax_ep._src.base.options import Layout
-from jax_ep._src.base.spec import CombineSpec, RowIndex
+from jax_ep._src.base.spec import RouteSpec, RowIndex
 from jax_ep._src.ops.common.check_mesh import check_mesh
 from jax_ep._src.ops.common.tokens import invert, take
 
 
 def combine(
-    spec: CombineSpec,
+    spec: RouteSpec,
     index: RowIndex,
     rows: jax.Array,
     weights: jax.Array | None,

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jax_ep._src.base.operations import COMBINE_NAME
-from jax_ep._src.base.spec import CombineSpec, RowIndex
+from jax_ep._src.base.spec import RouteSpec, RowIndex
 from jax_ep._src.ops.combine import call
 from jax_ep._src.ops.pull_rows.call import pull_along
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def combine(
-    spec: CombineSpec,
+    spec: RouteSpec,
     rows: jax.Array,
     weights: jax.Array | None,
     biases: tuple[jax.Array, ...],
@@ -28,7 +28,7 @@ def combine(
 
 
 def _fwd(
-    spec: CombineSpec,
+    spec: RouteSpec,
     rows: jax.Array,
     weights: jax.Array | None,
     biases: tuple[jax.Array, ...],
@@ -39,7 +39,7 @@ def _fwd(
     return out, (saved_rows, weights, len(biases), index)
 
 
-def _bwd(spec: CombineSpec, residuals: Any, ct: jax.Array) -> tuple[Any, Any, Any, None]:
+def _bwd(spec: RouteSpec, residuals: Any, ct: jax.Array) -> tuple[Any, Any, Any, None]:
     rows, weights, num_biases, index = residuals
     rows_bar = pull_along(spec.of_gradient(), index, ct)
     bias_bars = (ct,) * num_biases

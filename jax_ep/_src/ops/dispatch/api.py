@@ -10,7 +10,7 @@ from jax_ep._src.base import config
 from jax_ep._src.base.errors import ConfigError, DTypeError, GroupError
 from jax_ep._src.base.handle import Dispatched, DispatchHandle
 from jax_ep._src.base.options import Fill, Layout
-from jax_ep._src.base.spec import CombineSpec, DispatchSpec, Routed
+from jax_ep._src.base.spec import DispatchResults, DispatchSpec, RouteSpec
 from jax_ep._src.group.group import Group
 from jax_ep._src.ops.common.checks import Checks
 from jax_ep._src.ops.common.refuse_gradient import refuse_gradient
@@ -166,7 +166,7 @@ def prepare(
 
 
 def assemble(
-    spec: DispatchSpec, topk_idx: jax.Array, routed: Routed, *, has_scales: bool
+    spec: DispatchSpec, topk_idx: jax.Array, routed: DispatchResults, *, has_scales: bool
 ) -> Dispatched:
     """What the caller gets, handle included, from what a back end gives."""
     handle = DispatchHandle(
@@ -229,7 +229,7 @@ def _dispatch_along(
     num_tokens = handle.send_row.shape[0]
     _check.shape(rows[0], (num_tokens, rows[0].shape[1]), name="x")
     routes = _check.routes(backend, num_sms, found, layout)
-    spec = CombineSpec(found.spec, routes, layout, handle.recv_capacity, _check.op)
+    spec = RouteSpec(found.spec, routes, layout, handle.recv_capacity, _check.op)
     rows, index = vary_alike((rows, handle.index()), found)
     moved = vjp.dispatch_along(spec, rows, index)
     return _as_dispatched(moved, handle, has_scales=isinstance(x, tuple))

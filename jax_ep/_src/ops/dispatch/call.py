@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax_ep._src.base import config, native_modules
 from jax_ep._src.base.errors import ConfigError
 from jax_ep._src.base.options import Layout
-from jax_ep._src.base.spec import DispatchSpec, Routed
+from jax_ep._src.base.spec import DispatchResults, DispatchSpec
 from jax_ep._src.ops.common.check_mesh import check_mesh
 from jax_ep._src.ops.common.primitive import Result, absent, make_primitive
 from jax_ep._src.ops.dispatch import stock
@@ -104,7 +104,7 @@ def dispatch(
     topk_idx: jax.Array,
     topk_weights: jax.Array | None,
     rows: Sequence[jax.Array],
-) -> Routed:
+) -> DispatchResults:
     """Routes the tokens and moves their rows.
 
     The custom call carries it, or stock collectives where that call has no room to stage the
@@ -131,7 +131,7 @@ def dispatch(
         workspace_bytes=_workspace_bytes(spec, topk_idx.shape),
     )
     is_rank_layout = spec.layout is Layout.RANK
-    return Routed(
+    return DispatchResults(
         group_sizes=results.group_sizes,
         num_recv=results.num_recv,
         num_dropped=results.num_dropped,

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_ep._src.base.options import Layout
-from jax_ep._src.base.spec import DispatchSpec, Routed
+from jax_ep._src.base.spec import DispatchResults, DispatchSpec
 from jax_ep._src.ops.common.check_mesh import check_mesh
 from jax_ep._src.ops.common.tokens import count, gather_tokens, invert, own_tokens, take
 from jax_ep._src.ops.pull_rows.stock import pull_rows
@@ -20,8 +20,8 @@ def dispatch(
     topk_idx: jax.Array,
     topk_weights: jax.Array | None,
     rows: Sequence[jax.Array],
-) -> Routed:
-    """The routing and the rows of this rank; the contract of `Routed`."""
+) -> DispatchResults:
+    """The routing and the rows of this rank; the contract of `DispatchResults`."""
     topk_idx = check_mesh(topk_idx, spec.group, op=spec.op)
     is_expert = (topk_idx >= 0) & (topk_idx < spec.num_experts)
     num_invalid = jnp.sum((topk_idx != -1) & ~is_expert, dtype=jnp.int32)[None]
@@ -35,7 +35,7 @@ def dispatch(
 
 def _route_ranks(
     spec: DispatchSpec, ids: jax.Array, num_invalid: jax.Array, topk_weights: jax.Array | None
-) -> Routed:
+) -> DispatchResults:
     group, num_local, capacity = spec.group, spec.num_local_experts, spec.recv_capacity
     rank = jax.lax.axis_index(group.axes)
     ranks = jnp.arange(group.num_ranks, dtype=jnp.int32)[None, None, :]
@@ -52,7 +52,7 @@ def _route_ranks(
         weights = jnp.where(is_here, all_weights, 0.0)
     num_wanted = jnp.sum(wanted[:, rank], dtype=jnp.int32)
     num_recv = jnp.minimum(num_wanted, capacity)
-    return Routed(
+    return DispatchResults(
         group_sizes=count(local, num_local),
         num_recv=num_recv[None],
         num_dropped=(num_wanted - num_recv)[None],
@@ -68,7 +68,7 @@ def _route_ranks(
 
 def _route_experts(
     spec: DispatchSpec, ids: jax.Array, num_invalid: jax.Array, topk_weights: jax.Array | None
-) -> Routed:
+) -> DispatchResults:
     group, num_local, capacity = spec.group, spec.num_local_experts, spec.recv_capacity
     num_all, num_topk = ids.shape
     rank = jax.lax.axis_index(group.axes)
@@ -102,7 +102,7 @@ def _route_experts(
     group_sizes = sizes[rank]
     num_wanted = jnp.sum(is_here, dtype=jnp.int32)
     num_kept = jnp.sum(is_here & is_kept, dtype=jnp.int32)
-    return Routed(
+    return DispatchResults(
         group_sizes=group_sizes,
         num_recv=jnp.sum(group_sizes, dtype=jnp.int32)[None],
         num_dropped=(num_wanted - num_kept)[None],

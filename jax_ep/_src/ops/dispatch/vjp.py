@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax_ep._src.base import jax_compat
 from jax_ep._src.base.operations import DISPATCH_NAME
 from jax_ep._src.base.options import Layout
-from jax_ep._src.base.spec import CombineSpec, DispatchSpec, ExchangeSpec, Routed, RowIndex
+from jax_ep._src.base.spec import DispatchResults, DispatchSpec, ExchangeSpec, RouteSpec, RowIndex
 from jax_ep._src.ops.combine.call import combine
 from jax_ep._src.ops.dispatch import call
 from jax_ep._src.ops.dispatch.fp8 import FP8_DTYPES, dequantize_fp8, quantize_fp8
@@ -33,7 +33,7 @@ def _rows_bar(spec: ExchangeSpec, index: RowIndex, cts: Rows) -> tuple[Any, ...]
     Not None: a missing cotangent would end the chain in silence, before refuse_gradient sees it.
     """
     num_tokens = index.send_row.shape[0]
-    back = spec.to_combine()
+    back = spec.to_route()
 
     def bar(i: int, ct: jax.Array) -> Any:
         if i == 0 and not _is_fp8(ct):
@@ -56,21 +56,21 @@ def send_rank(spec: DispatchSpec, topk_idx: jax.Array, send_row: jax.Array) -> j
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def dispatch(
     spec: DispatchSpec, rows: Rows, topk_weights: jax.Array | None, topk_idx: jax.Array
-) -> Routed:
+) -> DispatchResults:
     """Routes tokens and moves their rows; the first of `rows` is the differentiable one."""
     routed = call.dispatch(spec, topk_idx, topk_weights, rows)
-    named: Routed = jax.tree.map(lambda a: checkpoint_name(a, DISPATCH_NAME), routed)
+    named: DispatchResults = jax.tree.map(lambda a: checkpoint_name(a, DISPATCH_NAME), routed)
     return named
 
 
 def _dispatch_fwd(
     spec: DispatchSpec, rows: Rows, topk_weights: jax.Array | None, topk_idx: jax.Array
-) -> tuple[Routed, Any]:
+) -> tuple[DispatchResults, Any]:
     routed = dispatch.fun(spec, rows, topk_weights, topk_idx)
     return routed, (topk_idx, routed.send_row, routed.recv_src)
 
 
-def _dispatch_bwd(spec: DispatchSpec, residuals: Any, ct: Routed) -> tuple[Any, Any, None]:
+def _dispatch_bwd(spec: DispatchSpec, residuals: Any, ct: DispatchResults) -> tuple[Any, Any, None]:
     topk_idx, send_row, recv_src = residuals
     spec = spec.of_gradient()
     index = RowIndex(send_rank(spec, topk_idx, send_row), send_row, recv_src, None)
@@ -109,7 +109,7 @@ def dispatch_fp8(
     x: jax.Array,
     topk_weights: jax.Array | None,
     topk_idx: jax.Array,
-) -> Routed:
+) -> DispatchResults:
     """As dispatch, of x alone; options are block and scales of quantize_fp8."""
     block, scales = options
     routed = dispatch(spec, quantize_fp8(x, block=block, scales=scales), topk_weights, topk_idx)
@@ -124,13 +124,13 @@ def _dispatch_fp8_fwd(
     x: jax.Array,
     topk_weights: jax.Array | None,
     topk_idx: jax.Array,
-) -> tuple[Routed, Any]:
+) -> tuple[DispatchResults, Any]:
     routed = dispatch_fp8.fun(spec, options, x, topk_weights, topk_idx)
     return routed, (topk_idx, routed.send_row, routed.recv_src)
 
 
 def _dispatch_fp8_bwd(
-    spec: DispatchSpec, options: tuple[int, str], residuals: Any, ct: Routed
+    spec: DispatchSpec, options: tuple[int, str], residuals: Any, ct: DispatchResults
 ) -> tuple[Any, Any, None]:
     (x_bar,), weights_bar, _ = _dispatch_bwd(spec, residuals, ct)
     return x_bar, weights_bar, None
@@ -140,17 +140,17 @@ dispatch_fp8.defvjp(_dispatch_fp8_fwd, _dispatch_fp8_bwd)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def dispatch_along(spec: CombineSpec, rows: Rows, index: RowIndex) -> Rows:
+def dispatch_along(spec: RouteSpec, rows: Rows, index: RowIndex) -> Rows:
     """Moves other rows to where a dispatch has put the tokens; zeros elsewhere."""
     moved = tuple(pull_along(spec, index, r) for r in rows)
     return tuple(checkpoint_name(m, DISPATCH_NAME) for m in moved)
 
 
-def _dispatch_along_fwd(spec: CombineSpec, rows: Rows, index: RowIndex) -> tuple[Rows, RowIndex]:
+def _dispatch_along_fwd(spec: RouteSpec, rows: Rows, index: RowIndex) -> tuple[Rows, RowIndex]:
     return dispatch_along.fun(spec, rows, index), index
 
 
-def _dispatch_along_bwd(spec: CombineSpec, index: RowIndex, cts: Rows) -> tuple[Any, None]:
+def _dispatch_along_bwd(spec: RouteSpec, index: RowIndex, cts: Rows) -> tuple[Any, None]:
     return _rows_bar(spec.of_gradient(), index, cts), None
 
 

@@ -4,25 +4,23 @@ from functools import partial
 
 import jax
 
-from jax_ep._src.base.spec import CombineSpec
+from jax_ep._src.base.spec import RouteSpec
 from jax_ep._src.ops.pull_rows import call
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def pull_rows(
-    spec: CombineSpec, rows: jax.Array, index: jax.Array, inverse: jax.Array
-) -> jax.Array:
+def pull_rows(spec: RouteSpec, rows: jax.Array, index: jax.Array, inverse: jax.Array) -> jax.Array:
     """Rows of the peers' arrays by index; `inverse` names, for each row, who pulls it."""
     return call.pull_rows(spec.to_pull(), index, rows)
 
 
 def _fwd(
-    spec: CombineSpec, rows: jax.Array, index: jax.Array, inverse: jax.Array
+    spec: RouteSpec, rows: jax.Array, index: jax.Array, inverse: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     return pull_rows.fun(spec, rows, index, inverse), inverse
 
 
-def _bwd(spec: CombineSpec, inverse: jax.Array, ct: jax.Array) -> tuple[jax.Array, None, None]:
+def _bwd(spec: RouteSpec, inverse: jax.Array, ct: jax.Array) -> tuple[jax.Array, None, None]:
     return call.pull_rows(spec.of_gradient().to_pull(), inverse, ct), None, None
 
 

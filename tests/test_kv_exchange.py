@@ -10,7 +10,8 @@ import pytest
 
 from jax_ep._src.base import jax_compat
 from jax_ep._src.base.errors import GroupError, PeerTimeoutError
-from jax_ep._src.processes import kv_exchange, rendezvous
+from jax_ep._src.processes import kv_exchange
+from jax_ep._src.processes.rendezvous import meet_processes
 
 
 class Store:
@@ -36,7 +37,7 @@ def converse(monkeypatch):
 
     def make(process, timeout=20.0, owners=(0, 0, 1, 1, 2, 2)):
         monkeypatch.setattr(jax, "process_index", lambda: process)
-        return kv_exchange.Conversation("a//b", owners, timeout=timeout)
+        return kv_exchange.KvExchange("a//b", owners, timeout=timeout)
 
     make.store = store
     return make
@@ -171,8 +172,8 @@ def test_a_timeout_beyond_the_heartbeat_of_jax_is_warned_of(converse, monkeypatc
     monkeypatch.setattr(jax_compat.distributed.State, "initialize", initialize)
     monkeypatch.setattr(jax, "process_index", lambda: 0)
     mesh = SimpleNamespace(devices=np.array([SimpleNamespace(process_index=p) for p in (0, 1)]))
-    rendezvous.meet(mesh, "x", [0, 0], timeout=default - 1.0, stacklevel=1).close()
+    meet_processes(mesh, "x", [0, 0], timeout=default - 1.0, stacklevel=1).close()
     with pytest.warns(UserWarning, match=rf"heartbeat_timeout_seconds \({default} by default"):
-        rendezvous.meet(mesh, "x", [0, 0], timeout=float(default), stacklevel=1).close()
+        meet_processes(mesh, "x", [0, 0], timeout=float(default), stacklevel=1).close()
     alone = SimpleNamespace(devices=mesh.devices[:1])
-    rendezvous.meet(alone, "x", [0], timeout=float(default), stacklevel=1).close()
+    meet_processes(alone, "x", [0], timeout=float(default), stacklevel=1).close()
