@@ -1,6 +1,7 @@
 """Options that are words: what callers write, and the numbers that native code has for them."""
 
 import enum
+from typing import Literal
 
 
 class Option(enum.StrEnum):
@@ -49,3 +50,12 @@ class Scales(Option):
 
     F32 = "f32"
     E8M0 = "e8m0"
+
+
+# The same words as types of public arguments: editors complete them, and a str from a
+# configuration needs no cast. A wrong word is an error when it is traced.
+LayoutName = Literal["rank", "expert"] | str
+FillName = Literal["zeros", "padding", "none"] | str
+ScalesName = Literal["f32", "e8m0"] | str
+AlgorithmName = Literal["auto", "low_latency", "one_shot", "two_shot", "psum"] | str
+BackendName = Literal["cpu", "cuda", "xla"] | str

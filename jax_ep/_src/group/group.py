@@ -3,12 +3,13 @@
 import atexit
 import os
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import jax
 
 from jax_ep._src.base import config, jax_compat, registry, tables
 from jax_ep._src.base.errors import GroupError
+from jax_ep._src.base.options import BackendName
 from jax_ep._src.base.spec import GroupSpec, Usability
 from jax_ep._src.group import info
 from jax_ep._src.group.failures import Failures
@@ -95,7 +96,7 @@ class Group:
         axis: str | tuple[str, ...],
         *,
         name: str | None = None,
-        backend: str = "auto",
+        backend: Literal["auto"] | BackendName = "auto",
         timeout: float = config.DEFAULT_TIMEOUT_S,
         num_sms: int | None = None,
         ranks_per_node: int | None = None,
@@ -153,7 +154,7 @@ class Group:
         axis: str | tuple[str, ...] | None = None,
         *,
         name: str | None = None,
-        backend: str = "auto",
+        backend: Literal["auto"] | BackendName = "auto",
         timeout: float | None = None,
         num_sms: int | None = None,
         ranks_per_node: int | None = None,

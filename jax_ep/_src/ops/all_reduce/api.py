@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jax_ep._src.base import jax_compat
 from jax_ep._src.base.errors import DTypeError, ShapeError
-from jax_ep._src.base.options import Movement
+from jax_ep._src.base.options import AlgorithmName, BackendName, Movement
 from jax_ep._src.group.group import Group
 from jax_ep._src.ops.all_reduce import choice, vjp
 from jax_ep._src.ops.common.checks import Checks
@@ -17,9 +17,9 @@ def all_reduce(
     x: Any,
     *,
     group: Group,
-    algorithm: str = "auto",
+    algorithm: AlgorithmName = "auto",
     allow_psum: bool = True,
-    backend: str | None = None,
+    backend: BackendName | None = None,
 ) -> Any:
     """The sum over the ranks of a group, on every rank: `lax.psum` over its axes.
 
@@ -82,9 +82,9 @@ def reduce_scatter(
     *,
     group: Group,
     tiled: bool = False,
-    algorithm: str = "auto",
+    algorithm: AlgorithmName = "auto",
     allow_psum: bool = True,
-    backend: str | None = None,
+    backend: BackendName | None = None,
 ) -> Any:
     """This rank's part of the sum over the ranks: `lax.psum_scatter` over the group's axes.
 
@@ -145,9 +145,9 @@ def all_gather(
     *,
     group: Group,
     tiled: bool = False,
-    algorithm: str = "auto",
+    algorithm: AlgorithmName = "auto",
     allow_psum: bool = True,
-    backend: str | None = None,
+    backend: BackendName | None = None,
 ) -> Any:
     """The arrays of all ranks, on every rank: `lax.all_gather` over the group's axes.
 

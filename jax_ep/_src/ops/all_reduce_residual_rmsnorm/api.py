@@ -8,7 +8,7 @@ import numpy as np
 
 from jax_ep._src.base import config, jax_compat
 from jax_ep._src.base.errors import ConfigError, ShapeError
-from jax_ep._src.base.options import Algorithm
+from jax_ep._src.base.options import Algorithm, AlgorithmName, BackendName
 from jax_ep._src.base.spec import ReduceSpec
 from jax_ep._src.group.group import Group
 from jax_ep._src.ops.all_reduce import choice
@@ -26,9 +26,9 @@ def all_reduce_residual_rmsnorm(
     *,
     eps: float = 1e-6,
     group: Group,
-    algorithm: str = "auto",
+    algorithm: AlgorithmName = "auto",
     allow_psum: bool = True,
-    backend: str | None = None,
+    backend: BackendName | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Adds up x over the ranks, adds the residual, and normalises the sum by its root mean square.
 

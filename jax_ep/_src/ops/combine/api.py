@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax_ep._src.base import config
 from jax_ep._src.base.errors import ConfigError, ShapeError
 from jax_ep._src.base.handle import DispatchHandle
-from jax_ep._src.base.options import Layout
+from jax_ep._src.base.options import BackendName, Layout
 from jax_ep._src.base.spec import RouteSpec, RowIndex
 from jax_ep._src.ops.combine import vjp
 from jax_ep._src.ops.common.checks import Checks
@@ -25,7 +25,7 @@ def combine(
     weights: jax.Array | None = None,
     bias: jax.Array | Sequence[jax.Array] | None = None,
     num_sms: int | None = None,
-    backend: str | None = None,
+    backend: BackendName | None = None,
 ) -> jax.Array:
     """Brings the rows of a dispatch back to their tokens and adds them.
 
@@ -131,7 +131,7 @@ def _places(spec: RouteSpec, index: RowIndex) -> tuple[jax.Array, jax.Array]:
 
 
 def combine_weights(
-    w: jax.Array, handle: DispatchHandle, *, backend: str | None = None
+    w: jax.Array, handle: DispatchHandle, *, backend: BackendName | None = None
 ) -> jax.Array:
     """Brings one number per choice back to the tokens: the reverse of what moved topk_weights.
 

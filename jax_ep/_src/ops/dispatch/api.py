@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax_ep._src.base import config
 from jax_ep._src.base.errors import ConfigError, DTypeError, GroupError
 from jax_ep._src.base.handle import Dispatched, DispatchHandle
-from jax_ep._src.base.options import Fill, Layout
+from jax_ep._src.base.options import BackendName, Fill, FillName, Layout, LayoutName
 from jax_ep._src.base.spec import DispatchResults, DispatchSpec, RouteSpec
 from jax_ep._src.group.group import Group
 from jax_ep._src.ops.common.checks import Checks
@@ -32,14 +32,14 @@ def dispatch(
     *,
     group: Group | None = None,
     num_experts: int | None = None,
-    layout: str = "rank",
+    layout: LayoutName = "rank",
     recv_capacity: int | None = None,
     expert_alignment: int = 1,
-    fill: str = "zeros",
+    fill: FillName = "zeros",
     payload: jax.Array | None = None,
     handle: DispatchHandle | None = None,
     num_sms: int | None = None,
-    backend: str | None = None,
+    backend: BackendName | None = None,
 ) -> Dispatched:
     """Sends each token to the ranks that own its experts.
 

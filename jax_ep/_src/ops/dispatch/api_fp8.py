@@ -5,7 +5,7 @@ import jax
 from jax_ep._src.base import config
 from jax_ep._src.base.errors import ShapeError
 from jax_ep._src.base.handle import Dispatched
-from jax_ep._src.base.options import Scales
+from jax_ep._src.base.options import BackendName, FillName, LayoutName, Scales, ScalesName
 from jax_ep._src.group.group import Group
 from jax_ep._src.ops.common.checks import Checks
 from jax_ep._src.ops.common.vary import vary_alike
@@ -22,14 +22,14 @@ def dispatch_fp8(
     *,
     group: Group,
     num_experts: int,
-    layout: str = "rank",
+    layout: LayoutName = "rank",
     recv_capacity: int | None = None,
     expert_alignment: int = 1,
-    fill: str = "zeros",
+    fill: FillName = "zeros",
     block: int = config.FP8_BLOCK,
-    scales: str = "f32",
+    scales: ScalesName = "f32",
     num_sms: int | None = None,
-    backend: str | None = None,
+    backend: BackendName | None = None,
 ) -> Dispatched:
     """Quantises rows to fp8, dispatches them, and dequantises what arrives.
 

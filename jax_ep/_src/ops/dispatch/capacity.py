@@ -4,7 +4,7 @@ import math
 
 from jax_ep._src.base.checks import StaticChecks
 from jax_ep._src.base.errors import ConfigError
-from jax_ep._src.base.options import Layout
+from jax_ep._src.base.options import Layout, LayoutName
 
 
 def recv_capacity(
@@ -13,7 +13,7 @@ def recv_capacity(
     num_topk: int,
     num_experts: int,
     num_ranks: int,
-    layout: str = "expert",
+    layout: LayoutName = "expert",
     expert_alignment: int = 1,
     balance: float | None = 1.25,
 ) -> int:

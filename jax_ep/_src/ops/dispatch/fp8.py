@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jax_ep._src.base import config, exact
 from jax_ep._src.base.checks import alternatives
 from jax_ep._src.base.errors import DTypeError, ShapeError
-from jax_ep._src.base.options import Scales
+from jax_ep._src.base.options import Scales, ScalesName
 from jax_ep._src.ops.common.checks import FLOAT_DTYPES, Checks
 
 FP8_DTYPES = (jnp.float8_e4m3fn, jnp.float8_e5m2)
@@ -30,7 +30,7 @@ def quantize_fp8(
     x: jax.Array,
     *,
     block: int = config.FP8_BLOCK,
-    scales: str = "f32",
+    scales: ScalesName = "f32",
     dtype: DTypeLike = jnp.float8_e4m3fn,
 ) -> tuple[jax.Array, jax.Array]:
     """Rounds rows to fp8, with one scale per block of consecutive elements.

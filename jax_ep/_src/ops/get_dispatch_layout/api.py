@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import jax
 
 from jax_ep._src.base import jax_compat
+from jax_ep._src.base.options import BackendName
 from jax_ep._src.group.group import Group
 from jax_ep._src.ops.common.checks import Checks
 from jax_ep._src.ops.get_dispatch_layout import call
@@ -31,7 +32,7 @@ class DispatchLayout:
 
 
 def get_dispatch_layout(
-    topk_idx: jax.Array, *, num_experts: int, group: Group, backend: str | None = None
+    topk_idx: jax.Array, *, num_experts: int, group: Group, backend: BackendName | None = None
 ) -> DispatchLayout:
     """Counts the tokens that go to each rank, node and expert.
 
