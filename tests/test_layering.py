@@ -1,70 +1,28 @@
 """The shape of the code: imports go downwards, private names of JAX stay in one file."""
 
-import ast
 import graphlib
 import inspect
 import re
 from pathlib import Path
 
 import pytest
+from import_graph import (
+    FLOORS,
+    MODULES,
+    PACKAGE,
+    PARTS,
+    draw,
+    modules_imported,
+    names_imported,
+    part_of,
+)
 
 import jax_ep
 from jax_ep._src.base import operations
 
-PACKAGE = Path(jax_ep.__file__).parent
-FLOORS = ("base", "processes", "group", "ops", "opening")  # of jax_ep/_src, the lowest first
-# A part may import from itself and from the parts before it; `import jax_ep` is free.
-PARTS = (*(f"_src.{floor}" for floor in FLOORS), "reference", "testing", "bench", "__main__")
-SOURCES = sorted(PACKAGE.rglob("*.py"))
-# The bodies of Group.open and Group.get use operations, which use Group: they are imported late.
-ARROWS_BACK = {("_src.group.group", "_src.opening.open")}
-
-
-def _name(path):
-    """A module, as in `_src.base.spec`."""
-    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
-
-
-MODULES = {_name(path): path for path in SOURCES}
-
-
-def _part(module):
-    return next((p for p in PARTS if f"{module}.".startswith(f"{p}.")), None)
-
-
-def _imports(path):
-    """All modules and names that a file imports, but for those that only types need."""
-    tree = ast.parse(path.read_text())
-    typing_only = {
-        node
-        for test in ast.walk(tree)
-        if isinstance(test, ast.If) and ast.unparse(test.test) == "TYPE_CHECKING"
-        for node in ast.walk(test)
-    }
-    for node in ast.walk(tree):
-        if node in typing_only:
-            continue
-        if isinstance(node, ast.ImportFrom) and node.module:
-            for alias in node.names:
-                yield f"{node.module}.{alias.name}"
-        elif isinstance(node, ast.Import):
-            for alias in node.names:
-                yield alias.name
-
-
-def _own_imports(module):
-    """The modules of the package that one of them imports."""
-    found = set()
-    for name in _imports(MODULES[module]):
-        parts = name.split(".")
-        if parts[0] == "jax_ep":
-            inner = [".".join(parts[1:end]) for end in range(len(parts), 1, -1)]
-            found |= {next((n for n in inner if n in MODULES), "")} - {""}
-    return {m for m in found if (module, m) not in ARROWS_BACK}
-
 
 def test_every_module_has_a_part():
-    without = {m for m in MODULES if _part(m) is None}
+    without = {m for m in MODULES if part_of(m) is None}
     assert without == {"__init__", "_src"}
     assert {p.name for p in (PACKAGE / "_src").iterdir() if (p / "__init__.py").exists()} == set(
         FLOORS
@@ -73,19 +31,24 @@ def test_every_module_has_a_part():
 
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_imports_go_downwards(module):
-    own = _part(module)
-    for found in _own_imports(module):
+    own = part_of(module)
+    for found in modules_imported(module):
         if own is not None:
-            assert PARTS.index(_part(found)) <= PARTS.index(own), f"{module} imports {found}"
+            assert PARTS.index(part_of(found)) <= PARTS.index(own), f"{module} imports {found}"
+
+
+def test_the_picture_of_the_architecture_shows_the_imports():
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    assert f"```mermaid\n{draw()}\n```" in page
 
 
 def test_modules_do_not_import_in_circles():
-    graphlib.TopologicalSorter({m: _own_imports(m) for m in MODULES}).prepare()
+    graphlib.TopologicalSorter({m: modules_imported(m) for m in MODULES}).prepare()
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_private_names_of_jax_stay_in_one_file(module):
-    for name in _imports(MODULES[module]):
+    for name in names_imported(module):
         assert name.split(".")[0] not in ("pytest", "hypothesis"), f"{module} imports {name}"
         if name.startswith(("jax._src", "jax.extend", "jax.interpreters", "jax.core")):
             assert module == "_src.base.jax_compat", f"{module} imports {name}"
