@@ -39,7 +39,7 @@ DISPATCH = {
     "ids_rank": ({"ids": _zeros(4, dtype=np.int32)}, jax_ep.ShapeError, "dispatch: topk_idx must be [num_tokens, num_topk], both positive, got shape (4,)"),
     "ids_dtype": ({"ids": _zeros(4, 2)}, jax_ep.DTypeError, "dispatch: topk_idx must be int32 or int64, got float32"),
     "weights_shape": ({"weights": _zeros(4, 3)}, jax_ep.ShapeError, "dispatch: topk_weights must have shape (4, 2), got (4, 3)"),
-    "weights_dtype": ({"weights": _zeros(4, 2, dtype=jnp.bfloat16)}, jax_ep.DTypeError, "dispatch: topk_weights must be float32, got bfloat16"),
+    "weights_dtype": ({"weights": _zeros(4, 2, dtype=jnp.int32)}, jax_ep.DTypeError, "dispatch: topk_weights must be bfloat16, float16, float32 or float64, got int32"),
     "experts": ({"num_experts": 5}, jax_ep.ConfigError, "dispatch: num_experts must be a multiple of num_ranks=2, got 5"),
     "experts_float": ({"num_experts": 4.0}, jax_ep.ConfigError, "dispatch: num_experts must be a static integer, got 4.0"),
     "experts_zero": ({"num_experts": 0}, jax_ep.ConfigError, "dispatch: num_experts must be at least 1, got 0"),

@@ -1,13 +1,16 @@
 """dispatch: defaults, and forms of its arguments. Its values are in the conformance suite."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import jax_ep
 from jax_ep import reference
 from jax_ep.testing.cases import Case, make_data
-from jax_ep.testing.compare import assert_same_bits
+from jax_ep.testing.compare import assert_close, assert_same_bits
 from jax_ep.testing.ranks import on_ranks
 
 
@@ -62,3 +65,34 @@ def test_wide_ids(groups, layout, backend):
         assert leaf.dtype in (jnp.int32, jnp.float32)
     # A NumPy constant is wide without x64, too.
     assert np.asarray(on_ranks(constant, group.mesh)(x).num_invalid).tolist() == [[4], [4]]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_narrow_weights_travel_as_f32_and_get_gradients_of_their_dtype(groups, dtype):
+    """In every place that takes weights; the values are those of the same weights in f32."""
+    group = groups(2)
+    case = Case(2, "expert")
+    data = make_data(case, "masked")
+    narrow = np.asarray(data.topk_weights).astype(dtype)
+
+    def layer(x, topk_idx, weights):
+        def through(weights):
+            out = jax_ep.dispatch(
+                x, topk_idx, weights, group=group, num_experts=case.num_experts, layout="expert",
+                recv_capacity=72,
+            )  # fmt: skip
+            assert out.weights.dtype == jnp.float32
+            back = partial(jax_ep.combine, out.x, out.handle)
+            w = jax_ep.combine_weights(out.weights.astype(weights.dtype), out.handle)
+            return back(weights=out.weights.astype(weights.dtype)) + back(weights=weights), w
+
+        y, pull = jax.vjp(through, weights)
+        return y, pull(jax.tree.map(jnp.ones_like, y))[0]
+
+    run = on_ranks(layer, group.mesh)
+    (y, w), gradient = run(data.x, data.topk_idx, narrow)
+    (wide_y, wide_w), wide_gradient = run(data.x, data.topk_idx, narrow.astype(np.float32))
+    assert gradient.dtype == dtype
+    assert_same_bits(y, wide_y, what="y")
+    assert_same_bits(w, wide_w, what="w")
+    assert_close(gradient.astype(jnp.float32), wide_gradient, tolerance=2e-2)

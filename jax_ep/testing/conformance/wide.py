@@ -45,7 +45,7 @@ def with_x64(group: jax_ep.Group, backend: str, *, layout: str, weights_at: str 
         assert_combined(case, data, plan, y)
 
         def others(x: Any, ids: Any, weights: Any, payload: Any) -> Any:
-            for start, call in _refused(case, group, backend, (x, ids, weights)).items():
+            for start, call in _refused(case, group, backend, (x, ids)).items():
                 message = _message_of(call)
                 assert re.match(rf"{start}\b.* got float64", message), f"{start}: {message}"
             out = dispatch(case, group, backend, x, ids, payload=payload)
@@ -73,29 +73,24 @@ def gradients_with_x64(
 
 
 def _refused(
-    case: Case, group: jax_ep.Group, backend: str, operands: tuple[Any, Any, Any]
+    case: Case, group: jax_ep.Group, backend: str, operands: tuple[Any, Any]
 ) -> dict[str, Callable[[], Any]]:
     """Calls with one operand of f64, by what their messages begin with."""
-    x, ids, weights = operands
+    x, ids = operands
     handle = dispatch(case, group, backend, x, ids).handle
-    wide_x, wide_weights = x.astype(jnp.float64), weights.astype(jnp.float64)
+    wide_x = x.astype(jnp.float64)
     rows = jnp.zeros((case.capacity, case.hidden), jnp.float32)
     pair = (jnp.zeros(x.shape, jnp.float8_e4m3fn), wide_x)
     send = partial(dispatch, case, group, backend)
     back = partial(jax_ep.combine, handle=handle, backend=backend)
     add = partial(jax_ep.all_reduce, group=group, allow_psum=False, backend=backend)
-    refused: dict[str, Callable[[], Any]] = {
+    return {
         "dispatch: x": lambda: send(wide_x, ids),
-        "dispatch: topk_weights": lambda: send(x, ids, wide_weights),
         "dispatch: scales": lambda: send(pair, ids),
         "combine: rows": lambda: back(rows.astype(jnp.float64)),
         "combine: bias": lambda: back(rows, bias=wide_x),
-        "combine_weights: w": lambda: jax_ep.combine_weights(wide_weights, handle),
         "all_reduce: x": lambda: add(wide_x),
     }
-    if case.layout == "expert":
-        refused["combine: weights"] = lambda: back(rows, weights=wide_weights)
-    return refused
 
 
 def _message_of(call: Callable[[], Any]) -> str:

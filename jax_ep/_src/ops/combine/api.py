@@ -39,9 +39,9 @@ def combine(
       rows: [recv_capacity, hidden] bf16, f16 or f32, in the layout of the handle; hidden * itemsize
         a multiple of 16 bytes.
       handle: of the dispatch.
-      weights: expert layout only: [recv_capacity] f32 at the rows, as `Dispatched.weights`, or
-        [num_tokens, num_topk] f32 at the tokens. None: 1. In the rank layout the caller has
-        summed, and weighted, its experts.
+      weights: expert layout only: [recv_capacity] at the rows, as `Dispatched.weights`, or
+        [num_tokens, num_topk] at the tokens, of any floating dtype, used as f32. None: 1. In the
+        rank layout the caller has summed, and weighted, its experts.
       bias: one or two arrays [num_tokens, hidden] of the rows' dtype, added to the result.
       num_sms: SMs that the call and its gradient use on the `cuda` back end; None: what the group's
         budgets say of this operation and layout. Static.
@@ -67,7 +67,7 @@ def combine(
             f"handle (layout={layout.value!r}) has it, got shape {rows.shape}"
         )
     biases = _as_biases(bias, rows, handle.send_row.shape[0])
-    _require_weights(weights, handle, layout)
+    weights = _as_weights(weights, handle, layout)
     routes = _check.routes(backend, num_sms, group, layout)
     spec = RouteSpec(group.spec, routes, layout, handle.recv_capacity, _check.op)
     operands = (rows, weights, biases, handle.index())
@@ -92,22 +92,24 @@ def _as_biases(
     return biases
 
 
-def _require_weights(weights: jax.Array | None, handle: DispatchHandle, layout: Layout) -> None:
+def _as_weights(
+    weights: jax.Array | None, handle: DispatchHandle, layout: Layout
+) -> jax.Array | None:
     if weights is None:
-        return
+        return None
     if layout is Layout.RANK:
         raise ConfigError(
             f"{_check.op}: weights need a handle of layout='expert', got layout='rank': in the "
             "rank layout the caller weights and sums its experts"
         )
-    weights = _check.array(weights, name="weights")
+    weights = _check.weights(weights, name="weights")
     at_rows, at_tokens = (handle.recv_capacity,), handle.send_row.shape
     if weights.shape not in (at_rows, at_tokens):
         raise ShapeError(
             f"{_check.op}: weights must have shape {at_rows} (at the rows) or {at_tokens} "
             f"(at the tokens), got {weights.shape}"
         )
-    _check.dtype(weights, (jnp.float32,), name="weights")
+    return weights
 
 
 def _to_rows(spec: RouteSpec, weights: jax.Array, index: RowIndex) -> jax.Array:
@@ -136,7 +138,8 @@ def combine_weights(
     """Brings one number per choice back to the tokens: the reverse of what moved topk_weights.
 
     Args:
-      w: f32, rank layout: [recv_capacity, num_topk], expert layout: [recv_capacity].
+      w: any floating dtype, moved as f32; rank layout: [recv_capacity, num_topk], expert layout:
+        [recv_capacity].
       handle: of the dispatch.
       backend: "cpu", "cuda" or "xla"; None: as in dispatch.
 
@@ -153,8 +156,7 @@ def combine_weights(
     """
     check = Checks("combine_weights")
     group, layout = check.handle(handle)
-    w = check.array(w, name="w")
-    check.dtype(w, (jnp.float32,), name="w")
+    w = check.weights(w, name="w")
     routes = check.routes(backend, None, group, layout)
     spec = RouteSpec(group.spec, routes, layout, handle.recv_capacity, check.op)
     w, index = vary_alike((w, handle.index()), group)

@@ -15,6 +15,7 @@ from jax_ep._src.base.spec import Route, Routes
 from jax_ep._src.group.group import Group
 
 FLOAT_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+WEIGHT_DTYPES = (*FLOAT_DTYPES, jnp.float64)
 
 
 class Checks(StaticChecks):
@@ -85,6 +86,12 @@ class Checks(StaticChecks):
                 f"{self.op}: rows of {name} must be whole bytes; pack {x.dtype} into uint8"
             )
         return jnp.asarray(x)
+
+    def weights(self, value: Any, *, name: str) -> jax.Array:
+        """Weights of any floating dtype, as f32. Their gradient has their own dtype."""
+        x = self.array(value, name=name)
+        self.dtype(x, WEIGHT_DTYPES, name=name)
+        return jnp.asarray(x).astype(jnp.float32)
 
     def blocks(self, x: jax.Array, block: Any) -> int:
         """The block, of which x [num_tokens, hidden] has whole ones in every row."""

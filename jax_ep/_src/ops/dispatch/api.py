@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jax_ep._src.base import config
 from jax_ep._src.base.errors import ConfigError, DTypeError, GroupError
@@ -54,7 +53,8 @@ def dispatch(
       topk_idx: [num_tokens, num_topk] int32 or int64. Global expert ids; -1 sends nothing. Other
         ids outside [0, num_experts) are counted in num_invalid and ignored; one expert twice in a
         token is the caller's error (debug mode finds both). None with `handle`.
-      topk_weights: [num_tokens, num_topk] f32, moved along with the rows; or None.
+      topk_weights: [num_tokens, num_topk] of any floating dtype, moved along with the rows as f32;
+        or None.
       group: the ranks. Static.
       num_experts: experts of the whole group, a multiple of its ranks. Static.
       layout: "rank": one row per (token, rank), ordered by (source rank, token).
@@ -146,10 +146,8 @@ def prepare(
     topk_idx = check.topk_idx(topk_idx, num_experts=num_experts)
     check.shape(topk_idx, (num_tokens, topk_idx.shape[1]), name="topk_idx")
     if topk_weights is not None:
-        check.array(topk_weights, name="topk_weights")
+        topk_weights = check.weights(topk_weights, name="topk_weights")
         check.shape(topk_weights, topk_idx.shape, name="topk_weights")
-        check.dtype(topk_weights, (jnp.float32,), name="topk_weights")
-        topk_weights = jnp.asarray(topk_weights)
     arrangement = check.choice(Layout, layout, name="layout")
     spec = DispatchSpec(
         group=group.spec,

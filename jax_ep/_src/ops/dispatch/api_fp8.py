@@ -39,7 +39,7 @@ def dispatch_fp8(
     Args:
       x: [num_tokens, hidden] bf16, f16 or f32; hidden a multiple of block and of 16.
       topk_idx: as in dispatch, like all that follow but for block and scales.
-      topk_weights: [num_tokens, num_topk] f32 or None.
+      topk_weights: [num_tokens, num_topk] of any floating dtype, or None.
       group: the ranks.
       num_experts: experts of the whole group.
       layout: "rank" or "expert".
