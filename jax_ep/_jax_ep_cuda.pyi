@@ -16,6 +16,21 @@ def types() -> dict[str, object]:
 def build_info() -> dict[str, object]:
     """Compiler and FFI API version of this build."""
 
+def limits() -> dict[str, int]:
+    """Limits of the operations, by name."""
+
+def enums() -> dict[str, dict[str, int]]:
+    """Members of the enums that are attributes of custom calls."""
+
+def packet_payload(num_ranks: int) -> int:
+    """Bytes that one rank can send to another in packets, in one call."""
+
+def push_payload(num_ranks: int) -> int:
+    """Bytes that one rank can push to another in one call."""
+
+def two_shot_payload(num_ranks: int) -> int:
+    """Bytes from each rank that a two-shot can push."""
+
 class Group:
     """Who is who in a group, and where they meet."""
 

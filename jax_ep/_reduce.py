@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jax_ep import _backends, _checks, _jax_compat, _tuning, _xla_reduce, config
+from jax_ep import _backends, _checks, _jax_compat, _limits, _tuning, _xla_reduce, config
 from jax_ep._spec import ReduceSpec, gradient_of
 from jax_ep.config import Algorithm, Movement
 from jax_ep.errors import ConfigError
@@ -90,7 +90,7 @@ def make_spec(
                 f"{op}: algorithm={algorithm!r} needs GPUs with native atomics between them "
                 "(NVLink): elsewhere the 16 bytes of a packet may arrive in parts"
             )
-        most = _limits(group, spec(wanted), x, kernel, padding)[wanted]
+        most = _most_bytes(group, spec(wanted), x, kernel, padding)[wanted]
         if most < num_bytes:
             raise ConfigError(
                 f"{op}: algorithm={algorithm!r} takes at most {max(0, most)} bytes from a rank "
@@ -118,7 +118,7 @@ def choose(
     _require_operand(x, dtypes, op)
     if spec.backend != "cuda":
         return Algorithm.ONE_SHOT
-    limits = _limits(group, spec, x, kernel, padding)
+    limits = _most_bytes(group, spec, x, kernel, padding)
     allowed = [a for a, most in limits.items() if num_bytes <= most]
     choices = [*allowed, Algorithm.PSUM] if allow_psum else allowed
     chosen = _tuning.pick(group.tuning, kernel, num_bytes, choices)
@@ -138,19 +138,21 @@ def _require_operand(x: jax.Array, dtypes: Sequence[Any] | None, op: str) -> Non
         raise ConfigError(f"{op}: psum alone takes an x without elements, got shape {x.shape}")
 
 
-def _limits(
+def _most_bytes(
     group: Group, spec: ReduceSpec, x: jax.Array, kernel: str, padding: int
 ) -> dict[Algorithm, int]:
     """Bytes from each rank that an algorithm can carry, -1 for none; the last for the largest."""
-    most = config.packet_payload(group.num_ranks) - padding if group.spec.has_packets else -1
+    most = _limits.packet_payload(group.num_ranks) - padding if group.spec.has_packets else -1
     packets = {Algorithm.LOW_LATENCY: most}
     if spec.backend != "cuda":
         # Packets have their limit everywhere: a program that runs here runs there.
         return packets | dict.fromkeys((Algorithm.ONE_SHOT, Algorithm.TWO_SHOT), _UNLIMITED)
-    pushed = -1 if kernel == "all_reduce_residual_rmsnorm" else config.push_payload(group.num_ranks)
+    pushed = (
+        -1 if kernel == "all_reduce_residual_rmsnorm" else _limits.push_payload(group.num_ranks)
+    )
     # A large two-shot reads results of peers, which are never staged.
     pulls = group.spec.staging_bytes is None
-    two_shot = _UNLIMITED if pulls else config.two_shot_payload(group.num_ranks)
+    two_shot = _UNLIMITED if pulls else _limits.two_shot_payload(group.num_ranks)
     return packets | {
         Algorithm.ONE_SHOT: _UNLIMITED if group.spec.can_stage(x) else pushed,
         Algorithm.TWO_SHOT: two_shot if kernel == "all_reduce" else -1,

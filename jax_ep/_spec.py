@@ -10,7 +10,7 @@ from typing import NamedTuple, Self
 import jax
 import jax.numpy as jnp
 
-from jax_ep import config
+from jax_ep import _limits, config
 from jax_ep.config import Fill, Layout
 
 _GRADIENT = " (gradient)"
@@ -76,7 +76,7 @@ class GroupSpec:
         if self.staging_bytes is None:
             return True
         sizes = [scratch_bytes, *(a.size * a.dtype.itemsize for a in operands if a is not None)]
-        unit = config.STAGING_ALIGNMENT
+        unit = _limits.STAGING_ALIGNMENT
         return sum(-(-size // unit) * unit for size in sizes) <= self.staging_bytes
 
     def rank_of(self, device_id: int) -> int:
@@ -217,11 +217,11 @@ class ReduceSpec:
         if self.movement is config.Movement.REDUCE_SCATTER:
             num_bytes //= self.group.num_ranks
         num_ranks = self.group.num_ranks
-        is_pushed = num_bytes <= config.push_payload(num_ranks)
+        is_pushed = num_bytes <= _limits.push_payload(num_ranks)
         return {
             config.Algorithm.LOW_LATENCY: True,
             config.Algorithm.ONE_SHOT: is_pushed or self.group.can_stage(x),
-            config.Algorithm.TWO_SHOT: num_bytes <= config.two_shot_payload(num_ranks),
+            config.Algorithm.TWO_SHOT: num_bytes <= _limits.two_shot_payload(num_ranks),
         }.get(self.algorithm, False)
 
 

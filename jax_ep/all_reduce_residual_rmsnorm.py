@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_ep import _backends, _checks, _jax_compat, _reduce, _xla_reduce, config
+from jax_ep import _backends, _checks, _jax_compat, _limits, _reduce, _xla_reduce
 from jax_ep._spec import ReduceSpec
 from jax_ep.config import Algorithm
 from jax_ep.errors import ConfigError, ShapeError
@@ -98,12 +98,12 @@ def _choose(
     """None: an all_reduce that chooses for itself, then the rest."""
     _checks.require_group(group, op=_OP)
     row_bytes = x.shape[-1] * x.dtype.itemsize
-    is_wide = row_bytes > config.MAX_NORM_ROW_BYTES
+    is_wide = row_bytes > _limits.MAX_NORM_ROW_BYTES
     if is_wide and algorithm == "auto":
         return None
     if is_wide and algorithm != "psum":
         raise ConfigError(
-            f"{_OP}: algorithm={algorithm!r} takes rows of at most {config.MAX_NORM_ROW_BYTES} "
+            f"{_OP}: algorithm={algorithm!r} takes rows of at most {_limits.MAX_NORM_ROW_BYTES} "
             f"bytes, got {row_bytes}"
         )
     spec = _reduce.make_spec(
@@ -140,7 +140,7 @@ def _all_reduce_spec(
 def packet_padding(x: jax.Array) -> int:
     """Bytes: each row begins with packets of its own."""
     row_bytes = x.shape[-1] * x.dtype.itemsize
-    return -row_bytes % config.PACKET_GROUP_PAYLOAD * (x.size // max(1, x.shape[-1]))
+    return -row_bytes % _limits.PACKET_GROUP_PAYLOAD * (x.size // max(1, x.shape[-1]))
 
 
 def _vary(

@@ -22,25 +22,19 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
+from jax_ep import _limits
 from jax_ep.errors import ConfigError
 
 DEFAULT_TIMEOUT_S = 60.0
 MAX_TIMEOUT_S = 86400.0
 BACKENDS = ("cpu", "cuda", "xla")
-ROW_BYTES_MULTIPLE = 16
 FP8_BLOCK = 128
+# Rules of every back end; limits of the kernels are in _limits.py.
+ROW_BYTES_MULTIPLE = 16
 MAX_BIASES = 2
 DEFAULT_SPARE_STAGING_MB = 8
 DEFAULT_STAGING_MB = 256
 MAX_STAGING_MB = 64 * 1024
-# As in xla_ffi/core/protocol.h.
-PACKET_GROUPS = 2048
-PACKET_GROUP_PAYLOAD = 96 * 16
-MAX_PUSH_PAYLOAD = 4 * 1024 * 1024
-MAX_NORM_ROW_BYTES = 64 * 1024  # as kMaxNormRowBytes of ops/all_reduce_residual_rmsnorm
-STAGING_ALIGNMENT = 256  # as kStagingAlignment of xla_ffi/ops/cuda_op.h
-MAX_TOPK = 32
-MAX_CUDA_RANKS = 32  # as kMaxRanks of xla_ffi/core/protocol.h
 
 # What jax.ad_checkpoint.checkpoint_name calls the results of communication.
 DISPATCH_NAME = "jax_ep_dispatch"
@@ -50,14 +44,14 @@ MAX_INDEX = 2**31 - 1
 
 
 class Layout(enum.Enum):
-    """How received rows are arranged. The integers are those of xla_ffi/core/types.h."""
+    """How received rows are arranged. Custom calls get the integers, as for all of these enums."""
 
     RANK = 0
     EXPERT = 1
 
 
 class Fill(enum.Enum):
-    """Which rows without a token are zeroed. The integers are those of xla_ffi/core/types.h."""
+    """Which rows without a token are zeroed."""
 
     ZEROS = 0
     PADDING = 1
@@ -65,7 +59,7 @@ class Fill(enum.Enum):
 
 
 class Movement(enum.Enum):
-    """What becomes of all ranks' arrays. As in xla_ffi/ops/all_reduce/all_reduce.h."""
+    """What becomes of all ranks' arrays."""
 
     ALL_REDUCE = 0
     REDUCE_SCATTER = 1
@@ -73,7 +67,7 @@ class Movement(enum.Enum):
 
 
 class Algorithm(enum.Enum):
-    """How they travel between GPUs. As in xla_ffi/ops/all_reduce/all_reduce.h, but for PSUM."""
+    """How arrays of all_reduce travel between GPUs."""
 
     LOW_LATENCY = 0
     ONE_SHOT = 1
@@ -127,8 +121,8 @@ def why_no_kernel_exchange(num_ranks: int) -> str | None:
 
     Options that a program is compiled with (`jax.jit(compiler_options=)`) are not known.
     """
-    if num_ranks > MAX_CUDA_RANKS:
-        return f"its kernels take at most {MAX_CUDA_RANKS} ranks, got {num_ranks}"
+    if num_ranks > _limits.MAX_CUDA_RANKS:
+        return f"its kernels take at most {_limits.MAX_CUDA_RANKS} ranks, got {num_ranks}"
     flag = "--xla_gpu_command_buffer_scheduling_mode"
     if (_xla_flag(flag) or "").lower() == "concurrent":
         return f"{flag}=concurrent runs independent calls at once; calls of a group need one order"
@@ -185,23 +179,6 @@ def staging_bytes_from_environment() -> tuple[int, int]:
             f"JAX_EP_STAGING_MB must be a whole number from 0 to {MAX_STAGING_MB}, got {value!r}"
         )
     return int(value) << 20, int(value) << 20
-
-
-def packet_payload(num_ranks: int) -> int:
-    """Bytes that one rank can send to another in one low-latency call."""
-    return PACKET_GROUPS // num_ranks * PACKET_GROUP_PAYLOAD
-
-
-def push_payload(num_ranks: int) -> int:
-    """Bytes that one rank can push to another in a one-shot; more is read where it lies."""
-    if num_ranks <= 4:
-        return MAX_PUSH_PAYLOAD
-    return MAX_PUSH_PAYLOAD * 4 // num_ranks // 512 * 512
-
-
-def two_shot_payload(num_ranks: int) -> int:
-    """Bytes that one rank can push in a two-shot: a chunk for each rank, and one of the sum."""
-    return num_ranks * push_payload(num_ranks) // 2
 
 
 def tuning_file_from_environment() -> str | None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jax_ep
-from jax_ep import _tuning, config, reference
+from jax_ep import _limits, _tuning, reference
 from jax_ep.testing.compare import assert_close, assert_same_bits
 from jax_ep.testing.ranks import make_mesh, on_ranks
 
@@ -141,7 +141,7 @@ def test_calls_in_a_row_share_memory(group):
 
 def test_algorithms_give_the_same_bits(group):
     """Around the limits of low_latency and of what is pushed, one element more and less."""
-    payloads = (config.packet_payload, config.push_payload, config.two_shot_payload)
+    payloads = (_limits.packet_payload, _limits.push_payload, _limits.two_shot_payload)
     limits = [payload(group.num_ranks) for payload in payloads]
     for limit in limits:
         for size in (limit // 2 - 1, limit // 2, limit // 2 + 1):
@@ -208,7 +208,7 @@ def test_payloads_that_look_like_flags(dtype):
 
 
 def test_too_large_for_packets_is_an_error(group):
-    size = config.packet_payload(group.num_ranks) // 4 + 1
+    size = _limits.packet_payload(group.num_ranks) // 4 + 1
     call = partial(jax_ep.all_reduce, group=group, algorithm="low_latency")
     with pytest.raises(jax_ep.ConfigError, match="algorithm='low_latency' takes at most"):
         on_ranks(call, group.mesh, check_vma=False)(np.ones((group.num_ranks, size), np.float32))

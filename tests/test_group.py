@@ -4,7 +4,6 @@ import dataclasses
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -185,8 +184,6 @@ def test_flags_are_read_as_xla_reads_them(tmp_path):
 
 @pytest.mark.parametrize("num_ranks", [32, 33])
 def test_more_ranks_than_the_kernels_take_go_to_xla(monkeypatch, num_ranks):
-    header = (Path(__file__).parent.parent / "xla_ffi/core/protocol.h").read_text()
-    assert f"kMaxRanks = {config.MAX_CUDA_RANKS};" in header
     devices = [SimpleNamespace(platform="gpu", process_index=0) for _ in range(num_ranks)]
     mesh = SimpleNamespace(devices=np.array(devices))
     monkeypatch.setattr(_native, "load", lambda _: SimpleNamespace(check_devices=lambda _: None))

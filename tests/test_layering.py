@@ -13,7 +13,7 @@ PACKAGE = Path(jax_ep.__file__).parent
 
 # A module may import from its own layer and from those below it.
 LAYERS = [
-    {"_exact", "errors", "config"},
+    {"_exact", "_jax_ep_cpu", "_limits", "errors", "config"},
     {
         "_drain",
         "_jax_compat",

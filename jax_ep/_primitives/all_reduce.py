@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_ep import config
+from jax_ep import _limits
 from jax_ep._jax_compat import varying_axes
 from jax_ep._primitives._base import batch_at, make_primitive
 from jax_ep._primitives.check_mesh import check_mesh
@@ -49,11 +49,11 @@ def _batch(
     before = int(kind is Movement.REDUCE_SCATTER)
     x = batch_at(x, dims[1], before, x.shape[dims[1]])
     num_bytes = x.size * x.dtype.itemsize // (x.shape[0] if before else 1)
-    if algorithm == Algorithm.LOW_LATENCY.value and num_bytes > config.packet_payload(num_ranks):
+    if algorithm == Algorithm.LOW_LATENCY.value and num_bytes > _limits.packet_payload(num_ranks):
         algorithm = Algorithm.ONE_SHOT.value
     bind = partial(_bind, movement=movement, algorithm=algorithm, num_ranks=num_ranks, **parameters)
     after = int(kind is Movement.ALL_GATHER)
-    if parameters["is_staged"] and num_bytes > config.push_payload(num_ranks):
+    if parameters["is_staged"] and num_bytes > _limits.push_payload(num_ranks):
         each = [bind(position, jnp.take(x, i, before))[0] for i in range(x.shape[before])]
         return [jnp.stack(each, after)], [after]
     return bind(position, x), [after]

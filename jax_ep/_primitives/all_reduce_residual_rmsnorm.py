@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_ep import config
+from jax_ep import _limits
 from jax_ep._jax_compat import varying_axes
 from jax_ep._primitives._base import batch_at, batch_size, make_primitive
 from jax_ep._primitives.check_mesh import check_mesh
@@ -56,8 +56,9 @@ def _has_room(x: jax.Array, *, algorithm: int, is_staged: bool, num_ranks: int, 
     """Whether x [batch, rows, hidden] can go where one of the batch could."""
     if algorithm != Algorithm.LOW_LATENCY.value:
         return not is_staged
-    row_groups = -(-x.shape[2] * x.dtype.itemsize // config.PACKET_GROUP_PAYLOAD)
-    return x.shape[0] * x.shape[1] * row_groups <= config.PACKET_GROUPS // num_ranks
+    group = _limits.PACKET_GROUP_PAYLOAD
+    row_groups = -(-x.shape[2] * x.dtype.itemsize // group)
+    return x.shape[0] * x.shape[1] * row_groups * group <= _limits.packet_payload(num_ranks)
 
 
 _bind = make_primitive(

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_ep import _native, config
+from jax_ep import _limits, _native
 from jax_ep._primitives._base import absent, make_primitive
 from jax_ep._primitives.check_mesh import check_mesh
 from jax_ep._spec import CombineSpec, RowIndex
@@ -60,9 +60,9 @@ def combine(
     biases: Sequence[jax.Array],
 ) -> jax.Array:
     """The custom call: [num_tokens, hidden] from rows [recv_capacity, hidden]."""
-    if spec.backend == "cuda" and index.send_row.shape[1] > config.MAX_TOPK:
+    if spec.backend == "cuda" and index.send_row.shape[1] > _limits.MAX_TOPK:
         raise ConfigError(
-            f"{spec.op}: backend 'cuda' takes at most {config.MAX_TOPK} choices a token, got "
+            f"{spec.op}: backend 'cuda' takes at most {_limits.MAX_TOPK} choices a token, got "
             f"{index.send_row.shape[1]}"
         )
     position = check_mesh(spec.group.position(), spec.group, op=spec.op)

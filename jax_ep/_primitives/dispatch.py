@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jax_ep import _native, config
+from jax_ep import _limits, _native
 from jax_ep._primitives._base import absent, make_primitive
 from jax_ep._primitives.check_mesh import check_mesh
 from jax_ep._spec import DispatchSpec, Routed
@@ -90,7 +90,7 @@ def _workspace_bytes(spec: DispatchSpec, shape: tuple[int, ...]) -> int:
     )
     if size == 0:
         raise ConfigError(
-            f"{spec.op}: backend 'cuda' takes at most {config.MAX_TOPK} choices a token, and as "
+            f"{spec.op}: backend 'cuda' takes at most {_limits.MAX_TOPK} choices a token, and as "
             f"many experts as fit into an SM's shared memory; got num_topk={num_topk}, "
             f"num_experts={spec.num_experts}"
         )

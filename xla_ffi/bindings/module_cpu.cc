@@ -18,6 +18,7 @@
 
 #include "bindings/capsules.h"
 #include "bindings/groups.h"
+#include "bindings/limits.h"
 #include "ops/handlers.h"
 #include "ops/host_op.h"
 #include "runtime/interrupt.h"
@@ -95,6 +96,7 @@ NB_MODULE(_jax_ep_cpu, m) {
   m.def("registrations", &jax_ep::Registrations, "Target name to handler capsules.");
   m.def("types", &jax_ep::Types, "FFI type name to its capsules.");
   m.def("build_info", &jax_ep::BuildInfo, "Compiler and FFI API version of this build.");
+  jax_ep::DefineLimits(m);
   nanobind::class_<Group>(m, "Group", "Who is who in a group, and the exchange between them.")
       .def(
           "error", [](const Group& group) { return jax_ep::ErrorDict(group.exchange().error()); },

@@ -15,6 +15,7 @@
 
 #include "bindings/capsules.h"
 #include "bindings/groups.h"
+#include "bindings/limits.h"
 #include "ops/all_reduce/all_reduce_cuda.cuh"
 #include "ops/all_reduce_residual_rmsnorm/all_reduce_residual_rmsnorm_cuda.cuh"
 #include "ops/combine/combine_cuda.cuh"
@@ -159,6 +160,7 @@ NB_MODULE(_jax_ep_cuda, m) {
   m.def("registrations", &jax_ep::Registrations, "Target name to handler capsules.");
   m.def("types", &jax_ep::Types, "FFI type name to its capsules.");
   m.def("build_info", &jax_ep::BuildInfo, "Compiler and FFI API version of this build.");
+  jax_ep::DefineLimits(m);
   nanobind::class_<DeviceGroup>(m, "Group", "Who is who in a group, and where they meet.")
       .def(
           "error",

@@ -41,6 +41,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/limits.h"
 #include "core/names.h"
 #include "core/row_stream.h"
 #include "core/types.h"
@@ -51,8 +52,6 @@ namespace jax_ep {
 /// compare it, and what they were built from, when the group opens.
 inline constexpr int kProtocol = 1;
 
-/// A rank, like a choice of a token, is a lane of a warp somewhere.
-inline constexpr int kMaxRanks = 32;
 inline constexpr int kMaxAddresses = 6;
 
 /// A call is named by a tag of so many bits: its operation in the upper ones, its site in the rest.
@@ -141,8 +140,7 @@ struct ControlBlock {
 /// n + 1. Epochs skip 0, which unwritten memory holds, and 1, so that halves take turns
 /// (NextEpoch).
 inline constexpr size_t kPacketsOffset = (sizeof(ControlBlock) + 255) / 256 * 256;
-/// Packets are stored by warps: a group of 96 vectors of 16 bytes in 128 packets.
-inline constexpr size_t kPacketGroupPayload = 96 * 16;
+/// Of kPacketGroupPayload, as packets.
 inline constexpr size_t kPacketGroupBytes = 128 * 16;
 inline constexpr size_t kPacketGroups = 2048;  // from all ranks together, in one half
 

@@ -15,9 +15,6 @@ namespace jax_ep {
 
 using DeviceSite = OpSite<DeviceGroup>;
 
-/// Of a staged operand; GroupSpec.can_stage of jax_ep/_spec.py counts with it.
-inline constexpr size_t kStagingAlignment = 256;
-
 /// What bulk copies ask of an address.
 inline constexpr size_t kOperandAlignment = 16;
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_ep
-from jax_ep import config, reference
+from jax_ep import _limits, reference
 from jax_ep.testing.compare import assert_close, assert_same_bits, shards
 from jax_ep.testing.conformance.check import Check, noted
 from jax_ep.testing.ranks import on_group, on_ranks, place
@@ -29,7 +29,7 @@ _STOCK: dict[str, Callable[..., Any]] = {
     "reduce_scatter": jax.lax.psum_scatter,
     "all_gather": jax.lax.all_gather,
 }
-_PAYLOADS = {"one_shot": config.push_payload, "two_shot": config.two_shot_payload}
+_PAYLOADS = {"one_shot": _limits.push_payload, "two_shot": _limits.two_shot_payload}
 _NORM_OP = "all_reduce_residual_rmsnorm"
 _NORM_SHAPES = ((1, 8), (3, 12), (2, 1000), (70, 128), (5, 4104))
 _NORM_TOLERANCES = {"bf16": 1e-2, "f16": 1e-3, "f32": 2e-6}

@@ -16,9 +16,6 @@ struct RmsNormLaunch {
   RmsNormArgs args;
 };
 
-/// A row is held in the registers of one block.
-inline constexpr int64_t kMaxNormRowBytes = 64 * 1024;
-
 /// `algorithm`: low_latency or one_shot.
 cudaError_t LaunchRmsNorm(const RmsNormLaunch& launch, Algorithm algorithm,
                           const DeviceTraits& device, cudaStream_t stream);

@@ -130,8 +130,8 @@ ffi::Error RunCombine<Cuda>(const DeviceContext& context, I32Buffer position,
                        .workspace = workspace.untyped_data()};
   JAX_EP_REQUIRE(decoded.num_slots <= kMaxTerms, context.op(), ": num_topk=", decoded.num_slots,
                  " must be at most ", kMaxTerms);
-  JAX_EP_REQUIRE(launch.row_bytes() > 0 && launch.row_bytes() % 16 == 0, context.op(),
-                 ": a row must be a multiple of 16 bytes");
+  JAX_EP_REQUIRE(launch.row_bytes() > 0 && launch.row_bytes() % kRowBytesMultiple == 0,
+                 context.op(), ": a row must be a multiple of ", kRowBytesMultiple, " bytes");
   JAX_EP_REQUIRE(launch.row_bytes() <= kMaxRowBytes, context.op(), ": a row has ",
                  launch.row_bytes(), " bytes, at most ", kMaxRowBytes);
   JAX_EP_REQUIRE(

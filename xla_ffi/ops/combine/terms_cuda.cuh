@@ -12,7 +12,8 @@
 namespace jax_ep {
 
 // A token's choices are lanes of a warp.
-inline constexpr int kMaxTerms = kWarpSize;
+inline constexpr int kMaxTerms = kMaxTopk;
+static_assert(kMaxTerms <= kWarpSize && kMaxRanks <= kMaxTerms);
 
 // A row that is added.
 struct Term {

@@ -11,7 +11,7 @@ namespace jax_ep {
 
 size_t DispatchWorkspaceBytes(const DispatchShape& shape) {
   const PlanShape plan = MakePlanShape(shape);
-  if (plan.num_warps == 0 || shape.num_topk > kWarpSize) return 0;
+  if (plan.num_warps == 0 || shape.num_topk > kMaxTopk) return 0;
   return PlanWorkspace::Bytes(plan);
 }
 
