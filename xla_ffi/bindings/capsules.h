@@ -3,7 +3,8 @@
 
 #include <nanobind/nanobind.h>
 
-#include "core/protocol.h"
+#include "core/names.h"
+#include "device/protocol.h"
 #include "runtime/exchange_wire.h"
 #include "xla/ffi/api/c_api.h"
 

@@ -8,8 +8,8 @@
 #include <utility>
 
 #include "core/limits.h"
-#include "core/protocol.h"
 #include "core/types.h"
+#include "device/protocol.h"
 #include "ops/all_reduce/all_reduce.h"
 
 namespace jax_ep {

@@ -5,6 +5,10 @@
 
 namespace jax_ep {
 
+/// Raised with what ranks and processes tell one another, in Python as well: processes of a group
+/// compare it, and what they were built from, when the group opens.
+inline constexpr int kProtocol = 1;
+
 /// What kernels know of an operation: failure records and the tags of calls name it.
 enum class OpId : uint32_t {
 #define JAX_EP_COLLECTIVE(Stem, name) k##Stem,

@@ -4,10 +4,10 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "core/protocol.h"
-#include "core/told_address.h"
+#include "device/protocol.h"
 #include "device/rows.cuh"
 #include "device/signals.cuh"
+#include "device/told_address.h"
 
 namespace jax_ep {
 

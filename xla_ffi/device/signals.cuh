@@ -1,12 +1,12 @@
-// The signals of core/protocol.h on a device: words, failures, and bounded waits.
+// The signals of device/protocol.h on a device: words, failures, and bounded waits.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
-#include "core/protocol.h"
-#include "core/stopwatch.h"
-#include "core/turn.h"
+#include "device/protocol.h"
+#include "device/stopwatch.h"
+#include "device/turn.h"
 
 namespace jax_ep {
 

@@ -1,5 +1,5 @@
 // Parts of the protocol between GPUs that are computed alike on the host.
-#include "core/protocol.h"
+#include "device/protocol.h"
 
 #include <cstddef>
 #include <cstdint>
@@ -7,9 +7,9 @@
 #include <set>
 #include <vector>
 
-#include "core/stopwatch.h"
-#include "core/told_address.h"
-#include "core/turn.h"
+#include "device/stopwatch.h"
+#include "device/told_address.h"
+#include "device/turn.h"
 #include "tests/test.h"
 
 namespace jax_ep {

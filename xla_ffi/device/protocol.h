@@ -48,10 +48,6 @@
 
 namespace jax_ep {
 
-/// Raised with what ranks and processes tell one another, in Python as well: processes of a group
-/// compare it, and what they were built from, when the group opens.
-inline constexpr int kProtocol = 1;
-
 inline constexpr int kMaxAddresses = 6;
 
 /// A call is named by a tag of so many bits: its operation in the upper ones, its site in the rest.
@@ -110,7 +106,7 @@ inline constexpr int kMaxReduceBlocks = 64;
 struct ControlBlock {
   // Of the owner's kernels.
   // The epoch of the last call that has ended; above it, whether the next one runs, and how many of
-  // its blocks still read what was pushed (core/turn.h). One word: a call that takes an epoch
+  // its blocks still read what was pushed (device/turn.h). One word: a call that takes an epoch
   // learns whether it is alone.
   Signal turn;
   uint32_t next_item[kMaxRowStreams];  // what no warp has claimed yet, less the first claims

@@ -7,8 +7,8 @@
 
 #include <cstdint>
 
-#include "core/protocol.h"
 #include "core/types.h"
+#include "device/protocol.h"
 
 namespace jax_ep {
 
