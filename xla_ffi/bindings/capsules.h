@@ -4,7 +4,7 @@
 #include <nanobind/nanobind.h>
 
 #include "core/names.h"
-#include "device/protocol.h"
+#include "device/layout.h"
 #include "runtime/exchange_wire.h"
 #include "xla/ffi/api/c_api.h"
 

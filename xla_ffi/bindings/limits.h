@@ -9,7 +9,7 @@
 
 #include "core/limits.h"
 #include "core/types.h"
-#include "device/protocol.h"
+#include "device/layout.h"
 #include "ops/all_reduce/all_reduce.h"
 
 namespace jax_ep {

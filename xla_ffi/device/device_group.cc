@@ -299,8 +299,7 @@ void DeviceGroup::Reopen(std::chrono::milliseconds timeout) {
     if (!is_here_[i]) continue;
     const OnDevice on_device(seats_[i].device_id);
     // What was pushed may stay: its signals are gone.
-    Check("cudaMemset",
-          cudaMemsetAsync(control_[i].data(), 0, kPacketsOffset + kPacketBytes, copies_[i]));
+    Check("cudaMemset", cudaMemsetAsync(control_[i].data(), 0, kPushedOffset, copies_[i]));
     Check("cudaMemcpy",
           cudaMemcpyAsync(&reinterpret_cast<ControlBlock*>(control_[i].data())->timeout_ns,
                           &timeout_ns, sizeof(timeout_ns), cudaMemcpyHostToDevice, copies_[i]));

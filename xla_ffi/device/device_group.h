@@ -15,7 +15,7 @@
 #include <unordered_map>
 #include <vector>
 
-#include "device/protocol.h"
+#include "device/endpoint.h"
 #include "device/shareable_memory.h"
 #include "runtime/error_record.h"
 #include "runtime/home_process.h"

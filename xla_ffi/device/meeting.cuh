@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "device/protocol.h"
+#include "device/endpoint.h"
 #include "device/rows.cuh"
 #include "device/signals.cuh"
 #include "device/told_address.h"

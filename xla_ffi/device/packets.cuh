@@ -174,7 +174,7 @@ __device__ inline bool Receive(const Endpoint& self, const PushCall& call, int p
 __device__ inline std::byte* PushedAt(const Endpoint& self, int holder, int source,
                                       uint32_t epoch) {
   const int64_t part = int64_t{epoch & 1} * self.num_ranks + source;
-  return reinterpret_cast<std::byte*>(self.control[holder]) + kPacketsOffset + kPacketBytes +
+  return reinterpret_cast<std::byte*>(self.control[holder]) + kPushedOffset +
          part * self.rooms.push_payload;
 }
 

@@ -82,13 +82,6 @@ inline constexpr uint64_t kInControl = uint64_t{1} << 47;
 /// met.
 inline constexpr uint64_t kUnreadable = (uint64_t{1} << 48) - 1;
 
-/// Signals of the rings of a combine (ops/combine/combine_cuda.cuh): [num_ranks, places, parts].
-inline constexpr int kMaxPartialCells = 64 * 1024;
-struct PartialCells {
-  Signal filled[kMaxPartialCells];
-  Signal emptied[kMaxPartialCells];
-};
-
 /// What went wrong first on a rank. Written once; is_set last.
 struct FailureRecord {
   uint32_t is_set;
@@ -101,9 +94,8 @@ struct FailureRecord {
   int64_t seen;
 };
 
-inline constexpr int kMaxReduceBlocks = 64;
-
-struct ControlBlock {
+/// Words of every call: the first part of a ControlBlock (device/layout.h).
+struct CallSignals {
   // Of the owner's kernels.
   // The epoch of the last call that has ended; above it, whether the next one runs, and how many of
   // its blocks still read what was pushed (device/turn.h). One word: a call that takes an epoch
@@ -122,87 +114,10 @@ struct ControlBlock {
   AddressCell address[kMaxRanks][kMaxAddresses];
   Signal read_done[kMaxRanks];
   FailureRecord told[kMaxRanks];
-  PartialCells partials;
-  Signal reduced[kMaxRanks][kMaxReduceBlocks];
-  Signal pushed[2][kMaxRanks][kMaxReduceBlocks];
-  Signal called[2][kMaxRanks];
 };
-
-/// Behind a ControlBlock lie packets of small operands, room for pushed ones, and for staged ones.
-///
-/// A packet is one 16-byte store of 12 bytes and the epoch, so that what has come needs no signal.
-/// Packets, pushed operands and their signals have two halves: a call of epoch n uses half n % 2,
-/// which is overwritten in epoch n + 2, and a peer begins that when it has had this rank's part in
-/// n + 1. Epochs skip 0, which unwritten memory holds, and 1, so that halves take turns
-/// (NextEpoch).
-inline constexpr size_t kPacketsOffset = (sizeof(ControlBlock) + 255) / 256 * 256;
-/// Of kPacketGroupPayload, as packets.
-inline constexpr size_t kPacketGroupBytes = 128 * 16;
-inline constexpr size_t kPacketGroups = 2048;  // from all ranks together, in one half
-
-/// What one rank can send to another in one call.
-constexpr size_t PacketGroups(int num_ranks) { return kPacketGroups / num_ranks; }
-constexpr size_t PacketPayload(int num_ranks) {
-  return PacketGroups(num_ranks) * kPacketGroupPayload;
-}
-inline constexpr size_t kPacketBytes = 2 * kPacketGroups * kPacketGroupBytes;
-
-/// What one rank can push to another in one call, and the room for it, of all ranks in both halves.
-inline constexpr size_t kMaxPushPayload = 4 * 1024 * 1024;
-constexpr size_t PushPayload(int num_ranks) {
-  return num_ranks <= 4 ? kMaxPushPayload : kMaxPushPayload * 4 / num_ranks / 512 * 512;
-}
-/// What a two-shot can push: a chunk of the operand for each rank, and behind it one of the sum.
-constexpr size_t TwoShotPayload(int num_ranks) { return num_ranks * PushPayload(num_ranks) / 2; }
-constexpr size_t PushBytes(int num_ranks) { return size_t{2} * num_ranks * PushPayload(num_ranks); }
-constexpr size_t SharedBytes(int num_ranks) {
-  return kPacketsOffset + kPacketBytes + PushBytes(num_ranks);
-}
-
-/// The same for kernels: divisions are slow there.
-struct Rooms {
-  int64_t packet_groups;
-  int64_t push_payload;
-};
-constexpr Rooms RoomsOf(int num_ranks) {
-  return {.packet_groups = static_cast<int64_t>(PacketGroups(num_ranks)),
-          .push_payload = static_cast<int64_t>(PushPayload(num_ranks))};
-}
 
 JAX_EP_HOST_DEVICE constexpr uint32_t NextEpoch(uint32_t epoch) {
   return epoch == 0xffffffffu ? 2 : epoch + 1;
 }
-
-/// What a launch must know of the device it runs on.
-struct DeviceTraits {
-  int num_sms;
-  size_t max_shared_bytes;  // of a block
-  bool has_bulk_copy;
-  int highest_priority;  // of a kernel
-};
-
-/// Where a rank's buffers are mapped here. Its operands are told as it addresses them itself.
-struct PeerPool {
-  uint64_t begin = 0;           // of the peer's addresses
-  uint64_t bytes = UINT64_MAX;  // nothing else of it can be read
-  uint64_t here = 0;            // where `begin` is
-};
-
-/// One rank's view of its group; what kernels get.
-struct Endpoint {
-  int rank;
-  int num_ranks;
-  int32_t position;  // of this device in the group's mesh
-  uint32_t site;     // of the call in its program; equal on all ranks
-  Rooms rooms;
-  ControlBlock* control[kMaxRanks];
-  uint64_t control_bytes;  // of the own one's memory
-  FailureRecord* record;
-  PeerPool pools[kMaxRanks] = {};  // by rank; the default: a rank of this process
-
-#ifdef __CUDACC__
-  __device__ ControlBlock* own() const { return control[rank]; }
-#endif
-};
 
 }  // namespace jax_ep

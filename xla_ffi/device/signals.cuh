@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "device/protocol.h"
+#include "device/endpoint.h"
 #include "device/stopwatch.h"
 #include "device/turn.h"
 

@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "core/types.h"
-#include "device/protocol.h"
+#include "device/endpoint.h"
 
 namespace jax_ep {
 

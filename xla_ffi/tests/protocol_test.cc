@@ -1,12 +1,11 @@
 // Parts of the protocol between GPUs that are computed alike on the host.
-#include "device/protocol.h"
-
 #include <cstddef>
 #include <cstdint>
 #include <random>
 #include <set>
 #include <vector>
 
+#include "device/endpoint.h"
 #include "device/stopwatch.h"
 #include "device/told_address.h"
 #include "device/turn.h"

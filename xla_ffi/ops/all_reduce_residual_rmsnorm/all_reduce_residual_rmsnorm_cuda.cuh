@@ -3,7 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "device/protocol.h"
+#include "device/endpoint.h"
 #include "ops/all_reduce/all_reduce.h"
 #include "ops/all_reduce_residual_rmsnorm/all_reduce_residual_rmsnorm.h"
 

@@ -7,7 +7,7 @@
 #include <cstdint>
 
 #include "core/types.h"
-#include "device/protocol.h"
+#include "device/layout.h"
 
 namespace jax_ep {
 

@@ -10,8 +10,8 @@
 #include <string>
 #include <vector>
 
+#include "device/endpoint.h"
 #include "device/meeting.cuh"
-#include "device/protocol.h"
 #include "ops/all_reduce/all_reduce_cuda.cuh"
 #include "ops/all_reduce_residual_rmsnorm/all_reduce_residual_rmsnorm_cuda.cuh"
 #include "ops/combine/combine_cuda.cuh"
