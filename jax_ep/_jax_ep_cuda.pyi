@@ -14,7 +14,7 @@ def types() -> dict[str, object]:
     """FFI type name to its capsules."""
 
 def build_info() -> dict[str, object]:
-    """Compiler and FFI API version of this build."""
+    """Sources, compilers and FFI API version of this build."""
 
 def limits() -> dict[str, int]:
     """Limits of the operations, by name."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -337,6 +338,8 @@ def test_info_command():
         "all_reduce, all_reduce_residual_rmsnorm, combine, dispatch, get_dispatch_layout, pull_rows"
     )
     assert f"cpu module: {ops};" in out
+    assert re.search(r"^  C\+\+ compiler: \w+ \d+\.\d+", out, re.MULTILINE)
+    assert ("cuda module: back end 'cuda'" in out) != ("  CUDA compiler: " in out)
     assert "back end 'cpu', self-test passed" in out
     assert "rank 7:" in out
 

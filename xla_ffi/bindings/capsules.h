@@ -54,7 +54,12 @@ inline Dict BuildInfo() {
   info["build"] = nb::str(kBuild);
   info["protocol"] = kProtocol;
   info["sizes"] = sizes;
-  info["compiler"] = __VERSION__;
+  Dict compilers;
+  compilers["C++"] = JAX_EP_CXX_COMPILER;
+#ifdef JAX_EP_CUDA_COMPILER
+  compilers["CUDA"] = JAX_EP_CUDA_COMPILER;
+#endif
+  info["compilers"] = compilers;
   info["ffi_api"] = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
   return info;
 }

@@ -159,7 +159,7 @@ NB_MODULE(_jax_ep_cuda, m) {
   m.doc() = "CUDA twins of jax_ep's operations, and the native half of groups on GPUs.";
   m.def("registrations", &jax_ep::Registrations, "Target name to handler capsules.");
   m.def("types", &jax_ep::Types, "FFI type name to its capsules.");
-  m.def("build_info", &jax_ep::BuildInfo, "Compiler and FFI API version of this build.");
+  m.def("build_info", &jax_ep::BuildInfo, "Sources, compilers and FFI API version of this build.");
   jax_ep::DefineLimits(m);
   nanobind::class_<DeviceGroup>(m, "Group", "Who is who in a group, and where they meet.")
       .def(
