@@ -30,8 +30,9 @@ def info() -> None:
             build = native_modules.load(backend).build_info()
             ops = ", ".join(native_modules.targets(backend))
             ffi_api = ".".join(map(str, build["ffi_api"]))
-            print(f"{backend} module: {ops}; {build['build']}, ", end="")
-            print(f"{build['compiler']}, FFI API {ffi_api}")
+            print(f"{backend} module: {ops}; {build['build']}, FFI API {ffi_api}")
+            for language, compiler in build["compilers"].items():
+                print(f"  {language} compiler: {compiler}")
         except GroupError as e:
             print(f"{backend} module: {e}")
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("ep",))

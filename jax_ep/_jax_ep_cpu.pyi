@@ -12,7 +12,22 @@ def types() -> dict[str, object]:
     """FFI type name to its capsules."""
 
 def build_info() -> dict[str, object]:
-    """Compiler and FFI API version of this build."""
+    """Sources, compilers and FFI API version of this build."""
+
+def limits() -> dict[str, int]:
+    """Limits of the operations, by name."""
+
+def enums() -> dict[str, dict[str, int]]:
+    """Members of the enums that are attributes of custom calls."""
+
+def packet_payload(num_ranks: int) -> int:
+    """Bytes that one rank can send to another in packets, in one call."""
+
+def push_payload(num_ranks: int) -> int:
+    """Bytes that one rank can push to another in one call."""
+
+def two_shot_payload(num_ranks: int) -> int:
+    """Bytes from each rank that a two-shot can push."""
 
 class Group:
     """Who is who in a group, and the exchange between them."""
@@ -28,9 +43,9 @@ class Group:
     def skip_rank(self, rank: int) -> None:
         """For tests: keeps the calls of a rank from its peers; -1 ends it."""
 
-def open_group(identity: str, seats: Sequence[tuple[int, int, int, int]], num_slices: int, num_ranks: int, timeout_ms: int, processes: Sequence[int] = [], own_process: int = 0, links: Sequence[tuple[int, int, int]] = []) -> Group:
+def open_group(identity: str, positions: Sequence[tuple[int, int, int, int]], num_slices: int, num_ranks: int, timeout_ms: int, processes: Sequence[int] = [], own_process: int = 0, links: Sequence[tuple[int, int, int]] = []) -> Group:
     """
-    Opens a group. Seats are (device id, slice, rank, position in the mesh), of whole slices,
+    Opens a group. Positions are (device id, slice, rank, position in the mesh), of whole slices,
     and processes whose they are. Links are (process, pid, descriptor of a stream socket),
     which the group takes over.
     """

@@ -2,7 +2,6 @@
 
 import dataclasses
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_ep
 from jax_ep import reference
-from jax_ep._src.base import config
+from jax_ep._src.base import limits
 from jax_ep._src.base.options import Algorithm, Movement
 from jax_ep._src.base.spec import GroupSpec, ReduceSpec
 from jax_ep.testing.compare import assert_close, assert_same_bits
@@ -109,7 +108,7 @@ def test_a_residual_may_vary_over_the_ranks(backend):
 def test_a_batch_too_large_for_its_algorithm_takes_another(groups):
     """Each example fits into packets, the batch does not; on CPUs only the attribute shows it."""
     group = groups(2)
-    x = np.ones((2, 4, config.packet_payload(2) // 8), np.float32)
+    x = np.ones((2, 4, limits.packet_payload(2) // 8), np.float32)
     call = partial(jax_ep.all_reduce, group=group, algorithm="low_latency")
     text = str(jax.make_jaxpr(on_ranks(jax.vmap(call), group.mesh, check_vma=False))(x))
     assert f"algorithm={Algorithm.ONE_SHOT}" in text
@@ -451,27 +450,3 @@ def test_bad_input(groups, case):
     args = [a if a.dtype != np.float64 else a.astype(np.float32) for a in args]
     with pytest.raises(error, match=match):
         on_ranks(partial(op, group=group, **options), group.mesh, check_vma=False)(*args)
-
-
-def test_limits_agree_with_the_native_side():
-    native = Path(config.__file__).parent.parent / "xla_ffi"
-    norm = "ops/all_reduce_residual_rmsnorm/all_reduce_residual_rmsnorm_cuda.cuh"
-    for file, text, value in (
-        ("core/protocol.h", "kPacketGroups = 2048;", config.PACKET_GROUPS == 2048),
-        ("core/protocol.h", "kPacketGroupPayload = 96 * 16;", config.PACKET_GROUP_PAYLOAD == 1536),
-        (
-            "core/protocol.h",
-            "kMaxPushPayload = 4 * 1024 * 1024;",
-            config.MAX_PUSH_PAYLOAD == 4 << 20,
-        ),
-        (norm, "kMaxNormRowBytes = 64 * 1024;", config.MAX_NORM_ROW_BYTES == 64 << 10),
-        ("ops/cuda_op.h", "kStagingAlignment = 256;", config.STAGING_ALIGNMENT == 256),
-    ):
-        assert text in (native / file).read_text()
-        assert value, text
-    assert config.packet_payload(2) == 1536 * 1024
-    assert config.push_payload(12) % 512 == 0
-    assert (
-        "return num_ranks * PushPayload(num_ranks) / 2;" in (native / "core/protocol.h").read_text()
-    )
-    assert config.two_shot_payload(8) == 8 << 20

@@ -10,7 +10,7 @@ import pytest
 
 import jax_ep
 from jax_ep import reference
-from jax_ep._src.base import config, tables
+from jax_ep._src.base import limits, tables
 from jax_ep.testing.compare import assert_close, assert_same_bits
 from jax_ep.testing.ranks import make_mesh, on_ranks
 
@@ -142,9 +142,8 @@ def test_calls_in_a_row_share_memory(group):
 
 def test_algorithms_give_the_same_bits(group):
     """Around the limits of low_latency and of what is pushed, one element more and less."""
-    payloads = (config.packet_payload, config.push_payload, config.two_shot_payload)
-    limits = [payload(group.num_ranks) for payload in payloads]
-    for limit in limits:
+    payloads = (limits.packet_payload, limits.push_payload, limits.two_shot_payload)
+    for limit in [payload(group.num_ranks) for payload in payloads]:
         for size in (limit // 2 - 1, limit // 2, limit // 2 + 1):
             x = np.random.default_rng(size).standard_normal((group.num_ranks, size))
             x = x.astype(jnp.bfloat16)
@@ -209,7 +208,7 @@ def test_payloads_that_look_like_flags(dtype):
 
 
 def test_too_large_for_packets_is_an_error(group):
-    size = config.packet_payload(group.num_ranks) // 4 + 1
+    size = limits.packet_payload(group.num_ranks) // 4 + 1
     call = partial(jax_ep.all_reduce, group=group, algorithm="low_latency")
     with pytest.raises(jax_ep.ConfigError, match="algorithm='low_latency' takes at most"):
         on_ranks(call, group.mesh, check_vma=False)(np.ones((group.num_ranks, size), np.float32))

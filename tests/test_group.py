@@ -2,9 +2,9 @@
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -186,8 +186,6 @@ def test_flags_are_read_as_xla_reads_them(tmp_path):
 
 @pytest.mark.parametrize("num_ranks", [32, 33])
 def test_more_ranks_than_the_kernels_take_go_to_xla(monkeypatch, num_ranks):
-    header = (Path(__file__).parent.parent / "xla_ffi/core/protocol.h").read_text()
-    assert f"kMaxRanks = {config.MAX_CUDA_RANKS};" in header
     devices = [SimpleNamespace(platform="gpu", process_index=0) for _ in range(num_ranks)]
     mesh = SimpleNamespace(devices=np.array(devices))
     monkeypatch.setattr(
@@ -343,6 +341,8 @@ def test_info_command():
         "all_reduce, all_reduce_residual_rmsnorm, combine, dispatch, get_dispatch_layout, pull_rows"
     )
     assert f"cpu module: {ops};" in out
+    assert re.search(r"^  C\+\+ compiler: \w+ \d+\.\d+", out, re.MULTILINE)
+    assert ("cuda module: back end 'cuda'" in out) != ("  CUDA compiler: " in out)
     assert "back end 'cpu', self-test passed" in out
     assert "rank 7:" in out
 

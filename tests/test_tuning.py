@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 import jax_ep
-from jax_ep._src.base import config, tables
+from jax_ep._src.base import limits, tables
 from jax_ep._src.base.options import Algorithm
 from jax_ep._src.base.spec import ReduceSpec
 from jax_ep._src.ops.all_reduce import choice
@@ -92,7 +92,7 @@ def test_auto_at_the_thresholds_of_the_table(op):
 def test_auto_takes_what_has_room():
     """Rows of one element fill a group of packets each."""
     op = "all_reduce_residual_rmsnorm"
-    most = config.packet_payload(2) // config.PACKET_GROUP_PAYLOAD
+    most = limits.packet_payload(2) // limits.PACKET_GROUP_PAYLOAD
     for rows, algorithm in ((most, Algorithm.LOW_LATENCY), (most + 1, Algorithm.ONE_SHOT)):
         assert _auto(op, jax.ShapeDtypeStruct((rows, 8), jnp.bfloat16)) is algorithm
 

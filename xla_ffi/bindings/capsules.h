@@ -3,7 +3,8 @@
 
 #include <nanobind/nanobind.h>
 
-#include "core/protocol.h"
+#include "core/names.h"
+#include "device/layout.h"
 #include "runtime/exchange_wire.h"
 #include "xla/ffi/api/c_api.h"
 
@@ -53,7 +54,12 @@ inline Dict BuildInfo() {
   info["build"] = nb::str(kBuild);
   info["protocol"] = kProtocol;
   info["sizes"] = sizes;
-  info["compiler"] = __VERSION__;
+  Dict compilers;
+  compilers["C++"] = JAX_EP_CXX_COMPILER;
+#ifdef JAX_EP_CUDA_COMPILER
+  compilers["CUDA"] = JAX_EP_CUDA_COMPILER;
+#endif
+  info["compilers"] = compilers;
   info["ffi_api"] = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
   return info;
 }

@@ -7,111 +7,27 @@
 #include <stdexcept>
 #include <utility>
 
-#include "runtime/registry.h"
+#include "device/devices.h"
 
 namespace jax_ep {
 namespace {
-
-void Check(const char* what, cudaError_t status) {
-  if (status == cudaSuccess) return;
-  cudaGetLastError();  // not left behind for whoever asks next
-  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
-}
-
-DeviceTraits TraitsOf(int64_t device) {
-  const auto attribute = [device](cudaDeviceAttr name) {
-    int value = 0;
-    Check("cudaDeviceGetAttribute", cudaDeviceGetAttribute(&value, name, static_cast<int>(device)));
-    return value;
-  };
-  int lowest = 0;
-  int highest = 0;
-  Check("cudaDeviceGetStreamPriorityRange", cudaDeviceGetStreamPriorityRange(&lowest, &highest));
-  return {
-      .num_sms = attribute(cudaDevAttrMultiProcessorCount),
-      .max_shared_bytes = static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)),
-      .has_bulk_copy = attribute(cudaDevAttrComputeCapabilityMajor) >= 9,
-      .highest_priority = highest};
-}
-
-// The same for all processes of a host.
-uint64_t GpuOf(int64_t device) {
-  uint64_t place = 0;
-  for (const cudaDeviceAttr name :
-       {cudaDevAttrPciDomainId, cudaDevAttrPciBusId, cudaDevAttrPciDeviceId}) {
-    int value = 0;
-    Check("cudaDeviceGetAttribute", cudaDeviceGetAttribute(&value, name, static_cast<int>(device)));
-    place = place << 16 | static_cast<uint32_t>(value);
-  }
-  return place;
-}
-
-// Whether 16 bytes that a device stores in the memory of a peer arrive at once, as far as is known:
-// packets rely on it. Between devices without native atomics, on PCIe, 8 bytes do.
-bool HaveNativeAtomics(const std::vector<uint64_t>& gpus, const std::vector<int>& devices) {
-  int num_devices = 0;
-  Check("cudaGetDeviceCount", cudaGetDeviceCount(&num_devices));
-  for (int peer = 0; peer < num_devices; ++peer) {
-    if (std::find(gpus.begin(), gpus.end(), GpuOf(peer)) == gpus.end()) continue;
-    for (const int device : devices) {
-      if (device == peer) continue;
-      int value = 0;
-      Check("cudaDeviceGetP2PAttribute",
-            cudaDeviceGetP2PAttribute(&value, cudaDevP2PAttrNativeAtomicSupported, device, peer));
-      if (value == 0) return false;
-    }
-  }
-  return true;
-}
 
 void Close(const DeviceGroup::Exported& exported) {
   close(exported.control);
   if (exported.pool.descriptor >= 0) close(exported.pool.descriptor);
 }
 
-// The public operation that a call is a part of, which the host knows by the call's site.
-std::string OpOf(const FailureRecord& record) {
-  // The host cannot tell which call it was.
-  if (record.kind == FailureKind::kInterrupted) return "call";
-  const std::string op = Registry<DeviceGroup>::Get().OpOf(record.site);
-  if (!op.empty()) return op;
-  // A peer that calls something else may know a site that this process does not.
-  return record.op == OpId::kPullRows ? "dispatch or combine" : NameOf(record.op);
-}
-
 }  // namespace
 
-void LoadKernelsOn(const std::vector<int64_t>& devices, const LoadKernels& load_kernels) {
-  for (const int64_t device : devices) {
-    const OnDevice on_device(device);
-    DeviceTraits traits = TraitsOf(device);
-    load_kernels(traits);
-  }
-}
-
-void RequirePeers(const std::vector<int64_t>& devices) {
-  for (const int64_t device : devices) {
-    for (const int64_t peer : devices) {
-      if (device == peer) continue;
-      int can_access = 0;
-      Check("cudaDeviceCanAccessPeer",
-            cudaDeviceCanAccessPeer(&can_access, static_cast<int>(device), static_cast<int>(peer)));
-      if (can_access) continue;
-      throw std::runtime_error("device " + std::to_string(device) +
-                               " cannot read the memory of device " + std::to_string(peer));
-    }
-  }
-}
-
-DeviceGroup::DeviceGroup(std::string identity, std::vector<Seat> seats, int num_ranks,
+DeviceGroup::DeviceGroup(std::string identity, std::vector<MeshPosition> positions, int num_ranks,
                          std::chrono::milliseconds timeout, const LoadKernels& load_kernels,
                          std::vector<bool> is_here, size_t staging_bytes, bool stages_all)
     : identity_(std::move(identity)),
       num_ranks_(num_ranks),
-      seats_(std::move(seats)),
+      positions_(std::move(positions)),
       staging_bytes_(staging_bytes),
       stages_all_(stages_all),
-      is_here_(is_here.empty() ? std::vector<bool>(seats_.size(), true) : std::move(is_here)) {
+      is_here_(is_here.empty() ? std::vector<bool>(positions_.size(), true) : std::move(is_here)) {
   if (num_ranks > kMaxRanks) {
     throw std::runtime_error("a group has at most " + std::to_string(kMaxRanks) + " ranks, got " +
                              std::to_string(num_ranks));
@@ -128,19 +44,20 @@ DeviceGroup::~DeviceGroup() { Release(); }
 
 std::vector<int> DeviceGroup::DevicesHere() const {
   std::vector<int> devices;
-  for (size_t i = 0; i < seats_.size(); ++i) {
-    if (is_here_[i]) devices.push_back(static_cast<int>(seats_[i].device_id));
+  for (size_t i = 0; i < positions_.size(); ++i) {
+    if (is_here_[i]) devices.push_back(static_cast<int>(positions_[i].device_id));
   }
   return devices;
 }
 
 void DeviceGroup::Open(uint64_t timeout_ns, const LoadKernels& load_kernels) {
-  const size_t size = seats_.size();
+  const size_t size = positions_.size();
   {
-    const OnDevice on_device(DevicesHere().front());  // else it were device 0, maybe another's
-    Check("cudaHostAlloc",
-          cudaHostAlloc(reinterpret_cast<void**>(&records_), size * sizeof(FailureRecord),
-                        cudaHostAllocPortable | cudaHostAllocMapped));
+    const OnDevice on_device(
+        DevicesHere().front());  // not device 0, which may be another process's
+    CheckCuda("cudaHostAlloc",
+              cudaHostAlloc(reinterpret_cast<void**>(&records_), size * sizeof(FailureRecord),
+                            cudaHostAllocPortable | cudaHostAllocMapped));
   }
   for (size_t i = 0; i < size; ++i) records_[i] = {};
   members_.resize(size);
@@ -151,22 +68,22 @@ void DeviceGroup::Open(uint64_t timeout_ns, const LoadKernels& load_kernels) {
   copies_.resize(size);
   for (size_t i = 0; i < size; ++i) {
     if (!is_here_[i]) continue;
-    const int64_t device = seats_[i].device_id;
+    const int64_t device = positions_[i].device_id;
     const OnDevice on_device(device);
-    Check("cudaFree", cudaFree(nullptr));  // makes the context, if nobody has
+    CheckCuda("cudaFree", cudaFree(nullptr));  // makes the context if there is none
     const size_t staging_offset = SharedBytes(num_ranks_);
     control_[i] = ShareableMemory::Create(static_cast<int>(device), staging_offset + staging_bytes_,
                                           DevicesHere());
-    Check("cudaMemcpy", cudaMemcpy(&reinterpret_cast<ControlBlock*>(control_[i].data())->timeout_ns,
-                                   &timeout_ns, sizeof(timeout_ns), cudaMemcpyHostToDevice));
-    Check("cudaDeviceSynchronize", cudaDeviceSynchronize());
-    Check("cudaStreamCreateWithFlags",
-          cudaStreamCreateWithFlags(&copies_[i], cudaStreamNonBlocking));
+    CheckCuda("cudaMemcpy", cudaMemcpy(&ControlAt(i)->timeout_ns, &timeout_ns, sizeof(timeout_ns),
+                                       cudaMemcpyHostToDevice));
+    CheckCuda("cudaDeviceSynchronize", cudaDeviceSynchronize());
+    CheckCuda("cudaStreamCreateWithFlags",
+              cudaStreamCreateWithFlags(&copies_[i], cudaStreamNonBlocking));
     members_[i].traits = TraitsOf(device);
     gpus_[i] = GpuOf(device);
-    members_[i].endpoint = {.rank = seats_[i].member.rank,
+    members_[i].endpoint = {.rank = positions_[i].member.rank,
                             .num_ranks = num_ranks_,
-                            .position = static_cast<int32_t>(seats_[i].position),
+                            .position = static_cast<int32_t>(positions_[i].position),
                             .site = 0,
                             .rooms = RoomsOf(num_ranks_),
                             .control = {},
@@ -176,26 +93,26 @@ void DeviceGroup::Open(uint64_t timeout_ns, const LoadKernels& load_kernels) {
     if (IsAlone() && !stages_all_) members_[i].readers = DevicesHere();
     members_[i].staging = control_[i].data() + staging_offset;
     members_[i].staging_bytes = control_[i].bytes() - staging_offset;
-    seat_of_device_[device] = static_cast<int>(i);
+    index_of_device_[device] = static_cast<int>(i);
     load_kernels(members_[i].traits);
   }
   if (IsAlone()) Complete();
 }
 
-bool DeviceGroup::FindPool(int seat, uint64_t address) {
-  const OnDevice on_device(seats_.at(seat).device_id);
+bool DeviceGroup::FindPool(int index, uint64_t address) {
+  const OnDevice on_device(positions_.at(index).device_id);
   const ExportedAllocation pool = ReadableAllocationOf(address, DevicesHere());
-  members_.at(seat).pool = {.begin = pool.begin, .bytes = pool.bytes, .here = 0};
+  members_.at(index).pool = {.begin = pool.begin, .bytes = pool.bytes, .here = 0};
   return pool.bytes > 0;
 }
 
-DeviceGroup::Exported DeviceGroup::Export(int seat, uint64_t address) {
-  Member& member = members_.at(seat);
-  const OnDevice on_device(seats_.at(seat).device_id);
+DeviceGroup::Exported DeviceGroup::Export(int index, uint64_t address) {
+  Member& member = members_.at(index);
+  const OnDevice on_device(positions_.at(index).device_id);
   Exported exported{.traits = member.traits,
-                    .gpu = gpus_.at(seat),
-                    .control = control_.at(seat).Export(),
-                    .control_bytes = control_.at(seat).bytes(),
+                    .gpu = gpus_.at(index),
+                    .control = control_.at(index).Export(),
+                    .control_bytes = control_.at(index).bytes(),
                     .pool = {.begin = 0, .bytes = 0, .descriptor = -1}};
   if (stages_all_) return exported;
   try {
@@ -208,29 +125,30 @@ DeviceGroup::Exported DeviceGroup::Export(int seat, uint64_t address) {
   return exported;
 }
 
-void DeviceGroup::Import(int seat, const Exported& exported) {
+void DeviceGroup::Import(int index, const Exported& exported) {
   const OnDevice on_device(DevicesHere().front());
   try {
-    members_.at(seat).traits = exported.traits;
-    gpus_.at(seat) = exported.gpu;
-    control_.at(seat) = ShareableMemory::Import(exported.control, exported.control_bytes,
-                                                DevicesHere(), ShareableMemory::Use::kReadAndWrite);
+    members_.at(index).traits = exported.traits;
+    gpus_.at(index) = exported.gpu;
+    control_.at(index) =
+        ShareableMemory::Import(exported.control, exported.control_bytes, DevicesHere(),
+                                ShareableMemory::Use::kReadAndWrite);
     if (exported.pool.descriptor >= 0) {
-      pools_.at(seat) = ShareableMemory::Import(exported.pool.descriptor, exported.pool.bytes,
-                                                DevicesHere(), ShareableMemory::Use::kRead);
+      pools_.at(index) = ShareableMemory::Import(exported.pool.descriptor, exported.pool.bytes,
+                                                 DevicesHere(), ShareableMemory::Use::kRead);
     }
   } catch (...) {
     Close(exported);
     throw;
   }
   Close(exported);
-  maps_.at(seat) = {.begin = exported.pool.begin,
-                    .bytes = exported.pool.bytes,
-                    .here = reinterpret_cast<uint64_t>(pools_.at(seat).data())};
+  maps_.at(index) = {.begin = exported.pool.begin,
+                     .bytes = exported.pool.bytes,
+                     .here = reinterpret_cast<uint64_t>(pools_.at(index).data())};
 }
 
 void DeviceGroup::Complete() {
-  // Ranks share work by what a device can do: all of them count on the least.
+  // Ranks divide work by the traits of a device. All ranks use the least of each trait.
   DeviceTraits least = members_.front().traits;
   for (const Member& member : members_) {
     const DeviceTraits& t = member.traits;
@@ -238,21 +156,21 @@ void DeviceGroup::Complete() {
     least.max_shared_bytes = std::min(least.max_shared_bytes, t.max_shared_bytes);
     least.has_bulk_copy = least.has_bulk_copy && t.has_bulk_copy;
   }
-  // Ranks of several processes may share a GPU: the blocks of all of them must fit at once, since
-  // they wait for one another.
+  // Ranks of several processes may share a GPU. Their blocks wait for one another, so the blocks of
+  // all ranks must fit at once.
   int most_ranks = 1;
   for (const uint64_t gpu : gpus_) {
     most_ranks = std::max<int>(most_ranks, std::count(gpus_.begin(), gpus_.end(), gpu));
   }
   least.num_sms = std::max(1, least.num_sms / most_ranks);
   has_native_atomics_ = HaveNativeAtomics(gpus_, DevicesHere());
-  for (size_t i = 0; i < seats_.size(); ++i) {
+  for (size_t i = 0; i < positions_.size(); ++i) {
     if (!is_here_[i]) continue;
     Member& member = members_[i];
-    for (size_t j = 0; j < seats_.size(); ++j) {
-      if (seats_[j].member.slice != seats_[i].member.slice) continue;
-      const int rank = seats_[j].member.rank;
-      member.endpoint.control[rank] = reinterpret_cast<ControlBlock*>(control_[j].data());
+    for (size_t j = 0; j < positions_.size(); ++j) {
+      if (positions_[j].member.slice != positions_[i].member.slice) continue;
+      const int rank = positions_[j].member.rank;
+      member.endpoint.control[rank] = ControlAt(j);
       member.endpoint.pools[rank] = maps_[j];
       if (stages_all_) member.endpoint.pools[rank].bytes = 0;
     }
@@ -269,7 +187,7 @@ void DeviceGroup::Release() {
     static_cast<void>(new std::vector<ShareableMemory>(std::move(pools_)));
     return;
   }
-  // Unmapping waits for nobody, and what fails here is too late to be told.
+  // Unmapping would not wait for kernels. Errors are ignored: it is too late to report them.
   for (const int device : DevicesHere()) {
     try {
       const OnDevice on_device(device);
@@ -295,165 +213,56 @@ void DeviceGroup::Release() {
 void DeviceGroup::Reopen(std::chrono::milliseconds timeout) {
   const uint64_t timeout_ns = std::chrono::nanoseconds(timeout).count();
   is_abandoned_ = false;
-  for (size_t i = 0; i < seats_.size(); ++i) {
+  for (size_t i = 0; i < positions_.size(); ++i) {
     if (!is_here_[i]) continue;
-    const OnDevice on_device(seats_[i].device_id);
-    // What was pushed may stay: its signals are gone.
-    Check("cudaMemset",
-          cudaMemsetAsync(control_[i].data(), 0, kPacketsOffset + kPacketBytes, copies_[i]));
-    Check("cudaMemcpy",
-          cudaMemcpyAsync(&reinterpret_cast<ControlBlock*>(control_[i].data())->timeout_ns,
-                          &timeout_ns, sizeof(timeout_ns), cudaMemcpyHostToDevice, copies_[i]));
-    Check("cudaStreamSynchronize", cudaStreamSynchronize(copies_[i]));
+    const OnDevice on_device(positions_[i].device_id);
+    // Pushed operands may stay, since their signals are zeroed.
+    CheckCuda("cudaMemset", cudaMemsetAsync(control_[i].data(), 0, kPushedOffset, copies_[i]));
+    CheckCuda("cudaMemcpy",
+              cudaMemcpyAsync(&ControlAt(i)->timeout_ns, &timeout_ns, sizeof(timeout_ns),
+                              cudaMemcpyHostToDevice, copies_[i]));
+    CheckCuda("cudaStreamSynchronize", cudaStreamSynchronize(copies_[i]));
     records_[i] = {};
   }
 }
 
 const DeviceGroup::Member* DeviceGroup::Find(int64_t device_id) const {
-  // XLA has made the device of a call current, and may count those that a process was given from 0.
+  // XLA has made the device of a call current. Its own numbers may count the devices that the
+  // process was given from 0.
   int current = -1;
   if (cudaGetDevice(&current) != cudaSuccess) current = static_cast<int>(device_id);
-  const auto found = seat_of_device_.find(current);
-  return found == seat_of_device_.end() ? nullptr : &members_[found->second];
+  const auto found = index_of_device_.find(current);
+  return found == index_of_device_.end() ? nullptr : &members_[found->second];
 }
 
-std::optional<ErrorRecord> DeviceGroup::error() const {
-  std::optional<FailureRecord> found;
-  for (size_t i = 0; i < seats_.size(); ++i) {
-    if (!is_here_[i]) continue;
-    const volatile FailureRecord& record = records_[i];
-    std::optional<FailureRecord> own;
-    if (record.is_set != 0) {
-      std::atomic_thread_fence(std::memory_order_acquire);
-      own = FailureRecord{.is_set = 1,
-                          .kind = record.kind,
-                          .op = record.op,
-                          .site = record.site,
-                          .rank = record.rank,
-                          .peer = record.peer,
-                          .expected = record.expected,
-                          .seen = record.seen};
-    } else if (!IsAlone()) {
-      own = ToldTo(i);
-    }
-    // A call beside another one makes its peers see a call that is not theirs: not the cause.
-    if (own && (!found || own->kind == FailureKind::kArrivedTwice)) found = own;
-  }
-  if (!found) return std::nullopt;
-  return ErrorRecord{.kind = found->kind,
-                     .op = OpOf(*found),
-                     .rank = found->rank,
-                     .peer = found->peer,
-                     .expected = found->expected,
-                     .seen = found->seen};
+ControlBlock* DeviceGroup::ControlAt(size_t index) const {
+  return reinterpret_cast<ControlBlock*>(control_[index].data());
 }
 
-std::optional<FailureRecord> DeviceGroup::ToldTo(size_t seat) const {
-  const OnDevice on_device(seats_[seat].device_id);
-  const auto* control = reinterpret_cast<const ControlBlock*>(control_[seat].data());
-  FailureRecord told[kMaxRanks];
-  const auto find_first = [&] {
-    Check("cudaMemcpyAsync", cudaMemcpyAsync(told, control->told, sizeof(told),
-                                             cudaMemcpyDeviceToHost, copies_[seat]));
-    Check("cudaStreamSynchronize", cudaStreamSynchronize(copies_[seat]));
-    return std::find_if(std::begin(told), std::end(told),
-                        [](const FailureRecord& record) { return record.is_set != 0; });
-  };
-  if (find_first() == std::end(told)) return std::nullopt;
-  // What lies beside the word may have been copied before it was written: once more.
-  return *find_first();
-}
-
-ControlBlock* DeviceGroup::ControlAt(size_t seat) const {
-  return reinterpret_cast<ControlBlock*>(control_[seat].data());
-}
-
-void DeviceGroup::CopyBeside(size_t seat, void* to, const void* from, size_t bytes,
+void DeviceGroup::CopyBeside(size_t index, void* to, const void* from, size_t bytes,
                              cudaMemcpyKind kind) const {
-  const OnDevice on_device(seats_[seat].device_id);
-  Check("cudaMemcpyAsync", cudaMemcpyAsync(to, from, bytes, kind, copies_[seat]));
-  Check("cudaStreamSynchronize", cudaStreamSynchronize(copies_[seat]));
-}
-
-std::optional<uint32_t> DeviceGroup::RunningAt(size_t seat) const {
-  Signal turn;
-  CopyBeside(seat, &turn, &ControlAt(seat)->turn, sizeof(turn), cudaMemcpyDeviceToHost);
-  return turn.value == 0 ? std::nullopt : std::optional(turn.epoch);
-}
-
-void DeviceGroup::NoteWaits() {
-  noted_.assign(seats_.size(), std::nullopt);
-  for (size_t i = 0; i < seats_.size(); ++i) {
-    if (is_here_[i]) noted_[i] = RunningAt(i);
-  }
-}
-
-void DeviceGroup::EndNotedWaits() {
-  for (size_t i = 0; i < noted_.size(); ++i) {
-    if (!noted_[i] || noted_[i] != RunningAt(i)) continue;
-    FailAt(i, {.is_set = 1,
-               .kind = FailureKind::kInterrupted,
-               .op = OpId::kDispatch,
-               .site = 0,
-               .rank = seats_[i].member.rank,
-               .peer = kNoIndex,
-               .expected = num_ranks_,
-               .seen = 0});
-  }
-}
-
-bool DeviceGroup::IsWaiting() {
-  for (size_t i = 0; i < seats_.size(); ++i) {
-    if (is_here_[i] && RunningAt(i)) return true;
-  }
-  return false;
-}
-
-void DeviceGroup::FailAt(size_t seat, FailureRecord record) {
-  uint32_t has_failed = 0;
-  CopyBeside(seat, &has_failed, &ControlAt(seat)->has_failed, sizeof(has_failed),
-             cudaMemcpyDeviceToHost);
-  if (has_failed != 0) return;  // and it ends the waits itself
-  // In the order of Fail (device/signals.cuh). The words of `told` go in front of is_set, which a
-  // single copy would not promise.
-  record.is_set = 0;
-  records_[seat] = record;
-  std::atomic_thread_fence(std::memory_order_release);
-  static_cast<volatile FailureRecord&>(records_[seat]).is_set = 1;
-  std::vector<size_t> slice;
-  for (size_t j = 0; j < seats_.size(); ++j) {
-    if (seats_[j].member.slice == seats_[seat].member.slice) slice.push_back(j);
-  }
-  const uint32_t one = 1;
-  for (const bool is_whole : {false, true}) {
-    for (const size_t j : slice) {
-      FailureRecord& told = ControlAt(j)->told[record.rank];
-      is_whole ? CopyBeside(seat, &told.is_set, &one, sizeof(one), cudaMemcpyHostToDevice)
-               : CopyBeside(seat, &told, &record, sizeof(record), cudaMemcpyHostToDevice);
-    }
-  }
-  for (const size_t j : slice) {
-    CopyBeside(seat, &ControlAt(j)->abort, &one, sizeof(one), cudaMemcpyHostToDevice);
-  }
+  const OnDevice on_device(positions_[index].device_id);
+  CheckCuda("cudaMemcpyAsync", cudaMemcpyAsync(to, from, bytes, kind, copies_[index]));
+  CheckCuda("cudaStreamSynchronize", cudaStreamSynchronize(copies_[index]));
 }
 
 void DeviceGroup::SetEpoch(uint32_t epoch) {
-  for (size_t i = 0; i < seats_.size(); ++i) {
+  for (size_t i = 0; i < positions_.size(); ++i) {
     if (!is_here_[i]) continue;
-    const OnDevice on_device(seats_[i].device_id);
-    Check("cudaDeviceSynchronize", cudaDeviceSynchronize());
-    Check("cudaMemcpy", cudaMemcpy(&reinterpret_cast<ControlBlock*>(control_[i].data())->turn.epoch,
-                                   &epoch, sizeof(epoch), cudaMemcpyHostToDevice));
+    const OnDevice on_device(positions_[i].device_id);
+    CheckCuda("cudaDeviceSynchronize", cudaDeviceSynchronize());
+    CheckCuda("cudaMemcpy",
+              cudaMemcpy(&ControlAt(i)->turn.epoch, &epoch, sizeof(epoch), cudaMemcpyHostToDevice));
   }
 }
 
 void DeviceGroup::SkipRank(int rank) {
-  for (size_t i = 0; i < seats_.size(); ++i) {
+  for (size_t i = 0; i < positions_.size(); ++i) {
     if (!is_here_[i]) continue;
-    const OnDevice on_device(seats_[i].device_id);
-    const uint32_t skip = seats_[i].member.rank == rank ? 1 : 0;
-    Check("cudaMemcpy", cudaMemcpy(&reinterpret_cast<ControlBlock*>(control_[i].data())->skip,
-                                   &skip, sizeof(skip), cudaMemcpyHostToDevice));
+    const OnDevice on_device(positions_[i].device_id);
+    const uint32_t skip = positions_[i].member.rank == rank ? 1 : 0;
+    CheckCuda("cudaMemcpy",
+              cudaMemcpy(&ControlAt(i)->skip, &skip, sizeof(skip), cudaMemcpyHostToDevice));
   }
 }
 

@@ -1,6 +1,6 @@
-// The native half of jax_ep.Group on GPUs: who is who, and the memory they meet in.
+// The native half of jax_ep.Group on GPUs: its positions, and the memory that its ranks share.
 //
-// Executables hold a shared_ptr to it, so a closed group lives until the last of them is gone.
+// Executables hold a shared_ptr to it, so a closed group lives until the last executable is gone.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -15,34 +15,25 @@
 #include <unordered_map>
 #include <vector>
 
-#include "core/protocol.h"
+#include "device/devices.h"
+#include "device/endpoint.h"
 #include "device/shareable_memory.h"
 #include "runtime/error_record.h"
 #include "runtime/home_process.h"
 #include "runtime/interrupt.h"
-#include "runtime/seat.h"
+#include "runtime/mesh_position.h"
 
 namespace jax_ep {
 
-/// Loads what kernels the current device will run, and lowers the traits to what they were compiled
-/// for. They must be there before a peer waits.
-using LoadKernels = std::function<void(DeviceTraits&)>;
-
-/// The same on each device. Throws what load_kernels throws.
-void LoadKernelsOn(const std::vector<int64_t>& devices, const LoadKernels& load_kernels);
-
-/// Throws std::runtime_error, saying why, unless every device can read every other one's memory.
-void RequirePeers(const std::vector<int64_t>& devices);
-
 class DeviceGroup : public Interruptible, public std::enable_shared_from_this<DeviceGroup> {
  public:
-  /// `seats`: of whole slices; those of the mesh that this process has to do with. Device ids are
-  /// those of the CUDA runtime. Throws std::runtime_error when the devices cannot reach one
-  /// another, or CUDA fails otherwise. `is_here`, by seat, says whose device is this process's;
+  /// `positions`: of whole slices; those of the mesh that this process has to do with. Device ids
+  /// are those of the CUDA runtime. Throws std::runtime_error when the devices cannot reach one
+  /// another, or CUDA fails otherwise. `is_here`, by position, says whose device is this process's;
   /// empty: all are. A group over several processes may be used when what the others export of
-  /// their seats has been imported, and Complete was called. `staging_bytes` of each device hold
-  /// copies of operands that peers have not mapped, which all are where `stages_all`.
-  DeviceGroup(std::string identity, std::vector<Seat> seats, int num_ranks,
+  /// their positions has been imported, and Complete was called. `staging_bytes` of each device
+  /// hold copies of operands that peers have not mapped, which all are where `stages_all`.
+  DeviceGroup(std::string identity, std::vector<MeshPosition> positions, int num_ranks,
               std::chrono::milliseconds timeout, const LoadKernels& load_kernels,
               std::vector<bool> is_here = {}, size_t staging_bytes = 0, bool stages_all = false);
   ~DeviceGroup() override;
@@ -52,47 +43,48 @@ class DeviceGroup : public Interruptible, public std::enable_shared_from_this<De
   const std::string& identity() const { return identity_; }
   int num_ranks() const { return num_ranks_; }
 
-  /// A device of the group as kernels see it; null for a device that is not in it.
+  /// A device of the group, as kernels see it.
   struct Member {
     Endpoint endpoint;
     DeviceTraits traits;
-    PeerPool pool = {};  // what peers can read of the device's memory, for as long as XLA lives
-    std::vector<int> readers = {};  // of whom else to ask the driver; none: nothing else is read
+    PeerPool pool = {};             // memory that peers can read, for as long as XLA lives
+    std::vector<int> readers = {};  // devices to ask the driver about; none: peers read `pool` only
     std::byte* staging = nullptr;
     size_t staging_bytes = 0;
   };
+  /// Null for a device that is not in the group.
   const Member* Find(int64_t device_id) const;
 
   /// Where all members are of this process: what peers may read of the memory that XLA gives, by an
-  /// address of any buffer of it on the device of a seat. False where they may not.
-  bool FindPool(int seat, uint64_t address);
+  /// address of any buffer of it on the device of a position. False where they may not.
+  bool FindPool(int index, uint64_t address);
 
-  /// What another process needs to reach a device of this one.
+  /// Data by which another process reaches a device of this process.
   struct Exported {
     DeviceTraits traits;
-    uint64_t gpu;  // which it is, on its host
+    uint64_t gpu;  // GpuOf the device
     int control;   // descriptor; the receiver closes both
     size_t control_bytes;
-    ExportedAllocation pool;  // no descriptor where all operands are staged
+    ExportedAllocation pool;  // without descriptor if all operands are staged
   };
-  /// `address`: of any buffer of XLA on the device of a seat.
-  Exported Export(int seat, uint64_t address);
-  /// The same of a device elsewhere. Takes the descriptors over.
-  void Import(int seat, const Exported& exported);
-  /// When all have been imported.
+  /// Exports the device of a position. `address`: of any buffer of XLA on it.
+  Exported Export(int index, uint64_t address);
+  /// Imports a device of another process. Takes the descriptors over.
+  void Import(int index, const Exported& exported);
+  /// Completes the group after all imports.
   void Complete();
 
   std::optional<ErrorRecord> error() const;
 
-  /// After another process was lost: a collective of XLA's that waits for it may be on a device and
-  /// never end. From now on the destructor waits for no device, and so must leave to the end of the
-  /// process what kernels may still use.
+  /// Abandons the group after another process was lost: an XLA collective that waits for it may
+  /// never end. From now on the destructor waits for no device. So it keeps memory that kernels may
+  /// still use until the end of the process.
   void Abandon();
 
-  /// As if newly opened, in the same memory, which captured programs refer to. In all processes,
-  /// when nothing of the group runs any more in any of them.
+  /// Opens the group again in the same memory, which captured programs refer to. All processes call
+  /// it, when no call of the group runs in any of them.
   void Reopen(std::chrono::milliseconds timeout);
-  /// Another group has taken this one's identity, in other memory.
+  /// Notes that another group has taken this group's identity, in other memory.
   void Supersede() { is_superseded_ = true; }
   bool is_superseded() const { return is_superseded_; }
   bool stages_all() const { return stages_all_; }
@@ -100,53 +92,57 @@ class DeviceGroup : public Interruptible, public std::enable_shared_from_this<De
   /// Whether packets may be sent between this process's devices and all others; when complete.
   bool has_native_atomics() const { return has_native_atomics_; }
 
-  /// When the user interrupts the process: calls that run on devices here, and have not advanced
-  /// when the second of these methods looks at them, wait for peers. They end as by a failure of
-  /// this rank, and the group has failed on all ranks of the slice. All copy beside what runs on
-  /// the devices.
+  /// Interrupts by the user. A call that runs on a device here waits for peers if it has not
+  /// advanced between NoteWaits and EndNotedWaits. It ends as by a failure of this rank, and the
+  /// group has failed on all ranks of the slice. All three methods copy beside the work on the
+  /// devices.
   void NoteWaits() override;
   void EndNotedWaits() override;
   bool IsWaiting() override;
 
   /// For tests: calls of `rank` end at once, poisoned, and never reach the peers. kNoIndex undoes
-  /// it.
+  /// this.
   void SkipRank(int rank);
-  /// For tests: as if so many calls had been made. All processes, between two calls.
+  /// For tests: sets the epoch as if so many calls had been made. All processes call it, between
+  /// two calls of the group.
   void SetEpoch(uint32_t epoch);
 
  private:
   void Open(uint64_t timeout_ns, const LoadKernels& load_kernels);
   void Release();
   std::vector<int> DevicesHere() const;
-  bool IsAlone() const { return DevicesHere().size() == seats_.size(); }
-  /// What a peer has told the device of a seat here, also when no call looks at it any more.
-  std::optional<FailureRecord> ToldTo(size_t seat) const;
-  /// The epoch behind which a call runs on the device of a seat here, if one does.
-  std::optional<uint32_t> RunningAt(size_t seat) const;
-  /// Records a failure that the host has found on a seat here, and ends every wait of its slice.
-  void FailAt(size_t seat, FailureRecord record);
-  ControlBlock* ControlAt(size_t seat) const;
-  void CopyBeside(size_t seat, void* to, const void* from, size_t bytes, cudaMemcpyKind kind) const;
+  bool IsAlone() const { return DevicesHere().size() == positions_.size(); }
+  /// The failure that a peer has told the device of a position here, even if no call reads it any
+  /// more.
+  std::optional<FailureRecord> ToldTo(size_t index) const;
+  /// The epoch behind which a call runs on the device of a position here, if one does.
+  std::optional<uint32_t> RunningAt(size_t index) const;
+  /// Records a failure that the host has found on a position here, and ends every wait of its
+  /// slice.
+  void FailAt(size_t index, FailureRecord record);
+  ControlBlock* ControlAt(size_t index) const;
+  void CopyBeside(size_t index, void* to, const void* from, size_t bytes,
+                  cudaMemcpyKind kind) const;
 
   std::string identity_;
   int num_ranks_;
-  std::vector<Seat> seats_;
+  std::vector<MeshPosition> positions_;
   size_t staging_bytes_;
   bool stages_all_;
-  std::vector<bool> is_here_;             // by seat, as is all that follows
-  std::vector<Member> members_;           // without those elsewhere, of which only traits are known
-  std::vector<uint64_t> gpus_;            // which each is, on the host
-  std::vector<ShareableMemory> control_;  // of a ControlBlock each
-  std::vector<ShareableMemory> pools_;    // of those elsewhere
+  std::vector<bool> is_here_;             // by position, as is all that follows
+  std::vector<Member> members_;           // of devices elsewhere only the traits are known
+  std::vector<uint64_t> gpus_;            // GpuOf each device
+  std::vector<ShareableMemory> control_;  // each begins with a ControlBlock
+  std::vector<ShareableMemory> pools_;    // of devices elsewhere
   std::vector<PeerPool> maps_;
-  std::vector<cudaStream_t> copies_;  // to the host, beside whatever waits on the device
-  FailureRecord* records_ = nullptr;  // by seat, in pinned host memory
-  std::unordered_map<int64_t, int> seat_of_device_;
+  std::vector<cudaStream_t> copies_;  // streams for copies beside work that waits on the device
+  FailureRecord* records_ = nullptr;  // by position, in pinned host memory
+  std::unordered_map<int64_t, int> index_of_device_;
   std::atomic<bool> is_abandoned_ = false;
   std::atomic<bool> is_superseded_ = false;
   bool has_native_atomics_ = false;
   HomeProcess home_;
-  std::vector<std::optional<uint32_t>> noted_;  // what RunningAt found; of the watching thread
+  std::vector<std::optional<uint32_t>> noted_;  // from RunningAt; for the watching thread only
 };
 
 }  // namespace jax_ep

@@ -4,6 +4,8 @@
 // names its Context, which comes first, and its Status. Attributes come last, in one struct.
 #pragma once
 
+#include <optional>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 
@@ -13,6 +15,26 @@
 namespace jax_ep {
 
 namespace ffi = xla::ffi;
+
+/// The parts of a context of a handler, as XLA's bindings name them: `Parts` of a struct that has
+/// one member for each.
+template <typename... Bound>
+struct ContextParts {
+  template <typename Context>
+  static std::optional<Context> Decode([[maybe_unused]] const XLA_FFI_Api* api,
+                                       [[maybe_unused]] XLA_FFI_ExecutionContext* context,
+                                       [[maybe_unused]] ffi::DiagnosticEngine& diagnostic) {
+    // Braces: XLA decodes from left to right.
+    const std::tuple<std::optional<typename ffi::CtxDecoding<Bound>::Type>...> parts{
+        ffi::CtxDecoding<Bound>::Decode(api, context, diagnostic)...};
+    return std::apply(
+        [](const auto&... part) -> std::optional<Context> {
+          if (!(part.has_value() && ...)) return std::nullopt;
+          return Context{*part...};
+        },
+        parts);
+  }
+};
 
 /// Appends one parameter to a binding.
 template <typename Param, typename Binding>
@@ -49,6 +71,26 @@ auto BindingOf(Status (*)(Params...)) {
 }
 
 }  // namespace jax_ep
+
+namespace xla::ffi {
+
+template <typename Context>
+  requires requires { typename Context::Parts; }
+struct CtxBinding<Context> {
+  using Ctx = Context;
+};
+
+template <typename Context>
+  requires requires { typename Context::Parts; }
+struct CtxDecoding<Context> {
+  using Type = Context;
+  static std::optional<Context> Decode(const XLA_FFI_Api* api, XLA_FFI_ExecutionContext* context,
+                                       DiagnosticEngine& diagnostic) {
+    return Context::Parts::template Decode<Context>(api, context, diagnostic);
+  }
+};
+
+}  // namespace xla::ffi
 
 XLA_FFI_REGISTER_ENUM_ATTR_DECODING(jax_ep::RecvLayout);
 XLA_FFI_REGISTER_ENUM_ATTR_DECODING(jax_ep::Fill);

@@ -5,7 +5,6 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
-#include <optional>
 #include <string>
 
 #include "device/device_group.h"
@@ -15,14 +14,13 @@ namespace jax_ep {
 
 using DeviceSite = OpSite<DeviceGroup>;
 
-/// Of a staged operand; GroupSpec.can_stage of jax_ep/_spec.py counts with it.
-inline constexpr size_t kStagingAlignment = 256;
-
 /// What bulk copies ask of an address.
 inline constexpr size_t kOperandAlignment = 16;
 
 /// What XLA says about the call of one device.
 struct DeviceContext {
+  using Parts =
+      ContextParts<ffi::State<DeviceSite>, ffi::PlatformStream<cudaStream_t>, ffi::DeviceOrdinal>;
   DeviceSite* site;
   cudaStream_t stream;
   int32_t device_id;
@@ -31,6 +29,7 @@ struct DeviceContext {
 };
 
 struct DeviceLocalContext {
+  using Parts = ContextParts<ffi::PlatformStream<cudaStream_t>>;
   cudaStream_t stream;
 };
 
@@ -129,41 +128,3 @@ inline ffi::Error RefuseSuperseded(const DeviceSite* site) {
 inline auto InitializeBinding() { return ffi::Ffi::BindInitialize().Ctx<ffi::State<DeviceSite>>(); }
 
 }  // namespace jax_ep
-
-namespace xla::ffi {
-
-template <>
-struct CtxBinding<jax_ep::DeviceContext> {
-  using Ctx = jax_ep::DeviceContext;
-};
-
-template <>
-struct CtxDecoding<jax_ep::DeviceContext> {
-  using Type = jax_ep::DeviceContext;
-  static std::optional<Type> Decode(const XLA_FFI_Api* api, XLA_FFI_ExecutionContext* context,
-                                    DiagnosticEngine& diagnostic) {
-    const auto site = CtxDecoding<State<jax_ep::DeviceSite>>::Decode(api, context, diagnostic);
-    const auto stream = CtxDecoding<PlatformStream<cudaStream_t>>::Decode(api, context, diagnostic);
-    const auto device = CtxDecoding<DeviceOrdinal>::Decode(api, context, diagnostic);
-    if (!site || !stream || !device) return std::nullopt;
-    return Type{*site, *stream, *device};
-  }
-};
-
-template <>
-struct CtxBinding<jax_ep::DeviceLocalContext> {
-  using Ctx = jax_ep::DeviceLocalContext;
-};
-
-template <>
-struct CtxDecoding<jax_ep::DeviceLocalContext> {
-  using Type = jax_ep::DeviceLocalContext;
-  static std::optional<Type> Decode(const XLA_FFI_Api* api, XLA_FFI_ExecutionContext* context,
-                                    DiagnosticEngine& diagnostic) {
-    const auto stream = CtxDecoding<PlatformStream<cudaStream_t>>::Decode(api, context, diagnostic);
-    if (!stream) return std::nullopt;
-    return Type{*stream};
-  }
-};
-
-}  // namespace xla::ffi

@@ -3,7 +3,6 @@
 
 #include <cstdint>
 #include <memory>
-#include <optional>
 #include <string>
 
 #include "ops/op_site.h"
@@ -15,14 +14,17 @@ using HostSite = OpSite<Group>;
 
 /// What XLA says about the call of one device.
 struct HostContext {
+  using Parts = ContextParts<ffi::State<HostSite>, ffi::RunId, ffi::DeviceOrdinal>;
   HostSite* site;
-  int64_t run_id;
+  ffi::RunId run;
   int64_t device_id;
   int num_ranks() const { return site->num_ranks; }
   const std::string& op() const { return site->op; }
 };
 
-struct HostLocalContext {};
+struct HostLocalContext {
+  using Parts = ContextParts<>;
+};
 
 /// The back end `cpu`: the results of a call are there when its peers have come.
 struct Cpu {
@@ -38,50 +40,14 @@ ffi::Future JoinGroup(const HostContext& context, I32Buffer position,
   ffi::Promise promise;
   ffi::Future future(promise);
   const std::string& op = context.op();
-  const std::shared_ptr<Group> group = context.site->GroupOf(context.run_id);
+  const std::shared_ptr<Group> group = context.site->GroupOf(context.run.run_id);
   const Member member = group->Locate(op, context.device_id, position.typed_data()[0]);
   CallSites& sites = Registry<Group>::Get().sites();
   CallSite& call = context.site->call();
   sites.Settle(call);
-  group->exchange().Join<Call>({op, call, sites.newest(), context.run_id, member}, args,
+  group->exchange().Join<Call>({op, call, sites.newest(), context.run.run_id, member}, args,
                                [promise]() mutable { promise.SetAvailable(); });
   return future;
 }
 
 }  // namespace jax_ep
-
-namespace xla::ffi {
-
-template <>
-struct CtxBinding<jax_ep::HostContext> {
-  using Ctx = jax_ep::HostContext;
-};
-
-template <>
-struct CtxDecoding<jax_ep::HostContext> {
-  using Type = jax_ep::HostContext;
-  static std::optional<Type> Decode(const XLA_FFI_Api* api, XLA_FFI_ExecutionContext* context,
-                                    DiagnosticEngine& diagnostic) {
-    const auto site = CtxDecoding<State<jax_ep::HostSite>>::Decode(api, context, diagnostic);
-    const auto run = CtxDecoding<RunId>::Decode(api, context, diagnostic);
-    const auto device = CtxDecoding<DeviceOrdinal>::Decode(api, context, diagnostic);
-    if (!site || !run || !device) return std::nullopt;
-    return Type{*site, run->run_id, *device};
-  }
-};
-
-template <>
-struct CtxBinding<jax_ep::HostLocalContext> {
-  using Ctx = jax_ep::HostLocalContext;
-};
-
-template <>
-struct CtxDecoding<jax_ep::HostLocalContext> {
-  using Type = jax_ep::HostLocalContext;
-  static std::optional<Type> Decode(const XLA_FFI_Api*, XLA_FFI_ExecutionContext*,
-                                    DiagnosticEngine&) {
-    return Type{};
-  }
-};
-
-}  // namespace xla::ffi

@@ -1,4 +1,4 @@
-// The native half of jax_ep.Group: who is who, and the exchange between them.
+// The native half of jax_ep.Group: its positions, and the exchange between its ranks.
 //
 // Executables hold a shared_ptr to it, so a closed group lives until the last of them is gone.
 #pragma once
@@ -11,14 +11,14 @@
 #include <vector>
 
 #include "runtime/exchange.h"
-#include "runtime/seat.h"
+#include "runtime/mesh_position.h"
 
 namespace jax_ep {
 
 class Group {
  public:
-  /// `seats`: of whole slices; those of the mesh that this process has to do with.
-  Group(std::string identity, std::vector<Seat> seats, Roster roster,
+  /// `positions`: of whole slices, all those in which this process has ranks or peers.
+  Group(std::string identity, std::vector<MeshPosition> positions, RankMap rank_map,
         std::chrono::milliseconds timeout);
 
   const std::string& identity() const { return identity_; }
@@ -26,16 +26,16 @@ class Group {
   Exchange& exchange() { return exchange_; }
   const Exchange& exchange() const { return exchange_; }
 
-  /// The member at `position` of the mesh. A device that is not the one the group has there means
-  /// that the program runs over another mesh or another device order: the group fails, and the
-  /// device's own place (or the first seat, for a stranger) is returned.
+  /// The member at `position` of the mesh. If the group has another device there, the program runs
+  /// over another mesh or in another device order. Then the group fails, and the result is the
+  /// member of the device, or the first member for a device that is not in the group.
   Member Locate(const std::string& op, int64_t device_id, int64_t position);
 
  private:
   std::string identity_;
   int num_ranks_;
-  std::vector<Seat> seats_;
-  std::unordered_map<int64_t, const Seat*> seat_of_device_;
+  std::vector<MeshPosition> positions_;
+  std::unordered_map<int64_t, const MeshPosition*> position_of_device_;
   Exchange exchange_;
 };
 

@@ -1,15 +1,14 @@
 // Parts of the protocol between GPUs that are computed alike on the host.
-#include "core/protocol.h"
-
 #include <cstddef>
 #include <cstdint>
 #include <random>
 #include <set>
 #include <vector>
 
-#include "core/stopwatch.h"
-#include "core/told_address.h"
-#include "core/turn.h"
+#include "device/endpoint.h"
+#include "device/stopwatch.h"
+#include "device/told_address.h"
+#include "device/turn.h"
 #include "tests/test.h"
 
 namespace jax_ep {

@@ -15,26 +15,19 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from jax_ep._src.base import limits
 from jax_ep._src.base.errors import ConfigError
 
 DEFAULT_TIMEOUT_S = 60.0
 MAX_TIMEOUT_S = 86400.0
 BACKENDS = ("cpu", "cuda", "xla")
-ROW_BYTES_MULTIPLE = 16
 FP8_BLOCK = 128
+# Rules of every back end; limits of the kernels are in limits.py.
+ROW_BYTES_MULTIPLE = 16
 MAX_BIASES = 2
 DEFAULT_SPARE_STAGING_MB = 8
 DEFAULT_STAGING_MB = 256
 MAX_STAGING_MB = 64 * 1024
-# As in xla_ffi/core/protocol.h.
-PACKET_GROUPS = 2048
-PACKET_GROUP_PAYLOAD = 96 * 16
-MAX_PUSH_PAYLOAD = 4 * 1024 * 1024
-MAX_NORM_ROW_BYTES = 64 * 1024  # as kMaxNormRowBytes of ops/all_reduce_residual_rmsnorm
-STAGING_ALIGNMENT = 256  # as kStagingAlignment of xla_ffi/ops/cuda_op.h
-MAX_TOPK = 32
-MAX_CUDA_RANKS = 32  # as kMaxRanks of xla_ffi/core/protocol.h
-
 MAX_INDEX = 2**31 - 1
 
 
@@ -43,8 +36,8 @@ def why_no_kernel_exchange(num_ranks: int) -> str | None:
 
     Options that a program is compiled with (`jax.jit(compiler_options=)`) are not known.
     """
-    if num_ranks > MAX_CUDA_RANKS:
-        return f"its kernels take at most {MAX_CUDA_RANKS} ranks, got {num_ranks}"
+    if num_ranks > limits.MAX_CUDA_RANKS:
+        return f"its kernels take at most {limits.MAX_CUDA_RANKS} ranks, got {num_ranks}"
     flag = "--xla_gpu_command_buffer_scheduling_mode"
     if (_xla_flag(flag) or "").lower() == "concurrent":
         return f"{flag}=concurrent runs independent calls at once; calls of a group need one order"
@@ -101,23 +94,6 @@ def staging_bytes_from_environment() -> tuple[int, int]:
             f"JAX_EP_STAGING_MB must be a whole number from 0 to {MAX_STAGING_MB}, got {value!r}"
         )
     return int(value) << 20, int(value) << 20
-
-
-def packet_payload(num_ranks: int) -> int:
-    """Bytes that one rank can send to another in one low-latency call."""
-    return PACKET_GROUPS // num_ranks * PACKET_GROUP_PAYLOAD
-
-
-def push_payload(num_ranks: int) -> int:
-    """Bytes that one rank can push to another in a one-shot; more is read where it lies."""
-    if num_ranks <= 4:
-        return MAX_PUSH_PAYLOAD
-    return MAX_PUSH_PAYLOAD * 4 // num_ranks // 512 * 512
-
-
-def two_shot_payload(num_ranks: int) -> int:
-    """Bytes that one rank can push in a two-shot: a chunk for each rank, and one of the sum."""
-    return num_ranks * push_payload(num_ranks) // 2
 
 
 def tuning_file_from_environment() -> str | None:

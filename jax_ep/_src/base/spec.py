@@ -10,26 +10,26 @@ from typing import NamedTuple, Self
 import jax
 import jax.numpy as jnp
 
-from jax_ep._src.base import config
+from jax_ep._src.base import limits
 from jax_ep._src.base.options import Algorithm, Fill, Layout, Movement
 
 _GRADIENT = " (gradient)"
 
 
-class Seat(NamedTuple):
+class MeshPosition(NamedTuple):
     """One device of a group's mesh.
 
     Attributes:
       device: its id; CUDA's number of it where the native group of GPUs is told.
       slice: of the mesh's other axes.
       rank: in the slice.
-      position: in the row-major order of the mesh.
+      place: in the row-major order of the mesh.
     """
 
     device: int
     slice: int
     rank: int
-    position: int
+    place: int
 
 
 class Usability(NamedTuple):
@@ -65,30 +65,30 @@ class GroupSpec:
         sizes = dict(self.mesh_axes)
         return math.prod(sizes[a] for a in self.axes)
 
-    def seats(self) -> list[Seat]:
+    def positions(self) -> list[MeshPosition]:
         """In the row-major order of the mesh."""
         sizes = dict(self.mesh_axes)
         others = tuple(name for name in sizes if name not in self.axes)
-        seats = []
-        for position, device_id in enumerate(self.device_ids):
-            index, rest = {}, position
+        positions = []
+        for place, device_id in enumerate(self.device_ids):
+            index, rest = {}, place
             for name in reversed(sizes):
                 rest, index[name] = divmod(rest, sizes[name])
             slice_, rank = (_row_major(index, sizes, names) for names in (others, self.axes))
-            seats.append(Seat(device_id, slice_, rank, position))
-        return seats
+            positions.append(MeshPosition(device_id, slice_, rank, place))
+        return positions
 
     def can_stage(self, *operands: jax.Array | None, scratch_bytes: int = 0) -> bool:
         """Whether a call that peers read so much of is carried by the custom calls."""
         if self.staging_bytes is None:
             return True
         sizes = [scratch_bytes, *(a.size * a.dtype.itemsize for a in operands if a is not None)]
-        unit = config.STAGING_ALIGNMENT
+        unit = limits.STAGING_ALIGNMENT
         return sum(-(-size // unit) * unit for size in sizes) <= self.staging_bytes
 
     def rank_of(self, device_id: int) -> int:
         """The rank of a device."""
-        return self.seats()[self.device_ids.index(device_id)].rank
+        return self.positions()[self.device_ids.index(device_id)].rank
 
     def position(self) -> jax.Array:
         """[1] int32: where this device stands in the mesh, row-major. Inside shard_map."""
@@ -224,11 +224,11 @@ class ReduceSpec:
         if self.movement is Movement.REDUCE_SCATTER:
             num_bytes //= self.group.num_ranks
         num_ranks = self.group.num_ranks
-        is_pushed = num_bytes <= config.push_payload(num_ranks)
+        is_pushed = num_bytes <= limits.push_payload(num_ranks)
         return {
             Algorithm.LOW_LATENCY: True,
             Algorithm.ONE_SHOT: is_pushed or self.group.can_stage(x),
-            Algorithm.TWO_SHOT: num_bytes <= config.two_shot_payload(num_ranks),
+            Algorithm.TWO_SHOT: num_bytes <= limits.two_shot_payload(num_ranks),
         }.get(self.algorithm, False)
 
 

@@ -82,7 +82,7 @@ class Failures:
         if process is None:
             return None
         self._leave_alone()
-        ranks = [seat.rank for seat in self._spec.seats()]
+        ranks = [position.rank for position in self._spec.positions()]
         here, there = (
             [rank for rank, owner in zip(ranks, self._owners, strict=True) if owner == p]
             for p in (jax.process_index(), process)

@@ -74,7 +74,7 @@ def _open(
     **_: Any,
 ) -> _Group:
     identity = arguments.spec.identity
-    slices = [seat.slice for seat in arguments.spec.seats()]
+    slices = [position.slice for position in arguments.spec.positions()]
     with (
         jax_compat.clean_context(),
         ExitStack() as undo,

@@ -12,7 +12,7 @@ import numpy as np
 
 from jax_ep._src.base import config, native_modules
 from jax_ep._src.base.errors import GroupError
-from jax_ep._src.base.spec import GroupSpec, Seat
+from jax_ep._src.base.spec import GroupSpec, MeshPosition
 from jax_ep._src.processes import unix_links
 from jax_ep._src.processes.drain import drain
 from jax_ep._src.processes.rendezvous import Rendezvous
@@ -64,17 +64,17 @@ class NativeOpening:
         self._timeout_ms = math.ceil(timeout * 1000)
         near = {jax.process_index(), *rendezvous.neighbours}
         devices = list(mesh.devices.flat)
-        seats = [seat for seat in spec.seats() if devices[seat.position].process_index in near]
-        slices = sorted({seat.slice for seat in seats})
-        # What this process has to do with: seats of others are in its slices, or in theirs.
-        self._seats = [seat._replace(slice=slices.index(seat.slice)) for seat in seats]
-        self._devices = [devices[seat.position] for seat in seats]
+        positions = [p for p in spec.positions() if devices[p.place].process_index in near]
+        slices = sorted({p.slice for p in positions})
+        # What this process has to do with: positions of others are in its slices, or in theirs.
+        self._positions = [p._replace(slice=slices.index(p.slice)) for p in positions]
+        self._devices = [devices[p.place] for p in positions]
 
     def open_cpu(self) -> NativeGroup:
         """Over CPU devices."""
         if native_modules.load("cpu").has_closed_group(self._spec.identity) and not self._drain():
             raise GroupError(f"Group.open: {_STILL_RUNS}")
-        handle = self._open("cpu", self._seats, **self._processes())
+        handle = self._open("cpu", self._positions, **self._processes())
         if self._rendezvous.neighbours:
             self._rendezvous.asks_for_others = handle.has_other_processes
         return NativeGroup(handle, "cpu")
@@ -152,9 +152,9 @@ class NativeOpening:
         if self._rendezvous.crosses_processes:
             return self._share(group, with_pools=True)[1]
         problem = ""
-        for seat, device in enumerate(self._devices):
+        for index, device in enumerate(self._devices):
             buffer = jax.device_put(np.zeros(1, np.float32), device)
-            if not group.handle.find_pool(seat, buffer.unsafe_buffer_pointer()):
+            if not group.handle.find_pool(index, buffer.unsafe_buffer_pointer()):
                 problem = f"the memory that XLA gives on {device} is not mapped for its peers"
                 break
         found = self._first_problem("pools", problem)
@@ -179,8 +179,8 @@ class NativeOpening:
         handle = self._open(
             "cuda",
             [
-                seat._replace(device=native_modules.cuda_device_of(d) if _is_here(d) else -1)
-                for seat, d in zip(self._seats, self._devices, strict=True)
+                p._replace(device=native_modules.cuda_device_of(d) if _is_here(d) else -1)
+                for p, d in zip(self._positions, self._devices, strict=True)
             ],
             is_here=[_is_here(d) for d in self._devices],
             staging_bytes=staging_bytes,
@@ -191,15 +191,15 @@ class NativeOpening:
             handle, "cuda", why_staged, None if why_staged is None else staging_bytes
         )
 
-    def _open(self, backend: str, seats: list[Seat], **own: Any) -> Any:
+    def _open(self, backend: str, positions: list[MeshPosition], **own: Any) -> Any:
         try:
             native = native_modules.register(backend)
             if "links" in own:
                 self._rendezvous.hand_over()
             return native.open_group(
                 identity=self._spec.identity,
-                seats=seats,
-                num_slices=len(seats) // self._spec.num_ranks,
+                positions=positions,
+                num_slices=len(positions) // self._spec.num_ranks,
                 num_ranks=self._spec.num_ranks,
                 timeout_ms=self._timeout_ms,
                 **own,
@@ -233,7 +233,7 @@ def _share_devices(
     Args:
       rendezvous: of all processes of the mesh, which take part.
       native: the group.
-      devices: of its seats, in their order.
+      devices: of its positions, in their order.
       with_pools: whether XLA's memory is mapped, as the native group was opened for.
 
     Returns why that cannot be done, the same in all processes, or None.
@@ -245,12 +245,12 @@ def _share_devices(
     problem, is_echo = "", False
     try:
         try:
-            for seat, device in enumerate(devices):
+            for index, device in enumerate(devices):
                 if _is_here(device):
                     buffer = jax.device_put(np.zeros(1, np.float32), device)
                     address = buffer.unsafe_buffer_pointer()
-                    told, control, pool = native.export_seat(seat, address)
-                    numbers.append((seat, told))
+                    told, control, pool = native.export_position(index, address)
+                    numbers.append((index, told))
                     own += [control, pool] if with_pools else [control]
         except RuntimeError as e:
             problem = str(e)
@@ -259,13 +259,13 @@ def _share_devices(
             return why_not
         try:
             swapped = _swap(rendezvous, numbers, own, held)
-            for seats, received in swapped.values():
+            for indices, received in swapped.values():
                 controls = received[::2] if with_pools else received
                 pools = received[1::2] if with_pools else [-1] * len(received)
-                for (seat, told), control, pool in zip(seats, controls, pools, strict=True):
+                for (index, told), control, pool in zip(indices, controls, pools, strict=True):
                     for descriptor in {control, pool} - {-1}:
                         held.remove(descriptor)
-                    native.import_seat(seat, told, control, pool)
+                    native.import_position(index, told, control, pool)
         except (OSError, RuntimeError, ValueError) as e:
             problem, is_echo = str(e), isinstance(e, (ConnectionError, TimeoutError))
         why_not = rendezvous.first_problem(f"mapping of {topic}", problem, is_echo=is_echo)

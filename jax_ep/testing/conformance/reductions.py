@@ -10,7 +10,7 @@ import numpy as np
 
 import jax_ep
 from jax_ep import reference
-from jax_ep._src.base import config
+from jax_ep._src.base import limits
 from jax_ep.testing.compare import assert_close, assert_same_bits, shards
 from jax_ep.testing.conformance.check import Check, noted
 from jax_ep.testing.ranks import on_group, on_ranks, place
@@ -30,7 +30,7 @@ _STOCK: dict[str, Callable[..., Any]] = {
     "reduce_scatter": jax.lax.psum_scatter,
     "all_gather": jax.lax.all_gather,
 }
-_PAYLOADS = {"one_shot": config.push_payload, "two_shot": config.two_shot_payload}
+_PAYLOADS = {"one_shot": limits.push_payload, "two_shot": limits.two_shot_payload}
 _NORM_OP = "all_reduce_residual_rmsnorm"
 _NORM_SHAPES = ((1, 8), (3, 12), (2, 1000), (70, 128), (5, 4104))
 _NORM_TOLERANCES = {"bf16": 1e-2, "f16": 1e-3, "f32": 2e-6}

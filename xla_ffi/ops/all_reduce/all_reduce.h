@@ -13,7 +13,7 @@
 
 namespace jax_ep {
 
-/// What becomes of the operands. The values cross the FFI border (jax_ep/config.py).
+/// What becomes of the operands. The values cross the FFI border (jax_ep/_src/base/options.py).
 enum class Movement : int64_t { kAllReduce = 0, kReduceScatter = 1, kAllGather = 2 };
 
 JAX_EP_HOST_DEVICE constexpr OpId OpOf(Movement movement) {
@@ -22,7 +22,7 @@ JAX_EP_HOST_DEVICE constexpr OpId OpOf(Movement movement) {
                                                 : OpId::kAllGather;
 }
 
-/// How they travel between GPUs. The values cross the FFI border (jax_ep/config.py).
+/// How they travel between GPUs. The values cross the FFI border (jax_ep/_src/base/options.py).
 enum class Algorithm : int64_t {
   kLowLatency = 0,  // every rank stores its operand at every other, in packets
   kOneShot = 1,     // the same without packets; what is large, every rank reads where it lies

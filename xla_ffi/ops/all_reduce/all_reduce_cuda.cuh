@@ -3,7 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "core/protocol.h"
+#include "device/endpoint.h"
 #include "ops/all_reduce/all_reduce.h"
 
 namespace jax_ep {

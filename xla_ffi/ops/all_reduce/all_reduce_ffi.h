@@ -11,7 +11,7 @@ XLA_FFI_REGISTER_ENUM_ATTR_DECODING(jax_ep::Movement);
 
 namespace jax_ep {
 
-/// jax_ep/_primitives/all_reduce.py sets them.
+/// jax_ep/_src/ops/all_reduce/call.py sets them.
 struct AllReduceAttrs {
   Algorithm algorithm;
   std::string_view call;

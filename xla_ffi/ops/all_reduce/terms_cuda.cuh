@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "core/protocol.h"
+#include "device/endpoint.h"
 #include "device/vector.cuh"
 #include "ops/all_reduce/all_reduce.h"
 

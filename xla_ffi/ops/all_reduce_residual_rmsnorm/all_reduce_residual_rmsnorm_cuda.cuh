@@ -3,7 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "core/protocol.h"
+#include "device/endpoint.h"
 #include "ops/all_reduce/all_reduce.h"
 #include "ops/all_reduce_residual_rmsnorm/all_reduce_residual_rmsnorm.h"
 
@@ -15,9 +15,6 @@ struct RmsNormLaunch {
   const int32_t* position;
   RmsNormArgs args;
 };
-
-/// A row is held in the registers of one block.
-inline constexpr int64_t kMaxNormRowBytes = 64 * 1024;
 
 /// `algorithm`: low_latency or one_shot.
 cudaError_t LaunchRmsNorm(const RmsNormLaunch& launch, Algorithm algorithm,

@@ -10,7 +10,7 @@
 
 namespace jax_ep {
 
-/// jax_ep/_primitives/all_reduce_residual_rmsnorm.py sets them.
+/// jax_ep/_src/ops/all_reduce_residual_rmsnorm/call.py sets them.
 struct RmsNormAttrs {
   Algorithm algorithm;
   std::string_view call;

@@ -9,11 +9,10 @@
 #include <array>
 #include <cstdint>
 
+#include "core/limits.h"
 #include "core/types.h"
 
 namespace jax_ep {
-
-inline constexpr int kMaxBiases = 2;
 
 /// The operands and results of one rank. `C` = recv_capacity.
 struct CombineArgs {

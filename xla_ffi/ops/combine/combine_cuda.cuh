@@ -6,7 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "core/protocol.h"
+#include "device/endpoint.h"
 #include "ops/combine/combine.h"
 #include "ops/combine/combine_geometry.h"
 

@@ -8,7 +8,7 @@
 
 namespace jax_ep {
 
-/// jax_ep/_primitives/combine.py sets them.
+/// jax_ep/_src/ops/combine/call.py sets them.
 struct CombineAttrs {
   std::string_view call;
   int64_t has_weights;

@@ -6,8 +6,8 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "core/protocol.h"
 #include "core/types.h"
+#include "device/layout.h"
 
 namespace jax_ep {
 

@@ -5,14 +5,15 @@
 
 #include "core/types.h"
 #include "device/async_copy.cuh"
-#include "device/meeting.cuh"
+#include "device/call.cuh"
 #include "device/rows.cuh"
 #include "ops/combine/combine_cuda.cuh"
 
 namespace jax_ep {
 
 // A token's choices are lanes of a warp.
-inline constexpr int kMaxTerms = kWarpSize;
+inline constexpr int kMaxTerms = kMaxTopk;
+static_assert(kMaxTerms <= kWarpSize && kMaxRanks <= kMaxTerms);
 
 // A row that is added.
 struct Term {

@@ -11,7 +11,7 @@ namespace jax_ep {
 
 size_t DispatchWorkspaceBytes(const DispatchShape& shape) {
   const PlanShape plan = MakePlanShape(shape);
-  if (plan.num_warps == 0 || shape.num_topk > kWarpSize) return 0;
+  if (plan.num_warps == 0 || shape.num_topk > kMaxTopk) return 0;
   return PlanWorkspace::Bytes(plan);
 }
 
@@ -28,7 +28,8 @@ struct RoutedItems : TokenItems {
   float* recv_weights;
   int32_t* group_sizes;  // rank layout: counted here, from 0
 
-  __device__ void DoChores(const PeerAddresses& peers, int thread, int num_threads) const {
+  __device__ void WriteRoutingResults(const PeerAddresses& peers, int thread,
+                                      int num_threads) const {
     constexpr int kUnroll = 4;
     const int num_local = shape.experts.num_local_experts();
     const uint32_t num_topk = shape.num_topk;

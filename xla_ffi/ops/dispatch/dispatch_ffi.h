@@ -9,7 +9,7 @@
 
 namespace jax_ep {
 
-/// jax_ep/_primitives/dispatch.py sets them.
+/// jax_ep/_src/ops/dispatch/call.py sets them.
 struct DispatchAttrs {
   std::string_view call;
   int64_t expert_alignment;

@@ -14,7 +14,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "core/protocol.h"
+#include "device/endpoint.h"
 #include "ops/dispatch/dispatch.h"
 
 namespace jax_ep {

@@ -103,8 +103,8 @@ ffi::Error RunPullRows<Cuda>(const DeviceContext& context, I32Buffer position,
   JAX_EP_REQUIRE(args.num_rows > 0 && args.num_pulled > 0, context.op(), ": there are no rows");
   JAX_EP_REQUIRE(args.row_bytes <= kMaxRowBytes, context.op(), ": a row has ", args.row_bytes,
                  " bytes, at most ", kMaxRowBytes);
-  JAX_EP_REQUIRE(args.num_slots <= kWarpSize, context.op(), ": num_slots=", args.num_slots,
-                 " must be at most ", kWarpSize);
+  JAX_EP_REQUIRE(args.num_slots <= kMaxTopk, context.op(), ": num_slots=", args.num_slots,
+                 " must be at most ", kMaxTopk);
   DeviceCall call;
   ffi::Error error = FindDevice(context, attrs.num_sms, call);
   if (error.failure()) return error;

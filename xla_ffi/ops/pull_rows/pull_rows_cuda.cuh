@@ -3,7 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "core/protocol.h"
+#include "device/endpoint.h"
 #include "ops/pull_rows/pull_rows.h"
 
 namespace jax_ep {

@@ -8,7 +8,7 @@
 
 namespace jax_ep {
 
-/// jax_ep/_primitives/pull_rows.py sets them.
+/// jax_ep/_src/ops/pull_rows/call.py sets them.
 struct PullRowsAttrs {
   std::string_view call;
   int64_t num_sms;

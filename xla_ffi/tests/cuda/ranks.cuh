@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-#include "core/protocol.h"
+#include "device/endpoint.h"
 #include "ops/all_reduce/all_reduce_cuda.cuh"
 #include "ops/all_reduce_residual_rmsnorm/all_reduce_residual_rmsnorm_cuda.cuh"
 #include "ops/combine/combine_cuda.cuh"

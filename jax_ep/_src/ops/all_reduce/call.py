@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_ep._src.base import config
+from jax_ep._src.base import limits
 from jax_ep._src.base.jax_compat import varying_axes
 from jax_ep._src.base.options import Algorithm, Movement
 from jax_ep._src.base.spec import ReduceSpec
@@ -47,11 +47,11 @@ def _batch(
     before = int(movement is Movement.REDUCE_SCATTER)
     x = batch_at(x, dims[1], before, x.shape[dims[1]])
     num_bytes = x.size * x.dtype.itemsize // (x.shape[0] if before else 1)
-    if algorithm is Algorithm.LOW_LATENCY and num_bytes > config.packet_payload(num_ranks):
+    if algorithm is Algorithm.LOW_LATENCY and num_bytes > limits.packet_payload(num_ranks):
         algorithm = Algorithm.ONE_SHOT
     bind = partial(_bind, movement=movement, algorithm=algorithm, num_ranks=num_ranks, **parameters)
     after = int(movement is Movement.ALL_GATHER)
-    if parameters["is_staged"] and num_bytes > config.push_payload(num_ranks):
+    if parameters["is_staged"] and num_bytes > limits.push_payload(num_ranks):
         each = [bind(position, jnp.take(x, i, before)) for i in range(x.shape[before])]
         return [jnp.stack(each, after)], [after]
     return [bind(position, x)], [after]

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_ep._src.base import config, tables
+from jax_ep._src.base import limits, tables
 from jax_ep._src.base.errors import ConfigError
 from jax_ep._src.base.options import Algorithm, Movement
 from jax_ep._src.base.spec import ReduceSpec
@@ -84,7 +84,7 @@ def make_spec(
                 f"{check.op}: algorithm={algorithm!r} needs GPUs with native atomics between them "
                 "(NVLink): elsewhere the 16 bytes of a packet may arrive in parts"
             )
-        most = _limits(group, spec(wanted), x, kernel, padding)[wanted]
+        most = _carried(group, spec(wanted), x, kernel, padding)[wanted]
         if most < num_bytes:
             raise ConfigError(
                 f"{check.op}: algorithm={algorithm!r} takes at most {max(0, most)} bytes from a "
@@ -112,8 +112,8 @@ def choose(
     _require_operand(check, x, dtypes)
     if spec.backend != "cuda":
         return Algorithm.ONE_SHOT
-    limits = _limits(group, spec, x, kernel, padding)
-    allowed = [a for a, most in limits.items() if num_bytes <= most]
+    carried = _carried(group, spec, x, kernel, padding)
+    allowed = [a for a, most in carried.items() if num_bytes <= most]
     choices = [*allowed, Algorithm.PSUM] if allow_psum else allowed
     chosen = tables.pick(group.tuning, kernel, num_bytes, choices)
     if chosen is not None:
@@ -136,19 +136,19 @@ def _require_operand(check: Checks, x: jax.Array, dtypes: Sequence[Any] | None) 
         )
 
 
-def _limits(
+def _carried(
     group: Group, spec: ReduceSpec, x: jax.Array, kernel: str, padding: int
 ) -> dict[Algorithm, int]:
     """Bytes from each rank that an algorithm can carry, -1 for none; the last for the largest."""
-    most = config.packet_payload(group.num_ranks) - padding if group.spec.has_packets else -1
+    most = limits.packet_payload(group.num_ranks) - padding if group.spec.has_packets else -1
     packets = {Algorithm.LOW_LATENCY: most}
     if spec.backend != "cuda":
         # Packets have their limit everywhere: a program that runs here runs there.
         return packets | dict.fromkeys((Algorithm.ONE_SHOT, Algorithm.TWO_SHOT), _UNLIMITED)
-    pushed = -1 if kernel == "all_reduce_residual_rmsnorm" else config.push_payload(group.num_ranks)
+    pushed = -1 if kernel == "all_reduce_residual_rmsnorm" else limits.push_payload(group.num_ranks)
     # A large two-shot reads results of peers, which are never staged.
     pulls = group.spec.staging_bytes is None
-    two_shot = _UNLIMITED if pulls else config.two_shot_payload(group.num_ranks)
+    two_shot = _UNLIMITED if pulls else limits.two_shot_payload(group.num_ranks)
     return packets | {
         Algorithm.ONE_SHOT: _UNLIMITED if group.spec.can_stage(x) else pushed,
         Algorithm.TWO_SHOT: two_shot if kernel == "all_reduce" else -1,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_ep._src.base import config, jax_compat
+from jax_ep._src.base import jax_compat, limits
 from jax_ep._src.base.errors import ConfigError, ShapeError
 from jax_ep._src.base.options import Algorithm, AlgorithmName, BackendName
 from jax_ep._src.base.spec import ReduceSpec
@@ -100,13 +100,13 @@ def _choose(
     """None: an all_reduce that chooses for itself, then the rest."""
     _check.group(group)
     row_bytes = x.shape[-1] * x.dtype.itemsize
-    is_wide = row_bytes > config.MAX_NORM_ROW_BYTES
+    is_wide = row_bytes > limits.MAX_NORM_ROW_BYTES
     if is_wide and algorithm == "auto":
         return None
     if is_wide and algorithm != "psum":
         raise ConfigError(
             f"{_check.op}: algorithm={algorithm!r} takes rows of at most "
-            f"{config.MAX_NORM_ROW_BYTES} bytes, got {row_bytes}"
+            f"{limits.MAX_NORM_ROW_BYTES} bytes, got {row_bytes}"
         )
     spec = choice.make_spec(
         _check,
@@ -142,7 +142,7 @@ def _all_reduce_spec(
 def packet_padding(x: jax.Array) -> int:
     """Bytes: each row begins with packets of its own."""
     row_bytes = x.shape[-1] * x.dtype.itemsize
-    return -row_bytes % config.PACKET_GROUP_PAYLOAD * (x.size // max(1, x.shape[-1]))
+    return -row_bytes % limits.PACKET_GROUP_PAYLOAD * (x.size // max(1, x.shape[-1]))
 
 
 def _vary(

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_ep._src.base import config
+from jax_ep._src.base import limits
 from jax_ep._src.base.jax_compat import varying_axes
 from jax_ep._src.base.options import Algorithm
 from jax_ep._src.base.spec import ReduceSpec
@@ -58,8 +58,9 @@ def _has_room(
     """Whether x [batch, rows, hidden] can go where one of the batch could."""
     if algorithm is not Algorithm.LOW_LATENCY:
         return not is_staged
-    row_groups = -(-x.shape[2] * x.dtype.itemsize // config.PACKET_GROUP_PAYLOAD)
-    return x.shape[0] * x.shape[1] * row_groups <= config.PACKET_GROUPS // num_ranks
+    group = limits.PACKET_GROUP_PAYLOAD
+    row_groups = -(-x.shape[2] * x.dtype.itemsize // group)
+    return x.shape[0] * x.shape[1] * row_groups * group <= limits.packet_payload(num_ranks)
 
 
 _bind = make_primitive(

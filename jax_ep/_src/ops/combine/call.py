@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jax_ep._src.base import config, native_modules
+from jax_ep._src.base import limits, native_modules
 from jax_ep._src.base.errors import ConfigError
 from jax_ep._src.base.spec import RouteSpec, RowIndex
 from jax_ep._src.ops.combine import stock
@@ -77,9 +77,9 @@ def combine(
         rows, weights, index.send_rank, index.send_row, scratch_bytes=workspace_bytes
     ):
         return stock.combine(spec, index, rows, weights, biases)
-    if spec.backend == "cuda" and index.send_row.shape[1] > config.MAX_TOPK:
+    if spec.backend == "cuda" and index.send_row.shape[1] > limits.MAX_TOPK:
         raise ConfigError(
-            f"{spec.op}: backend 'cuda' takes at most {config.MAX_TOPK} choices a token, got "
+            f"{spec.op}: backend 'cuda' takes at most {limits.MAX_TOPK} choices a token, got "
             f"{index.send_row.shape[1]}"
         )
     position = check_mesh(spec.group.position(), spec.group, op=spec.op)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jax_ep._src.base import config, native_modules
+from jax_ep._src.base import limits, native_modules
 from jax_ep._src.base.errors import ConfigError
 from jax_ep._src.base.options import Layout
 from jax_ep._src.base.spec import DispatchResults, DispatchSpec
@@ -92,7 +92,7 @@ def _workspace_bytes(spec: DispatchSpec, shape: tuple[int, ...]) -> int:
     )
     if size == 0:
         raise ConfigError(
-            f"{spec.op}: backend 'cuda' takes at most {config.MAX_TOPK} choices a token, and as "
+            f"{spec.op}: backend 'cuda' takes at most {limits.MAX_TOPK} choices a token, and as "
             f"many experts as fit into an SM's shared memory; got num_topk={num_topk}, "
             f"num_experts={spec.num_experts}"
         )

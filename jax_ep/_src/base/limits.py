@@ -1,0 +1,44 @@
+"""Limits of the kernels, as the native code has them (xla_ffi/core/limits.def).
+
+`limits.MAX_TOPK` reads kMaxTopk. The CPU module knows the limits of all back ends; the first
+question imports it.
+"""
+
+from types import ModuleType
+
+from jax_ep._src.base.errors import GroupError
+
+
+def __getattr__(name: str) -> int:
+    if not name.isupper():
+        raise AttributeError(name)
+    limits: dict[str, int] = _native().limits()
+    if name not in limits:
+        raise AttributeError(f"no limit {name}: there are {', '.join(limits)}")
+    return limits[name]
+
+
+def packet_payload(num_ranks: int) -> int:
+    """Bytes that one rank can send to another in one low-latency call."""
+    size: int = _native().packet_payload(num_ranks)
+    return size
+
+
+def push_payload(num_ranks: int) -> int:
+    """Bytes that one rank can push to another in a one-shot; more is read where it lies."""
+    size: int = _native().push_payload(num_ranks)
+    return size
+
+
+def two_shot_payload(num_ranks: int) -> int:
+    """Bytes that one rank can push in a two-shot: a chunk for each rank, and one of the sum."""
+    size: int = _native().two_shot_payload(num_ranks)
+    return size
+
+
+def _native() -> ModuleType:
+    try:
+        from jax_ep import _jax_ep_cpu
+    except ImportError as e:
+        raise GroupError(f"the limits of the kernels are in jax_ep's CPU module: {e}") from e
+    return _jax_ep_cpu

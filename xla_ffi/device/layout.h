@@ -1,0 +1,85 @@
+// The memory of a rank that its peers map, from front to back: signals, packets, pushed operands.
+// Copies of operands lie behind these (ops/cuda_op.h).
+//
+// Each operation takes its part here, behind the parts of the others. A new operation comes last.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/limits.h"
+#include "device/protocol.h"
+
+namespace jax_ep {
+
+/// Signals of the rings of a combine (ops/combine/combine_cuda.cuh): [num_ranks, places, parts].
+inline constexpr int kMaxPartialCells = 64 * 1024;
+struct PartialCells {
+  Signal filled[kMaxPartialCells];
+  Signal emptied[kMaxPartialCells];
+};
+
+struct CombineSignals {
+  PartialCells partials;
+};
+
+/// The most blocks of a call in which each block waits for the same block of every peer.
+inline constexpr int kMaxReduceBlocks = 64;
+
+/// Signals of all_reduce, its relatives, and the fused norm.
+struct ReduceSignals {
+  Signal reduced[kMaxRanks][kMaxReduceBlocks];
+  Signal pushed[2][kMaxRanks][kMaxReduceBlocks];
+  Signal called[2][kMaxRanks];
+};
+
+/// All signals of a rank, part behind part.
+struct ControlBlock : CallSignals, CombineSignals, ReduceSignals {};
+static_assert(sizeof(ControlBlock) ==
+              sizeof(CallSignals) + sizeof(CombineSignals) + sizeof(ReduceSignals));
+
+/// Packets of small operands lie behind the signals, and room for pushed operands behind the
+/// packets.
+///
+/// A packet is one 16-byte store of 12 bytes and the epoch. So a packet needs no signal.
+/// Packets, pushed operands and their signals have two halves. A call of epoch n uses half n % 2. A
+/// peer overwrites that half in epoch n + 2, which it begins only after it has received this rank's
+/// part of epoch n + 1. Epochs skip 0, which unwritten memory holds, and 1, so that the halves
+/// alternate (NextEpoch).
+inline constexpr size_t kPacketGroupBytes = 128 * 16;  // kPacketGroupPayload in packets
+inline constexpr size_t kPacketGroups = 2048;          // of all ranks together, in one half
+inline constexpr size_t kPacketBytes = 2 * kPacketGroups * kPacketGroupBytes;
+
+/// The room for one rank's packets at another rank, in one call.
+constexpr size_t PacketGroups(int num_ranks) { return kPacketGroups / num_ranks; }
+constexpr size_t PacketPayload(int num_ranks) {
+  return PacketGroups(num_ranks) * kPacketGroupPayload;
+}
+
+/// Bytes that one rank can push to another in one call, and the room for pushes of all ranks, in
+/// both halves.
+inline constexpr size_t kMaxPushPayload = 4 * 1024 * 1024;
+constexpr size_t PushPayload(int num_ranks) {
+  return num_ranks <= 4 ? kMaxPushPayload : kMaxPushPayload * 4 / num_ranks / 512 * 512;
+}
+constexpr size_t PushBytes(int num_ranks) { return size_t{2} * num_ranks * PushPayload(num_ranks); }
+/// Bytes that a two-shot can push: to each rank a chunk of the operand, and behind it one of the
+/// sum.
+constexpr size_t TwoShotPayload(int num_ranks) { return num_ranks * PushPayload(num_ranks) / 2; }
+
+/// Offsets of the parts. Only the room for pushed operands depends on the number of ranks.
+inline constexpr size_t kPacketsOffset = (sizeof(ControlBlock) + 255) / 256 * 256;
+inline constexpr size_t kPushedOffset = kPacketsOffset + kPacketBytes;
+constexpr size_t SharedBytes(int num_ranks) { return kPushedOffset + PushBytes(num_ranks); }
+
+/// Sizes of rooms, computed for kernels, where divisions are slow.
+struct Rooms {
+  int64_t packet_groups;
+  int64_t push_payload;
+};
+constexpr Rooms RoomsOf(int num_ranks) {
+  return {.packet_groups = static_cast<int64_t>(PacketGroups(num_ranks)),
+          .push_payload = static_cast<int64_t>(PushPayload(num_ranks))};
+}
+
+}  // namespace jax_ep
