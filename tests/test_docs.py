@@ -131,6 +131,15 @@ def test_api_pages_have_every_public_name():
     assert set(shown) - {"reference"} == public
 
 
+def test_protocol_page_has_every_word():
+    (header,) = (ROOT / "xla_ffi").glob("*/protocol.h")
+    row = re.compile(r"^//   ([a-z_]+)[\[\], a-z]* +(?:rank p|any rank) ", re.MULTILINE)
+    words = row.findall(header.read_text())
+    assert len(words) >= 10
+    page = (ROOT / "docs" / "protocol.md").read_text()
+    assert re.findall(r"^\| `?([a-z_]+)[^|]*\| (?:rank p|any rank) \|", page, re.MULTILINE) == words
+
+
 def test_readme_layer_is_short():
     layer = next(b for b in _blocks(ROOT / "README.md") if b.language == "python")
     assert len(layer.source.splitlines()) <= 10

@@ -28,7 +28,7 @@ def first_screen(page: str) -> str:
     )
 
     def line(what: str, mine: dict[str, Any], stock: str, rival: str) -> Row:
-        sms = f" ({mine['sms']} SMs)" if mine["sms"] else ""
+        sms = f"&nbsp;({mine['sms']}&nbsp;SMs)" if mine["sms"] else ""
         return what, f"**{median(mine)}**{sms}", stock, rival, us(mine["floor_us"])
 
     flash_sms = f"FlashInfer ({flash['sms']} SMs)"

@@ -34,6 +34,8 @@ def on_files(files: Any, config: Any) -> Any:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Rewrites links and directives of one page."""
     site = page.file.src_uri
+    if site == "index.md":
+        page.meta["hide"] = ["navigation"]  # it would hold nothing but this page
     source = PurePosixPath(_SOURCES.get(site, f"docs/{site}"))
 
     def link(found: re.Match[str]) -> str:
