@@ -61,8 +61,6 @@ class Group:
       timeout: seconds that a rank waits for its peers.
       debug: whether routings are checked on the device.
       identity: name and fingerprint, equal in every process.
-      spec, backends, tuning, budgets: for the operations; `info()` tells what a user wants to know
-        of them.
     """
 
     mesh: jax.sharding.Mesh
@@ -74,6 +72,7 @@ class Group:
     backend: str
     timeout: float
     debug: bool
+    # For the operations; `info()` tells users what they need to know of these.
     spec: GroupSpec
     backends: dict[str, Usability]
     tuning: _tuning.Table

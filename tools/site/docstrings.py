@@ -16,6 +16,8 @@ _SECTION = re.compile(rf"^({_NAMES}|Else): (.+(?:\n[ \t]+.+)*)$", re.MULTILINE)
 
 def _paragraph(found: re.Match[str]) -> str:
     text = re.sub(r"\s+", " ", found[2])
+    if re.match(r"[a-z]+\b(?!_)", text):
+        text = text[0].upper() + text[1:]
     return f"\n**{found[1]}.** {text}\n"
 
 

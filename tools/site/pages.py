@@ -21,7 +21,7 @@ OUTSIDE = {
 }
 _SOURCES = {site: source for source, site in OUTSIDE.items()}
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
-_DIRECTIVE = re.compile(r"^::: (\S+)$", re.MULTILINE)
+_DIRECTIVE = re.compile(r"^::: (\S+)$(?:\n    options:$)?", re.MULTILINE)
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -61,5 +61,5 @@ def _directive(found: re.Match[str]) -> str:
     thing = getattr(importlib.import_module(module), name, None) if module else None
     if thing is None or isinstance(thing, ModuleType) or not inspect.getmodule(thing):
         return found[0]
-    options = f"options: {{heading: {found[1]}, toc_label: {name}}}"
-    return f"::: {thing.__module__}.{thing.__qualname__}\n    {options}"
+    path = f"{thing.__module__}.{thing.__qualname__}"
+    return f"::: {path}\n    options:\n      heading: {found[1]}\n      toc_label: {name}"
