@@ -153,5 +153,7 @@ def _fastest(records: Sequence[Record], axis: _Axis) -> tuple[list[tuple[int, fl
     best: dict[int, Record] = {}
     for record in sorted(records, key=lambda r: (axis.x_of(r), r.us["p50"])):
         best.setdefault(axis.x_of(record), record)
-    names = (r.backend if r.contender == "jax_ep" else r.contender for r in best.values())
+    names = (
+        r.backend if r.contender == "jax_ep" else r.algorithm or r.contender for r in best.values()
+    )
     return [(x, r.us["p50"]) for x, r in best.items()], ", ".join(dict.fromkeys(names))
