@@ -138,7 +138,7 @@ def dispatch_weights(plan: Plan, topk_weights: Rows) -> Rows:
 def combine(
     plan: Plan, rows: Rows, weights: Rows | None = None, biases: tuple[Rows, ...] = ()
 ) -> Rows:
-    """[R, T, H] from rows [R, C, H]; weights [R, C] and biases [R, T, H]."""
+    """Adds rows [R, C, H] up to [R, T, H]; weights are [R, C], biases [R, T, H]."""
     xp = jnp if isinstance(rows, jax.Array) else np
     num_ranks = rows.shape[0]
     total = xp.zeros((num_ranks, plan.num_tokens, rows.shape[2]), xp.float32)
