@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GroupInfo:
-    """The answer of `Group.info()`.
+    """What `Group.info()` tells.
 
     Attributes:
       identity: what compiled code carries; equal in every process.
@@ -21,16 +21,16 @@ class GroupInfo:
       ranks_per_node: ranks that share memory at full speed.
       backend: the back end in use.
       backends: every back end, and why it is or is not usable here.
-      staging: why operands are copied to memory that peers can read, up to which size, and what
-        happens to larger ones; None: peers read operands in place.
+      staging: why, and up to how much, operands are copied to where peers can read them, and what
+        is done with larger ones; None: peers read operands in place.
       devices: one line per device, in mesh order.
       timeout: seconds that a rank waits for its peers.
       num_sms: SMs that all dispatches and combines use on GPUs unless they say otherwise, as
         `Group.open` was told; None: `budgets` by operation and layout.
       budgets: by operation and layout the SMs in use on the `cuda` back end, or "xla" where "auto"
-        takes that back end. "cached_dispatch" is a dispatch along a handle, and any movement of
-        single numbers. A gradient has the budget of its own operation.
-      budgets_from: where the budgets come from.
+        takes that back end. "cached_dispatch" is a dispatch along a handle, and what moves single
+        numbers; a gradient has the budget of the operation that it is.
+      budgets_from: where they come from.
       debug: whether routings are checked on the device.
     """
 

@@ -30,14 +30,14 @@ def all_reduce(
         others by psum. Each array is a call of its own; a number comes back as a multiple of it
         that is known while tracing, as of psum.
       group: the ranks.
-      algorithm: how the arrays travel between GPUs. "low_latency": each rank writes its array to
-        every peer in 16-byte packets (12 bytes of data, 4 of flag); up to 3 MiB over the number of
-        ranks. "one_shot": the same without flags, up to 4 MiB, less for more than 4 ranks; peers
-        read larger arrays in place. "two_shot": each rank adds one part and passes it on; pushed
-        up to 8 MiB (2 ranks: 4, 3: 6), read in place above. "psum": the stock collective. "auto":
-        by a table, measured for two H100 or H200. Other devices have thresholds that nobody
-        measured, until `python -m jax_ep tune --out FILE` does and JAX_EP_TUNING names the file
-        when the group opens. On CPUs all of ours are the same.
+      algorithm: how the arrays travel between GPUs. "low_latency": every rank stores its array
+        at every other, each 12 bytes with a flag; up to 3 MiB over the number of ranks.
+        "one_shot": the same without flags in the words, up to 4 MiB, less for more than 4 ranks;
+        larger arrays every rank reads where they lie. "two_shot": every rank adds a part and
+        passes it on; stored up to 8 MiB (2 ranks: 4, 3: 6), read where it lies beyond. "psum": the
+        stock collective. "auto": by a table, measured for two H100 or H200; else by thresholds that
+        were not, until `python -m jax_ep tune --out FILE` has measured them and JAX_EP_TUNING
+        names the file when the group opens. On CPUs all of ours are the same.
       allow_psum: whether "auto" may choose psum: for arrays that it is faster for, for other
         dtypes, for empty arrays, and on the back end `xla`. False: those of ours only, or an error.
       backend: None (the group's), "cpu", "cuda" (GPU groups) or "xla".
@@ -83,13 +83,13 @@ def reduce_scatter(
     allow_psum: bool = True,
     backend: str | None = None,
 ) -> Any:
-    """Adds x up over the ranks and returns this rank's part, as `lax.psum_scatter` does.
+    """This rank's part of the sum over the ranks: `lax.psum_scatter` over the group's axes.
 
     Args:
       x: [num_ranks, ...]; tiled: [num_ranks * n, ...]; or a pytree of such. Part r goes to rank r.
         Numerics and dtypes as in `all_reduce`.
       group: the ranks.
-      tiled: True: the ranks' parts follow one another along the first axis; False: they have an
+      tiled: whether the ranks' parts are one behind the other along the first axis, or along an
         axis of their own.
       algorithm: as in `all_reduce`, by the bytes of one part; there is no two-shot.
       allow_psum: whether "auto" may choose `lax.psum_scatter`, as in `all_reduce`.
@@ -146,14 +146,14 @@ def all_gather(
     allow_psum: bool = True,
     backend: str | None = None,
 ) -> Any:
-    """Gives every rank the arrays of all ranks, as `lax.all_gather` does.
+    """The arrays of all ranks, on every rank: `lax.all_gather` over the group's axes.
 
     Args:
       x: [...], or a pytree of such. Any dtype of whole bytes, and keys of `jax.random.key`; others
         by `lax.all_gather`.
       group: the ranks.
-      tiled: True: the ranks' arrays follow one another along the first axis; False: along a new
-        axis.
+      tiled: whether the ranks' arrays are put one behind the other along the first axis, or along
+        a new one.
       algorithm: as in `all_reduce`, by the bytes of one rank; there is no two-shot.
       allow_psum: whether "auto" may choose `lax.all_gather`, as in `all_reduce`.
       backend: as in `all_reduce`.

@@ -37,13 +37,13 @@ def combine(
         a multiple of 16 bytes.
       handle: of the dispatch.
       weights: expert layout only: [recv_capacity] f32 at the rows, as `Dispatched.weights`, or
-        [num_tokens, num_topk] f32 at the tokens. None: 1. In the rank layout the caller weights
-        and sums its experts itself.
+        [num_tokens, num_topk] f32 at the tokens. None: 1. In the rank layout the caller has
+        summed, and weighted, its experts.
       bias: one or two arrays [num_tokens, hidden] of the rows' dtype, added to the result.
-      num_sms: SMs that the call and its gradient use on the `cuda` back end; None: the group's
-        budget for this operation and layout. Static.
-      backend: "cpu", "cuda" or "xla"; None: as in dispatch. Every back end takes every handle of
-        the group.
+      num_sms: SMs that the call and its gradient use on the `cuda` back end; None: what the group's
+        budgets say of this operation and layout. Static.
+      backend: "cpu", "cuda" or "xla"; None: as in dispatch. Any of them takes any handle of its
+        group.
 
     Returns:
       [num_tokens, hidden] of the rows' dtype.
@@ -131,7 +131,7 @@ def _places(spec: CombineSpec, index: RowIndex) -> tuple[jax.Array, jax.Array]:
 def combine_weights(
     w: jax.Array, handle: DispatchHandle, *, backend: str | None = None
 ) -> jax.Array:
-    """Brings one number per choice back to the tokens, against the way of topk_weights.
+    """Brings one number per choice back to the tokens: the reverse of what moved topk_weights.
 
     Args:
       w: f32, rank layout: [recv_capacity, num_topk], expert layout: [recv_capacity].
@@ -140,8 +140,8 @@ def combine_weights(
 
     Returns:
       [num_tokens, num_topk] f32. Rank layout: the sum over ranks, in rank order, of the token's
-      rows of w. If w is 0 for experts of other ranks, as `Dispatched.weights` is, this sum is
-      the number at the one rank that has the expert. Dropped rows count as zero.
+      rows of w; where w is 0 for experts of other ranks, as `Dispatched.weights` is, that is the
+      number at the one rank that has the expert. Dropped rows count as zero.
 
     Collective: every rank of the group calls it. Inside jax.shard_map over the group's mesh.
     Gradient: of w, the cotangent moved to the rows.

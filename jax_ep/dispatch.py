@@ -64,21 +64,22 @@ def dispatch(
       fill: "zeros": every row of x without a token is zero, so that no NaN can leak; "padding":
         only the alignment padding is; "none": neither. Index arrays and weights are always set.
       payload: [num_tokens, P] of any type of whole bytes, moved along unchanged; or None.
-      handle: of an earlier dispatch: sends x and payload along its routing. Arguments that
-        describe a routing are refused then, and all rows without a token are zero.
-      num_sms: SMs that the call and its gradient use on the `cuda` back end; None: the group's
-        budget for this operation and layout. Static.
-      backend: "cpu", "cuda" or "xla"; None: the group's. If "auto" chose that one and num_sms is
-        None, `xla` is taken where the budgets say that it is faster.
+      handle: of an earlier dispatch: sends x and payload along its routing. Takes no argument that
+        says something of the routing; all rows without a token are zero.
+      num_sms: SMs that the call and its gradient use on the `cuda` back end; None: what the group's
+        budgets say of this operation and layout. Static.
+      backend: "cpu", "cuda" or "xla"; None: the group's, but `xla` where "auto" chose that one,
+        num_sms is None, and the budgets say that `xla` is faster.
 
     Returns:
-      Dispatched, with the handle that `combine` takes. Its topk_idx and weights are None if the
+      Dispatched, with the handle that `combine` takes; topk_idx and weights are None where the
       routing came with `handle`.
 
     Collective: every rank of the group calls it. Inside jax.shard_map over the group's mesh.
     Gradient: of x, the `combine` of the cotangent; of topk_weights, the cotangent of `weights`
-      moved back to the tokens. Dropped rows have none. Derivatives of fp8 rows, scales and
-      payload, and second derivatives, raise ConfigError; `dispatch_fp8` has a gradient.
+      moved back to the tokens. Dropped rows have none. ConfigError is raised by
+      derivatives of fp8 rows, scales and payload, and by second derivatives; `dispatch_fp8` has a
+      gradient.
     Batches: `jax.vmap` makes one call for each element, in order.
     Limits: num_ranks * num_topk * max(recv_capacity, num_tokens) below 2^31; on the `cuda` back end
       32 ranks, num_topk 32, and about 4,000 experts in the expert layout.

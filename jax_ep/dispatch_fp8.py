@@ -30,12 +30,12 @@ def dispatch_fp8(
 ) -> Dispatched:
     """Quantises rows to fp8, dispatches them, and dequantises what arrives.
 
-    Half of bf16's bytes cross. Its gradient is that of the plain dispatch: fp8 rows themselves
-    cannot be differentiated, since JAX would silently round their cotangent to fp8.
+    Half of bf16's bytes cross. Differentiated, it is the plain dispatch: fp8 itself cannot be,
+    since JAX would round its cotangent to fp8 without a word.
 
     Args:
       x: [num_tokens, hidden] bf16, f16 or f32; hidden a multiple of block and of 16.
-      topk_idx: as in dispatch, like every further argument except block and scales.
+      topk_idx: as in dispatch, like all that follow but for block and scales.
       topk_weights: [num_tokens, num_topk] f32 or None.
       group: the ranks.
       num_experts: experts of the whole group.

@@ -38,7 +38,7 @@ class GroupInterruptedError(GroupError):
 
 
 class RoutingError(JaxEpError, ValueError):
-    """Debug mode: the routing holds ids that name no expert, or one expert twice in a token."""
+    """Debug mode: the routing holds ids that are no experts, or one expert twice in a token."""
 
 
 class PeerTimeoutError(JaxEpError, RuntimeError):
@@ -49,9 +49,9 @@ class PeerTimeoutError(JaxEpError, RuntimeError):
     Attributes:
       op: the public operation that waited; in its backward pass "dispatch (gradient)" and the like.
       rank: the rank that waited.
-      peer: the rank that did not arrive.
+      peer: the rank that did not come.
       expected: how many ranks the call needs.
-      seen: how many had arrived when the time was up.
+      seen: how many had come when the time was up.
       is_lost: whether the process of the peer has ended, as far as is known.
       place: where the peer is instead, as far as is known, else "".
     """
@@ -89,7 +89,7 @@ class PeerTimeoutError(JaxEpError, RuntimeError):
 class ProgramError(JaxEpError, RuntimeError):
     """A program failed in JAX, not in the group: a callback raised, a device ran out of memory.
 
-    `__cause__` is JAX's exception. The group stays usable.
+    `__cause__` is what JAX raised. The group stays usable.
     """
 
 

@@ -51,10 +51,9 @@ def quantize_fp8(
       (fp8 [num_tokens, hidden], scales [num_tokens, hidden / block] f32 or uint8), which dispatch
       takes as x. The largest element of a block maps to at most the largest fp8 number. A block
       with NaN or infinity has one of them as its scale (e8m0: 255), and is NaN when dequantised.
-      Numbers are rounded even if the same program widens them again.
+      Numbers are rounded also where the same program widens them again.
 
-    Collective: no.
-    Gradient: none of use, since it is a rounding; see `dispatch_fp8`.
+    Collective: no. Gradient: none of use, it is a rounding; see `dispatch_fp8`.
     Raises: ShapeError, ConfigError, DTypeError.
     Source: DeepSeek-V3 (2024), fine-grained quantisation; OCP microscaling formats (2023).
     """
@@ -105,9 +104,8 @@ def dequantize_fp8(x: jax.Array, scales: jax.Array, dtype: DTypeLike = jnp.bfloa
     Returns:
       x * scales, computed in f32, rounded once.
 
-    Collective: no.
-    Gradient: of f32 scales, that of the product; of x none of use, since JAX rounds it to fp8; see
-      `dispatch_fp8`.
+    Collective: no. Gradient: of f32 scales, that of the product; of x none of use, since JAX rounds
+      it to fp8; see `dispatch_fp8`.
     Raises: ShapeError, DTypeError.
     Source: as in `quantize_fp8`.
     """

@@ -43,24 +43,26 @@ __all__ = ["Group", "GroupInfo"]
 class Group:
     """The ranks along one or more mesh axes that exchange rows with each other.
 
-    Open one with `Group.open`, use it as a context manager, and pass it to the operations as
-    `group=`. `Group.get` finds it again, or opens it. `copy.copy` and `copy.deepcopy` return the
-    group itself; a pickle of it finds the open group of the same identity where it is loaded. One
-    group covers all slices of the mesh along the other axes. Compiled functions may run after
-    `close()`, but nothing new can be traced with a closed group.
+    Open one with `Group.open`, use it as a context manager, pass it to the operations as `group=`.
+    `Group.get` finds it again, or opens it where it is needed. `copy.copy` and `copy.deepcopy` give
+    the group itself; a pickle of it finds the open group of the same identity where it is loaded.
+    One group covers all slices of the mesh along the other axes. Compiled functions keep what they
+    need alive: they may run after `close()`, but nothing new can be traced with a closed group.
 
     Attributes:
-      mesh: the mesh that it was opened over.
+      mesh: as it was opened over.
       axes: the mesh axes that the ranks run along.
       name: tells apart groups over the same mesh and axes.
       num_ranks: ranks of one slice.
       ranks_per_node: ranks of one node.
       num_sms: SMs that all dispatches and combines use on GPUs unless they say otherwise; None:
-        the budgets of `info()`, by operation and layout.
+        `budgets` say it by operation and layout.
       backend: the back end in use.
       timeout: seconds that a rank waits for its peers.
       debug: whether routings are checked on the device.
       identity: name and fingerprint, equal in every process.
+      spec, backends, tuning, budgets: for the operations; `info()` tells what a user wants to know
+        of them.
     """
 
     mesh: jax.sharding.Mesh
@@ -72,7 +74,6 @@ class Group:
     backend: str
     timeout: float
     debug: bool
-    # For the operations; `info()` tells users what they need to know of these.
     spec: GroupSpec
     backends: dict[str, Usability]
     tuning: _tuning.Table
@@ -125,16 +126,16 @@ class Group:
           mesh: the mesh that the program's `jax.shard_map` uses, devices included.
           axis: the axis, or axes, that the ranks run along; rank = row-major index over them.
           name: tells apart groups over the same mesh and axes; default: the axes, joined by "_".
-          backend: "auto", "cpu" (host code), "cuda" (kernels) or "xla" (stock collectives).
-            `info()` says what "auto" chose, and why. With "auto", and without num_sms, `xla`
-            carries an operation in a layout if the table of this device says that it is faster.
+          backend: "auto", "cpu" (host twins), "cuda" (kernels) or "xla" (stock collectives). What
+            "auto" chose, and why, is in `info()`. With it, and without num_sms, `xla` carries an
+            operation in a layout of which the table of this device says that it is faster so.
           timeout: seconds that a call of the custom calls waits for a rank before the group fails.
             The `xla` back end waits as XLA's collectives do. Default: 60; at most a day. Over
             several processes it should be below JAX's heartbeat timeout.
           num_sms: SMs that every dispatch and combine of the `cuda` back end uses unless it says
-            otherwise; default: by a table for this device and number of ranks, by operation and
-            layout, from 16 to 64 in the package's (`info().budgets`). Fewer leave more to kernels
-            that run beside it. The all_reduce family takes up to 64.
+            otherwise; default: what a table says of this device and number of ranks, by operation
+            and layout, from 16 to 64 in the package's (`info().budgets`). Fewer leave more to
+            compute that runs beside it. all_reduce and its relatives take up to 64.
           ranks_per_node: ranks of one node, consecutive; default: all.
           debug: counts bad ids of every routing and raises them in `check()`; default: the
             environment variable JAX_EP_DEBUG.
@@ -143,11 +144,11 @@ class Group:
           The open group, after a self-test that moved data between every pair of ranks.
 
         Collective: every process of the mesh opens it, with the same arguments.
-        Raises: ConfigError; GroupError, also if the processes disagree, run different builds, or
-          one does not arrive within `timeout`; PeerTimeoutError if one that arrived is lost. A
-          failure in one process is raised in all of them.
-        Warns: if "auto" falls back to stock collectives on CPUs or GPUs, with the reason, in the
-          first process of the mesh.
+        Raises: ConfigError; GroupError, also where the processes disagree or run different builds,
+          or one does not come within `timeout`; PeerTimeoutError where one that came is lost. What
+          fails in one process is raised in all of them.
+        Warns: where "auto" falls back to stock collectives on CPUs or GPUs, with the reason; the
+          first process of the mesh does.
         Source: DeepEP's Buffer (DeepSeek, 2025), with the mesh in the place of a process group.
         """
         arguments = _open_arguments.check(
@@ -177,17 +178,17 @@ class Group:
         ranks_per_node: int | None = None,
         debug: bool | None = None,
     ) -> "Group":
-        """Returns the open group over a mesh and axis, or opens one.
+        """The open group over a mesh and axis; opens it where there is none, or none any more.
 
-        It is for layers that learn their mesh when they are called, for cells of a notebook that
-        run twice, and for models that outlive a group. It may be called while JAX traces, also in
-        the body of a `jax.shard_map`. Whoever closes the group closes it for all who have it.
+        For layers that learn their mesh when they are called, for cells of a notebook that run
+        twice, for models that outlive a group. It may be called while JAX traces, also in the body
+        of a `jax.shard_map`. Whoever closes the group closes it for all who have it.
 
         Args:
-          mesh: as for `Group.open`. None: the mesh of `jax.set_mesh`, or of the enclosing
-            `jax.shard_map`. Under jit JAX knows the latter without its devices, like every
-            `AbstractMesh`. The mesh of `jax.set_mesh` is taken then, or else the mesh of the open
-            groups that has the same axes and sizes.
+          mesh: as for `Group.open`. None: that of `jax.set_mesh`, or of the enclosing
+            `jax.shard_map`. Under jit the latter is known without its devices, as every
+            `AbstractMesh` is: then it is the mesh of `jax.set_mesh`, or else that of the open
+            groups, which has the same axes and sizes.
           axis: as for `Group.open`. None: the only axis of the mesh.
           name: as for `Group.open`. A group of another name is another group, and left alone.
           backend: what the group must have in use; "auto": whatever it has.
@@ -196,19 +197,20 @@ class Group:
           ranks_per_node: the same.
           debug: the same.
 
-        A group that is opened has these settings, with the defaults of `Group.open` for those that
-        are "auto" or None. The settings of an earlier, closed group do not matter.
+        A group that is opened has these settings, and the defaults of `Group.open` for those that
+        are "auto" or None; what an earlier group had, which was closed, does not matter.
 
         Returns:
           The open group: the same object until it is closed.
 
-        Collective: if it opens. Every process of the mesh then calls it, at the same place among
-          its calls of `Group.open` and `Group.get`, so all have closed the group before, or none
-          has. A process that takes a traced function out of JAX's caches does not run its body, so
-          over several processes get the group outside of jit.
-        Raises: GroupError if the open group has other settings or was opened by another process
-          (in a forked child), or if no mesh, or more than one, fits; the failure of an open group
-          that has failed and must be closed; when it opens, as `Group.open`.
+        Collective where it opens: every process of the mesh calls it, at the same place among its
+        calls of `Group.open` and `Group.get`, so all have closed the group before, or none has. A
+        process that takes a traced function out of JAX's caches does not run what is in it: over
+        several processes get the group outside of jit. Else: no.
+        Raises: GroupError where the open group has other settings, or another process opened it
+          (in a forked child), and where there is no mesh, or more than one that it may be; what
+          the open group has failed with, which then is to be closed; when it opens, as
+          `Group.open`.
         """
         found = _lookup.find_mesh(mesh, axis, name)
         arguments = _open_arguments.check(
@@ -328,7 +330,8 @@ class Group:
     def close(self) -> None:
         """Ends the group. Compiled functions that use it may still run; idempotent.
 
-        Collective: no. Other processes may go on, but not with calls that this one's ranks join.
+        Collective: no; over several processes the others may go on, but not with what this one's
+        ranks take part in.
         """
         if not self._is_open:
             return
@@ -404,14 +407,11 @@ class Group:
         return f"Group({self.identity}, {self.num_ranks} ranks, backend={self.backend!r}{state})"
 
     def info(self) -> GroupInfo:
-        """Tells who is in the group and what it runs on.
-
-        Collective: no.
-        """
+        """Who is in the group and what it runs on. Collective: no."""
         return _group_info.describe(self, self._native_group)
 
     def check(self, *results: Any) -> None:
-        """Raises the failure that a device has recorded: a missing peer, a bad routing.
+        """Raises what went wrong on a device: a peer that did not come, a bad routing.
 
         A device never raises by itself: an error on one device would leave the others waiting in
         XLA's collectives until the process is aborted. It ends its call with NaN instead, and the
@@ -424,9 +424,9 @@ class Group:
         A deleted or donated array is nothing to wait for.
 
         Collective: no.
-        Raises: PeerTimeoutError and GroupError, at every call from then on; RoutingError (debug
-          mode), once; ProgramError, from JAX's exception, if a program failed otherwise: at every
-          call that is given its results, once at calls without any.
+        Raises: PeerTimeoutError, GroupError, at every call from then on; RoutingError (debug mode),
+          once; ProgramError, from what JAX raised, where a program failed otherwise: at every call
+          that is given its results, once at those without any.
         """
         self._require_own_process("Group.check")
         with _jax_compat.clean_context():

@@ -12,7 +12,7 @@ from jax_ep._spec import RowIndex
 class DispatchHandle:
     """The routing of one dispatch on one rank, as arrays. A pytree: save it, rematerialise it.
 
-    Do not edit it: if two rows claim to be the same choice of a token, one of them may hold
+    Not to be edited: where two rows claim to be the same choice of a token, one of them may hold
     anything after a dispatch along the handle on the `cuda` back end.
 
     `T` = tokens of each rank, `C` = recv_capacity, `K` = num_topk, `R` = num_ranks, -1 = none.
@@ -53,14 +53,14 @@ class DispatchHandle:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Dispatched:
-    """The result of a dispatch on one rank. A pytree; absent fields are None.
+    """What one rank received. A pytree; absent fields are None.
 
     `C` = recv_capacity, `L` = num_local_experts, `K` = num_topk.
 
     Attributes:
-      x: [C, hidden], the rows; `fill` of dispatch says which unused ones are zero.
+      x: [C, hidden], the rows; which of the unused ones are zero is dispatch's `fill`.
       scales: [C, S], the scales of fp8 rows, filled like x.
-      payload: [C, P], the payload that travelled along, filled like x.
+      payload: [C, P], what travelled along, filled like x.
       topk_idx: rank layout: [C, K] int32, local expert ids, -1 = an expert of another rank. None
         in the expert layout, and for a dispatch along a handle.
       weights: rank layout: [C, K], expert layout: [C]; f32, 0 where there is no choice.

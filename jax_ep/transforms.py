@@ -9,16 +9,16 @@ from jax_ep.errors import GroupError
 
 
 def save_communication_policy(*names: str) -> Any:
-    """Makes a policy for `jax.checkpoint` that keeps everything that crossed between ranks.
+    """A policy for `jax.checkpoint` that keeps what has crossed between ranks.
 
-    With it the backward pass recomputes everything except dispatch, combine, and the all_reduce
-    family.
+    With it the backward pass recomputes everything but dispatch, combine, and all_reduce and its
+    relatives.
 
     Args:
       names: further `checkpoint_name`s to keep.
 
     Returns:
-      A policy for `jax.checkpoint(layer, policy=...)`.
+      What `jax.checkpoint(layer, policy=...)` takes.
 
     Collective: no.
     """
@@ -28,10 +28,10 @@ def save_communication_policy(*names: str) -> Any:
 
 
 def export_safety_checks() -> list[jax.export.DisabledSafetyCheck]:
-    """Lists the checks that `jax.export.export(disabled_checks=...)` must leave out.
+    """The checks that `jax.export.export(disabled_checks=...)` must leave out: our custom calls.
 
-    They concern our custom calls. A loaded export finds its group among those that are open, by
-    its identity, and names the group if it is missing.
+    A loaded export finds its group by the identity among those that are open, and says by name
+    which one is missing.
 
     Returns:
       One check for each custom call of the back ends that are built.

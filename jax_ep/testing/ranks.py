@@ -12,7 +12,7 @@ import jax_ep
 
 
 def prepare_virtual_devices(num_ranks: int = 8) -> None:
-    """Sets the variables that JAX's CPU client reads at its start; other platforms ignore them."""
+    """Sets what JAX's CPU client reads when it starts; other platforms ignore it."""
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_force_host_platform_device_count" not in flags:
         count = f"--xla_force_host_platform_device_count={num_ranks}"
@@ -22,7 +22,7 @@ def prepare_virtual_devices(num_ranks: int = 8) -> None:
 
 
 def make_mesh(num_ranks: int, axis: str = "ep") -> Mesh:
-    """Makes a mesh over the first devices of the program."""
+    """A mesh over the first devices of the program."""
     return Mesh(np.array(jax.devices()[:num_ranks]), (axis,))
 
 
@@ -39,8 +39,7 @@ def on_ranks(
     Args:
       fn: arrays to a pytree of arrays, each without the rank axis.
       mesh: where it runs.
-      axes: of the mesh; flattened, they are the rank axis. None: all. Arrays do not vary along
-        the others.
+      axes: of the mesh; flattened, they are the rank axis. None: all. Along others all is equal.
       check_vma: as in jax.shard_map.
       jit: whether to compile.
 
