@@ -1,9 +1,9 @@
-"""The executable specification: all ranks at once, in plain NumPy or jnp, on one device.
+"""Every operation for all ranks at once, in plain NumPy or jnp, on one device.
 
-Arrays carry a leading rank axis [R, ...]. It shares no code with the back ends, and it defines
+Arrays carry a leading rank axis [R, ...]. This module shares no code with the back ends and defines
 their numerics: f32 products and sums in the stated order, each rounded by itself. With NumPy arrays
-the results are exact to the bit, subnormals included; with jnp arrays, called outside jit so that
-nothing is fused or contracted, they can be differentiated.
+the results are exact to the bit, subnormals included. With jnp arrays they can be differentiated;
+call the functions outside jit then, so that nothing is fused or contracted.
 """
 
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ def make_plan(
     recv_capacity: int,
     expert_alignment: int = 1,
 ) -> Plan:
-    """Routes topk_idx [R, T, K], token by token, in the order of the specification."""
+    """Routes topk_idx [R, T, K], token by token."""
     ids = np.asarray(topk_idx, np.int64)
     num_ranks, num_tokens, num_topk = ids.shape
     num_local = num_experts // num_ranks
@@ -121,13 +121,13 @@ def _align(size: int, alignment: int) -> int:
 
 
 def dispatch(plan: Plan, x: Rows) -> Rows:
-    """[R, C, ...] from x [R, T, ...]; rows without a token are zero."""
+    """Moves x [R, T, ...] to rows [R, C, ...]; rows without a token are zero."""
     flat = x.reshape(-1, *x.shape[2:])
     return _where(plan.recv_src >= 0, flat[np.maximum(plan.recv_src, 0)])
 
 
 def dispatch_weights(plan: Plan, topk_weights: Rows) -> Rows:
-    """[R, C, K] (rank layout) or [R, C] (expert layout) from topk_weights [R, T, K]."""
+    """Moves topk_weights [R, T, K] to [R, C, K] (rank layout) or [R, C] (expert layout)."""
     rows = dispatch(plan, topk_weights)
     if plan.layout == "rank":
         return _where(plan.recv_topk_idx >= 0, rows)
@@ -138,7 +138,7 @@ def dispatch_weights(plan: Plan, topk_weights: Rows) -> Rows:
 def combine(
     plan: Plan, rows: Rows, weights: Rows | None = None, biases: tuple[Rows, ...] = ()
 ) -> Rows:
-    """[R, T, H] from rows [R, C, H]; weights [R, C] and biases [R, T, H]."""
+    """Adds rows [R, C, H] up to [R, T, H]; weights are [R, C], biases [R, T, H]."""
     xp = jnp if isinstance(rows, jax.Array) else np
     num_ranks = rows.shape[0]
     total = xp.zeros((num_ranks, plan.num_tokens, rows.shape[2]), xp.float32)
@@ -155,15 +155,16 @@ def combine(
 
 
 def combine_weights(plan: Plan, w: Rows) -> Rows:
-    """[R, T, K] from w [R, C, K] (rank layout: the sum over ranks) or [R, C] (expert layout)."""
+    """Moves w [R, C, K] (rank layout: summed over ranks) or [R, C] (expert layout) to [R, T, K]."""
     return combine(plan, w) if plan.layout == "rank" else weights_to_tokens(plan, w)
 
 
 def weights_to_tokens(plan: Plan, at_rows: Rows) -> Rows:
-    """[R, T, K] from what dispatch_weights gives, which it transposes: moved, not computed with.
+    """Moves results of dispatch_weights back to [R, T, K]: its transpose.
 
-    As the gradient of a dispatch's topk_weights it is exact to the bit. So are those of its x,
-    `combine` of the cotangent, and of combine_weights, the cotangent moved to the rows.
+    Nothing is computed, so as the gradient of a dispatch's topk_weights it is exact to the bit. So
+    are the gradient of its x, `combine` of the cotangent, and that of combine_weights, the
+    cotangent moved to the rows.
     """
     num_ranks, num_topk = at_rows.shape[0], plan.recv_topk_idx.shape[2]
     moved = np.zeros((num_ranks, plan.num_tokens, num_topk), at_rows.dtype)
@@ -179,10 +180,10 @@ def weights_to_tokens(plan: Plan, at_rows: Rows) -> Rows:
 
 
 def combine_gradient(plan: Plan, cotangent: Rows, weights: Rows | None = None) -> Rows:
-    """[R, C, H], of combine's rows: the cotangent [R, T, H] moved, times weights [R, C] in f32.
+    """Moves the cotangent [R, T, H] to combine's rows [R, C, H], times weights [R, C] in f32.
 
-    Exact to the bit, as that of a bias is, which is the cotangent. That of weights is not: the
-    order of its dot product is not defined.
+    It is exact to the bit, like the gradient of a bias, which is the cotangent. The gradient of
+    weights is not: the order of its dot product is not defined.
     """
     moved = dispatch(plan, cotangent)
     if weights is None:
@@ -210,7 +211,7 @@ def _sum_of_rank(plan: Plan, dst: int, rows: Rows, weights: Rows | None) -> Rows
 def get_dispatch_layout(
     topk_idx: npt.ArrayLike, *, num_experts: int, ranks_per_node: int
 ) -> tuple[Ints, Ints, Ints, npt.NDArray[np.bool_]]:
-    """Counts per rank [R, R], node [R, N], expert [R, E], and the mask [R, T, R]."""
+    """Counts tokens per rank [R, R], node [R, N], expert [R, E]; makes the mask [R, T, R]."""
     ids = np.asarray(topk_idx, np.int64)
     num_ranks, num_tokens, _ = ids.shape
     per_node = np.zeros((num_ranks, num_ranks // ranks_per_node), np.int32)
@@ -235,24 +236,24 @@ def _where(mask: npt.NDArray[np.bool_], x: Rows) -> Rows:
 
 
 def all_reduce(x: Rows) -> Rows:
-    """On every rank the sum of x [R, ...] over the ranks, in their order."""
+    """Gives every rank the sum of x [R, ...] over the ranks, in their order."""
     return np.broadcast_to(_sum_over_ranks(np.asarray(x)), np.shape(x))
 
 
 def reduce_scatter(x: Rows) -> Rows:
-    """On rank r the sum over the ranks of their part r of x [R, R, ...]."""
+    """Gives rank r the sum over the ranks of their part r of x [R, R, ...]."""
     return _sum_over_ranks(np.asarray(x))
 
 
 def all_gather(x: Rows) -> Rows:
-    """On every rank x [R, ...]; [R, R, ...]."""
+    """Gives every rank all of x [R, ...]: [R, R, ...]."""
     return np.broadcast_to(np.asarray(x), (len(x), *np.shape(x)))
 
 
 def all_reduce_residual_rmsnorm(
     x: Rows, residual: Rows, scale: Rows, *, eps: float
 ) -> tuple[Rows, Rows]:
-    """Of x, residual [R, ..., H], scale [R, H]: (normed, new_residual).
+    """Computes (normed, new_residual) from x, residual [R, ..., H] and scale [R, H].
 
     The order of the mean is not defined: normed is right to a few roundings, new_residual exactly.
     """

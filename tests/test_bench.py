@@ -52,7 +52,7 @@ def records(tmp_path_factory):
         assert text in done.stdout
     assert "dispatch tiny" in done.stderr
     (path,) = out.glob("*-dispatch-combine-round_trip.jsonl")
-    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert path.with_name(f"{path.stem}-tokens.png").read_bytes().startswith(b"\x89PNG")
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -69,7 +69,7 @@ def reduce_records(tmp_path_factory):
         patch.setattr(floor, "_COPY_BYTES", 1 << 20)
         __main__.main()
     (path,) = out.glob("*-all_reduce-reduce_scatter-all_gather-*.jsonl")
-    image = path.with_name(f"{path.stem}-sizes.png")
+    image = path.with_name(f"{path.stem}-bytes.png")
     assert image.read_bytes().startswith(b"\x89PNG")
     return [json.loads(line) for line in path.read_text().splitlines()]
 

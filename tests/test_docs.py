@@ -7,6 +7,7 @@ nothing; `...` stands for anything.
 
 import argparse
 import doctest
+import inspect
 import re
 import shlex
 import subprocess
@@ -17,6 +18,7 @@ from typing import NamedTuple
 
 import pytest
 
+import jax_ep
 from jax_ep._src.base import registry
 from jax_ep.bench import run as bench
 
@@ -109,6 +111,33 @@ def test_commands(block, command):
     assert done.returncode == 0, done.stderr
     if block.expected is not None:
         _compare(block, done.stdout)
+
+
+def test_tables_are_of_the_records():
+    command = [sys.executable, ROOT / "benchmarks" / "pages", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_api_pages_have_every_public_name():
+    pages = "".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
+    shown = re.findall(r"^::: jax_ep\.(\w+)$", pages, re.MULTILINE)
+    public = {
+        name
+        for name, value in vars(jax_ep).items()
+        if not name.startswith("_") and not inspect.ismodule(value)
+    }
+    assert len(shown) == len(set(shown))
+    assert set(shown) - {"reference"} == public
+
+
+def test_protocol_page_has_every_word():
+    (header,) = (ROOT / "xla_ffi").glob("*/protocol.h")
+    row = re.compile(r"^//   ([a-z_]+)[\[\], a-z]* +(?:rank p|any rank) ", re.MULTILINE)
+    words = row.findall(header.read_text())
+    assert len(words) >= 10
+    page = (ROOT / "docs" / "protocol.md").read_text()
+    assert re.findall(r"^\| `?([a-z_]+)[^|]*\| (?:rank p|any rank) \|", page, re.MULTILINE) == words
 
 
 def test_readme_layer_is_short():

@@ -1,9 +1,8 @@
-"""What is shown: progress, a table, a plot."""
+"""What a command shows in the terminal: progress and a table."""
 
 import importlib
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -107,64 +106,3 @@ def _median(values: Sequence[float]) -> float:
 
 def _mebibytes(size: int | None) -> str:
     return "-" if size is None else f"{size / 2**20:.2f}"
-
-
-def plot(records: Sequence[Record], path: Path) -> None:
-    """Median over floor of every contender, one group of bars for each point. Needs matplotlib."""
-    from matplotlib.figure import Figure
-
-    points = list(dict.fromkeys(_point_label(r) for r in records))
-    names = list(dict.fromkeys(map(_contender_label, records)))
-    figure = Figure(figsize=(max(6.0, 2.0 * len(points)), 4.0), layout="constrained")
-    axes = figure.subplots()
-    width = 0.8 / len(names)
-    for i, name in enumerate(names):
-        own = [r for r in records if _contender_label(r) == name]
-        places = [points.index(_point_label(r)) + (i + 0.5) * width - 0.4 for r in own]
-        axes.bar(places, [r.us["p50"] / r.floor_us for r in own], width, label=name)
-    axes.axhline(1.0, color="black", linewidth=0.8)
-    axes.set_xticks(range(len(points)), points, fontsize="small")
-    axes.set_yscale("log")
-    axes.set_ylabel("time over floor (p50)")
-    axes.set_title(records[0].device, fontsize="medium")
-    axes.legend()
-    figure.savefig(path)
-
-
-def plot_sizes(records: Sequence[Record], path: Path) -> None:
-    """Time over bytes of all_reduce and its relatives, one panel for each. Needs matplotlib."""
-    from matplotlib.figure import Figure
-
-    ops = list(dict.fromkeys(r.op for r in records))
-    names = list(dict.fromkeys(map(_way_label, records)))
-    figure = Figure(figsize=(4.0 * len(ops), 4.0), layout="constrained")
-    panels = figure.subplots(1, len(ops), sharey=True, squeeze=False)[0]
-    for axes, op in zip(panels, ops, strict=True):
-        own = [r for r in records if r.op == op]
-        for color, name in enumerate(names):
-            line = sorted((r.num_bytes, r.us["p50"]) for r in own if _way_label(r) == name)
-            if line:
-                axes.plot(*zip(*line, strict=True), f"C{color}.-", label=name)
-        floor = sorted({(r.num_bytes, r.floor_us) for r in own})
-        axes.plot(*zip(*floor, strict=True), color="black", linewidth=0.8, label="floor")
-        axes.set(xscale="log", yscale="log", xlabel="bytes of a rank", title=op)
-        axes.legend(fontsize="small")
-    panels[0].set_ylabel("microseconds (p50)")
-    title = f"{records[0].device}, {records[0].num_ranks} ranks"
-    figure.suptitle(title, fontsize="medium")
-    figure.savefig(path)
-
-
-def _way_label(record: Record) -> str:
-    if record.contender != "jax_ep":
-        return "stock by NCCL" if record.algorithm == "nccl" else "stock"
-    return f"{record.algorithm} {record.backend}"
-
-
-def _contender_label(record: Record) -> str:
-    budget = "" if record.sms is None else f", {record.sms} SMs"
-    return f"{record.contender} {record.backend}{budget}"
-
-
-def _point_label(record: Record) -> str:
-    return f"{record.op}\n{record.shape}, {record.tokens} tokens\n{record.layout} layout"

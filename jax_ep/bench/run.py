@@ -77,7 +77,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--repeats", type=int, default=20)
     add("--out", type=Path, default=Path("benchmarks/results"), help="folder of the results")
     add("--commit", help="what to record in place of what git says here")
-    add("--plot", action="store_true", help="draw time over floor; needs matplotlib")
+    add(
+        "--plot",
+        action="store_true",
+        help="draw microseconds over tokens or bytes; needs matplotlib",
+    )
 
 
 def _parse_balance(text: str) -> float | str | None:

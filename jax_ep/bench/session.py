@@ -11,7 +11,7 @@ from jax.experimental.multihost_utils import process_allgather
 import jax_ep
 from jax_ep._src.base.options import Layout
 from jax_ep._src.base.tables import EXCHANGES
-from jax_ep.bench import floor, reduce, report, timing
+from jax_ep.bench import floor, plots, reduce, report, timing
 from jax_ep.bench.contenders import Contender, contenders, ours
 from jax_ep.bench.record import (
     Measured,
@@ -209,8 +209,8 @@ def save(
     path = result_path(out, place, "-".join(dict.fromkeys(ops)))
     append_lines(path, [record.to_json() for record in records])
     kinds: dict[str, tuple[bool, Callable[[Sequence[Record], Path], None]]] = {
-        ".png": (False, report.plot),
-        "-sizes.png": (True, report.plot_sizes),
+        "-tokens.png": (False, plots.plot_tokens),
+        "-bytes.png": (True, plots.plot_bytes),
     }
     for ending, (is_reduce, draw) in kinds.items():
         own = [r for r in records if (r.op in reduce.OPS) == is_reduce]

@@ -28,7 +28,7 @@ class Case:
       experts_per_rank: num_experts / num_ranks.
       hidden: elements of a row.
       dtype: of the rows, a key of DTYPES.
-      recv_capacity: None: the worst case, with which nothing is dropped.
+      recv_capacity: rows; None: the worst case, in which nothing is dropped.
       expert_alignment: as in dispatch.
       fill: as in dispatch.
       num_biases: of combine.
@@ -85,17 +85,17 @@ class Data:
     biases: tuple[Any, ...]
 
     def operands(self) -> tuple[Any, ...]:
-        """What `round_trip` takes."""
+        """The arguments of `round_trip`."""
         return self.x, self.topk_idx, self.topk_weights, self.rows, self.biases
 
 
 def make_topk_idx(case: Case, routing: str, seed: int = 0) -> Any:
-    """[R, T, K] int32, by the name of a routing; those of `make_data`."""
+    """Makes the ids [R, T, K] int32 of a routing by its name, as `make_data` does."""
     return _route(case, routing, np.random.default_rng(seed))
 
 
 def make_data(case: Case, routing: str, seed: int = 0) -> Data:
-    """Normal rows, uniform weights; the same in every process."""
+    """Makes normal rows and uniform weights, the same in every process."""
     rng = np.random.default_rng(seed)
     tokens = (case.num_ranks, case.num_tokens)
 
@@ -117,7 +117,7 @@ def _route(case: Case, routing: str, rng: np.random.Generator) -> Any:
 
 
 def plan_of(case: Case, topk_idx: Any) -> reference.Plan:
-    """What the reference makes of a routing [R, T, K]."""
+    """Plans a routing [R, T, K] by the reference."""
     return reference.make_plan(
         topk_idx,
         num_experts=case.num_experts,
@@ -130,7 +130,7 @@ def plan_of(case: Case, topk_idx: Any) -> reference.Plan:
 def dispatch(
     case: Case, group: jax_ep.Group, backend: str, x: Any, *routing: Any, **options: Any
 ) -> jax_ep.Dispatched:
-    """One rank's dispatch of the case: routing is topk_idx, and topk_weights if wanted."""
+    """Dispatches on one rank; `routing` is topk_idx, and topk_weights if wanted."""
     return jax_ep.dispatch(
         x,
         *routing,
@@ -148,7 +148,7 @@ def dispatch(
 def round_trip(
     case: Case, group: jax_ep.Group, backend: str, check_vma: bool = True
 ) -> Callable[..., Any]:
-    """(x, topk_idx, topk_weights, rows, biases) -> (Dispatched, combined), compiled when called."""
+    """Makes (x, topk_idx, topk_weights, rows, biases) -> (Dispatched, combined), compiled."""
 
     def run(x: Any, topk_idx: Any, topk_weights: Any, rows: Any, biases: Any) -> Any:
         out = dispatch(case, group, backend, x, topk_idx, topk_weights)
@@ -160,7 +160,7 @@ def round_trip(
 
 
 def assert_dispatched(case: Case, data: Data, out: jax_ep.Dispatched) -> reference.Plan:
-    """Every field of a dispatch, to the bit, but for rows of x that `fill` leaves open."""
+    """Compares every field of a dispatch to the bit, except rows of x that `fill` leaves open."""
     plan = plan_of(case, data.topk_idx)
     is_rank_layout = case.layout == "rank"
     expected = {
@@ -189,7 +189,7 @@ def assert_dispatched(case: Case, data: Data, out: jax_ep.Dispatched) -> referen
 
 
 def defined_rows(case: Case, plan: reference.Plan) -> Any:
-    """[R, C] bool: the rows that `fill` says something of; the others may hold anything."""
+    """Tells the rows, [R, C] bool, that `fill` defines; the others may hold anything."""
     is_defined = plan.recv_src >= 0
     if case.fill in ("zeros", "padding"):
         is_defined |= np.arange(case.capacity) < plan.num_recv[:, None]
@@ -199,7 +199,7 @@ def defined_rows(case: Case, plan: reference.Plan) -> Any:
 
 
 def assert_combined(case: Case, data: Data, plan: reference.Plan, y: Any) -> None:
-    """What `round_trip` combined, to the bit."""
+    """Compares the result that `round_trip` combined, to the bit."""
     weights = None
     if case.weights_at is not None:
         weights = reference.dispatch_weights(plan, data.topk_weights)

@@ -1,4 +1,4 @@
-"""Comparison by value of what this process can see of an array."""
+"""Comparison by value of the parts of an array that this process can see."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,9 +10,10 @@ Index = tuple[Any, ...]
 
 
 def shards(x: Any) -> Iterator[tuple[Index, Any]]:
-    """(index into the whole array, values) of each addressable shard; of a NumPy array: all of it.
+    """Yields (index into the whole array, values) of each addressable shard.
 
-    In a program of several processes each one sees its own devices' shards of a jax.Array.
+    A NumPy array is one shard. In a program of several processes, each one sees its own devices'
+    shards of a jax.Array.
     """
     if isinstance(x, jax.Array):
         for shard in x.addressable_shards:
@@ -24,13 +25,13 @@ def shards(x: Any) -> Iterator[tuple[Index, Any]]:
 def assert_same_bits(
     got: Any, expected: Any, *, what: str = "arrays", where: Any = None, nan_bits: bool = False
 ) -> None:
-    """Equal shape, dtype and values, in every addressable shard. Zeros differ in their sign.
+    """Requires equal shape, dtype and values in every addressable shard; +0 and -0 differ.
 
     Args:
       got: a jax.Array, which other processes may hold parts of, or a NumPy array.
       expected: the whole of it.
-      what: name in the message.
-      where: bool, of expected's shape or its leading part; elsewhere any value will do.
+      what: the name in the message.
+      where: bool, of expected's shape or its leading part; elsewhere any value passes.
       nan_bits: False: any NaN equals any other.
 
     Raises: AssertionError, with the place of the first difference.
@@ -49,7 +50,7 @@ def assert_same_bits(
 
 
 def assert_close(got: Any, expected: Any, *, tolerance: float, what: str = "arrays") -> None:
-    """Equal shape and dtype, and values that differ by at most tolerance * max(1, |largest|).
+    """Requires equal shape and dtype, and values within tolerance * max(1, |largest|).
 
     Raises: AssertionError, with the place of the first difference.
     """

@@ -26,7 +26,7 @@ _TAIL_CHARS = 6000
 
 
 def count_gpus() -> int:
-    """NVIDIA GPUs that a process of this one would see, without starting JAX on them."""
+    """Counts the NVIDIA GPUs that a child process would see, without starting JAX on them."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return 0
@@ -39,10 +39,10 @@ def count_gpus() -> int:
 
 
 def initialize() -> None:
-    """Joins the program that `launch` started: jax.distributed.initialize with what it told.
+    """Joins the program that `launch` started, by `jax.distributed.initialize`.
 
-    Where there are GPUs, the processes get equal parts of them, or, if they are more, one each, in
-    turns.
+    If there are GPUs, the processes get equal parts of them. If there are more processes than
+    GPUs, each process gets one, in turns.
 
     Raises: ConfigError outside such a program.
     """
@@ -72,18 +72,18 @@ def launch(
     Args:
       argv: arguments of this Python: a script, or "-c" and code, or "-m" and a module, and what
         they take.
-      num_processes: how many.
+      num_processes: the number of processes.
       deadline: seconds for all of them together.
-      environment: on top of this process's.
-      exit_codes: what each process is to end with, minus the signal's number if by one; None: 0.
+      environment: variables to set on top of this process's.
+      exit_codes: the code that each process must end with, or minus a signal's number; None: 0.
 
     Returns:
-      What each process wrote to stdout and stderr, in the order of their ids.
+      The output of each process, stdout and stderr, in the order of their ids.
 
     Raises:
-      LaunchError: one ended with another code, and the others were killed, or the deadline
-        passed, and all were. It holds every exit code, the end of every output, and the Python
-        tracebacks of the processes that were killed, their children's left out.
+      LaunchError: a process ended with another code, and the others were killed, or the deadline
+        passed, and all were killed. It holds every exit code, the end of every output, and the
+        Python tracebacks of the killed processes, without those of their children.
     """
     coordinator = f"localhost:{_free_port()}"
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Routings by name, so that a failing test says what broke."""
+"""Routings by name, so that a failing test names the routing."""
 
 from collections.abc import Callable
 
@@ -59,7 +59,7 @@ def all_empty(rng: np.random.Generator, shape: tuple[int, int, int], num_experts
 
 
 def invalid_ids(rng: np.random.Generator, shape: tuple[int, int, int], num_experts: int) -> Ids:
-    """Some ids are no experts."""
+    """Some ids name no expert."""
     ids = balanced(rng, shape, num_experts)
     ids[rng.random(shape) < 0.1] = num_experts
     ids[rng.random(shape) < 0.1] = -7

@@ -18,10 +18,10 @@ class Check:
       run: (group, backend, **params); raises AssertionError.
       ops: the public operations that the back end must have.
       params: plain data.
-      num_staged: bytes of its operands that peers read, which take room where they are staged.
+      num_staged: bytes of its operands that peers read, which need room if they are staged.
       uses_stock: whether it runs JAX's own collectives too, which NCCL refuses to ranks that share
         a GPU.
-      exempt: (back end, platform) that is known not to hold, and why.
+      exempt: (back end, platform) for which the claim is known not to hold, and the reason.
     """
 
     run: Callable[..., None]
@@ -33,7 +33,7 @@ class Check:
 
     @property
     def name(self) -> str:
-        """Unique: what is claimed, and for what."""
+        """The claim and its parameters; unique."""
         given = ",".join(f"{k}={v}" for k, v in self.params.items() if v is not None)
         return f"{self.run.__name__}[{given}]"
 
@@ -48,7 +48,7 @@ class Check:
         self.run(group, backend, **self.params)
 
     def not_usable(self, group: jax_ep.Group, backend: str) -> str | None:
-        """Why the back end cannot be held to it on this group, or None."""
+        """Returns why the claim does not apply to the back end on this group, or None."""
         found = group.backends[backend]
         if not self.ops <= found.ops:
             return found.reason
