@@ -1,4 +1,4 @@
-"""The imports between the modules of jax_ep. As a program it draws the folders, as Mermaid text."""
+"""The imports between the modules of jax_ep. As a program it draws the picture in the docs."""
 
 import ast
 from collections.abc import Iterator
@@ -7,6 +7,7 @@ from pathlib import Path
 import jax_ep
 
 PACKAGE = Path(jax_ep.__file__).parent
+PICTURE = PACKAGE.parent / "docs" / "images" / "floors.svg"
 FLOORS = ("base", "processes", "group", "ops", "opening")  # of jax_ep/_src, the lowest first
 # A part may import from itself and from the parts before it; `import jax_ep` is free.
 PARTS = (*(f"_src.{floor}" for floor in FLOORS), "reference", "testing", "bench", "__main__")
@@ -58,20 +59,51 @@ def modules_imported(module: str) -> set[str]:
     return {m for m in found if (module, m) not in ARROWS_BACK}
 
 
+def arrows() -> list[tuple[str, str]]:
+    """The folders of jax_ep/_src that import from one another, from the top floor downwards."""
+    found = {(part_of(module), part_of(m)) for module in MODULES for m in modules_imported(module)}
+    pairs = [(a, b) for a in reversed(FLOORS) for b in reversed(FLOORS) if a != b]
+    return [(a, b) for a, b in pairs if (f"_src.{a}", f"_src.{b}") in found]
+
+
 def draw() -> str:
-    """Mermaid text: which folders of jax_ep/_src import from which others."""
-    arrows = {
-        (source, target)
-        for module in MODULES
-        if (source := part_of(module)) is not None
-        for found in modules_imported(module)
-        if (target := part_of(found)) is not None
-    }
-    floors = [(f"_src.{a}", f"_src.{b}") for a in reversed(FLOORS) for b in FLOORS if a != b]
-    drawn = [arrow for arrow in floors if arrow in arrows]
-    lines = (f"  {a} --> {b}".replace("_src.", "") for a, b in drawn)
-    return "\n".join(["graph TD", *lines])
+    """SVG text: a box for each floor, and an arc for each pair of floors that `arrows` gives."""
+    height, gap, left, width = 34, 22, 10, 130
+    top = {name: 10 + (height + gap) * i for i, name in enumerate(reversed(FLOORS))}
+    shapes = []
+    for name, y in top.items():
+        shapes.append(
+            f'<rect x="{left}" y="{y}" width="{width}" height="{height}" rx="5"/>'
+            f'<text x="{left + width / 2:g}" y="{y + 22}">{name}</text>'
+        )
+    drawn = arrows()
+    for number, (source, target) in enumerate(drawn):
+        right = left + width
+        begin = top[source] + height - 8 - 4 * (number % 3)
+        end = top[target] + 8 + 3 * (number % 4)
+        reach = right + 30 + 28 * abs(FLOORS.index(source) - FLOORS.index(target))
+        shapes.append(
+            f'<path d="M {right} {begin} C {reach} {begin}, {reach} {end}, {right + 7} {end}" '
+            'marker-end="url(#arrow)"/>'
+        )
+    size = f'width="300" height="{max(top.values()) + height + 10}"'
+    marker = (
+        '<marker id="arrow" markerWidth="8" markerHeight="8" refX="1" refY="3" orient="auto">'
+        '<path d="M 0 0 L 7 3 L 0 6 z" style="fill:#888;stroke:none"/></marker>'
+    )
+    style = (
+        "rect{fill:#5b7c99}text{fill:#fff;font:15px sans-serif;text-anchor:middle}"
+        "path{fill:none;stroke:#888;stroke-width:1.5}"
+    )
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size}>',
+        f"<style>{style}</style>",
+        f"<defs>{marker}</defs>",
+        *shapes,
+        "</svg>",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
-    print(draw())
+    PICTURE.write_text(draw())
