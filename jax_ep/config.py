@@ -130,12 +130,12 @@ def why_no_kernel_exchange(num_ranks: int) -> str | None:
     if num_ranks > MAX_CUDA_RANKS:
         return f"its kernels take at most {MAX_CUDA_RANKS} ranks, got {num_ranks}"
     flag = "--xla_gpu_command_buffer_scheduling_mode"
-    if (_xla_flag(flag) or "").lower() == "concurrent":
+    if (xla_flag(flag) or "").lower() == "concurrent":
         return f"{flag}=concurrent runs independent calls at once; calls of a group need one order"
     return None
 
 
-def _xla_flag(name: str) -> str | None:
+def xla_flag(name: str) -> str | None:
     """The value that XLA_FLAGS gives to a flag; the last one counts.
 
     As xla/parse_flags_from_env.cc reads it: flags, or else the name of a file of flags.
@@ -151,6 +151,16 @@ def _xla_flag(name: str) -> str | None:
         if flag == name:
             value = re.sub(r"\\(.)", r"\1", double_quoted) or single_quoted or plain
     return value
+
+
+def virtual_devices_environment(num_devices: int) -> dict[str, str]:
+    """Environment variables that give a process virtual CPU devices, and threads to wait in.
+
+    JAX's CPU client has as many threads as there are cores. With fewer than these, many launches in
+    flight hang, those of stock collectives too.
+    """
+    threads = max(16, 2 * num_devices)
+    return {"JAX_NUM_CPU_DEVICES": str(num_devices), "PJRT_NPROC": str(threads)}
 
 
 def why_staged() -> str | None:

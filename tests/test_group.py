@@ -170,7 +170,7 @@ def test_flags_are_read_as_xla_reads_them(tmp_path):
     file.write_text(f"\n{name}=2 --xla_dump_to=' {name}=3'\t{name}=\"5\"\n")
     code = (
         "import jax; from jax_ep import config; "
-        f"print(len(jax.devices()), config._xla_flag({name!r}))"
+        f"print(len(jax.devices()), config.xla_flag({name!r}))"
     )
     for flags in (str(file), file.read_text()):
         done = subprocess.run(

@@ -23,7 +23,7 @@ from jax_ep.bench.shapes import (
 )
 from jax_ep.config import BACKENDS, Fill
 from jax_ep.errors import ConfigError
-from jax_ep.testing.ranks import make_mesh, prepare_virtual_devices
+from jax_ep.testing.ranks import make_mesh, virtual_devices
 
 OPS = (*timing.OPS, *reduce.OPS)
 _TIMEOUT_S = 60.0
@@ -85,7 +85,7 @@ def _parse_balance(text: str) -> float | str | None:
 
 def main(args: argparse.Namespace) -> None:
     """Measures, prints a table, writes the records."""
-    prepare_virtual_devices(args.ranks or 8)
+    virtual_devices(args.ranks or 8)
     num_ranks = args.ranks or len(jax.devices())
     pairs = list(make_pairs(args, num_ranks))
     place = find_place(args.commit)

@@ -17,7 +17,7 @@ from typing import IO
 
 import jax
 
-from jax_ep.config import ProcessPlace
+from jax_ep.config import ProcessPlace, virtual_devices_environment
 from jax_ep.errors import LaunchError
 
 _POLL_S = 0.02
@@ -61,6 +61,7 @@ def launch(
     *,
     num_processes: int,
     deadline: float,
+    num_devices: int | None = None,
     environment: Mapping[str, str] | None = None,
     exit_codes: Sequence[int] | None = None,
 ) -> list[str]:
@@ -74,6 +75,8 @@ def launch(
         they take.
       num_processes: how many.
       deadline: seconds for all of them together.
+      num_devices: virtual CPU devices of each process; None: as its environment says, or its own
+        call of `virtual_devices`.
       environment: on top of this process's.
       exit_codes: what each process is to end with, minus the signal's number if by one; None: 0.
 
@@ -86,13 +89,16 @@ def launch(
         tracebacks of the processes that were killed, their children's left out.
     """
     coordinator = f"localhost:{_free_port()}"
+    environment = dict(environment or {})
+    if num_devices is not None:
+        environment |= virtual_devices_environment(num_devices)
     with ExitStack() as stack:
         stack.enter_context(_exits_by_sigterm())
         processes = []
         for process_id in range(num_processes):
             place = ProcessPlace(coordinator, num_processes, process_id)
             output = stack.enter_context(tempfile.TemporaryFile())
-            process = _start(argv, {**(environment or {}), **place.to_environment()}, output)
+            process = _start(argv, {**environment, **place.to_environment()}, output)
             stack.callback(process.end)
             processes.append(process)
         problem = _wait(processes, exit_codes or [0] * num_processes, deadline)
