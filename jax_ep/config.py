@@ -14,6 +14,7 @@ import enum
 import math
 import os
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -217,6 +218,13 @@ def two_shot_payload(num_ranks: int) -> int:
 def tuning_file_from_environment() -> str | None:
     """The file of tables that come before the package's."""
     return os.environ.get("JAX_EP_TUNING") or None
+
+
+def cuda_compiler() -> str | None:
+    """The CUDA compiler that an installation would take, from CUDA_HOME or the PATH."""
+    home = os.environ.get("CUDA_HOME")
+    found = home and shutil.which("nvcc", path=str(Path(home) / "bin"))
+    return found or shutil.which("nvcc")
 
 
 def debug_from_environment() -> bool:
