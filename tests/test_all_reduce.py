@@ -455,7 +455,7 @@ def test_bad_input(groups, case):
 
 
 def test_limits_agree_with_the_native_side():
-    native = Path(config.__file__).parent.parent / "xla_ffi"
+    native = Path(__file__).parent.parent / "xla_ffi"
     norm = "ops/all_reduce_residual_rmsnorm/all_reduce_residual_rmsnorm_cuda.cuh"
     for file, text, value in (
         ("core/protocol.h", "kPacketGroups = 2048;", config.PACKET_GROUPS == 2048),
