@@ -20,7 +20,7 @@ import pytest
 
 import jax_ep
 from jax_ep import __main__
-from jax_ep.bench import floor, reduce, timing
+from jax_ep.bench import floor, reduce, report, timing
 from jax_ep.bench import run as bench
 from jax_ep.bench.record import Place, Record, find_place
 from jax_ep.testing import launch
@@ -221,6 +221,12 @@ def test_scripts_write_records(name, tmp_path, monkeypatch):
         assert line["op"] == name
         assert set(line["us"]) == {"p50", "p10", "p90", "p99"}
         assert line["command"].startswith(f"python {path}")
+
+
+def test_command_names_the_extra_that_brings_its_progress_bar(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)  # what import of it meets
+    with pytest.raises(jax_ep.ConfigError, match=r"needs tqdm: pip install 'jax_ep\[bench\]'"):
+        report.progress(1)
 
 
 TURNS = """

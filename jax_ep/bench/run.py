@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--repeats", type=int, default=20)
     add("--out", type=Path, default=Path("benchmarks/results"), help="folder of the results")
     add("--commit", help="what to record in place of what git says here")
-    add("--plot", action="store_true", help="draw time over floor; needs matplotlib")
+    add("--plot", action="store_true", help="draw time over floor; needs jax_ep[bench]")
 
 
 def _parse_balance(text: str) -> float | str | None:
@@ -104,7 +104,7 @@ def main(args: argparse.Namespace) -> None:
             budgets=args.sms,
             algorithms=args.algorithms,
         )
-        with report.Progress(len(pairs) * args.repeats) as progress:
+        with report.progress(len(pairs) * args.repeats) as progress:
             for op, point in pairs:
                 rows += session.measure(op, point, progress)
         group.check()

@@ -68,7 +68,8 @@ def launch(
     """Runs one Python program in several processes that find each other by `initialize()`.
 
     Each process leads a session of its own. None of a session's processes outlives the call, nor a
-    SIGTERM to this one, if the call is made by its main thread.
+    SIGTERM to this one, if the call is made by its main thread. A session keeps children whose
+    parent has ended, which a tree of processes, as psutil finds it, loses.
 
     Args:
       argv: arguments of this Python: a script, or "-c" and code, or "-m" and a module, and what
