@@ -75,6 +75,11 @@ PROBLEMS = {
         "no group opens over all devices: self-test: rank 3 is wrong",
         "run python -m jax_ep conformance",
     ),
+    "module of another version": (
+        replace(CPUS, group=None, failure="TypeError: open_group()", is_mismatched=True),
+        "no group opens over all devices: TypeError: open_group()",
+        "install jax_ep again",
+    ),
     "too many GPUs": (
         replace(GPUS, num_devices=40, group=_stock("at most 32 ranks")),
         "the CUDA kernels do not run here: at most 32 ranks",
@@ -86,6 +91,19 @@ PROBLEMS = {
         "reach one another's memory",
     ),
 }
+
+
+def test_module_of_another_version_is_found(monkeypatch):
+    """An editable installation whose native code was not compiled again."""
+
+    def open_group(identity):
+        raise AssertionError(identity)
+
+    module = _native.load("cpu")
+    monkeypatch.setattr(module, "open_group", open_group)
+    (problem,) = doctor.examine().problems()
+    assert "TypeError" in problem.what
+    assert problem.remedy.startswith("install jax_ep again")
 
 
 @pytest.mark.parametrize("name", PROBLEMS)

@@ -50,6 +50,7 @@ class Findings:
       num_devices: how many of these.
       group: `GroupInfo`, as a dict, of a group over all devices; None: it does not open.
       failure: why it does not.
+      is_mismatched: whether that is since the native module is of another version than this code.
     """
 
     versions: dict[str, str]
@@ -61,6 +62,7 @@ class Findings:
     num_devices: int
     group: dict[str, Any] | None
     failure: str | None = None
+    is_mismatched: bool = False
 
     def problems(self) -> Iterator[Problem]:
         """Whatever this machine could use and cannot; none on a CPU without CUDA."""
@@ -82,7 +84,9 @@ class Findings:
         if self.group is None:
             yield Problem(
                 f"no group opens over all devices: {self.failure}",
-                "run python -m jax_ep conformance, and report what it prints",
+                "install jax_ep again: its native module is of another version than its Python code"
+                if self.is_mismatched
+                else "run python -m jax_ep conformance, and report what it prints",
             )
         elif self.platform == "gpu" and cuda is None and self.group["backend"] != "cuda":
             reason = self.group["backends"]["cuda"]
@@ -105,7 +109,7 @@ class Findings:
 def examine() -> Findings:
     """Looks, and opens a group over all devices, which tests itself. Collective."""
     virtual_devices(8)
-    group, failure = None, None
+    group, failure, is_mismatched = None, None, False
     try:
         mesh = jax.sharding.Mesh(np.array(jax.devices()), ("ep",))
         with warnings.catch_warnings():
@@ -114,6 +118,8 @@ def examine() -> Findings:
                 group = asdict(opened.info())
     except JaxEpError as e:
         failure = str(e)
+    except (AttributeError, TypeError) as e:  # from a module that lacks a function, or a parameter
+        failure, is_mismatched = f"{type(e).__name__}: {str(e).splitlines()[0]}", True
     platforms = jax.config.jax_platforms or "cuda"  # by default JAX takes what it finds
     return Findings(
         versions={
@@ -131,6 +137,7 @@ def examine() -> Findings:
         num_devices=jax.device_count(),
         group=group,
         failure=failure,
+        is_mismatched=is_mismatched,
     )
 
 
