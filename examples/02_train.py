@@ -35,6 +35,12 @@ from jax_ep.testing import virtual_devices
 
 DEFAULT_STEPS = 800
 COMPARE_STEPS = 20
+VOCABULARY = 256
+HELD_OUT_WINDOWS = 1024
+BALANCE_LOSS = 0.01
+PROMPT = b"\n\ndef "
+SAMPLED_BYTES = 200
+TEMPERATURE = 0.7
 
 
 @dataclass(frozen=True)
@@ -57,14 +63,6 @@ class Config:
     devices: int | None = flag(None, "use the first of jax.devices(); None: at most 8")
     expert_parallel: int | None = flag(None, "size of axis 'expert'; None: 4, or what fits")
     out: str = flag("out", "folder of the loss plot", str)
-
-
-VOCABULARY = 256
-HELD_OUT_WINDOWS = 1024
-BALANCE_LOSS = 0.01
-PROMPT = b"\n\ndef "
-SAMPLED_BYTES = 200
-TEMPERATURE = 0.7
 
 
 # --- Text
