@@ -14,10 +14,11 @@ import jax
 import pytest
 
 import jax_ep
+from jax_ep.testing import virtual_devices
 from jax_ep.testing.cases import round_trip
-from jax_ep.testing.ranks import make_mesh, prepare_virtual_devices
+from jax_ep.testing.ranks import make_mesh
 
-prepare_virtual_devices()
+virtual_devices()
 BACKENDS = ("cpu", "xla")
 LAYOUTS = ("rank", "expert")
 # These run programs as users write them, and so do the GPU tests.

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax_ep
 
 PACKAGE = Path(jax_ep.__file__).parent
-PICTURE = PACKAGE.parent / "docs" / "images" / "floors.svg"
+PICTURE = Path(__file__).parent.parent / "docs" / "images" / "floors.svg"
 FLOORS = ("base", "processes", "group", "ops", "opening")  # of jax_ep/_src, the lowest first
 # A part may import from itself and from the parts before it; `import jax_ep` is free.
 PARTS = (*(f"_src.{floor}" for floor in FLOORS), "reference", "testing", "bench", "__main__")

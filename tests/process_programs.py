@@ -247,11 +247,8 @@ def run_on_cpus(program, *argv, processes=2, devices=2, deadline=240.0, exit_cod
     return launch.launch(
         ["-c", START + program, *argv],
         num_processes=processes,
+        num_devices=devices,
         deadline=deadline,
-        environment={
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-            "PJRT_NPROC": "16",
-        },
+        environment={"JAX_PLATFORMS": "cpu"},
         exit_codes=exit_codes,
     )

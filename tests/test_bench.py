@@ -20,7 +20,7 @@ import pytest
 
 import jax_ep
 from jax_ep import __main__
-from jax_ep.bench import floor, reduce, timing
+from jax_ep.bench import floor, reduce, report, timing
 from jax_ep.bench import run as bench
 from jax_ep.bench.record import Place, Record, find_place
 from jax_ep.testing import launch
@@ -103,7 +103,7 @@ def test_records_of_all_reduce_are_whole(reduce_records):
         assert record["shape"] == f"{kib:g} KiB"
         assert record["floor_us"] > 0
         assert record["bytes"] >= 2 * kib * 1024
-        assert record["xla_flags"] == os.environ["XLA_FLAGS"]
+        assert record["xla_flags"] == os.environ.get("XLA_FLAGS", "")
 
 
 def test_contenders_of_a_size_share_a_run(reduce_records):
@@ -201,7 +201,7 @@ def test_scripts_write_records(name, tmp_path, monkeypatch):
     arguments, sizes, contenders = SCRIPTS[name]
     path = ROOT / "benchmarks" / f"{name}.py"
     monkeypatch.setattr(sys, "argv", [str(path), *arguments, "--out", str(tmp_path)])
-    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])  # which two of them add to
+    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))  # which two of them add to
     spec = importlib.util.spec_from_file_location(name, path)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
@@ -221,6 +221,12 @@ def test_scripts_write_records(name, tmp_path, monkeypatch):
         assert line["op"] == name
         assert set(line["us"]) == {"p50", "p10", "p90", "p99"}
         assert line["command"].startswith(f"python {path}")
+
+
+def test_command_names_the_extra_that_brings_its_progress_bar(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)  # what import of it meets
+    with pytest.raises(jax_ep.ConfigError, match=r"needs tqdm: pip install 'jax_ep\[bench\]'"):
+        report.progress(1)
 
 
 TURNS = """
@@ -251,10 +257,10 @@ def test_several_processes(tmp_path):
     command = ["bench", "all_reduce", "all_gather", "--kib", "1", "--repeats", "2"]
     command += ["--backends", "cpu", "--out", str(tmp_path)]
     outputs = launch.launch(
-        [str(ROOT / "examples" / "multi_host.py"), str(Path(__main__.__file__)), *command],
+        [str(ROOT / "examples" / "04_processes.py"), str(Path(__main__.__file__)), *command],
         num_processes=2,
+        num_devices=2,
         deadline=200.0,
-        environment={"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PJRT_NPROC": "16"},
     )
     assert "4 records appended" in outputs[0]
     assert "records appended" not in outputs[1]

@@ -1,5 +1,6 @@
 """SMs by operation and layout: who says them, and what reaches a call."""
 
+import argparse
 import json
 import re
 from importlib import resources
@@ -12,12 +13,12 @@ import pytest
 from budget_tables import KEYS, OLD, plain
 
 import jax_ep
-from jax_ep import __main__
 from jax_ep._src.base import tables
 from jax_ep._src.base.options import Layout
 from jax_ep.bench import session
 from jax_ep.bench.contenders import ours
 from jax_ep.bench.shapes import Shape, make_point
+from jax_ep.testing import doctor
 from jax_ep.testing.compare import assert_same_bits
 from jax_ep.testing.ranks import make_mesh, on_ranks
 
@@ -374,7 +375,7 @@ def test_info_tells_the_budgets(write_tables, capsys):
         assert (info.num_sms, info.budgets) == (9, everywhere)
         assert info.budgets_from == "num_sms of Group.open"
     write_tables(("cpu", len(jax.devices()), plain(31, xla=[("combine", "expert")])))
-    __main__.info()
+    doctor.main(argparse.Namespace(json=False))
     printed = capsys.readouterr().out
     assert "  combine: rank layout 35, expert layout xla\n" in printed
     assert f"  from JAX_EP_TUNING={path}, cpu, 8 ranks: made up from 31\n" in printed

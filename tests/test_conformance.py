@@ -133,12 +133,12 @@ def test_checks_run_in_several_processes():
         "combine_is_the_transpose_of_dispatch[layout=rank,capacity=half]",
         "get_dispatch_layout[num_tokens=13,num_topk=3,experts_per_rank=4]",
     ]
-    environment = {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-    }
     outputs = launch.launch(
-        ["-c", TWO_PROCESSES, *names], num_processes=2, deadline=200, environment=environment
+        ["-c", TWO_PROCESSES, *names],
+        num_processes=2,
+        num_devices=2,
+        deadline=200,
+        environment={"JAX_PLATFORMS": "cpu"},
     )
     assert all("4 checks passed" in output for output in outputs)
 

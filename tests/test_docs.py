@@ -94,7 +94,7 @@ def test_python(page, capsys):
 
 
 @pytest.mark.parametrize(("block", "command"), COMMANDS, ids=_name)
-def test_commands(block, command):
+def test_commands(block, command, tmp_path):
     arguments = shlex.split(command.removeprefix(COMMAND))
     if arguments[0] == "bench":  # that takes minutes: only whether it is understood
         parser = argparse.ArgumentParser(exit_on_error=False)
@@ -103,6 +103,7 @@ def test_commands(block, command):
         return
     done = subprocess.run(
         [sys.executable, "-m", "jax_ep", *arguments],
+        cwd=tmp_path,  # beside the sources of jax_ep they would be taken for the package
         capture_output=True,
         text=True,
         timeout=120,

@@ -20,13 +20,24 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 SMALL = ["--steps", "2", "--batch", "8", "--seq", "16", "--d-model", "16", "--layers", "1"]
 
 
+def test_moe_layer_is_the_dense_one_and_short():
+    path = EXAMPLES / "01_moe_layer.py"
+    done = subprocess.run(
+        [sys.executable, path], capture_output=True, text=True, timeout=250, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "8 ranks, backend='cpu'" in done.stdout
+    assert float(done.stdout.rpartition(" ")[2]) < 1e-5
+    assert len(path.read_text().splitlines()) <= 50
+
+
 def _run(tmp_path, *flags):
-    command = [sys.executable, EXAMPLES / "train_moe.py", *SMALL, "--out", tmp_path, *flags]
+    command = [sys.executable, EXAMPLES / "02_train.py", *SMALL, "--out", tmp_path, *flags]
     return subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
 
 
 @pytest.mark.parametrize("devices", ["8", "3"])
-def test_train_moe(tmp_path, devices):
+def test_train(tmp_path, devices):
     flags = [] if devices == "8" else ["--devices", "3", "--experts", "6", "--batch", "9"]
     done = _run(tmp_path, *flags, "--expert-parallel", "4" if devices == "8" else "3")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -34,10 +45,10 @@ def test_train_moe(tmp_path, devices):
         assert text in done.stderr
     for text in ("unigram entropy", "bigram entropy", "held-out loss", "--- sampled"):
         assert text in done.stdout
-    assert (tmp_path / "train_moe.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "train.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_train_moe_compare(tmp_path):
+def test_train_compare(tmp_path):
     """Both back ends train the same steps to the same bits."""
     done = _run(tmp_path, "--compare", "xla", "--backend", "cpu")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -45,17 +56,17 @@ def test_train_moe_compare(tmp_path):
     assert "losses 0 bits per byte, parameters 0\n" in done.stdout
 
 
-def test_train_moe_refuses_impossible_sizes(tmp_path):
+def test_train_refuses_impossible_sizes(tmp_path):
     done = _run(tmp_path, "--devices", "3")
     assert done.returncode == 1
-    assert "must divide --devices 3" in done.stderr
+    assert "--devices 3 must divide --batch 8" in done.stderr
 
 
 @pytest.mark.parametrize("devices", ["4", pytest.param("3", marks=pytest.mark.slow)])
-def test_tp_decode(devices):
+def test_tensor_parallel(devices):
     """It compares its logits with psum's; the exit status is its verdict."""
     flags = ["--steps", "2", "--tokens", "8", "--devices", devices]
-    command = [sys.executable, EXAMPLES / "tp_decode.py", *flags]
+    command = [sys.executable, EXAMPLES / "05_tensor_parallel.py", *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     # With three, eight heads are dealt to two.
@@ -65,12 +76,12 @@ def test_tp_decode(devices):
 
 
 def _run_processes(*program):
-    command = [sys.executable, EXAMPLES / "multi_host.py", "--processes", "2", "--devices", "2"]
+    command = [sys.executable, EXAMPLES / "04_processes.py", "--processes", "2", "--devices", "2"]
     command += program
     return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
 
 
-def test_multi_host():
+def test_processes():
     done = _run_processes()
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("4 ranks, backend='cpu'") == 2
@@ -78,9 +89,9 @@ def test_multi_host():
 
 
 @pytest.mark.slow
-def test_train_moe_in_two_processes():
+def test_train_in_two_processes():
     """Experts are spread over both processes."""
-    program = [EXAMPLES / "train_moe.py", *SMALL, "--expert-parallel", "4"]
+    program = [EXAMPLES / "02_train.py", *SMALL, "--expert-parallel", "4"]
     done = _run_processes(*program, "--compare", "xla", "--backend", "cpu")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("cpu against xla, 2 steps") == 2
@@ -91,12 +102,12 @@ def test_train_moe_in_two_processes():
 
 def _run_fp8(*flags):
     small = ["--tokens", "32", "--hidden", "128", "--experts", "4", "--steps", "8"]
-    command = [sys.executable, EXAMPLES / "fp8_moe.py", *small, *flags]
+    command = [sys.executable, EXAMPLES / "03_fp8.py", *small, *flags]
     return subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
 
 
 @pytest.mark.parametrize(("scales", "scale_bytes"), [("f32", 8), ("e8m0", 2)])
-def test_fp8_moe(scales, scale_bytes):
+def test_fp8(scales, scale_bytes):
     """It compares the two layers and trains both; the exit status is its verdict."""
     done = _run_fp8("--scales", scales)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -105,7 +116,7 @@ def test_fp8_moe(scales, scale_bytes):
     assert f"= 256 + {scale_bytes} of scales" in done.stdout
 
 
-def test_fp8_moe_refuses_impossible_sizes():
+def test_fp8_refuses_impossible_sizes():
     done = _run_fp8("--devices", "3", "--expert-parallel", "3")
     assert done.returncode == 1
     assert "must divide --devices 3" in done.stderr
@@ -114,24 +125,24 @@ def test_fp8_moe_refuses_impossible_sizes():
 def test_comparisons_of_examples_see_every_nan(monkeypatch):
     """Python's max loses a NaN that is not the first, and jnp.max one of a wide array on CPUs."""
     monkeypatch.syspath_prepend(EXAMPLES)
-    train_moe = importlib.import_module("train_moe")
+    common = importlib.import_module("common")
     logits = jnp.ones((64, 256))
-    assert train_moe.largest_difference([logits, 2 * logits], [logits, logits]) == 1
+    assert common.largest_difference([logits, 2 * logits], [logits, logits]) == 1
     for place in ((0, 0), (3, 5), (63, 255)):
         spoiled = logits.at[place].set(jnp.nan)
-        assert np.isnan(train_moe.largest_difference([spoiled], [logits]))
-        assert np.isnan(train_moe.largest_difference([2 * logits, logits], [logits, spoiled]))
+        assert np.isnan(common.largest_difference([spoiled], [logits]))
+        assert np.isnan(common.largest_difference([2 * logits, logits], [logits, spoiled]))
 
 
 @pytest.mark.parametrize("scales", ["f32", "e8m0"])
-def test_fp8_moe_gradient_is_exact_where_fp8_is(groups, backend, scales, monkeypatch):
+def test_fp8_gradient_is_exact_where_fp8_is(groups, backend, scales, monkeypatch):
     """On integers that fp8 holds exactly, results and gradients have the bits of the plain layer.
 
     The largest of each block is 7 = 2**-6 * 448, so the scales are powers of two; every product
     and sum is an integer that f32 holds. The tolerance is zero.
     """
     monkeypatch.syspath_prepend(EXAMPLES)
-    fp8_moe = importlib.import_module("fp8_moe")
+    fp8 = importlib.import_module("03_fp8")
     num_ranks, num_tokens, num_topk, hidden, inner, capacity = 4, 12, 2, 256, 24, 25
     group = groups(num_ranks)
     rng = np.random.default_rng(0)
@@ -159,8 +170,8 @@ def test_fp8_moe_gradient_is_exact_where_fp8_is(groups, backend, scales, monkeyp
         )
         results = {}
         for name, up in (
-            ("plain", partial(fp8_moe.bf16_up, send)),
-            ("fp8", partial(fp8_moe.fp8_up, send, scales)),
+            ("plain", partial(fp8.bf16_up, send)),
+            ("fp8", partial(fp8.fp8_up, send, scales)),
         ):
 
             def run(x, weights, w_in, up=up):

@@ -53,8 +53,9 @@ def test_effects_of_a_step_that_never_ends_are_not_waited_for():
 KEEPS = """
 import copy, dataclasses, sys
 import jax, numpy as np, jax_ep
-from jax_ep.testing.ranks import make_mesh, on_ranks, prepare_virtual_devices
-prepare_virtual_devices()
+from jax_ep.testing import virtual_devices
+from jax_ep.testing.ranks import make_mesh, on_ranks
+virtual_devices()
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass

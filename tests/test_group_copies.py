@@ -85,9 +85,10 @@ def test_copies_of_a_handle_lead_back(groups, layout, way):
 LOADS = """
 import pickle, sys
 from pathlib import Path
-from jax_ep.testing.ranks import make_mesh, prepare_virtual_devices
+from jax_ep.testing import virtual_devices
+from jax_ep.testing.ranks import make_mesh
 import jax_ep
-prepare_virtual_devices()
+virtual_devices()
 text = Path(sys.argv[1]).read_bytes()
 try:
     pickle.loads(text)

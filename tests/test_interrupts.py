@@ -142,8 +142,9 @@ PROGRAM = """
 import os, signal, sys, threading, time
 import numpy as np
 sys.path.insert(0, sys.argv[1])
-from jax_ep.testing.ranks import make_mesh, on_ranks, prepare_virtual_devices
-prepare_virtual_devices()
+from jax_ep.testing import virtual_devices
+from jax_ep.testing.ranks import make_mesh, on_ranks
+virtual_devices()
 import jax, jax_ep
 from programs import make_echo
 x, ids = np.ones((3, 4, 8), np.float32), np.zeros((3, 4, 1), np.int32)

@@ -12,11 +12,7 @@ import pytest
 from jax_ep._src.base.errors import ConfigError, LaunchError
 from jax_ep.testing import launch
 
-TWO_DEVICES = {
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-    "PJRT_NPROC": "4",
-}
+CPU = {"JAX_PLATFORMS": "cpu"}
 
 PSUM = """
 import jax, numpy as np
@@ -42,7 +38,7 @@ print("process", jax.process_index(), "is done")
 def test_processes_find_each_other():
     """And each compares its own shards: only the last process sees the wrong last row."""
     first, second = launch.launch(
-        ["-c", PSUM], num_processes=2, deadline=120, environment=TWO_DEVICES
+        ["-c", PSUM], num_processes=2, num_devices=2, deadline=120, environment=CPU
     )
     assert "process 0 is done" in first
     assert "saw" not in first

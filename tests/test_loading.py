@@ -14,8 +14,9 @@ import numpy as np
 from jax.experimental import serialize_executable
 from jax.sharding import NamedSharding, PartitionSpec as P
 import jax_ep
-from jax_ep.testing.ranks import make_mesh, on_ranks, prepare_virtual_devices
-prepare_virtual_devices()
+from jax_ep.testing import virtual_devices
+from jax_ep.testing.ranks import make_mesh, on_ranks
+virtual_devices()
 mesh = make_mesh(2)
 devices = list(mesh.devices.flat)
 x = np.arange(2 * 4 * 8, dtype=np.float32).reshape(2, 4, 8)

@@ -1,60 +1,26 @@
 """What a command shows in the terminal: progress and a table."""
 
-import importlib
 import sys
 from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
+import numpy as np
+
+from jax_ep._src.base.errors import ConfigError
 from jax_ep.bench.record import Record
 from jax_ep.bench.timing import Timing
 
 
-class Progress:
-    """Steps done, on stderr: tqdm's bar where tqdm is installed, else one rewritten line."""
+def progress(total: int) -> Any:
+    """A bar of tqdm's on stderr, of `total` steps; a context manager.
 
-    def __init__(self, total: int):
-        self._total, self._done, self._label = total, 0, ""
-        try:
-            tqdm = importlib.import_module("tqdm").tqdm
-        except ImportError:
-            self._bar: Any = None
-        else:
-            self._bar = tqdm(total=total, file=sys.stderr, unit="turn")
-
-    def label(self, text: str) -> None:
-        """Names what is being measured."""
-        self._label = text
-        if self._bar is not None:
-            self._bar.set_description(text)
-        else:
-            self._show()
-
-    def tick(self) -> None:
-        """One step is done."""
-        self._done += 1
-        if self._bar is not None:
-            self._bar.update()
-        else:
-            self._show()
-
-    def _show(self) -> None:
-        text = f"\r{self._label}: {self._done} of {self._total}"
-        print(f"{text:<79}", end="", file=sys.stderr, flush=True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        else:
-            print(file=sys.stderr)
+    Raises: ConfigError when tqdm is not installed.
+    """
+    try:
+        from tqdm import tqdm
+    except ImportError as e:
+        raise ConfigError("bench: needs tqdm: pip install 'jax_ep[bench]'") from e
+    return tqdm(total=total, file=sys.stderr, unit="turn")
 
 
 class Row(NamedTuple):
@@ -72,8 +38,8 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "contender": lambda r: f"{r.record.contender} {r.record.backend}",
     "algorithm": lambda r: r.record.algorithm or "",
     "sms": lambda r: "" if r.record.sms is None else str(r.record.sms),
-    "chain us": lambda r: f"{_median(r.timing.chain):.1f}",
-    "empty us": lambda r: f"{_median(r.timing.empty):.1f}",
+    "chain us": lambda r: f"{np.median(r.timing.chain):.1f}",
+    "empty us": lambda r: f"{np.median(r.timing.empty):.1f}",
     "us p50": lambda r: f"{r.record.us['p50']:.1f}",
     "p10": lambda r: f"{r.record.us['p10']:.1f}",
     "p90": lambda r: f"{r.record.us['p90']:.1f}",
@@ -97,11 +63,6 @@ def format_table(rows: Sequence[Row]) -> str:
             pad = str.ljust if name in _TEXT_COLUMNS else str.rjust
             columns.append([pad(text, width) for text in (name, *cells)])
     return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
-
-
-def _median(values: Sequence[float]) -> float:
-    ordered = sorted(values)
-    return ordered[len(ordered) // 2]
 
 
 def _mebibytes(size: int | None) -> str:

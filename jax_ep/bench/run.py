@@ -24,7 +24,7 @@ from jax_ep.bench.shapes import (
     make_point,
     make_reduce_point,
 )
-from jax_ep.testing.ranks import make_mesh, prepare_virtual_devices
+from jax_ep.testing.ranks import make_mesh, virtual_devices
 
 OPS = (*timing.OPS, *reduce.OPS)
 _TIMEOUT_S = 60.0
@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--plot",
         action="store_true",
-        help="draw microseconds over tokens or bytes; needs matplotlib",
+        help="draw microseconds over tokens or bytes; needs jax_ep[bench]",
     )
 
 
@@ -90,7 +90,7 @@ def _parse_balance(text: str) -> float | str | None:
 
 def main(args: argparse.Namespace) -> None:
     """Measures, prints a table, writes the records."""
-    prepare_virtual_devices(args.ranks or 8)
+    virtual_devices(args.ranks or 8)
     num_ranks = args.ranks or len(jax.devices())
     pairs = list(make_pairs(args, num_ranks))
     place = find_place(args.commit)
@@ -109,7 +109,7 @@ def main(args: argparse.Namespace) -> None:
             budgets=args.sms,
             algorithms=args.algorithms,
         )
-        with report.Progress(len(pairs) * args.repeats) as progress:
+        with report.progress(len(pairs) * args.repeats) as progress:
             for op, point in pairs:
                 rows += session.measure(op, point, progress)
         group.check()

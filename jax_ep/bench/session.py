@@ -58,13 +58,11 @@ class Session:
         self._group, self._place, self._copy_rate = group, place, copy_rate
         self._repeats = repeats
 
-    def measure(
-        self, op: str, point: Point | ReducePoint, progress: report.Progress
-    ) -> list[report.Row]:
+    def measure(self, op: str, point: Point | ReducePoint, progress: Any) -> list[report.Row]:
         """All contenders of one operation at one point, interleaved, under one run id."""
         if isinstance(point, ReducePoint):
             return self._measure_reduce(point, progress)
-        progress.label(f"{op} {point.shape} {point.num_tokens} {point.layout}")
+        progress.set_description(f"{op} {point.shape} {point.num_tokens} {point.layout}")
         mesh = self._group.mesh
         inputs = make_inputs(point, mesh)
         everyone = contenders(point, self._group, self._entries)
@@ -72,14 +70,14 @@ class Session:
         programs = [timing.make_program(op, entrant) for entrant in entrants]
         chains = [timing.Chain(program, mesh, inputs) for program in programs]
         extra = [chain.extra_memory() for chain in chains]
-        taken = timing.measure(chains, repeats=self._repeats, tick=progress.tick)
+        taken = timing.measure(chains, repeats=self._repeats, tick=progress.update)
         recv_src = _route(point, self._group, self._entries[0][0], inputs)
         moved = floor.traffic(op, point, recv_src)
         subjects = [_subject(op, point, entrant, self._group) for entrant in entrants]
         return self._rows(subjects, taken, moved, extra)
 
     def measure_budgets(
-        self, point: Point, budgets: Sequence[int], progress: report.Progress
+        self, point: Point, budgets: Sequence[int], progress: Any
     ) -> list[report.Row]:
         """Each operation with each budget, and on the back end `xla`; without the extra memory."""
         group, mesh = self._group, self._group.mesh
@@ -89,25 +87,25 @@ class Session:
         recv_src = _route(point, group, self._backends[0], inputs)
         rows = []
         for op in EXCHANGES:
-            progress.label(f"{op} {point.shape} {point.num_tokens} {point.layout}")
+            progress.set_description(f"{op} {point.shape} {point.num_tokens} {point.layout}")
             taken = timing.measure_alike(
                 [timing.make_program(op, entrant) for entrant in entrants],
                 mesh,
                 inputs,
                 count=_BUDGET_COUNT,
                 repeats=self._repeats,
-                tick=progress.tick,
+                tick=progress.update,
             )
             moved = floor.traffic(op, point, recv_src)
             subjects = [_subject(op, point, entrant, group) for entrant in entrants]
             rows += self._rows(subjects, taken, moved, [None] * len(entrants))
         return rows
 
-    def _measure_reduce(self, point: ReducePoint, progress: report.Progress) -> list[report.Row]:
-        progress.label(f"{point.op} {point.shape}")
+    def _measure_reduce(self, point: ReducePoint, progress: Any) -> list[report.Row]:
+        progress.set_description(f"{point.op} {point.shape}")
         group = self._group
         entrants = reduce.contenders(point, group, self._backends, self._algorithms)
-        taken = reduce.measure(point, group, entrants, repeats=self._repeats, tick=progress.tick)
+        taken = reduce.measure(point, group, entrants, repeats=self._repeats, tick=progress.update)
         extra = reduce.extra_memory(point, group, entrants)
         moved = floor.reduce_traffic(point, group.num_ranks)
         subjects = [_reduce_subject(point, group.num_ranks, entrant) for entrant in entrants]

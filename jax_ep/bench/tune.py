@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--most-mib", type=int, default=64, help="largest sum; beyond it the last choice holds")
     add("--shape", choices=SHAPES, default="deepseek-v3", help="of the exchanges")
     add("--ranks", type=int, help="use the first of jax.devices(); default: all")
-    add("--plot", action="store_true", help="draw time over bytes; needs matplotlib")
+    add("--plot", action="store_true", help="draw time over bytes; needs jax_ep[bench]")
     # Of chains of half a millisecond, which the host disturbs: compiling takes longer than many.
     add("--repeats", type=int, default=51, help=f"of exchanges {_MOST_TURNS} at most")
     add("--commit", help="what to record in place of what git says here")
@@ -98,7 +98,7 @@ def measure(session: Session, sizes: Sequence[int], repeats: int) -> list[report
         for size in sizes
     )
     points = [point for point in found if point is not None]
-    with report.Progress(len(points) * repeats) as progress:
+    with report.progress(len(points) * repeats) as progress:
         return [row for p in points for row in session.measure(p.op, p, progress)]
 
 
@@ -117,7 +117,7 @@ def measure_budgets(
     session: Session, points: Sequence[Point], budgets: Sequence[int], turns: int
 ) -> list[report.Row]:
     """All exchanges at all points, with all budgets and by the back end `xla`."""
-    with report.Progress(len(points) * len(EXCHANGES) * turns) as progress:
+    with report.progress(len(points) * len(EXCHANGES) * turns) as progress:
         return [row for p in points for row in session.measure_budgets(p, budgets, progress)]
 
 
@@ -191,10 +191,11 @@ def _steps(found: Mapping[int, Mapping[str, float]]) -> list[list[Any]]:
 
 def _write(path: Path, entry: Mapping[str, Any]) -> None:
     """Beside entries of others, and over the same parts of an older one of this device."""
-    tables = json.loads(path.read_text())["tables"] if path.exists() else []
+    found = json.loads(path.read_text())["tables"] if path.exists() else []
     own = (entry["device"], entry["num_ranks"])
-    kept = [t for t in tables if (t["device"], t["num_ranks"]) != own]
-    old: dict[str, Any] = next((t for t in tables if t not in kept), {})
+    kept = [t for t in found if (t["device"], t["num_ranks"]) != own]
+    old: dict[str, Any] = next((t for t in found if t not in kept), {})
     measured = {**old.get("measured", {}), **entry.get("measured", {})}
-    tables = [*kept, {**old, **entry, "measured": measured}]
-    path.write_text(json.dumps({"tables": tables}, indent=1) + "\n")
+    # A line for each table, so that a difference between two files is one of tables.
+    tables = map(json.dumps, [*kept, {**old, **entry, "measured": measured}])
+    path.write_text('{"tables": [\n' + ",\n".join(tables) + "\n]}\n")

@@ -17,7 +17,7 @@ from typing import IO
 
 import jax
 
-from jax_ep._src.base.config import ProcessPlace
+from jax_ep._src.base.config import ProcessPlace, virtual_devices_environment
 from jax_ep._src.base.errors import LaunchError
 
 _POLL_S = 0.02
@@ -61,19 +61,23 @@ def launch(
     *,
     num_processes: int,
     deadline: float,
+    num_devices: int | None = None,
     environment: Mapping[str, str] | None = None,
     exit_codes: Sequence[int] | None = None,
 ) -> list[str]:
     """Runs one Python program in several processes that find each other by `initialize()`.
 
     Each process leads a session of its own. None of a session's processes outlives the call, nor a
-    SIGTERM to this one, if the call is made by its main thread.
+    SIGTERM to this one, if the call is made by its main thread. A session keeps children whose
+    parent has ended, which a tree of processes, as psutil finds it, loses.
 
     Args:
       argv: arguments of this Python: a script, or "-c" and code, or "-m" and a module, and what
         they take.
       num_processes: the number of processes.
       deadline: seconds for all of them together.
+      num_devices: virtual CPU devices of each process; None: as its environment says, or its own
+        call of `virtual_devices`.
       environment: variables to set on top of this process's.
       exit_codes: the code that each process must end with, or minus a signal's number; None: 0.
 
@@ -86,13 +90,16 @@ def launch(
         Python tracebacks of the killed processes, without those of their children.
     """
     coordinator = f"localhost:{_free_port()}"
+    environment = dict(environment or {})
+    if num_devices is not None:
+        environment |= virtual_devices_environment(num_devices)
     with ExitStack() as stack:
         stack.enter_context(_exits_by_sigterm())
         processes = []
         for process_id in range(num_processes):
             place = ProcessPlace(coordinator, num_processes, process_id)
             output = stack.enter_context(tempfile.TemporaryFile())
-            process = _start(argv, {**(environment or {}), **place.to_environment()}, output)
+            process = _start(argv, {**environment, **place.to_environment()}, output)
             stack.callback(process.end)
             processes.append(process)
         problem = _wait(processes, exit_codes or [0] * num_processes, deadline)

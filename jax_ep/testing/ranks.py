@@ -9,16 +9,40 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jax_ep
+from jax_ep._src.base import jax_compat
+from jax_ep._src.base.checks import StaticChecks
+from jax_ep._src.base.config import virtual_devices_environment, xla_flag
+from jax_ep._src.base.errors import ConfigError
+
+_COUNT_FLAG = "--xla_force_host_platform_device_count"
 
 
-def prepare_virtual_devices(num_ranks: int = 8) -> None:
-    """Sets what JAX's CPU client reads when it starts; other platforms ignore it."""
-    flags = os.environ.get("XLA_FLAGS", "")
-    if "xla_force_host_platform_device_count" not in flags:
-        count = f"--xla_force_host_platform_device_count={num_ranks}"
-        os.environ["XLA_FLAGS"] = f"{flags} {count}".strip()
-    # With fewer threads, many launches in flight hang even stock collectives on few cores.
-    os.environ.setdefault("PJRT_NPROC", str(max(16, 2 * num_ranks)))
+def virtual_devices(num_devices: int = 8) -> None:
+    """Makes JAX's CPU client start with several devices, each with a thread to wait in.
+
+    Works after `import jax`, until JAX makes its backend: at the first `jax.devices()`, array or
+    compiled function. A number that `JAX_NUM_CPU_DEVICES` or `XLA_FLAGS` gives is kept. GPUs stay
+    as they are, so programs call this wherever they run. Not collective.
+
+    Args:
+      num_devices: how many.
+
+    Raises: ConfigError when JAX has made its backend already, with fewer CPU devices.
+    """
+    check = StaticChecks("virtual_devices")
+    num_devices = check.integer(num_devices, minimum=1, name="num_devices")
+    if not jax_compat.has_backends():
+        if jax.config.jax_num_cpu_devices < 0 and xla_flag(_COUNT_FLAG) is None:
+            jax.config.update("jax_num_cpu_devices", num_devices)
+        # JAX has an option for the devices, but for the threads only a variable.
+        threads = virtual_devices_environment(num_devices)["PJRT_NPROC"]
+        os.environ.setdefault("PJRT_NPROC", threads)
+    elif jax.default_backend() == "cpu" and jax.local_device_count() < num_devices:
+        raise ConfigError(
+            f"virtual_devices: num_devices={num_devices} comes too late, JAX has made its backend, "
+            f"with {jax.local_device_count()}: call virtual_devices before the first "
+            "jax.devices(), array or compiled function"
+        )
 
 
 def make_mesh(num_ranks: int, axis: str = "ep") -> Mesh:

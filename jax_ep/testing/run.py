@@ -12,7 +12,7 @@ import jax_ep
 from jax_ep._src.base.config import BACKENDS
 from jax_ep._src.base.errors import ConfigError, GroupError
 from jax_ep.testing import conformance
-from jax_ep.testing.ranks import make_mesh, prepare_virtual_devices
+from jax_ep.testing.ranks import make_mesh, virtual_devices
 
 _TIMEOUT_S = 120.0
 _PASSED, _FAILED, _NOT_USABLE = "passed", "FAILED", "not usable"
@@ -34,7 +34,7 @@ def main(args: argparse.Namespace) -> int:
               if args.only in c.name]  # fmt: skip
     if not checks:
         raise ConfigError(f"conformance: no check's name holds {args.only!r}")
-    prepare_virtual_devices(args.ranks or 8)
+    virtual_devices(args.ranks or 8)
     mesh = make_mesh(args.ranks or len(jax.devices()))
     seen: Counter[str] = Counter()
     with jax_ep.Group.open(mesh, "ep", name="conformance", timeout=_TIMEOUT_S) as group:

@@ -1,4 +1,6 @@
 // Threads for host work. A pool grows up to its limit when no thread is idle, and shrinks again.
+// XLA's pool is no place for work that waits for a peer: it has as many threads as cores, and the
+// peer's call may need the one that is held.
 #pragma once
 
 #include <functional>

@@ -12,6 +12,7 @@ Environment variables:
 
 import os
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,12 +40,12 @@ def why_no_kernel_exchange(num_ranks: int) -> str | None:
     if num_ranks > limits.MAX_CUDA_RANKS:
         return f"its kernels take at most {limits.MAX_CUDA_RANKS} ranks, got {num_ranks}"
     flag = "--xla_gpu_command_buffer_scheduling_mode"
-    if (_xla_flag(flag) or "").lower() == "concurrent":
+    if (xla_flag(flag) or "").lower() == "concurrent":
         return f"{flag}=concurrent runs independent calls at once; calls of a group need one order"
     return None
 
 
-def _xla_flag(name: str) -> str | None:
+def xla_flag(name: str) -> str | None:
     """The value that XLA_FLAGS gives to a flag; the last one counts.
 
     As xla/parse_flags_from_env.cc reads it: flags, or else the name of a file of flags.
@@ -60,6 +61,16 @@ def _xla_flag(name: str) -> str | None:
         if flag == name:
             value = re.sub(r"\\(.)", r"\1", double_quoted) or single_quoted or plain
     return value
+
+
+def virtual_devices_environment(num_devices: int) -> dict[str, str]:
+    """Environment variables that give a process virtual CPU devices, and threads to wait in.
+
+    JAX's CPU client has as many threads as there are cores. With fewer than these, many launches in
+    flight hang, those of stock collectives too.
+    """
+    threads = max(16, 2 * num_devices)
+    return {"JAX_NUM_CPU_DEVICES": str(num_devices), "PJRT_NPROC": str(threads)}
 
 
 def why_staged() -> str | None:
@@ -99,6 +110,13 @@ def staging_bytes_from_environment() -> tuple[int, int]:
 def tuning_file_from_environment() -> str | None:
     """The file of tables that come before the package's."""
     return os.environ.get("JAX_EP_TUNING") or None
+
+
+def cuda_compiler() -> str | None:
+    """The CUDA compiler that an installation would take, from CUDA_HOME or the PATH."""
+    home = os.environ.get("CUDA_HOME")
+    found = home and shutil.which("nvcc", path=str(Path(home) / "bin"))
+    return found or shutil.which("nvcc")
 
 
 def debug_from_environment() -> bool:

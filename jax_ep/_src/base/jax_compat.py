@@ -33,6 +33,7 @@ __all__ = [
     "default_heartbeat_timeout",
     "distributed_client",
     "excuse_effects",
+    "has_backends",
     "is_gone",
     "is_ready",
     "lowering_mesh",
@@ -48,6 +49,11 @@ __all__ = [
     "wait_for_effects",
     "when_plugins_begin",
 ]
+
+
+def has_backends() -> bool:
+    """Whether JAX has made its backends, and so read its environment."""
+    return bool(xla_bridge.backends_are_initialized())
 
 
 def manual_axes() -> dict[str, int]:

@@ -1,4 +1,7 @@
-"""Sockets between the processes of one host, and descriptors that pass over them."""
+"""Sockets between the processes of one host, and descriptors that pass over them.
+
+Not multiprocessing.connection: it unpickles what a stranger sends, and waits without a limit.
+"""
 
 import hmac
 import json

@@ -3,18 +3,18 @@
 On one machine: starts two processes and waits for both. On a laptop each has four virtual devices;
 where there are GPUs they share them equally.
 
-    python examples/multi_host.py --processes 2
-    python examples/multi_host.py --processes 2 examples/train_moe.py --steps 20
+    python examples/04_processes.py --processes 2
+    python examples/04_processes.py --processes 2 examples/02_train.py --steps 20
 
 One process per GPU, started by hand, on one host or several; `--gpu` counts from 0 on each host:
 
-    python examples/multi_host.py --coordinator host0:8476 --of 2 --process 0 --gpu 0 &
-    python examples/multi_host.py --coordinator host0:8476 --of 2 --process 1 --gpu 1
+    python examples/04_processes.py --coordinator host0:8476 --of 2 --process 0 --gpu 0 &
+    python examples/04_processes.py --coordinator host0:8476 --of 2 --process 1 --gpu 1
 
 Under Slurm, where JAX finds out by itself who is who, and gives each task one of the GPUs that it
 sees, which must be all of the node for tasks to reach one another's (never tried by us):
 
-    srun --ntasks-per-node=8 --gpus-per-node=8 --gpu-bind=none python examples/multi_host.py
+    srun --ntasks-per-node=8 --gpus-per-node=8 --gpu-bind=none python examples/04_processes.py
 
 Without a program it sends tokens through `dispatch` and `combine` and compares the result with what
 NumPy says. `group.info()` tells which back end carries the rows, and why: between the processes of
@@ -26,13 +26,14 @@ import os
 import runpy
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 import jax_ep
-from jax_ep.testing import launch
+from jax_ep.testing import launch, virtual_devices
 from jax_ep.testing.ranks import on_group
 
 TOKENS, HIDDEN, TOPK, EXPERTS_PER_RANK = 256, 512, 2, 4
@@ -55,17 +56,11 @@ def parse_flags() -> argparse.Namespace:
 
 def start_processes(flags: argparse.Namespace) -> int:
     """This same program, several times; what each has written is shown when all have ended."""
-    count = f"--xla_force_host_platform_device_count={flags.devices}"
-    environment = {
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {count}".strip(),
-        # Virtual devices that wait for each other need a thread each, however few the cores.
-        "PJRT_NPROC": "16",
-    }
     outputs = launch.launch(
         [__file__, *flags.program],
         num_processes=flags.processes,
+        num_devices=flags.devices,
         deadline=DEADLINE_S,
-        environment=environment,
     )
     for process, output in enumerate(outputs):
         print(f"--- process {process}\n{output.rstrip()}")
@@ -122,10 +117,12 @@ def main() -> int:
     flags = parse_flags()
     if flags.processes is not None:
         return start_processes(flags)
+    virtual_devices(flags.devices)
     join(flags)
     if not flags.program:
         return demonstrate()
     sys.argv = flags.program
+    sys.path[0] = str(Path(flags.program[0]).parent)  # as Python does for a script
     runpy.run_path(flags.program[0], run_name="__main__")
     return 0
 

@@ -1,6 +1,6 @@
 """A mixture-of-experts layer whose rows cross as fp8, beside the same layer in bf16, in a minute.
 
-    python examples/fp8_moe.py
+    python examples/03_fp8.py
 
 Half of bf16's bytes are sent forward and kept for the backward pass; gradients cross as bf16. What
 to copy is `fp8_up`: one `jax.custom_vjp` around quantisation, dispatch and the experts' first
@@ -11,20 +11,24 @@ imitate a function. It fails when they differ by more than rounding explains. Wi
 on eight virtual CPU devices.
 """
 
-import argparse
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from common import AXES, flag, make_mesh, parse_flags
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
 
-def flag(default: Any, text: str, kind: type = int, **more: Any) -> Any:
-    """A field of Config and its command line flag."""
-    return field(default=default, metadata={"help": text, "type": kind, **more})
+import jax_ep
+from jax_ep.testing import virtual_devices
 
 
 @dataclass(frozen=True)
@@ -45,41 +49,6 @@ class Config:
     expert_parallel: int | None = flag(None, "size of axis 'expert'; None: 4, or what fits")
 
 
-def parse_flags() -> Config:
-    style = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], formatter_class=style)
-    for f in fields(Config):
-        name = f.name.replace("_", "-")
-        parser.add_argument(f"--{name}", default=f.default, **f.metadata)
-    return Config(**vars(parser.parse_args()))
-
-
-def prepare_environment(config: Config) -> None:
-    """Sets what JAX's CPU client reads when it starts; other platforms ignore it."""
-    flags = os.environ.get("XLA_FLAGS", "")
-    if "xla_force_host_platform_device_count" not in flags:
-        count = config.devices or 8
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={count}".strip()
-    # Virtual devices that wait for each other need a thread each, however few the cores.
-    os.environ.setdefault("PJRT_NPROC", "16")
-
-
-if __name__ == "__main__":
-    # Before JAX is imported: it reads the environment once, and --help should not wait for it.
-    CONFIG = parse_flags()
-    prepare_environment(CONFIG)
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import optax  # noqa: E402
-from jax.sharding import Mesh, NamedSharding  # noqa: E402
-from jax.sharding import PartitionSpec as P  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-import jax_ep  # noqa: E402
-
-AXES = ("data", "expert")
 SPECS = {"router": P(), "w_in": P("expert"), "w_out": P("expert")}
 
 # --- The layer: everything here runs inside jax.shard_map, on one device's share
@@ -175,20 +144,6 @@ def make_layer(config: Config, group: jax_ep.Group, scales: str | None) -> Calla
         in_specs=(SPECS, P(AXES)),
         out_specs=(P(AXES), P()),
     )
-
-
-def make_mesh(config: Config) -> Mesh:
-    devices = jax.devices()
-    count = config.devices or min(8, len(devices))
-    if count > len(devices):
-        sys.exit(f"--devices {count}: there are only {len(devices)}")
-    expert = config.expert_parallel or math.gcd(4, count)
-    if count % expert or config.experts % expert:
-        sys.exit(
-            f"--expert-parallel {expert} must divide --devices {count} and --experts "
-            f"{config.experts}"
-        )
-    return Mesh(np.array(devices[:count]).reshape(-1, expert), AXES)
 
 
 def init_params(config: Config, mesh: Mesh) -> dict:
@@ -322,9 +277,11 @@ def train_both(config: Config, group: jax_ep.Group) -> bool:
     return learned and close
 
 
-def main(config: Config) -> int:
+def main() -> int:
+    config = parse_flags(Config, __doc__)
+    virtual_devices(config.devices or 8)
     started = time.perf_counter()
-    mesh = make_mesh(config)
+    mesh = make_mesh(config.devices, config.expert_parallel, config.experts)
     with jax_ep.Group.open(mesh, "expert", backend=config.backend) as group:
         print(f"{mesh.size} x {mesh.devices.flat[0].device_kind}, {group}")
         good = compare(config, group)
@@ -335,4 +292,4 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(CONFIG))
+    sys.exit(main())

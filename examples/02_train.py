@@ -1,6 +1,6 @@
 """Trains a small mixture-of-experts language model, data and expert parallel, in two minutes.
 
-    python examples/train_moe.py
+    python examples/02_train.py
 
 A byte-level transformer learns the Python standard library's own sources. The mesh has the axes
 "data" and "expert": the batch is sharded over both, the experts over "expert", all else is
@@ -12,25 +12,35 @@ and pairs of bytes (bigram) can reach on the same files; it must be below both.
 `--compare xla` trains the same steps through `backend="xla"` as well and prints the differences.
 """
 
-import argparse
 import math
-import os
 import sys
-import sysconfig
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+from common import AXES, flag, largest_difference, make_mesh, parse_flags, read_text
+from jax.experimental.multihost_utils import process_allgather
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
+
+import jax_ep
+from jax_ep.testing import virtual_devices
 
 DEFAULT_STEPS = 800
 COMPARE_STEPS = 20
-
-
-def flag(default: Any, text: str, kind: type = int, **more: Any) -> Any:
-    """A field of Config and its command line flag."""
-    return field(default=default, metadata={"help": text, "type": kind, **more})
+VOCABULARY = 256
+HELD_OUT_WINDOWS = 1024
+BALANCE_LOSS = 0.01
+PROMPT = b"\n\ndef "
+SAMPLED_BYTES = 200
+TEMPERATURE = 0.7
 
 
 @dataclass(frozen=True)
@@ -55,70 +65,7 @@ class Config:
     out: str = flag("out", "folder of the loss plot", str)
 
 
-def parse_flags() -> Config:
-    style = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], formatter_class=style)
-    for f in fields(Config):
-        name = f.name.replace("_", "-")
-        parser.add_argument(f"--{name}", default=f.default, **f.metadata)
-    config = Config(**vars(parser.parse_args()))
-    if config.steps is None:
-        config = replace(config, steps=COMPARE_STEPS if config.compare else DEFAULT_STEPS)
-    return config
-
-
-def prepare_environment(config: Config) -> None:
-    """Sets what JAX's CPU client reads when it starts; other platforms ignore it."""
-    flags = os.environ.get("XLA_FLAGS", "")
-    if "xla_force_host_platform_device_count" not in flags:
-        count = config.devices or 8
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={count}".strip()
-    # Virtual devices that wait for each other need a thread each, however few the cores.
-    os.environ.setdefault("PJRT_NPROC", "16")
-
-
-if __name__ == "__main__":
-    # Before JAX is imported: it reads the environment once, and --help should not wait for it.
-    CONFIG = parse_flags()
-    prepare_environment(CONFIG)
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import matplotlib  # noqa: E402
-import numpy as np  # noqa: E402
-import optax  # noqa: E402
-from jax.experimental.multihost_utils import process_allgather  # noqa: E402
-from jax.sharding import Mesh, NamedSharding  # noqa: E402
-from jax.sharding import PartitionSpec as P  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-import jax_ep  # noqa: E402
-
-AXES = ("data", "expert")
-VOCABULARY = 256
-SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}
-BYTES_PER_FILE = 16 * 1024
-HELD_OUT_WINDOWS = 1024
-BALANCE_LOSS = 0.01
-PROMPT = b"\n\ndef "
-SAMPLED_BYTES = 200
-TEMPERATURE = 0.7
-
-
 # --- Text
-
-
-def read_text() -> tuple[np.ndarray, np.ndarray]:
-    """The standard library's sources as bytes: (train, held out), every tenth file held out.
-
-    Only the start of each file is read, so that no long file dominates. Skipped are tests and
-    `encodings`, which is mostly tables.
-    """
-    root = Path(sysconfig.get_paths()["stdlib"])
-    paths = sorted(p for p in root.rglob("*.py") if not SKIPPED & set(p.relative_to(root).parts))
-    texts = [np.fromfile(path, np.uint8, count=BYTES_PER_FILE) for path in paths]
-    train = [text for i, text in enumerate(texts) if i % 10]
-    return np.concatenate(train), np.concatenate(texts[::10])
 
 
 def windows(text: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
@@ -245,25 +192,15 @@ def forward(
 # --- Training: global arrays under jax.jit
 
 
-def make_mesh(config: Config) -> Mesh:
-    devices = jax.devices()
-    count = config.devices or min(8, len(devices))
-    if count > len(devices):
-        sys.exit(f"--devices {count}: there are only {len(devices)}")
-    expert = config.expert_parallel or math.gcd(4, count)
-    small = [
-        name for name in ("heads", "batch", "topk", "seq", "layers") if getattr(config, name) < 1
-    ]
+def check_sizes(config: Config, mesh: Mesh) -> None:
+    sizes = ("heads", "batch", "topk", "seq", "layers")
+    small = [name for name in sizes if getattr(config, name) < 1]
     if small or config.steps < 0 or config.topk > config.experts:
         sys.exit(f"--topk must be at most --experts, sizes positive: {config}")
     if config.d_model % config.heads:
         sys.exit(f"--heads {config.heads} must divide --d-model {config.d_model}")
-    if count % expert or config.experts % expert or config.batch % count:
-        sys.exit(
-            f"--expert-parallel {expert} must divide --devices {count} and --experts "
-            f"{config.experts}; --devices must divide --batch {config.batch}"
-        )
-    return Mesh(np.array(devices[:count]).reshape(-1, expert), AXES)
+    if config.batch % mesh.size:
+        sys.exit(f"--devices {mesh.size} must divide --batch {config.batch}")
 
 
 def loss(
@@ -405,12 +342,6 @@ def plot(losses: list[float], held_out: float, unigram: float, bigram: float, pa
     plt.close(figure)
 
 
-def largest_difference(some: Sequence[Any], others: Sequence[Any]) -> float:
-    """Between arrays, pair by pair; NaN where there is one, which max() and jnp.max may lose."""
-    pairs = zip(some, others, strict=True)
-    return float(np.max([np.max(np.abs(np.subtract(a, b))) for a, b in pairs]))
-
-
 def compare(text: np.ndarray, config: Config, mesh: Mesh) -> int:
     """Trains with both back ends from the same seed and prints the largest differences."""
     results = []
@@ -427,9 +358,14 @@ def compare(text: np.ndarray, config: Config, mesh: Mesh) -> int:
     return 0
 
 
-def main(config: Config) -> int:
+def main() -> int:
+    config = parse_flags(Config, __doc__)
+    if config.steps is None:
+        config = replace(config, steps=COMPARE_STEPS if config.compare else DEFAULT_STEPS)
+    virtual_devices(config.devices or 8)
     started = time.perf_counter()
-    mesh = make_mesh(config)
+    mesh = make_mesh(config.devices, config.expert_parallel, config.experts)
+    check_sizes(config, mesh)
     text, held_out_text = read_text()
     print(f"{len(text):,} bytes to train on, {mesh.size} x {mesh.devices.flat[0].device_kind}")
     if config.compare:
@@ -442,7 +378,7 @@ def main(config: Config) -> int:
         samples = generate(params, held_out, config, group)
     if jax.process_index() > 0:
         return 0
-    path = Path(config.out) / "train_moe.png"
+    path = Path(config.out) / "train.png"
     plot(losses, held_out_loss, unigram, bigram, path)
     for sample in samples[:2]:
         print(f"--- sampled\n{PROMPT.decode().strip()} {sample}")
@@ -458,4 +394,4 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(CONFIG))
+    sys.exit(main())

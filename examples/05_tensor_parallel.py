@@ -1,6 +1,6 @@
 """Trains a small tensor-parallel language model for two minutes, then generates text with it.
 
-    python examples/tp_decode.py
+    python examples/05_tensor_parallel.py
 
 A byte-level transformer learns the Python standard library's own sources. Its heads and the width
 of its MLPs are sharded over all devices; between two layers stands
@@ -11,34 +11,22 @@ generated, and with how far its logits are from those of `lax.psum` and a norm f
 """
 
 import argparse
-import os
 import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=400, help="of training")
-    parser.add_argument("--tokens", type=int, default=160, help="bytes to generate")
-    parser.add_argument("--devices", type=int, help="use the first of jax.devices(); None: all")
-    FLAGS = parser.parse_args()
-    # Before JAX is imported: it reads the environment once.
-    count = f"--xla_force_host_platform_device_count={FLAGS.devices or 4}"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}".strip()
-    # Virtual devices that wait for each other need a thread each, however few the cores.
-    os.environ.setdefault("PJRT_NPROC", "16")
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from common import largest_difference, read_text
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import trange
-from train_moe import largest_difference, read_text
 
 import jax_ep
+from jax_ep.testing import virtual_devices
 
 D_MODEL, HEADS, D_FF, LAYERS, CONTEXT = 128, 8, 512, 2, 192
 BATCH, SEQ, LEARNING_RATE = 16, 64, 1e-2
@@ -150,8 +138,18 @@ def decode(params: Params, forced: jax.Array, add_norm: AddNorm, length: int) ->
     return tokens, logits
 
 
+def parse_flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=400, help="of training")
+    parser.add_argument("--tokens", type=int, default=160, help="bytes to generate")
+    parser.add_argument("--devices", type=int, help="use the first of jax.devices(); None: all")
+    return parser.parse_args()
+
+
 def main() -> None:
-    devices = jax.devices()[: FLAGS.devices]
+    flags = parse_flags()
+    virtual_devices(flags.devices or 4)
+    devices = jax.devices()[: flags.devices]
     devices = devices[: max(n for n in range(1, len(devices) + 1) if HEADS % n == 0)]
     mesh = Mesh(np.array(devices), ("tp",))
     text, held_out = read_text()
@@ -171,7 +169,7 @@ def main() -> None:
         def shard(fn: Any) -> Any:
             return jax.shard_map(fn, mesh=mesh, in_specs=(specs, P()), out_specs=P())
 
-        schedule = optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, 20, max(21, FLAGS.steps))
+        schedule = optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, 20, max(21, flags.steps))
         optimizer = optax.adam(schedule)
         sharded_loss = shard(partial(loss, add_norm=fused))
 
@@ -182,7 +180,7 @@ def main() -> None:
             return optax.apply_updates(params, updates), state, value
 
         state = optimizer.init(params)
-        for step in (bar := trange(FLAGS.steps, desc="training", disable=None)):
+        for step in (bar := trange(flags.steps, desc="training", disable=None)):
             params, state, value = train_step(params, state, windows(text))
             if step % 20 == 0:
                 bar.set_postfix_str(f"{float(value) / np.log(2):.2f} bits/byte")
@@ -190,7 +188,7 @@ def main() -> None:
         unseen = np.mean([float(measure(params, windows(held_out))) for _ in range(8)])
         print(f"held-out loss {unseen / np.log(2):.2f} bits/byte")
 
-        length = min(CONTEXT, len(PROMPT) + FLAGS.tokens)
+        length = min(CONTEXT, len(PROMPT) + flags.tokens)
         prompt = np.frombuffer(PROMPT, np.uint8).astype(np.int32)
 
         def compiled(add_norm: AddNorm) -> Any:
@@ -209,7 +207,7 @@ def main() -> None:
         difference = largest_difference([logits], [expected])
         print(f"largest difference from psum's logits {difference:.1e}")
         if not difference < TOLERANCE:
-            raise SystemExit(f"tp_decode: logits differ by {difference}, at most {TOLERANCE}")
+            raise SystemExit(f"logits differ by {difference}, at most {TOLERANCE}")
 
 
 if __name__ == "__main__":

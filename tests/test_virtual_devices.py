@@ -1,0 +1,57 @@
+"""virtual_devices: several devices of one CPU, for programs that have imported JAX already."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from jax_ep._src.base.errors import ConfigError
+from jax_ep.testing import virtual_devices
+
+BEFORE_AND_AFTER = """
+import jax
+from jax_ep.testing import virtual_devices
+virtual_devices(3)
+print(len(jax.devices()))
+virtual_devices(2)
+try:
+    virtual_devices(4)
+except Exception as e:
+    print(e)
+"""
+
+
+def _run(environment):
+    chosen_elsewhere = {"XLA_FLAGS", "JAX_NUM_CPU_DEVICES"}
+    kept = {name: value for name, value in os.environ.items() if name not in chosen_elsewhere}
+    done = subprocess.run(
+        [sys.executable, "-c", BEFORE_AND_AFTER],
+        env=kept | {"JAX_PLATFORMS": "cpu"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_comes_in_time_after_the_import_and_too_late_after_the_first_device():
+    count, error = _run({})
+    assert count == "3"
+    assert error.startswith("virtual_devices: num_devices=4 comes too late")
+    assert "with 3: call virtual_devices before the first jax.devices()" in error
+
+
+def test_number_of_the_environment_is_kept(tmp_path):
+    """Also one in a file of flags, which takes no flag behind its name."""
+    flags = tmp_path / "flags"
+    flags.write_text("--xla_force_host_platform_device_count=5")
+    count, *_ = _run({"XLA_FLAGS": str(flags)})
+    assert count == "5"
+
+
+def test_refuses_what_is_no_number_of_devices():
+    with pytest.raises(ConfigError, match="num_devices must be at least 1, got 0"):
+        virtual_devices(0)
