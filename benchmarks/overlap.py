@@ -99,7 +99,7 @@ def main() -> None:
                 "dispatch": lambda x, ids, a, w: [send(x, ids)],
                 "matmul": lambda x, ids, a, w: [matmul(a, w)],
                 "in_turn": lambda x, ids, a, w: [send(x, ids), matmul(a, w)],
-                "beside": lambda x, ids, a, w: [send(x, ids), jax_ep.beside(matmul)(a, w)],
+                "beside": lambda x, ids, a, w: [send(x, ids), jax_ep.overlap(matmul)(a, w)],
             }
             us = microseconds(ways, mesh, operands)
             medians = {name: own["p50"] for name, own in us.items()}

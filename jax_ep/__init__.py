@@ -13,7 +13,7 @@ from jax_ep._src.base.errors import (
     ShapeError,
 )
 from jax_ep._src.base.handle import Dispatched, DispatchHandle
-from jax_ep._src.base.overlap import beside
+from jax_ep._src.base.overlap import overlap
 from jax_ep._src.base.policies import export_safety_checks, save_communication_policy
 from jax_ep._src.group.group import Group
 from jax_ep._src.group.info import GroupInfo
@@ -46,7 +46,6 @@ __all__ = [
     "all_gather",
     "all_reduce",
     "all_reduce_residual_rmsnorm",
-    "beside",
     "combine",
     "combine_weights",
     "dequantize_fp8",
@@ -54,6 +53,7 @@ __all__ = [
     "dispatch_fp8",
     "export_safety_checks",
     "get_dispatch_layout",
+    "overlap",
     "quantize_fp8",
     "recv_capacity",
     "reduce_scatter",

@@ -238,17 +238,17 @@ def test_beside_gives_the_same(group):
     w = rng.standard_normal((ranks, hidden, hidden), np.float32)
     ids = rng.integers(0, 8 * ranks, (ranks, 512, 4)).astype(np.int32)
 
-    def loss(x, w, ids, is_beside):
+    def loss(x, w, ids, overlaps):
         def shared(a, w):
             return jnp.tanh(a @ w)
 
         out = jax_ep.dispatch(x, ids, group=group, num_experts=8 * ranks)
-        aside = (jax_ep.beside(shared) if is_beside else shared)(x, w)
+        aside = (jax_ep.overlap(shared) if overlaps else shared)(x, w)
         return jnp.sum(jax_ep.combine(out.x, out.handle) * aside)
 
-    def run(is_beside):
+    def run(overlaps):
         def both(x, w, ids):
-            values = jax.value_and_grad(partial(loss, is_beside=is_beside), (0, 1))(x, w, ids)
+            values = jax.value_and_grad(partial(loss, overlaps=overlaps), (0, 1))(x, w, ids)
             return jax.tree.map(jnp.atleast_1d, values)
 
         # By default the matmuls are TF32, or not, as XLA finds faster when it compiles.

@@ -63,7 +63,7 @@ def test_the_public_names_are_those_of_all():
 
 # Public functions that are no operations on arrays.
 HELPERS = {
-    "beside": "computes what its caller's function does",
+    "overlap": "computes what its caller's function does",
     "export_safety_checks": "a list for jax.export",
     "recv_capacity": "computes a number",
     "save_communication_policy": "a policy for jax.checkpoint",

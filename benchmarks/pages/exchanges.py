@@ -178,7 +178,7 @@ def overlap(page: str) -> str:
         "dispatch",
         "matmul",
         "in turn",
-        "`beside`",
+        "`overlap`",
         "over the longer",
     )
     return table(head, rows) + source(used, page)

@@ -1,4 +1,4 @@
-"""beside: computes on a second GPU stream, while communication runs on the first."""
+"""overlap: computes on a second GPU stream, while communication runs on the first."""
 
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
@@ -9,11 +9,11 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def beside(fn: Callable[P, T]) -> Callable[P, T]:
+def overlap(fn: Callable[P, T]) -> Callable[P, T]:
     """`fn`, computed at the same time as a dispatch or combine that it does not depend on.
 
         out = jax_ep.dispatch(x, topk_idx, group=group, num_experts=num_experts)
-        shared = jax_ep.beside(shared_expert)(x, weights)  # on the second stream
+        shared = jax_ep.overlap(shared_expert)(x, weights)  # on the second stream
         y = jax_ep.combine(experts(out), out.handle) + shared
 
     The communication keeps its place on XLA's first stream, whose order all ranks share; what
@@ -26,7 +26,7 @@ def beside(fn: Callable[P, T]) -> Callable[P, T]:
     the communication that is launched behind them waits.
 
     Args:
-      fn: of arrays to arrays, without communication. Must not contain another `beside`.
+      fn: of arrays to arrays, without communication. Must not contain another `overlap`.
 
     Returns:
       A function with the arguments and results of `fn`. On other platforms than GPUs its results
@@ -34,7 +34,7 @@ def beside(fn: Callable[P, T]) -> Callable[P, T]:
 
     Collective: no.
     Gradient: that of `fn`, on the second stream as well.
-    Raises: ValueError, of JAX, where `fn` contains another `beside`.
+    Raises: ValueError, of JAX, where `fn` contains another `overlap`.
     Source: the communication hooks of DeepEP (DeepSeek, 2025), turned around.
     """
     return jax_compat.on_second_stream(fn)

@@ -1,4 +1,4 @@
-"""beside changes where a computation runs, never its value or its gradient."""
+"""overlap changes where a computation runs, never its value or its gradient."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ R = 2
 
 @pytest.fixture(scope="module")
 def group():
-    with jax_ep.Group.open(make_mesh(R), "ep", name="beside") as opened:
+    with jax_ep.Group.open(make_mesh(R), "ep", name="overlap") as opened:
         yield opened
 
 
@@ -42,14 +42,14 @@ def test_value_and_gradient_are_those_of_the_function(group, check_vma):
         )(x, w, ids)
 
     for got, expected in zip(
-        jax.tree.leaves(run(jax_ep.beside(shared))), jax.tree.leaves(run(shared)), strict=True
+        jax.tree.leaves(run(jax_ep.overlap(shared))), jax.tree.leaves(run(shared)), strict=True
     ):
         np.testing.assert_array_equal(got, expected)
 
 
 def test_several_results(group):
     x = np.arange(R * 4.0, dtype=np.float32).reshape(R, 4)
-    fn = jax_ep.beside(lambda x: {"a": x + 1, "b": (x * 2,)})
+    fn = jax_ep.overlap(lambda x: {"a": x + 1, "b": (x * 2,)})
     got = on_ranks(fn, group.mesh)(x)
     np.testing.assert_array_equal(got["a"], x + 1)
     np.testing.assert_array_equal(got["b"][0], x * 2)
