@@ -39,7 +39,7 @@ def dense_layer(x, router, w_in, w_out):
 virtual_devices(8)
 mesh = jax.make_mesh((jax.device_count(),), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
 experts, shard = mesh.size * EXPERTS_PER_DEVICE, P("expert")
-shapes = [(mesh.size * TOKENS_PER_DEVICE, HIDDEN), (HIDDEN, experts)]
+shapes: list[tuple[int, ...]] = [(mesh.size * TOKENS_PER_DEVICE, HIDDEN), (HIDDEN, experts)]
 shapes += [(experts, HIDDEN, INNER), (experts, INNER, HIDDEN)]
 args = [jax.random.normal(jax.random.key(i), s) / 4 for i, s in enumerate(shapes)]
 with jax_ep.Group.open(mesh, "expert") as group:

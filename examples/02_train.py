@@ -15,7 +15,7 @@ and pairs of bytes (bigram) can reach on the same files; it must be below both.
 import math
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -63,6 +63,13 @@ class Config:
     devices: int | None = flag(None, "use the first of jax.devices(); None: at most 8")
     expert_parallel: int | None = flag(None, "size of axis 'expert'; None: 4, or what fits")
     out: str = flag("out", "folder of the loss plot", str)
+
+    @property
+    def num_steps(self) -> int:
+        """As told, or the default of what is run."""
+        if self.steps is not None:
+            return self.steps
+        return COMPARE_STEPS if self.compare else DEFAULT_STEPS
 
 
 # --- Text
@@ -195,7 +202,7 @@ def forward(
 def check_sizes(config: Config, mesh: Mesh) -> None:
     sizes = ("heads", "batch", "topk", "seq", "layers")
     small = [name for name in sizes if getattr(config, name) < 1]
-    if small or config.steps < 0 or config.topk > config.experts:
+    if small or config.num_steps < 0 or config.topk > config.experts:
         sys.exit(f"--topk must be at most --experts, sizes positive: {config}")
     if config.d_model % config.heads:
         sys.exit(f"--heads {config.heads} must divide --d-model {config.d_model}")
@@ -221,8 +228,8 @@ def loss(
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    warmup = min(40, config.steps // 5 + 1)
-    peak, total = config.learning_rate, max(config.steps, warmup + 1)
+    warmup = min(40, config.num_steps // 5 + 1)
+    peak, total = config.learning_rate, max(config.num_steps, warmup + 1)
     schedule = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, total, 0.05 * peak)
     adamw = optax.adamw(schedule, b2=0.98, weight_decay=0.01)
     return optax.chain(optax.clip_by_global_norm(1.0), adamw)
@@ -274,7 +281,7 @@ def train(text: np.ndarray, config: Config, group: jax_ep.Group) -> tuple[dict, 
     losses = []
     started = time.perf_counter()
     is_quiet = jax.process_index() > 0
-    progress = tqdm(range(config.steps), unit="step", mininterval=1.0, disable=is_quiet)
+    progress = tqdm(range(config.num_steps), unit="step", mininterval=1.0, disable=is_quiet)
     for i in progress:
         state, metrics = step(state, next_batch())
         group.check(metrics)  # raises if a peer has gone
@@ -353,15 +360,13 @@ def compare(text: np.ndarray, config: Config, mesh: Mesh) -> int:
     (name, losses, params), (other_name, other_losses, other_params) = results
     loss = largest_difference(losses, other_losses)
     param = largest_difference(params, other_params)
-    print(f"{name} against {other_name}, {config.steps} steps, largest absolute differences:")
+    print(f"{name} against {other_name}, {config.num_steps} steps, largest absolute differences:")
     print(f"losses {loss:.3g} bits per byte, parameters {param:.3g}")
     return 0
 
 
 def main() -> int:
     config = parse_flags(Config, __doc__)
-    if config.steps is None:
-        config = replace(config, steps=COMPARE_STEPS if config.compare else DEFAULT_STEPS)
     virtual_devices(config.devices or 8)
     started = time.perf_counter()
     mesh = make_mesh(config.devices, config.expert_parallel, config.experts)
@@ -390,7 +395,7 @@ def main() -> int:
     if held_out_loss < bigram:
         return 0
     print("The held-out loss is not below the bigram entropy.", file=sys.stderr)
-    return 1 if config.steps >= DEFAULT_STEPS else 0
+    return 1 if config.num_steps >= DEFAULT_STEPS else 0
 
 
 if __name__ == "__main__":

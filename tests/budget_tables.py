@@ -1,6 +1,7 @@
 """Tables of budgets, made up."""
 
 from itertools import product
+from typing import Any
 
 from jax_ep._src.base import tables
 
@@ -10,7 +11,7 @@ KEYS = list(product(tables.EXCHANGES, ("rank", "expert")))
 
 def plain(first, xla=()):
     """Six numbers from `first` on, in the order of KEYS; `xla` names those that xla is to carry."""
-    budgets = {"source": f"made up from {first}"}
+    budgets: dict[str, Any] = {"source": f"made up from {first}"}
     for sms, (exchange, layout) in enumerate(KEYS, first):
         found = {"sms": sms, "backend": "xla"} if (exchange, layout) in xla else {"sms": sms}
         budgets.setdefault(exchange, {})[layout] = found

@@ -1,6 +1,16 @@
 """Programs that several processes run, on CPU devices and on GPUs."""
 
+import re
+
 from jax_ep.testing import launch
+
+
+def number_behind(word, output):
+    """The number that a program printed behind a word, at the end of a line."""
+    found = re.search(rf"{word} ([\d.]+)\n", output)
+    assert found is not None, output
+    return float(found[1])
+
 
 START = """
 import gc, os, signal, subprocess, sys, threading, time

@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -366,7 +367,7 @@ def test_tiled_and_trees(groups, backend):
     assert_same_bits(whole, np.broadcast_to(x.reshape(18, 2), (3, 18, 2)))
     for op, shape in ((jax_ep.reduce_scatter, (3, 2, 0)), (jax_ep.all_gather, (3, 18, 0))):
         assert on_ranks(partial(op, tiled=True, **options), group.mesh)(x[..., :0]).shape == shape
-    tree = {"a": x, "b": (x[:, 0].astype(np.int32),)}
+    tree: dict[str, Any] = {"a": x, "b": (x[:, 0].astype(np.int32),)}
     sums = on_ranks(partial(jax_ep.all_reduce, **options), group.mesh, check_vma=False)(tree)
     assert_same_bits(sums["b"][0], reference.all_reduce(tree["b"][0]))
     assert_same_bits(sums["a"], reference.all_reduce(x))
@@ -420,7 +421,7 @@ def test_what_is_not_ours_is_psum(groups, backend):
     np.testing.assert_array_equal(got, np.broadcast_to(flags, (2, 2, 2)))
 
 
-BAD = {
+BAD: dict[str, Any] = {
     "dtype": (jax_ep.all_reduce, [np.ones((2, 3), np.uint8)], {"allow_psum": False}, jax_ep.DTypeError, "all_reduce: x, for all algorithms but psum, must be bfloat16, float16, float32 or int32, got uint8"),
     "empty": (jax_ep.all_reduce, [np.ones((2, 0), np.float32)], {"algorithm": "one_shot"}, jax_ep.ConfigError, r"all_reduce: psum alone takes an x without elements, got shape \(0,\)"),
     "algorithm": (jax_ep.all_reduce, [np.ones((2, 3))], {"algorithm": "ring"}, jax_ep.ConfigError, "all_reduce: algorithm must be one of 'auto', 'low_latency', 'one_shot', 'two_shot', 'psum', got 'ring'"),

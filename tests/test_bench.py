@@ -14,6 +14,7 @@ import types
 import typing
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -107,7 +108,7 @@ def test_records_of_all_reduce_are_whole(reduce_records):
 
 
 def test_contenders_of_a_size_share_a_run(reduce_records):
-    runs = {}
+    runs: dict[str, list[Any]] = {}
     for record in reduce_records:
         runs.setdefault(record["run"], []).append(record)
     packets, two_shot = ("jax_ep", "low_latency"), ("jax_ep", "two_shot")
@@ -130,7 +131,7 @@ def test_contenders_of_a_size_share_a_run(reduce_records):
 
 
 def test_contenders_of_a_point_share_a_run(records):
-    runs = {}
+    runs: dict[str, list[Any]] = {}
     for record in records:
         runs.setdefault(record["run"], []).append(record)
     assert len(runs) == 6

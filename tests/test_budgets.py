@@ -5,6 +5,7 @@ import json
 import re
 from importlib import resources
 from itertools import product
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -255,8 +256,9 @@ def _calls(fn, group):
     found = re.findall(r"custom_call @jax_ep\.(\w+)\(.*?mhlo\.backend_config = \{(.*?)\}", text)
     assert all("num_sms" in attributes for target, attributes in found if target != "check_mesh")
     return {
-        (target, int(re.search(r"num_sms = (\d+)", attributes)[1]))
+        (target, int(number))
         for target, attributes in found
+        for number in re.findall(r"num_sms = (\d+)", attributes)
         if target != "check_mesh"
     }
 
@@ -356,7 +358,7 @@ def test_bits_are_those_of_the_group(groups, budgeted, layout):
 
 def test_info_tells_the_budgets(write_tables, capsys):
     path = write_tables(("cpu", R, plain(31, xla=[("combine", "expert")])))
-    by_table = {
+    by_table: dict[str, dict[str, Any]] = {
         "dispatch": {"rank": 31, "expert": 32},
         "cached_dispatch": {"rank": 33, "expert": 34},
         "combine": {"rank": 35, "expert": "xla"},

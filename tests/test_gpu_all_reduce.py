@@ -2,6 +2,7 @@
 
 import time
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +88,7 @@ def _fused(x, **options):
     return jnp.concatenate([added, x[added.shape[0] :]]), added.shape[0]
 
 
-OVERWRITTEN = {
+OVERWRITTEN: dict[str, Any] = {
     "one_shot": lambda x, **options: (jax_ep.all_reduce(x, algorithm="one_shot", **options), LARGE),
     "two_shot": lambda x, **options: (jax_ep.all_reduce(x, algorithm="two_shot", **options), LARGE),
     "halves": partial(_scatter_and_gather, algorithm="one_shot"),
@@ -143,13 +144,14 @@ def test_calls_in_a_row_share_memory(group):
 def test_algorithms_give_the_same_bits(group):
     """Around the limits of low_latency and of what is pushed, one element more and less."""
     payloads = (limits.packet_payload, limits.push_payload, limits.two_shot_payload)
-    for limit in [payload(group.num_ranks) for payload in payloads]:
+    limits_here = [payload(group.num_ranks) for payload in payloads]
+    for limit in limits_here:
         for size in (limit // 2 - 1, limit // 2, limit // 2 + 1):
             x = np.random.default_rng(size).standard_normal((group.num_ranks, size))
             x = x.astype(jnp.bfloat16)
             expected = reference.all_reduce(x)
             for algorithm in ("low_latency", "one_shot", "two_shot", "auto"):
-                if algorithm == "low_latency" and size * 2 > limits[0]:
+                if algorithm == "low_latency" and size * 2 > limits_here[0]:
                     continue
                 call = partial(
                     jax_ep.all_reduce, group=group, algorithm=algorithm, allow_psum=False

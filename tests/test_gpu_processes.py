@@ -17,6 +17,7 @@ from process_programs import (
     REOPENED,
     START,
     TRAIN_OVER_HOSTS,
+    number_behind,
 )
 
 from jax_ep.testing import launch
@@ -269,7 +270,7 @@ def test_a_killed_process_is_named(num_gpus):
     outputs = _run(MISSING, num_gpus, "SIGKILL", exit_codes=codes)
     for output in outputs[:1] + outputs[2:]:
         assert "waited for rank 1 until the timeout" in output
-        assert float(re.search(r"waited ([\d.]+)\n", output)[1]) < 4.0
+        assert number_behind("waited", output) < 4.0
 
 
 @pytest.mark.parametrize("how", ["asarray", "check"])
@@ -286,10 +287,10 @@ def test_a_process_killed_within_a_program_is_named(num_gpus, step):
     codes = [7] * num_gpus
     codes[1] = -signal.SIGKILL
     outputs = _run(MIDDLE, num_gpus, *step, exit_codes=codes, deadline=60.0)
-    killed = float(re.search(r"killed ([\d.]+)\n", outputs[1])[1])
+    killed = number_behind("killed", outputs[1])
     ways = [" until the timeout"]
     if "psums" in step:  # nobody may wait in a call then: it is known by the process's end
         ways.append(", whose process has ended")
     for output in outputs[:1] + outputs[2:]:
         assert any(f"waited for rank 1{way}" in output for way in ways)
-        assert float(re.search(r"raised ([\d.]+)\n", output)[1]) < killed + 4.0
+        assert number_behind("raised", output) < killed + 4.0

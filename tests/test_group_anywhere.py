@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -83,7 +84,7 @@ PLACES: dict[str, Caller] = {
 
 
 def _open_once(mesh, backend, place) -> jax_ep.Group:
-    opened = []
+    opened: list[Any] = []
 
     def fn():
         if not opened:

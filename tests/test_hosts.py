@@ -6,7 +6,7 @@ import warnings
 
 import jax
 import pytest
-from process_programs import HOSTS, TRAIN_OVER_HOSTS, run_on_cpus
+from process_programs import HOSTS, TRAIN_OVER_HOSTS, number_behind, run_on_cpus
 
 import jax_ep
 from jax_ep._src.base.spec import Usability
@@ -110,7 +110,7 @@ def test_a_lost_process_fails_its_neighbours():
     codes = [7, -signal.SIGKILL, 7, 7]
     outputs = run_on_cpus(HOSTS + LOST, "2", processes=4, devices=1, exit_codes=codes)
     assert "waited for rank 1, whose process has ended" in outputs[0]
-    assert float(re.search(r"waited ([\d.]+)\n", outputs[0])[1]) < 5.0
+    assert number_behind("waited", outputs[0]) < 5.0
     assert [output.endswith("passed\n") for output in outputs[2:]] == [True, True]
 
 
@@ -118,8 +118,8 @@ def test_a_lost_process_is_known_on_its_host():
     """Also where it shares no slice: a collective of XLA's waits for it."""
     survivor, killed = run_on_cpus(KILLED, exit_codes=[7, -signal.SIGKILL])
     assert "whose process has ended" in survivor
-    raised, at = (re.search(r"(?:raised|killed) ([\d.]+)\n", o)[1] for o in (survivor, killed))
-    assert float(raised) - float(at) < 8.0
+    raised, at = (number_behind("(?:raised|killed)", o) for o in (survivor, killed))
+    assert raised - at < 8.0
 
 
 @pytest.mark.parametrize("per_host", [1, 2])

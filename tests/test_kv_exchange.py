@@ -39,7 +39,7 @@ def converse(monkeypatch):
         monkeypatch.setattr(jax, "process_index", lambda: process)
         return kv_exchange.KvExchange("a//b", owners, timeout=timeout)
 
-    make.store = store
+    make.store = store  # type: ignore[attr-defined]
     return make
 
 

@@ -78,7 +78,7 @@ def test_helpers_are_public_functions():
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_docstrings_of_operations_are_complete(name):
-    doc = inspect.getdoc(getattr(jax_ep, name))
+    doc = inspect.getdoc(getattr(jax_ep, name)) or ""
     for part in ("Args:", "Returns:", "Collective:", "Gradient:", "Raises:", "Source:"):
         assert part in doc, f"{name}: {part}"
 

@@ -149,8 +149,9 @@ def test_ahead_of_time_and_serialised_executable(groups, layout):
     args = jax.device_put(_args(data), NamedSharding(group.mesh, P("ep")))
     compiled = on_ranks(_step(case, group, "cpu"), group.mesh).lower(*args).compile()
     assert_combined(case, data, plan_of(case, data.topk_idx), compiled(*args))
+    saved, in_tree, out_tree = serialize_executable.serialize(compiled)
     again = serialize_executable.deserialize_and_load(
-        *serialize_executable.serialize(compiled), execution_devices=devices
+        saved, in_tree, out_tree, execution_devices=devices
     )
     assert_combined(case, data, plan_of(case, data.topk_idx), again(*args))
 

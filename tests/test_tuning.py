@@ -84,6 +84,7 @@ def test_auto_at_the_thresholds_of_the_table(op):
     steps = tables.load("NVIDIA H100 80GB HBM3", 2)[op]
     assert len(steps) > 1
     for step, next_step in pairwise(steps):
+        assert step.bytes is not None
         at = step.bytes // (2 * math.prod(unit))
         found = [_auto(op, jax.ShapeDtypeStruct((at + n, *unit), jnp.bfloat16)) for n in (-1, 0, 1)]
         assert found == [step.algorithm, step.algorithm, next_step.algorithm]

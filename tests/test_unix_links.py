@@ -8,6 +8,7 @@ import struct
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 
@@ -94,7 +95,7 @@ def test_links_pass_bytes_and_descriptors_that_no_started_program_gets(processes
     _connect_all(processes)
 
     def swap(process):
-        held = []
+        held: list[Any] = []
         own = os.memfd_create("own", 0)  # inheritable
         try:
             links = process.links
@@ -151,7 +152,7 @@ def test_who_does_not_come_is_named(processes, is_in_vain):
 def test_a_stranger_that_goes_on_calling_keeps_nobody_away(processes):
     """More of them than there is room for, and each stays: the oldest is hung up on."""
     with ExitStack() as stack, ThreadPoolExecutor(4) as pool:
-        is_over = []
+        is_over: list[bool] = []
 
         def call_on():
             while not is_over:

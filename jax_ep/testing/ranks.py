@@ -57,7 +57,7 @@ def on_ranks(
     axes: tuple[str, ...] | None = None,
     check_vma: bool = True,
     jit: bool = True,
-) -> Callable[..., Any]:
+) -> Any:
     """Makes `fn`, which sees one rank's arrays, take and give stacked ones.
 
     Args:
@@ -68,7 +68,7 @@ def on_ranks(
       jit: whether to compile.
 
     Returns:
-      The same function over arrays with a leading rank axis.
+      The same function over arrays with a leading rank axis; compiled, it has `lower`.
     """
     spec = PartitionSpec(tuple(mesh.axis_names) if axes is None else axes)
 
