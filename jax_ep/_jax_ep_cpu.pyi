@@ -43,9 +43,9 @@ class Group:
     def skip_rank(self, rank: int) -> None:
         """For tests: keeps the calls of a rank from its peers; -1 ends it."""
 
-def open_group(identity: str, seats: Sequence[tuple[int, int, int, int]], num_slices: int, num_ranks: int, timeout_ms: int, processes: Sequence[int] = [], own_process: int = 0, links: Sequence[tuple[int, int, int]] = []) -> Group:
+def open_group(identity: str, positions: Sequence[tuple[int, int, int, int]], num_slices: int, num_ranks: int, timeout_ms: int, processes: Sequence[int] = [], own_process: int = 0, links: Sequence[tuple[int, int, int]] = []) -> Group:
     """
-    Opens a group. Seats are (device id, slice, rank, position in the mesh), of whole slices,
+    Opens a group. Positions are (device id, slice, rank, position in the mesh), of whole slices,
     and processes whose they are. Links are (process, pid, descriptor of a stream socket),
     which the group takes over.
     """

@@ -37,9 +37,9 @@ class Group:
     def error(self) -> dict[str, object] | None:
         """The first failure on a device, or None."""
 
-    def find_pool(self, seat: int, address: int) -> bool:
+    def find_pool(self, index: int, address: int) -> bool:
         """
-        Whether peers of this process can read the memory that an address of a seat lies in.
+        Whether peers of this process can read the memory at an address of a position.
         """
 
     @property
@@ -54,13 +54,13 @@ class Group:
     def staging_bytes(self) -> int:
         """Room for copies of operands."""
 
-    def export_seat(self, seat: int, address: int) -> tuple[list[int], int, int]:
+    def export_position(self, index: int, address: int) -> tuple[list[int], int, int]:
         """
         What another process needs to reach a device of this one: numbers, and descriptors of
         its signals and of the pool that an address of it lies in; -1 where all is staged.
         """
 
-    def import_seat(self, seat: int, numbers: Sequence[int], control: int, pool: int) -> None:
+    def import_position(self, index: int, numbers: Sequence[int], control: int, pool: int) -> None:
         """The same of a device elsewhere; takes the descriptors over."""
 
     def complete(self) -> None:
@@ -86,9 +86,9 @@ class Group:
     def skip_rank(self, rank: int) -> None:
         """For tests: keeps the calls of a rank from its peers; -1 ends it."""
 
-def open_group(identity: str, seats: Sequence[tuple[int, int, int, int]], num_slices: int, num_ranks: int, timeout_ms: int, is_here: Sequence[bool] = [], staging_bytes: int = 0, stages_all: bool = False) -> Group:
+def open_group(identity: str, positions: Sequence[tuple[int, int, int, int]], num_slices: int, num_ranks: int, timeout_ms: int, is_here: Sequence[bool] = [], staging_bytes: int = 0, stages_all: bool = False) -> Group:
     """
-    Opens a group. Seats are (CUDA device, slice, rank, position in the mesh), of whole slices.
+    Opens a group. Positions are (CUDA device, slice, rank, position in the mesh), of whole slices.
     is_here says which of them are this process's; empty: all. staging_bytes of each device
     hold copies of operands that peers have not mapped, of all operands where stages_all.
     """

@@ -197,7 +197,7 @@ class Opening:
                 self._meeting.hand_over()
             return native.open_group(
                 identity=self._spec.identity,
-                seats=seats,
+                positions=seats,
                 num_slices=len(seats) // self._spec.num_ranks,
                 num_ranks=self._spec.num_ranks,
                 timeout_ms=self._timeout_ms,
@@ -248,7 +248,7 @@ def _share_devices(
                 if _is_here(device):
                     buffer = jax.device_put(np.zeros(1, np.float32), device)
                     address = buffer.unsafe_buffer_pointer()
-                    told, control, pool = native.export_seat(seat, address)
+                    told, control, pool = native.export_position(seat, address)
                     numbers.append((seat, told))
                     own += [control, pool] if with_pools else [control]
         except RuntimeError as e:
@@ -264,7 +264,7 @@ def _share_devices(
                 for (seat, told), control, pool in zip(seats, controls, pools, strict=True):
                     for descriptor in {control, pool} - {-1}:
                         held.remove(descriptor)
-                    native.import_seat(seat, told, control, pool)
+                    native.import_position(seat, told, control, pool)
         except (OSError, RuntimeError, ValueError) as e:
             problem, is_echo = str(e), isinstance(e, (ConnectionError, TimeoutError))
         why_not = meeting.first_problem(f"mapping of {topic}", problem, is_echo=is_echo)

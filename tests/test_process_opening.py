@@ -185,10 +185,10 @@ class Native:  # as that of GPUs is
     def __init__(self):
         self.got = {}
 
-    def export_seat(self, position, address):
+    def export_position(self, position, address):
         return [10 * position], os.memfd_create("control"), os.memfd_create("pool")
 
-    def import_seat(self, position, told, control, pool):
+    def import_position(self, position, told, control, pool):
         assert not os.get_inheritable(control) and not os.get_inheritable(pool)
         os.close(control)
         os.close(pool)

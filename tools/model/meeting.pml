@@ -1,8 +1,8 @@
-/* The meet / read / part protocol of xla_ffi/device/meeting.cuh, packets.cuh and signals.cuh.
+/* The meet / read / part protocol of xla_ffi/device/call.cuh, packets.cuh and signals.cuh.
  *
  * N ranks (2, 3) of NB blocks each make E calls in a row. What each call is: KIND(e).
- *   PART    Meet, read every peer's operand in place, Part: the last block of a rank swaps read_done.
- *   BLOCKS  Meet, read in place, PartBlocks: block b of a rank swaps `pushed` with block b of each
+ *   PART    OpenCall, read every peer's operand in place, CloseCall: the last block of a rank swaps read_done.
+ *   BLOCKS  OpenCall, read in place, CloseBlocks: block b of a rank swaps `pushed` with block b of each
  *           peer, CountOut, EndReading.
  *   PUSH    Begin, store a part in half e % 2 of each peer's room, SwapPushed, EndEpoch, read the room.
  *
@@ -271,7 +271,7 @@ proctype Block(byte r; byte b) {
 #ifdef MET
     :: KIND(e) != PUSH -> has_met = 1; MAY_DIE; Read()
 #else
-    :: KIND(e) != PUSH -> /* Meet */
+    :: KIND(e) != PUSH -> /* OpenCall */
       if
       :: b == 0 && ok ->
         AWAIT(FENCE(r));

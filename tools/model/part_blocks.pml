@@ -1,4 +1,4 @@
-/* PartBlocks of xla_ffi/device/meeting.cuh alone: three ranks of NB blocks that have met read one
+/* CloseBlocks of xla_ffi/device/call.cuh alone: three ranks of NB blocks that have met read one
  * another's operands, and part block by block. Any wait may give up at any time. Small enough to be
  * searched to the end with several blocks of a rank, which meeting.pml is not.
  *

@@ -58,7 +58,7 @@ holds meeting -DN=3 -DNB=1 -DE=1 -DDIES
 holds meeting -DN=2 -DNB=1 -DE=2 -DK1=BLOCKS -DDIES
 holds meeting -DN=3 -DNB=1 -DE=1 -DK1=BLOCKS -DDIES
 holds meeting -DN=3 -DNB=1 -DE=1 -DK1=PUSH -DDIES
-# PartBlocks alone, with several blocks of a rank; and without parts of it.
+# CloseBlocks alone, with several blocks of a rank; and without parts of it.
 holds part_blocks -DNB=1
 holds part_blocks -DONE_GIVES_UP
 holds part_blocks -DTWO_GIVE_UP

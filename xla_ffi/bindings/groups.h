@@ -9,19 +9,19 @@
 
 #include "bindings/capsules.h"
 #include "runtime/error_record.h"
+#include "runtime/mesh_position.h"
 #include "runtime/registry.h"
-#include "runtime/seat.h"
 
 namespace jax_ep {
 
-using SeatTuple = std::tuple<int64_t, int, int, int64_t>;  // device id, slice, rank, position
+using PositionTuple = std::tuple<int64_t, int, int, int64_t>;  // device id, slice, rank, position
 
-inline std::vector<Seat> SeatsOf(const std::vector<SeatTuple>& tuples) {
-  std::vector<Seat> seats;
+inline std::vector<MeshPosition> PositionsOf(const std::vector<PositionTuple>& tuples) {
+  std::vector<MeshPosition> positions;
   for (const auto& [device_id, slice, rank, position] : tuples) {
-    seats.push_back({device_id, {slice, rank}, position});
+    positions.push_back({device_id, {slice, rank}, position});
   }
-  return seats;
+  return positions;
 }
 
 /// Registers a group; throws when its identity is taken.

@@ -45,22 +45,22 @@ Dict Types() { return TypeCapsules("jax_ep.OpSite.cpu", &HostSite::id, &site_inf
 
 using LinkTuple = std::tuple<int, int, int>;  // process, pid, descriptor
 
-std::shared_ptr<Group> OpenGroup(std::string identity, const std::vector<SeatTuple>& tuples,
+std::shared_ptr<Group> OpenGroup(std::string identity, const std::vector<PositionTuple>& tuples,
                                  int num_slices, int num_ranks, int64_t timeout_ms,
                                  const std::vector<int>& processes, int own_process,
                                  const std::vector<LinkTuple>& links) {
-  const std::vector<Seat> seats = SeatsOf(tuples);
-  Roster roster{.num_slices = num_slices, .num_ranks = num_ranks, .own_process = own_process};
+  const std::vector<MeshPosition> positions = PositionsOf(tuples);
+  RankMap rank_map{.num_slices = num_slices, .num_ranks = num_ranks, .own_process = own_process};
   if (!links.empty()) {
-    roster.process_of.resize(num_slices * num_ranks);
-    for (size_t i = 0; i < seats.size(); ++i) {
-      const Member& member = seats[i].member;
-      roster.process_of[member.slice * num_ranks + member.rank] = processes.at(i);
+    rank_map.process_of.resize(num_slices * num_ranks);
+    for (size_t i = 0; i < positions.size(); ++i) {
+      const Member& member = positions[i].member;
+      rank_map.process_of[member.slice * num_ranks + member.rank] = processes.at(i);
     }
     AllowReaders();
   }
-  for (const auto& [process, pid, fd] : links) roster.links.push_back({process, pid, fd});
-  return Opened(std::make_shared<Group>(std::move(identity), seats, std::move(roster),
+  for (const auto& [process, pid, fd] : links) rank_map.links.push_back({process, pid, fd});
+  return Opened(std::make_shared<Group>(std::move(identity), positions, std::move(rank_map),
                                         std::chrono::milliseconds(timeout_ms)));
 }
 
@@ -109,14 +109,14 @@ NB_MODULE(_jax_ep_cpu, m) {
           "skip_rank", [](Group& group, int rank) { group.exchange().SkipRank(rank); },
           nanobind::arg("rank"),
           "For tests: keeps the calls of a rank from its peers; -1 ends it.");
-  m.def(
-      "open_group", &jax_ep::OpenGroup, nanobind::arg("identity"), nanobind::arg("seats"),
-      nanobind::arg("num_slices"), nanobind::arg("num_ranks"), nanobind::arg("timeout_ms"),
-      nanobind::arg("processes") = std::vector<int>(), nanobind::arg("own_process") = 0,
-      nanobind::arg("links") = std::vector<jax_ep::LinkTuple>(),
-      "Opens a group. Seats are (device id, slice, rank, position in the mesh), of whole slices,\n"
-      "and processes whose they are. Links are (process, pid, descriptor of a stream socket),\n"
-      "which the group takes over.");
+  m.def("open_group", &jax_ep::OpenGroup, nanobind::arg("identity"), nanobind::arg("positions"),
+        nanobind::arg("num_slices"), nanobind::arg("num_ranks"), nanobind::arg("timeout_ms"),
+        nanobind::arg("processes") = std::vector<int>(), nanobind::arg("own_process") = 0,
+        nanobind::arg("links") = std::vector<jax_ep::LinkTuple>(),
+        "Opens a group. Positions are (device id, slice, rank, position in the mesh), of whole "
+        "slices,\n"
+        "and processes whose they are. Links are (process, pid, descriptor of a stream socket),\n"
+        "which the group takes over.");
   m.def(
       "has_closed_group",
       [](const std::string& identity) {

@@ -75,14 +75,15 @@ void DeleteWithoutLock(DeviceGroup* group) {
   delete group;
 }
 
-std::shared_ptr<DeviceGroup> OpenGroup(std::string identity, const std::vector<SeatTuple>& seats,
-                                       int, int num_ranks, int64_t timeout_ms,
+std::shared_ptr<DeviceGroup> OpenGroup(std::string identity,
+                                       const std::vector<PositionTuple>& positions, int,
+                                       int num_ranks, int64_t timeout_ms,
                                        const std::vector<bool>& is_here, size_t staging_bytes,
                                        bool stages_all) {
   if (const auto closed = Registry<DeviceGroup>::Get().FindClosed(identity)) closed->Supersede();
   return Opened(
-      std::shared_ptr<DeviceGroup>(new DeviceGroup(std::move(identity), SeatsOf(seats), num_ranks,
-                                                   std::chrono::milliseconds(timeout_ms),
+      std::shared_ptr<DeviceGroup>(new DeviceGroup(std::move(identity), PositionsOf(positions),
+                                                   num_ranks, std::chrono::milliseconds(timeout_ms),
                                                    LoadKernels, is_here, staging_bytes, stages_all),
                                    DeleteWithoutLock));
 }
@@ -101,8 +102,8 @@ std::shared_ptr<DeviceGroup> ReopenGroup(const std::shared_ptr<DeviceGroup>& gro
 // Numbers that go to another process, and descriptors that go beside them; -1: none.
 using Numbers = std::vector<uint64_t>;
 
-std::tuple<Numbers, int, int> Export(DeviceGroup& group, int seat, uint64_t address) {
-  const DeviceGroup::Exported e = group.Export(seat, address);
+std::tuple<Numbers, int, int> Export(DeviceGroup& group, int index, uint64_t address) {
+  const DeviceGroup::Exported e = group.Export(index, address);
   const Numbers numbers = {static_cast<uint64_t>(e.traits.num_sms),
                            e.traits.max_shared_bytes,
                            e.traits.has_bulk_copy,
@@ -113,15 +114,15 @@ std::tuple<Numbers, int, int> Export(DeviceGroup& group, int seat, uint64_t addr
   return {numbers, e.control, e.pool.descriptor};
 }
 
-void Import(DeviceGroup& group, int seat, const Numbers& n, int control, int pool) {
-  group.Import(seat, {.traits = {.num_sms = static_cast<int>(n.at(0)),
-                                 .max_shared_bytes = n.at(1),
-                                 .has_bulk_copy = n.at(2) != 0,
-                                 .highest_priority = 0},
-                      .gpu = n.at(3),
-                      .control = control,
-                      .control_bytes = n.at(4),
-                      .pool = {.begin = n.at(5), .bytes = n.at(6), .descriptor = pool}});
+void Import(DeviceGroup& group, int index, const Numbers& n, int control, int pool) {
+  group.Import(index, {.traits = {.num_sms = static_cast<int>(n.at(0)),
+                                  .max_shared_bytes = n.at(1),
+                                  .has_bulk_copy = n.at(2) != 0,
+                                  .highest_priority = 0},
+                       .gpu = n.at(3),
+                       .control = control,
+                       .control_bytes = n.at(4),
+                       .pool = {.begin = n.at(5), .bytes = n.at(6), .descriptor = pool}});
 }
 
 // What ends waits lives in the CPU module; it must see this group as the header has it.
@@ -173,16 +174,16 @@ NB_MODULE(_jax_ep_cuda, m) {
             return jax_ep::ErrorDict(found);
           },
           "The first failure on a device, or None.")
-      .def("find_pool", &DeviceGroup::FindPool, nanobind::arg("seat"), nanobind::arg("address"),
-           "Whether peers of this process can read the memory that an address of a seat lies in.")
+      .def("find_pool", &DeviceGroup::FindPool, nanobind::arg("index"), nanobind::arg("address"),
+           "Whether peers of this process can read the memory at an address of a position.")
       .def_prop_ro("has_native_atomics", &DeviceGroup::has_native_atomics,
                    "Whether 16 bytes arrive at once at all peers, which packets rely on.")
       .def_prop_ro("stages_all", &DeviceGroup::stages_all, "Whether all operands are copied.")
       .def_prop_ro("staging_bytes", &DeviceGroup::staging_bytes, "Room for copies of operands.")
-      .def("export_seat", &jax_ep::Export, nanobind::arg("seat"), nanobind::arg("address"),
+      .def("export_position", &jax_ep::Export, nanobind::arg("index"), nanobind::arg("address"),
            "What another process needs to reach a device of this one: numbers, and descriptors of\n"
            "its signals and of the pool that an address of it lies in; -1 where all is staged.")
-      .def("import_seat", &jax_ep::Import, nanobind::arg("seat"), nanobind::arg("numbers"),
+      .def("import_position", &jax_ep::Import, nanobind::arg("index"), nanobind::arg("numbers"),
            nanobind::arg("control"), nanobind::arg("pool"),
            "The same of a device elsewhere; takes the descriptors over.")
       .def("complete", &DeviceGroup::Complete, "After all imports: the group may be used.")
@@ -198,11 +199,11 @@ NB_MODULE(_jax_ep_cuda, m) {
            "For tests: as if so many calls had been made; all processes, between two calls.")
       .def("skip_rank", &DeviceGroup::SkipRank, nanobind::arg("rank"),
            "For tests: keeps the calls of a rank from its peers; -1 ends it.");
-  m.def("open_group", &jax_ep::OpenGroup, nanobind::arg("identity"), nanobind::arg("seats"),
+  m.def("open_group", &jax_ep::OpenGroup, nanobind::arg("identity"), nanobind::arg("positions"),
         nanobind::arg("num_slices"), nanobind::arg("num_ranks"), nanobind::arg("timeout_ms"),
         nanobind::arg("is_here") = std::vector<bool>(), nanobind::arg("staging_bytes") = 0,
         nanobind::arg("stages_all") = false, nanobind::call_guard<nanobind::gil_scoped_release>(),
-        "Opens a group. Seats are (CUDA device, slice, rank, position in the mesh), of whole "
+        "Opens a group. Positions are (CUDA device, slice, rank, position in the mesh), of whole "
         "slices.\n"
         "is_here says which of them are this process's; empty: all. staging_bytes of each device\n"
         "hold copies of operands that peers have not mapped, of all operands where stages_all.");

@@ -103,15 +103,15 @@ void RequirePeers(const std::vector<int64_t>& devices) {
   }
 }
 
-DeviceGroup::DeviceGroup(std::string identity, std::vector<Seat> seats, int num_ranks,
+DeviceGroup::DeviceGroup(std::string identity, std::vector<MeshPosition> positions, int num_ranks,
                          std::chrono::milliseconds timeout, const LoadKernels& load_kernels,
                          std::vector<bool> is_here, size_t staging_bytes, bool stages_all)
     : identity_(std::move(identity)),
       num_ranks_(num_ranks),
-      seats_(std::move(seats)),
+      positions_(std::move(positions)),
       staging_bytes_(staging_bytes),
       stages_all_(stages_all),
-      is_here_(is_here.empty() ? std::vector<bool>(seats_.size(), true) : std::move(is_here)) {
+      is_here_(is_here.empty() ? std::vector<bool>(positions_.size(), true) : std::move(is_here)) {
   if (num_ranks > kMaxRanks) {
     throw std::runtime_error("a group has at most " + std::to_string(kMaxRanks) + " ranks, got " +
                              std::to_string(num_ranks));
@@ -128,14 +128,14 @@ DeviceGroup::~DeviceGroup() { Release(); }
 
 std::vector<int> DeviceGroup::DevicesHere() const {
   std::vector<int> devices;
-  for (size_t i = 0; i < seats_.size(); ++i) {
-    if (is_here_[i]) devices.push_back(static_cast<int>(seats_[i].device_id));
+  for (size_t i = 0; i < positions_.size(); ++i) {
+    if (is_here_[i]) devices.push_back(static_cast<int>(positions_[i].device_id));
   }
   return devices;
 }
 
 void DeviceGroup::Open(uint64_t timeout_ns, const LoadKernels& load_kernels) {
-  const size_t size = seats_.size();
+  const size_t size = positions_.size();
   {
     const OnDevice on_device(DevicesHere().front());  // else it were device 0, maybe another's
     Check("cudaHostAlloc",
@@ -151,7 +151,7 @@ void DeviceGroup::Open(uint64_t timeout_ns, const LoadKernels& load_kernels) {
   copies_.resize(size);
   for (size_t i = 0; i < size; ++i) {
     if (!is_here_[i]) continue;
-    const int64_t device = seats_[i].device_id;
+    const int64_t device = positions_[i].device_id;
     const OnDevice on_device(device);
     Check("cudaFree", cudaFree(nullptr));  // makes the context, if nobody has
     const size_t staging_offset = SharedBytes(num_ranks_);
@@ -164,9 +164,9 @@ void DeviceGroup::Open(uint64_t timeout_ns, const LoadKernels& load_kernels) {
           cudaStreamCreateWithFlags(&copies_[i], cudaStreamNonBlocking));
     members_[i].traits = TraitsOf(device);
     gpus_[i] = GpuOf(device);
-    members_[i].endpoint = {.rank = seats_[i].member.rank,
+    members_[i].endpoint = {.rank = positions_[i].member.rank,
                             .num_ranks = num_ranks_,
-                            .position = static_cast<int32_t>(seats_[i].position),
+                            .position = static_cast<int32_t>(positions_[i].position),
                             .site = 0,
                             .rooms = RoomsOf(num_ranks_),
                             .control = {},
@@ -176,26 +176,26 @@ void DeviceGroup::Open(uint64_t timeout_ns, const LoadKernels& load_kernels) {
     if (IsAlone() && !stages_all_) members_[i].readers = DevicesHere();
     members_[i].staging = control_[i].data() + staging_offset;
     members_[i].staging_bytes = control_[i].bytes() - staging_offset;
-    seat_of_device_[device] = static_cast<int>(i);
+    index_of_device_[device] = static_cast<int>(i);
     load_kernels(members_[i].traits);
   }
   if (IsAlone()) Complete();
 }
 
-bool DeviceGroup::FindPool(int seat, uint64_t address) {
-  const OnDevice on_device(seats_.at(seat).device_id);
+bool DeviceGroup::FindPool(int index, uint64_t address) {
+  const OnDevice on_device(positions_.at(index).device_id);
   const ExportedAllocation pool = ReadableAllocationOf(address, DevicesHere());
-  members_.at(seat).pool = {.begin = pool.begin, .bytes = pool.bytes, .here = 0};
+  members_.at(index).pool = {.begin = pool.begin, .bytes = pool.bytes, .here = 0};
   return pool.bytes > 0;
 }
 
-DeviceGroup::Exported DeviceGroup::Export(int seat, uint64_t address) {
-  Member& member = members_.at(seat);
-  const OnDevice on_device(seats_.at(seat).device_id);
+DeviceGroup::Exported DeviceGroup::Export(int index, uint64_t address) {
+  Member& member = members_.at(index);
+  const OnDevice on_device(positions_.at(index).device_id);
   Exported exported{.traits = member.traits,
-                    .gpu = gpus_.at(seat),
-                    .control = control_.at(seat).Export(),
-                    .control_bytes = control_.at(seat).bytes(),
+                    .gpu = gpus_.at(index),
+                    .control = control_.at(index).Export(),
+                    .control_bytes = control_.at(index).bytes(),
                     .pool = {.begin = 0, .bytes = 0, .descriptor = -1}};
   if (stages_all_) return exported;
   try {
@@ -208,25 +208,26 @@ DeviceGroup::Exported DeviceGroup::Export(int seat, uint64_t address) {
   return exported;
 }
 
-void DeviceGroup::Import(int seat, const Exported& exported) {
+void DeviceGroup::Import(int index, const Exported& exported) {
   const OnDevice on_device(DevicesHere().front());
   try {
-    members_.at(seat).traits = exported.traits;
-    gpus_.at(seat) = exported.gpu;
-    control_.at(seat) = ShareableMemory::Import(exported.control, exported.control_bytes,
-                                                DevicesHere(), ShareableMemory::Use::kReadAndWrite);
+    members_.at(index).traits = exported.traits;
+    gpus_.at(index) = exported.gpu;
+    control_.at(index) =
+        ShareableMemory::Import(exported.control, exported.control_bytes, DevicesHere(),
+                                ShareableMemory::Use::kReadAndWrite);
     if (exported.pool.descriptor >= 0) {
-      pools_.at(seat) = ShareableMemory::Import(exported.pool.descriptor, exported.pool.bytes,
-                                                DevicesHere(), ShareableMemory::Use::kRead);
+      pools_.at(index) = ShareableMemory::Import(exported.pool.descriptor, exported.pool.bytes,
+                                                 DevicesHere(), ShareableMemory::Use::kRead);
     }
   } catch (...) {
     Close(exported);
     throw;
   }
   Close(exported);
-  maps_.at(seat) = {.begin = exported.pool.begin,
-                    .bytes = exported.pool.bytes,
-                    .here = reinterpret_cast<uint64_t>(pools_.at(seat).data())};
+  maps_.at(index) = {.begin = exported.pool.begin,
+                     .bytes = exported.pool.bytes,
+                     .here = reinterpret_cast<uint64_t>(pools_.at(index).data())};
 }
 
 void DeviceGroup::Complete() {
@@ -246,12 +247,12 @@ void DeviceGroup::Complete() {
   }
   least.num_sms = std::max(1, least.num_sms / most_ranks);
   has_native_atomics_ = HaveNativeAtomics(gpus_, DevicesHere());
-  for (size_t i = 0; i < seats_.size(); ++i) {
+  for (size_t i = 0; i < positions_.size(); ++i) {
     if (!is_here_[i]) continue;
     Member& member = members_[i];
-    for (size_t j = 0; j < seats_.size(); ++j) {
-      if (seats_[j].member.slice != seats_[i].member.slice) continue;
-      const int rank = seats_[j].member.rank;
+    for (size_t j = 0; j < positions_.size(); ++j) {
+      if (positions_[j].member.slice != positions_[i].member.slice) continue;
+      const int rank = positions_[j].member.rank;
       member.endpoint.control[rank] = reinterpret_cast<ControlBlock*>(control_[j].data());
       member.endpoint.pools[rank] = maps_[j];
       if (stages_all_) member.endpoint.pools[rank].bytes = 0;
@@ -295,9 +296,9 @@ void DeviceGroup::Release() {
 void DeviceGroup::Reopen(std::chrono::milliseconds timeout) {
   const uint64_t timeout_ns = std::chrono::nanoseconds(timeout).count();
   is_abandoned_ = false;
-  for (size_t i = 0; i < seats_.size(); ++i) {
+  for (size_t i = 0; i < positions_.size(); ++i) {
     if (!is_here_[i]) continue;
-    const OnDevice on_device(seats_[i].device_id);
+    const OnDevice on_device(positions_[i].device_id);
     // What was pushed may stay: its signals are gone.
     Check("cudaMemset", cudaMemsetAsync(control_[i].data(), 0, kPushedOffset, copies_[i]));
     Check("cudaMemcpy",
@@ -312,13 +313,13 @@ const DeviceGroup::Member* DeviceGroup::Find(int64_t device_id) const {
   // XLA has made the device of a call current, and may count those that a process was given from 0.
   int current = -1;
   if (cudaGetDevice(&current) != cudaSuccess) current = static_cast<int>(device_id);
-  const auto found = seat_of_device_.find(current);
-  return found == seat_of_device_.end() ? nullptr : &members_[found->second];
+  const auto found = index_of_device_.find(current);
+  return found == index_of_device_.end() ? nullptr : &members_[found->second];
 }
 
 std::optional<ErrorRecord> DeviceGroup::error() const {
   std::optional<FailureRecord> found;
-  for (size_t i = 0; i < seats_.size(); ++i) {
+  for (size_t i = 0; i < positions_.size(); ++i) {
     if (!is_here_[i]) continue;
     const volatile FailureRecord& record = records_[i];
     std::optional<FailureRecord> own;
@@ -347,14 +348,14 @@ std::optional<ErrorRecord> DeviceGroup::error() const {
                      .seen = found->seen};
 }
 
-std::optional<FailureRecord> DeviceGroup::ToldTo(size_t seat) const {
-  const OnDevice on_device(seats_[seat].device_id);
-  const auto* control = reinterpret_cast<const ControlBlock*>(control_[seat].data());
+std::optional<FailureRecord> DeviceGroup::ToldTo(size_t index) const {
+  const OnDevice on_device(positions_[index].device_id);
+  const auto* control = reinterpret_cast<const ControlBlock*>(control_[index].data());
   FailureRecord told[kMaxRanks];
   const auto find_first = [&] {
     Check("cudaMemcpyAsync", cudaMemcpyAsync(told, control->told, sizeof(told),
-                                             cudaMemcpyDeviceToHost, copies_[seat]));
-    Check("cudaStreamSynchronize", cudaStreamSynchronize(copies_[seat]));
+                                             cudaMemcpyDeviceToHost, copies_[index]));
+    Check("cudaStreamSynchronize", cudaStreamSynchronize(copies_[index]));
     return std::find_if(std::begin(told), std::end(told),
                         [](const FailureRecord& record) { return record.is_set != 0; });
   };
@@ -363,26 +364,26 @@ std::optional<FailureRecord> DeviceGroup::ToldTo(size_t seat) const {
   return *find_first();
 }
 
-ControlBlock* DeviceGroup::ControlAt(size_t seat) const {
-  return reinterpret_cast<ControlBlock*>(control_[seat].data());
+ControlBlock* DeviceGroup::ControlAt(size_t index) const {
+  return reinterpret_cast<ControlBlock*>(control_[index].data());
 }
 
-void DeviceGroup::CopyBeside(size_t seat, void* to, const void* from, size_t bytes,
+void DeviceGroup::CopyBeside(size_t index, void* to, const void* from, size_t bytes,
                              cudaMemcpyKind kind) const {
-  const OnDevice on_device(seats_[seat].device_id);
-  Check("cudaMemcpyAsync", cudaMemcpyAsync(to, from, bytes, kind, copies_[seat]));
-  Check("cudaStreamSynchronize", cudaStreamSynchronize(copies_[seat]));
+  const OnDevice on_device(positions_[index].device_id);
+  Check("cudaMemcpyAsync", cudaMemcpyAsync(to, from, bytes, kind, copies_[index]));
+  Check("cudaStreamSynchronize", cudaStreamSynchronize(copies_[index]));
 }
 
-std::optional<uint32_t> DeviceGroup::RunningAt(size_t seat) const {
+std::optional<uint32_t> DeviceGroup::RunningAt(size_t index) const {
   Signal turn;
-  CopyBeside(seat, &turn, &ControlAt(seat)->turn, sizeof(turn), cudaMemcpyDeviceToHost);
+  CopyBeside(index, &turn, &ControlAt(index)->turn, sizeof(turn), cudaMemcpyDeviceToHost);
   return turn.value == 0 ? std::nullopt : std::optional(turn.epoch);
 }
 
 void DeviceGroup::NoteWaits() {
-  noted_.assign(seats_.size(), std::nullopt);
-  for (size_t i = 0; i < seats_.size(); ++i) {
+  noted_.assign(positions_.size(), std::nullopt);
+  for (size_t i = 0; i < positions_.size(); ++i) {
     if (is_here_[i]) noted_[i] = RunningAt(i);
   }
 }
@@ -394,7 +395,7 @@ void DeviceGroup::EndNotedWaits() {
                .kind = FailureKind::kInterrupted,
                .op = OpId::kDispatch,
                .site = 0,
-               .rank = seats_[i].member.rank,
+               .rank = positions_[i].member.rank,
                .peer = kNoIndex,
                .expected = num_ranks_,
                .seen = 0});
@@ -402,44 +403,44 @@ void DeviceGroup::EndNotedWaits() {
 }
 
 bool DeviceGroup::IsWaiting() {
-  for (size_t i = 0; i < seats_.size(); ++i) {
+  for (size_t i = 0; i < positions_.size(); ++i) {
     if (is_here_[i] && RunningAt(i)) return true;
   }
   return false;
 }
 
-void DeviceGroup::FailAt(size_t seat, FailureRecord record) {
+void DeviceGroup::FailAt(size_t index, FailureRecord record) {
   uint32_t has_failed = 0;
-  CopyBeside(seat, &has_failed, &ControlAt(seat)->has_failed, sizeof(has_failed),
+  CopyBeside(index, &has_failed, &ControlAt(index)->has_failed, sizeof(has_failed),
              cudaMemcpyDeviceToHost);
   if (has_failed != 0) return;  // and it ends the waits itself
   // In the order of Fail (device/signals.cuh). The words of `told` go in front of is_set, which a
   // single copy would not promise.
   record.is_set = 0;
-  records_[seat] = record;
+  records_[index] = record;
   std::atomic_thread_fence(std::memory_order_release);
-  static_cast<volatile FailureRecord&>(records_[seat]).is_set = 1;
+  static_cast<volatile FailureRecord&>(records_[index]).is_set = 1;
   std::vector<size_t> slice;
-  for (size_t j = 0; j < seats_.size(); ++j) {
-    if (seats_[j].member.slice == seats_[seat].member.slice) slice.push_back(j);
+  for (size_t j = 0; j < positions_.size(); ++j) {
+    if (positions_[j].member.slice == positions_[index].member.slice) slice.push_back(j);
   }
   const uint32_t one = 1;
   for (const bool is_whole : {false, true}) {
     for (const size_t j : slice) {
       FailureRecord& told = ControlAt(j)->told[record.rank];
-      is_whole ? CopyBeside(seat, &told.is_set, &one, sizeof(one), cudaMemcpyHostToDevice)
-               : CopyBeside(seat, &told, &record, sizeof(record), cudaMemcpyHostToDevice);
+      is_whole ? CopyBeside(index, &told.is_set, &one, sizeof(one), cudaMemcpyHostToDevice)
+               : CopyBeside(index, &told, &record, sizeof(record), cudaMemcpyHostToDevice);
     }
   }
   for (const size_t j : slice) {
-    CopyBeside(seat, &ControlAt(j)->abort, &one, sizeof(one), cudaMemcpyHostToDevice);
+    CopyBeside(index, &ControlAt(j)->abort, &one, sizeof(one), cudaMemcpyHostToDevice);
   }
 }
 
 void DeviceGroup::SetEpoch(uint32_t epoch) {
-  for (size_t i = 0; i < seats_.size(); ++i) {
+  for (size_t i = 0; i < positions_.size(); ++i) {
     if (!is_here_[i]) continue;
-    const OnDevice on_device(seats_[i].device_id);
+    const OnDevice on_device(positions_[i].device_id);
     Check("cudaDeviceSynchronize", cudaDeviceSynchronize());
     Check("cudaMemcpy", cudaMemcpy(&reinterpret_cast<ControlBlock*>(control_[i].data())->turn.epoch,
                                    &epoch, sizeof(epoch), cudaMemcpyHostToDevice));
@@ -447,10 +448,10 @@ void DeviceGroup::SetEpoch(uint32_t epoch) {
 }
 
 void DeviceGroup::SkipRank(int rank) {
-  for (size_t i = 0; i < seats_.size(); ++i) {
+  for (size_t i = 0; i < positions_.size(); ++i) {
     if (!is_here_[i]) continue;
-    const OnDevice on_device(seats_[i].device_id);
-    const uint32_t skip = seats_[i].member.rank == rank ? 1 : 0;
+    const OnDevice on_device(positions_[i].device_id);
+    const uint32_t skip = positions_[i].member.rank == rank ? 1 : 0;
     Check("cudaMemcpy", cudaMemcpy(&reinterpret_cast<ControlBlock*>(control_[i].data())->skip,
                                    &skip, sizeof(skip), cudaMemcpyHostToDevice));
   }

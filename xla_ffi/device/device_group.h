@@ -20,7 +20,7 @@
 #include "runtime/error_record.h"
 #include "runtime/home_process.h"
 #include "runtime/interrupt.h"
-#include "runtime/seat.h"
+#include "runtime/mesh_position.h"
 
 namespace jax_ep {
 
@@ -36,13 +36,13 @@ void RequirePeers(const std::vector<int64_t>& devices);
 
 class DeviceGroup : public Interruptible, public std::enable_shared_from_this<DeviceGroup> {
  public:
-  /// `seats`: of whole slices; those of the mesh that this process has to do with. Device ids are
-  /// those of the CUDA runtime. Throws std::runtime_error when the devices cannot reach one
-  /// another, or CUDA fails otherwise. `is_here`, by seat, says whose device is this process's;
+  /// `positions`: of whole slices; those of the mesh that this process has to do with. Device ids
+  /// are those of the CUDA runtime. Throws std::runtime_error when the devices cannot reach one
+  /// another, or CUDA fails otherwise. `is_here`, by position, says whose device is this process's;
   /// empty: all are. A group over several processes may be used when what the others export of
-  /// their seats has been imported, and Complete was called. `staging_bytes` of each device hold
-  /// copies of operands that peers have not mapped, which all are where `stages_all`.
-  DeviceGroup(std::string identity, std::vector<Seat> seats, int num_ranks,
+  /// their positions has been imported, and Complete was called. `staging_bytes` of each device
+  /// hold copies of operands that peers have not mapped, which all are where `stages_all`.
+  DeviceGroup(std::string identity, std::vector<MeshPosition> positions, int num_ranks,
               std::chrono::milliseconds timeout, const LoadKernels& load_kernels,
               std::vector<bool> is_here = {}, size_t staging_bytes = 0, bool stages_all = false);
   ~DeviceGroup() override;
@@ -64,8 +64,8 @@ class DeviceGroup : public Interruptible, public std::enable_shared_from_this<De
   const Member* Find(int64_t device_id) const;
 
   /// Where all members are of this process: what peers may read of the memory that XLA gives, by an
-  /// address of any buffer of it on the device of a seat. False where they may not.
-  bool FindPool(int seat, uint64_t address);
+  /// address of any buffer of it on the device of a position. False where they may not.
+  bool FindPool(int index, uint64_t address);
 
   /// What another process needs to reach a device of this one.
   struct Exported {
@@ -75,10 +75,10 @@ class DeviceGroup : public Interruptible, public std::enable_shared_from_this<De
     size_t control_bytes;
     ExportedAllocation pool;  // no descriptor where all operands are staged
   };
-  /// `address`: of any buffer of XLA on the device of a seat.
-  Exported Export(int seat, uint64_t address);
+  /// `address`: of any buffer of XLA on the device of a position.
+  Exported Export(int index, uint64_t address);
   /// The same of a device elsewhere. Takes the descriptors over.
-  void Import(int seat, const Exported& exported);
+  void Import(int index, const Exported& exported);
   /// When all have been imported.
   void Complete();
 
@@ -118,30 +118,32 @@ class DeviceGroup : public Interruptible, public std::enable_shared_from_this<De
   void Open(uint64_t timeout_ns, const LoadKernels& load_kernels);
   void Release();
   std::vector<int> DevicesHere() const;
-  bool IsAlone() const { return DevicesHere().size() == seats_.size(); }
-  /// What a peer has told the device of a seat here, also when no call looks at it any more.
-  std::optional<FailureRecord> ToldTo(size_t seat) const;
-  /// The epoch behind which a call runs on the device of a seat here, if one does.
-  std::optional<uint32_t> RunningAt(size_t seat) const;
-  /// Records a failure that the host has found on a seat here, and ends every wait of its slice.
-  void FailAt(size_t seat, FailureRecord record);
-  ControlBlock* ControlAt(size_t seat) const;
-  void CopyBeside(size_t seat, void* to, const void* from, size_t bytes, cudaMemcpyKind kind) const;
+  bool IsAlone() const { return DevicesHere().size() == positions_.size(); }
+  /// What a peer has told the device of a position here, also when no call looks at it any more.
+  std::optional<FailureRecord> ToldTo(size_t index) const;
+  /// The epoch behind which a call runs on the device of a position here, if one does.
+  std::optional<uint32_t> RunningAt(size_t index) const;
+  /// Records a failure that the host has found on a position here, and ends every wait of its
+  /// slice.
+  void FailAt(size_t index, FailureRecord record);
+  ControlBlock* ControlAt(size_t index) const;
+  void CopyBeside(size_t index, void* to, const void* from, size_t bytes,
+                  cudaMemcpyKind kind) const;
 
   std::string identity_;
   int num_ranks_;
-  std::vector<Seat> seats_;
+  std::vector<MeshPosition> positions_;
   size_t staging_bytes_;
   bool stages_all_;
-  std::vector<bool> is_here_;             // by seat, as is all that follows
+  std::vector<bool> is_here_;             // by position, as is all that follows
   std::vector<Member> members_;           // without those elsewhere, of which only traits are known
   std::vector<uint64_t> gpus_;            // which each is, on the host
   std::vector<ShareableMemory> control_;  // of a ControlBlock each
   std::vector<ShareableMemory> pools_;    // of those elsewhere
   std::vector<PeerPool> maps_;
   std::vector<cudaStream_t> copies_;  // to the host, beside whatever waits on the device
-  FailureRecord* records_ = nullptr;  // by seat, in pinned host memory
-  std::unordered_map<int64_t, int> seat_of_device_;
+  FailureRecord* records_ = nullptr;  // by position, in pinned host memory
+  std::unordered_map<int64_t, int> index_of_device_;
   std::atomic<bool> is_abandoned_ = false;
   std::atomic<bool> is_superseded_ = false;
   bool has_native_atomics_ = false;

@@ -287,7 +287,7 @@ __device__ void MoveByLanes(const MoveArgs<Items>& args, const MoveGeometry& geo
     }
   }
   ZeroRows(args.fill, args.streams, args.num_streams, warp, num_warps);
-  args.items.DoChores(peers, thread, num_threads);
+  args.items.WriteRoutingResults(peers, thread, num_threads);
 }
 
 // Moves every stream's rows, zeroes the rows without a token, and ends the call.
@@ -306,14 +306,14 @@ __global__ void __launch_bounds__(kWarpSize* kMaxMoveWarps)
                const __grid_constant__ MoveGeometry geometry) {
   __shared__ PeerAddresses peers;
   WaitForPrevious();
-  const bool has_met = args.position == nullptr
-                           ? Rejoin(args.self, args.op, args.own.count, peers)
-                           : Meet(args.self, args.op, args.position, args.own, peers);
+  const bool is_open = args.position == nullptr
+                           ? ReopenCall(args.self, args.op, args.own.count, peers)
+                           : OpenCall(args.self, args.op, args.position, args.own, peers);
   const int warp = threadIdx.x / kWarpSize;
   const int num_bulk_warps = geometry.num_bulk_warps;
   const int num_lane_warps = geometry.num_lane_warps;
-  if (!has_met) {
-    // Part fills the results.
+  if (!is_open) {
+    // CloseCall fills the results.
   } else if (warp >= num_bulk_warps) {
     // Neighbouring rows go to different SMs: a short call is spread over all of them.
     MoveByLanes(args, geometry, peers, (warp - num_bulk_warps) * gridDim.x + blockIdx.x,
@@ -333,7 +333,7 @@ __global__ void __launch_bounds__(kWarpSize* kMaxMoveWarps)
     BulkStoreWait();
 #endif
   }
-  Part(args.self, args.op, has_met, args.results);
+  CloseCall(args.self, args.op, is_open, args.results);
 }
 
 /// The kernel that ends a call: every row of its results is there afterwards. `is_behind`: an

@@ -8,7 +8,7 @@
 
 #include "core/row_stream.h"
 #include "core/types.h"
-#include "device/meeting.cuh"
+#include "device/call.cuh"
 #include "device/rows.cuh"
 
 namespace jax_ep {
@@ -23,7 +23,7 @@ struct SourceRow {
 __device__ inline uint32_t Rotation(uint32_t n) { return n * 0x9e3779b1u >> 16; }
 
 // Items tell of each source row where it goes here; and what else there is to do, thread by thread,
-// while rows are on their way (DoChores).
+// while rows are on their way (WriteRoutingResults).
 
 /// Items are the tokens of all ranks, the ranks in turns.
 struct TokenItems {
@@ -41,7 +41,7 @@ struct TokenItems {
     const SourceRow source = Source(item);
     return row_of[(source.rank * int64_t{num_tokens} + source.row) * num_slots + slot];
   }
-  __device__ void DoChores(const PeerAddresses&, int, int) const {}
+  __device__ void WriteRoutingResults(const PeerAddresses&, int, int) const {}
 };
 
 /// Items are the rows of the result, strided, since neighbours mostly come from one rank.
@@ -70,7 +70,7 @@ struct IndexItems {
     const int64_t from = index[row];
     return from >= 0 && from < int64_t{num_ranks} * num_rows ? static_cast<int32_t>(row) : kNoIndex;
   }
-  __device__ void DoChores(const PeerAddresses&, int, int) const {}
+  __device__ void WriteRoutingResults(const PeerAddresses&, int, int) const {}
 };
 
 /// Rows that may hold no token, and which of them are zeroed.

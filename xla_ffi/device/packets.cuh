@@ -5,7 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "device/meeting.cuh"
+#include "device/call.cuh"
 #include "device/rows.cuh"
 #include "device/signals.cuh"
 #include "device/vector.cuh"
@@ -186,10 +186,10 @@ __device__ inline void RefuseOverlap(const Endpoint& self, const PushCall& call)
   if (!IsAborted(self)) Fail(self, FailureKind::kArrivedTwice, call.op, self.rank, 0, 1);
 }
 
-/// SwapBlocks, when this block has pushed its part of an operand.
-__device__ inline bool SwapPushed(const Endpoint& self, const PushCall& call) {
+/// BlockBarrier, when this block has pushed its part of an operand.
+__device__ inline bool PushedBarrier(const Endpoint& self, const PushCall& call) {
   RefuseOverlap(self, call);
-  return SwapBlocks(self, call.op, call.epoch, PushedCells{self, call.epoch});
+  return BlockBarrier(self, call.op, call.epoch, PushedCells{self, call.epoch});
 }
 
 /// CountOut for every thread of every block, for calls in which every rank receives from every

@@ -102,10 +102,10 @@ struct CallSignals {
   // learns whether it is alone.
   Signal turn;
   uint32_t next_item[kMaxRowStreams];  // what no warp has claimed yet, less the first claims
-  uint32_t num_blocks_met;   // of the present call's kernel whose blocks wait for one another
-  uint32_t num_blocks_done;  // of the last kernel of the present call
-  uint32_t has_failed;       // a thread of this rank tells all ranks of a failure, or has told them
-  uint32_t has_record;       // the thread that sets it writes the rank's record in host memory
+  uint32_t num_blocks_arrived;  // of the present call's kernel whose blocks wait for one another
+  uint32_t num_blocks_done;     // of the last kernel of the present call
+  uint32_t has_failed;  // a thread of this rank tells all ranks of a failure, or has told them
+  uint32_t has_record;  // the thread that sets it writes the rank's record in host memory
   // Of the host.
   uint32_t skip;        // for tests: the rank's calls end at once, poisoned, and signal nothing
   uint64_t timeout_ns;  // of a single wait; not in Endpoint, which command buffers keep

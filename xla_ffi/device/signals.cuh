@@ -147,7 +147,7 @@ static __device__ __noinline__ void Fail(const Endpoint& self, FailureKind kind,
 /// By the first thread of a block that ends by another rank's failure, or, where the threads of a
 /// block do not all know of it, by those that do. One thread of the rank keeps what the rank was
 /// told. No peer hears of it: has_failed is not set.
-static __device__ __noinline__ void KeepWhatWasTold(const Endpoint& self) {
+static __device__ __noinline__ void NotePeerFailure(const Endpoint& self) {
   // Not all of a warp: each would wait for fences of its own.
   if (threadIdx.x % kWarpSize + 1 != __ffs(__activemask())) return;
   __threadfence_system();  // behind the word that said so

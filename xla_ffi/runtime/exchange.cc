@@ -13,7 +13,7 @@
 #include "runtime/exchange_wire.h"
 #include "runtime/home_process.h"
 #include "runtime/links.h"
-#include "runtime/open_call.h"
+#include "runtime/pending_call.h"
 #include "runtime/thread_pool.h"
 
 namespace jax_ep {
@@ -35,7 +35,7 @@ int NumWorkers(int num_ranks) {
 }  // namespace
 
 struct Exchange::State : Interruptible, std::enable_shared_from_this<Exchange::State> {
-  using CallPtr = std::shared_ptr<OpenCall>;
+  using CallPtr = std::shared_ptr<PendingCall>;
   // A rank of another process that has joined before any of this one has, or while the same call
   // site's last call still runs here.
   struct Early {
@@ -43,15 +43,15 @@ struct Exchange::State : Interruptible, std::enable_shared_from_this<Exchange::S
     std::vector<std::byte> args;
   };
 
-  State(Roster roster_, std::chrono::milliseconds timeout_)
-      : roster(std::move(roster_)),
+  State(RankMap rank_map_, std::chrono::milliseconds timeout_)
+      : rank_map(std::move(rank_map_)),
         timeout(timeout_),
-        launches(roster.num_slices),
-        workers(NumWorkers(roster.NumHere())),
+        launches(rank_map.num_slices),
+        workers(NumWorkers(rank_map.NumHere())),
         completions(ThreadPool::kUnbounded) {}
 
   const HomeProcess home;
-  const Roster roster;
+  const RankMap rank_map;
   const std::chrono::milliseconds timeout;
   std::mutex mutex;
   std::condition_variable closed;
@@ -63,7 +63,7 @@ struct Exchange::State : Interruptible, std::enable_shared_from_this<Exchange::S
   std::optional<ErrorRecord> error;
   int skip_rank = kNoIndex;
   bool is_closed = false;
-  std::vector<std::weak_ptr<OpenCall>> noted;  // waited when the process was interrupted
+  std::vector<std::weak_ptr<PendingCall>> noted;  // waited when the process was interrupted
   // Read by other processes, after their last look at the operands of this one.
   std::atomic<uint64_t> gave_up = 0;
   ThreadPool workers;
@@ -74,7 +74,7 @@ struct Exchange::State : Interruptible, std::enable_shared_from_this<Exchange::S
   // With the lock held.
   std::optional<CallKey> KeyOf(const Arrival& arrival) {
     const int slice = arrival.member.slice;
-    if (roster.links.empty()) {
+    if (rank_map.links.empty()) {
       return CallKey{.site = arrival.site.id, .launch = arrival.run_id, .slice = slice};
     }
     const auto launch = launches[slice].Of(arrival.site, arrival.run_id, arrival.newest_site);
@@ -96,7 +96,7 @@ struct Exchange::State : Interruptible, std::enable_shared_from_this<Exchange::S
   }
 
   // Where a rank is that a call waits for in vain; with the lock held.
-  std::string PlaceOf(const OpenCall& call, int rank) const {
+  std::string PlaceOf(const PendingCall& call, int rank) const {
     for (const auto& [key, other] : open) {
       if (other.get() != &call && key.slice == call.key.slice && other->has_joined[rank]) {
         return "waits in " + other->Describe();
@@ -123,13 +123,13 @@ struct Exchange::State : Interruptible, std::enable_shared_from_this<Exchange::S
     });
   }
 
-  void PoisonAll(OpenCall& call) {
+  void PoisonAll(PendingCall& call) {
     for (Participation& participant : call.participants) {
       if (participant.done) Poison(std::move(participant));
     }
   }
 
-  void Complete(OpenCall& call) {
+  void Complete(PendingCall& call) {
     for (Participation& participant : call.participants) {
       if (!participant.done) continue;
       completions.Submit([p = std::move(participant)] { p.Finish(); });
@@ -138,8 +138,8 @@ struct Exchange::State : Interruptible, std::enable_shared_from_this<Exchange::S
 
   void StartPhase(const CallPtr& call) {
     std::vector<int> ranks;
-    for (int rank = 0; rank < roster.num_ranks; ++rank) {
-      if (call->body->IsForAll(call->phase) || roster.IsHere(call->key.slice, rank))
+    for (int rank = 0; rank < rank_map.num_ranks; ++rank) {
+      if (call->body->IsForAll(call->phase) || rank_map.IsHere(call->key.slice, rank))
         ranks.push_back(rank);
     }
     call->num_running.store(static_cast<int>(ranks.size()), std::memory_order_relaxed);
@@ -158,10 +158,10 @@ struct Exchange::State : Interruptible, std::enable_shared_from_this<Exchange::S
       return;
     }
     if (lost_rank != kNoIndex) {
-      Abandon(call->LostRecord(roster, roster.ProcessOf(call->key.slice, lost_rank)),
+      Abandon(call->LostRecord(rank_map, rank_map.ProcessOf(call->key.slice, lost_rank)),
               /*tells=*/true);
     }
-    const std::set<int> gone = call->ProcessesThatGaveUp(roster);
+    const std::set<int> gone = call->ProcessesThatGaveUp(rank_map);
     std::unique_lock<std::mutex> lock(mutex);
     // What has failed there is on its way here: the call waits for it.
     call->are_reading.insert(gone.begin(), gone.end());
@@ -179,16 +179,16 @@ struct Exchange::State : Interruptible, std::enable_shared_from_this<Exchange::S
     lock.unlock();
     // A failed call does not tell: nobody shall take it for complete.
     if (links && !has_failed) {
-      Tell(roster.OthersOf(key.slice), WireMessage::Of(WireMessage::Kind::kRead, key).With());
+      Tell(rank_map.OthersOf(key.slice), WireMessage::Of(WireMessage::Kind::kRead, key).With());
     }
     if (waits) return;
     has_failed ? PoisonAll(*call) : Complete(*call);
   }
 
   // A process that is still to read, and has ended; with the lock held.
-  std::optional<ErrorRecord> FindLost(const OpenCall& call) const {
+  std::optional<ErrorRecord> FindLost(const PendingCall& call) const {
     for (const int process : call.are_reading) {
-      if (lost.count(process)) return call.LostRecord(roster, process);
+      if (lost.count(process)) return call.LostRecord(rank_map, process);
     }
     return std::nullopt;
   }
@@ -214,7 +214,7 @@ struct Exchange::State : Interruptible, std::enable_shared_from_this<Exchange::S
     }
     closed.notify_all();
     if (tells && links) {
-      for (const Link& link : roster.links) {
+      for (const Link& link : rank_map.links) {
         links->Send(link.process, WireMessage::Fail(*record).With());
       }
     }
@@ -222,9 +222,9 @@ struct Exchange::State : Interruptible, std::enable_shared_from_this<Exchange::S
   }
 
   CallPtr Open(const CallKey& key, const Arrival& arrival, const Participant& participant) {
-    auto body = participant.make(roster.num_ranks, roster.PidsOf(key.slice));
-    auto call =
-        std::make_shared<OpenCall>(key, arrival.op, arrival.member.rank, std::move(body), roster);
+    auto body = participant.make(rank_map.num_ranks, rank_map.PidsOf(key.slice));
+    auto call = std::make_shared<PendingCall>(key, arrival.op, arrival.member.rank, std::move(body),
+                                              rank_map);
     call->deadline = Clock::now() + timeout;
     open[key] = call;
     return call;
@@ -239,14 +239,14 @@ struct Exchange::State : Interruptible, std::enable_shared_from_this<Exchange::S
   }
 
   std::optional<ErrorRecord> FindExpired() {
-    const OpenCall* oldest = nullptr;
+    const PendingCall* oldest = nullptr;
     for (const auto* calls : {&open, &running}) {
       for (const auto& [key, call] : *calls) {
         if (call->Waits() && (!oldest || call->deadline < oldest->deadline)) oldest = call.get();
       }
     }
     if (!oldest || Clock::now() < oldest->deadline) return std::nullopt;
-    ErrorRecord record = oldest->ExpiredRecord(roster);
+    ErrorRecord record = oldest->ExpiredRecord(rank_map);
     if (!oldest->has_ended) record.place = PlaceOf(*oldest, record.peer);
     return record;
   }
@@ -282,9 +282,9 @@ struct Exchange::State : Interruptible, std::enable_shared_from_this<Exchange::S
       for (const auto& weak : noted) {
         const CallPtr call = weak.lock();
         // Calls that have ended are in neither map.
-        if (!record && call && IsIn(open, call)) record = call->InterruptedRecord(roster);
+        if (!record && call && IsIn(open, call)) record = call->InterruptedRecord(rank_map);
         if (!record && call && IsIn(running, call) && call->Waits())
-          record = call->InterruptedRecord(roster);
+          record = call->InterruptedRecord(rank_map);
       }
       noted.clear();
     }
@@ -325,7 +325,7 @@ struct Exchange::State : Interruptible, std::enable_shared_from_this<Exchange::S
       return;
     }
     const CallPtr call = found->second;
-    call->gave_up[roster.ProcessOf(message.key.slice, message.rank)] = message.gave_up;
+    call->gave_up[rank_map.ProcessOf(message.key.slice, message.rank)] = message.gave_up;
     const auto problem = call->Add(message.rank, message.op, args);
     const bool is_ready = !problem && IsReady(call);
     lock.unlock();
@@ -340,7 +340,7 @@ struct Exchange::State : Interruptible, std::enable_shared_from_this<Exchange::S
       for (auto* calls : {&open, &running}) {
         const auto found = Find(*calls, key);
         if (found == calls->end()) continue;
-        OpenCall& call = *found->second;
+        PendingCall& call = *found->second;
         call.are_reading.erase(process);
         if (!call.has_ended || !call.are_reading.empty()) continue;
         complete = found->second;
@@ -357,22 +357,23 @@ struct Exchange::State : Interruptible, std::enable_shared_from_this<Exchange::S
       std::lock_guard<std::mutex> lock(mutex);
       lost.insert(process);
       for (const auto& [key, call] : running) {
-        if (!record && call->are_reading.count(process)) record = call->LostRecord(roster, process);
+        if (!record && call->are_reading.count(process))
+          record = call->LostRecord(rank_map, process);
       }
       // Of these it may have said that it has read them, and not yet that all its ranks have
       // joined.
       for (const auto& [key, call] : open) {
-        if (!record && roster.OthersOf(key.slice).count(process))
-          record = call->LostRecord(roster, process);
+        if (!record && rank_map.OthersOf(key.slice).count(process))
+          record = call->LostRecord(rank_map, process);
       }
     }
     if (record) Abandon(record, /*tells=*/true);
   }
 };
 
-Exchange::Exchange(Roster roster, std::chrono::milliseconds timeout)
-    : state_(std::make_shared<State>(std::move(roster), timeout)) {
-  const std::vector<Link>& links = state_->roster.links;
+Exchange::Exchange(RankMap rank_map, std::chrono::milliseconds timeout)
+    : state_(std::make_shared<State>(std::move(rank_map), timeout)) {
+  const std::vector<Link>& links = state_->rank_map.links;
   if (!links.empty()) {
     const std::weak_ptr<State> weak = state_;
     state_->links = std::make_unique<Links>(
@@ -419,7 +420,7 @@ void Exchange::JoinErased(const Arrival& arrival, Participant participant) {
       for (auto e = State::Find(state->early, *key); e != state->early.end();
            e = State::Find(state->early, *key)) {
         for (const State::Early& each : e->second) {
-          const int process = state->roster.ProcessOf(key->slice, each.message.rank);
+          const int process = state->rank_map.ProcessOf(key->slice, each.message.rank);
           call->gave_up[process] = each.message.gave_up;
           if (!problem) problem = call->Add(each.message.rank, each.message.op, each.args);
         }
@@ -430,7 +431,7 @@ void Exchange::JoinErased(const Arrival& arrival, Participant participant) {
     }
   }
   if (has_joined && state->links) {
-    state->Tell(state->roster.OthersOf(key->slice),
+    state->Tell(state->rank_map.OthersOf(key->slice),
                 WireMessage::Join(*key, arrival.op, rank, state->gave_up).With(participant.args));
   }
   if (is_ready) state->StartPhase(call);
@@ -449,7 +450,7 @@ std::optional<ErrorRecord> Exchange::error() const {
 
 bool Exchange::HasOtherProcesses() const {
   std::lock_guard<std::mutex> lock(state_->mutex);
-  return state_->lost.size() < state_->roster.links.size();
+  return state_->lost.size() < state_->rank_map.links.size();
 }
 
 std::shared_ptr<Interruptible> Exchange::interruptible() const { return state_; }

@@ -28,9 +28,9 @@
 #include "runtime/call_site.h"
 #include "runtime/error_record.h"
 #include "runtime/interrupt.h"
+#include "runtime/mesh_position.h"
 #include "runtime/phased_call.h"
-#include "runtime/roster.h"
-#include "runtime/seat.h"
+#include "runtime/rank_map.h"
 
 namespace jax_ep {
 
@@ -46,7 +46,7 @@ class Exchange {
  public:
   using Done = std::function<void()>;
 
-  Exchange(Roster roster, std::chrono::milliseconds timeout);
+  Exchange(RankMap rank_map, std::chrono::milliseconds timeout);
   ~Exchange();
   Exchange(const Exchange&) = delete;
   Exchange& operator=(const Exchange&) = delete;

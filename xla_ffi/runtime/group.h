@@ -11,14 +11,14 @@
 #include <vector>
 
 #include "runtime/exchange.h"
-#include "runtime/seat.h"
+#include "runtime/mesh_position.h"
 
 namespace jax_ep {
 
 class Group {
  public:
-  /// `seats`: of whole slices; those of the mesh that this process has to do with.
-  Group(std::string identity, std::vector<Seat> seats, Roster roster,
+  /// `positions`: of whole slices; those of the mesh that this process has to do with.
+  Group(std::string identity, std::vector<MeshPosition> positions, RankMap rank_map,
         std::chrono::milliseconds timeout);
 
   const std::string& identity() const { return identity_; }
@@ -28,14 +28,14 @@ class Group {
 
   /// The member at `position` of the mesh. A device that is not the one the group has there means
   /// that the program runs over another mesh or another device order: the group fails, and the
-  /// device's own place (or the first seat, for a stranger) is returned.
+  /// device's own place (or the first position, for a stranger) is returned.
   Member Locate(const std::string& op, int64_t device_id, int64_t position);
 
  private:
   std::string identity_;
   int num_ranks_;
-  std::vector<Seat> seats_;
-  std::unordered_map<int64_t, const Seat*> seat_of_device_;
+  std::vector<MeshPosition> positions_;
+  std::unordered_map<int64_t, const MeshPosition*> position_of_device_;
   Exchange exchange_;
 };
 

@@ -104,7 +104,7 @@ void TestExchange() {
   constexpr int kKeys = kSites * kRuns, kMembers = kGroups * kSlices * kRanks;
   std::vector<std::unique_ptr<Exchange>> exchanges;
   for (int g = 0; g < kGroups; ++g) {
-    exchanges.push_back(std::make_unique<Exchange>(Roster{kSlices, kRanks}, kLong));
+    exchanges.push_back(std::make_unique<Exchange>(RankMap{kSlices, kRanks}, kLong));
   }
   std::vector<Slot> slots(kMembers * kKeys);
   Countdown all(kMembers * kKeys);
@@ -144,7 +144,7 @@ void TestExchange() {
 
 void TestExchangeDoneMayBlock() {
   constexpr int kRanks = 3, kSites = 16;
-  Exchange exchange(Roster{1, kRanks}, kLong);
+  Exchange exchange(RankMap{1, kRanks}, kLong);
   std::vector<Slot> slots(kRanks * kSites);
   std::vector<std::unique_ptr<Countdown>> ended;
   for (int site = 0; site < kSites; ++site) ended.push_back(std::make_unique<Countdown>(kRanks));
@@ -162,7 +162,7 @@ void TestExchangeDoneMayBlock() {
 
 void TestExchangeTimeout() {
   constexpr milliseconds kTimeout(250);
-  Exchange exchange(Roster{1, 4}, kTimeout);
+  Exchange exchange(RankMap{1, 4}, kTimeout);
   std::vector<Slot> slots(4);
   Countdown arrived(3), late(2);
   const auto start = Clock::now();
@@ -187,7 +187,7 @@ void TestExchangeTimeout() {
 }
 
 void TestExchangeSkipRank() {
-  Exchange exchange(Roster{1, 2}, milliseconds(1500));
+  Exchange exchange(RankMap{1, 2}, milliseconds(1500));
   std::vector<Slot> slots(7);
   Countdown skipped(1), joined(2), failed(2);
   exchange.SkipRank(1);
@@ -210,7 +210,7 @@ void TestExchangeSkipRank() {
 }
 
 void TestExchangeArrivedTwice() {
-  Exchange exchange(Roster{1, 3}, kLong);
+  Exchange exchange(RankMap{1, 3}, kLong);
   std::vector<Slot> slots(4);
   Countdown all(4);
   const auto done = [&] { all.Down(); };
@@ -234,7 +234,7 @@ void TestExchangeDestroyedByCallback() {
       std::vector<Slot> slots(2);
       Countdown released(1), all(num_joining);
       const auto timeout = way == kExpires ? milliseconds(40) : milliseconds(kLong);
-      auto exchange = std::make_shared<Exchange>(Roster{1, 2}, timeout);
+      auto exchange = std::make_shared<Exchange>(RankMap{1, 2}, timeout);
       const std::weak_ptr<Exchange> weak = exchange;
       if (way == kEndsAtOnce) exchange->SkipRank(0);
       for (int rank = 0; rank < num_joining; ++rank) {
@@ -263,7 +263,7 @@ void TestExchangeDestroyedEarly() {
     auto token = std::make_shared<int>(0);
     const std::weak_ptr<int> weak = token;
     {
-      Exchange exchange(Roster{1, 2}, kLong);
+      Exchange exchange(RankMap{1, 2}, kLong);
       Join(exchange, 0, 0, open, [token] {});
       token.reset();
       for (const int rank : {0, 1}) Join(exchange, 1, rank, running[rank], [&] { all.Down(); });
@@ -281,8 +281,9 @@ void TestExchangeDestroyedEarly() {
 
 // Two slices of a larger mesh: positions 1 and 3 are other processes' own.
 std::shared_ptr<Group> MakeGroup(const std::string& identity) {
-  const std::vector<Seat> seats{{12, {0, 0}, 0}, {10, {0, 1}, 2}, {13, {1, 0}, 4}, {3, {1, 1}, 5}};
-  return std::make_shared<Group>(identity, seats, Roster{2, 2}, kLong);
+  const std::vector<MeshPosition> positions{
+      {12, {0, 0}, 0}, {10, {0, 1}, 2}, {13, {1, 0}, 4}, {3, {1, 1}, 5}};
+  return std::make_shared<Group>(identity, positions, RankMap{2, 2}, kLong);
 }
 
 void TestGroup() {

@@ -64,22 +64,22 @@ struct GatherCall : CallOf<GatherArgs> {
 };
 
 std::vector<std::unique_ptr<Exchange>> Connected(milliseconds timeout) {
-  std::vector<Roster> rosters(kProcesses);
+  std::vector<RankMap> rank_maps(kProcesses);
   for (int p = 0; p < kProcesses; ++p) {
-    rosters[p] = {.num_slices = 1, .num_ranks = kRanks, .own_process = p};
-    for (int r = 0; r < kRanks; ++r) rosters[p].process_of.push_back(r / kRanksEach);
+    rank_maps[p] = {.num_slices = 1, .num_ranks = kRanks, .own_process = p};
+    for (int r = 0; r < kRanks; ++r) rank_maps[p].process_of.push_back(r / kRanksEach);
   }
   for (int a = 0; a < kProcesses; ++a) {
     for (int b = 0; b < a; ++b) {
       int ends[2];
       CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, ends) == 0, a, b);
-      rosters[a].links.push_back({b, getpid(), ends[0]});
-      rosters[b].links.push_back({a, getpid(), ends[1]});
+      rank_maps[a].links.push_back({b, getpid(), ends[0]});
+      rank_maps[b].links.push_back({a, getpid(), ends[1]});
     }
   }
   std::vector<std::unique_ptr<Exchange>> exchanges;
-  for (Roster& roster : rosters) {
-    exchanges.push_back(std::make_unique<Exchange>(std::move(roster), timeout));
+  for (RankMap& rank_map : rank_maps) {
+    exchanges.push_back(std::make_unique<Exchange>(std::move(rank_map), timeout));
   }
   return exchanges;
 }

@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "device/meeting.cuh"
+#include "device/call.cuh"
 #include "device/signals.cuh"
 #include "ops/all_reduce/all_reduce_cuda.cuh"
 #include "ops/all_reduce/stored_cuda.cuh"
@@ -81,11 +81,12 @@ __global__ void __launch_bounds__(kReduceThreads)
   const AllReduceArgs& a = launch.args;
   const OpId op = OpOf(a.movement);
   const Strided share = InTurns(0, NumVectors(a.bytes));
-  const bool has_met = Meet(self, op, launch.position, OperandsOf(a, /*tells_out=*/false), peers);
-  if (has_met) Pull<Element>(launch, peers, share);
-  if (!PartBlocks(self, op, has_met)) {
+  const bool is_open =
+      OpenCall(self, op, launch.position, OperandsOf(a, /*tells_out=*/false), peers);
+  if (is_open) Pull<Element>(launch, peers, share);
+  if (!CloseBlocks(self, op, is_open)) {
     PoisonShare<Element>(a, share);
-    if (threadIdx.x == 0) KeepWhatWasTold(self);
+    if (threadIdx.x == 0) NotePeerFailure(self);
   }
   EndReading(self);
 }
@@ -113,10 +114,10 @@ __global__ void __launch_bounds__(kReduceThreads)
   const auto chunk_of = [&](int r) {
     return InTurns(r * chunk, min((r + 1) * chunk, num_vectors));
   };
-  bool is_good = Meet(self, op, launch.position, OperandsOf(a, /*tells_out=*/true), peers);
+  bool is_good = OpenCall(self, op, launch.position, OperandsOf(a, /*tells_out=*/true), peers);
   if (is_good) {
     Pull<Element>(launch, peers, chunk_of(self.rank));
-    is_good = SwapReduced(self, op, CurrentEpoch(self));
+    is_good = ReducedBarrier(self, op, CurrentEpoch(self));
   }
   // Each begins with its next peer: not all read from the same one.
   for (int d = 1; is_good && d < self.num_ranks; ++d) {
@@ -127,9 +128,9 @@ __global__ void __launch_bounds__(kReduceThreads)
       StoreVectors<kBytes>(a.out, few, a.bytes, vectors);
     });
   }
-  if (!PartBlocks(self, op, is_good)) {
+  if (!CloseBlocks(self, op, is_good)) {
     for (int r = 0; r < self.num_ranks; ++r) PoisonShare<Element>(a, chunk_of(r));
-    if (threadIdx.x == 0) KeepWhatWasTold(self);
+    if (threadIdx.x == 0) NotePeerFailure(self);
   }
   EndReading(self);
 }

@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "device/meeting.cuh"
+#include "device/call.cuh"
 #include "device/packets.cuh"
 #include "device/signals.cuh"
 #include "ops/all_reduce/all_reduce_cuda.cuh"
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kReduceThreads)
       StoreVectors<kBytes>(a.out, which, a.bytes, own_vectors);
     }
   }
-  if (!is_good) KeepWhatWasTold(self);
+  if (!is_good) NotePeerFailure(self);
 }
 
 // Stores what a peer needs of this rank's operand in room of the peer's, and adds or puts side by
@@ -109,11 +109,11 @@ __global__ void __launch_bounds__(kReduceThreads)
   is_good = __syncthreads_and(is_good);
   if (is_good) {
     StoreAtPeers<Element>(launch, call.epoch, share);
-    is_good = SwapPushed(self, call);
+    is_good = PushedBarrier(self, call);
   }
   EndEpoch(self, call, gridDim.x);
   AddStored<Element>(launch, call.epoch, share, is_good);
-  if (!is_good && threadIdx.x == 0) KeepWhatWasTold(self);
+  if (!is_good && threadIdx.x == 0) NotePeerFailure(self);
   EndReading(self);
 }
 
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kReduceThreads)
       StoreWhole(operand(r, self.rank, r), few, vectors);
     });
   }
-  if (is_good) is_good = SwapPushed(self, call);
+  if (is_good) is_good = PushedBarrier(self, call);
   ForEachFew(chunk_of(self.rank), [&](const Strided& few) {
     Sum<Element> sums[kFew];
     uint4 vectors[kFew];
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kReduceThreads)
     StoreVectors<kBytes>(a.out, few, a.bytes, vectors);
   });
   EndEpoch(self, call, gridDim.x);
-  if (is_good) is_good = SwapReduced(self, OpOf(a.movement), call.epoch);
+  if (is_good) is_good = ReducedBarrier(self, OpOf(a.movement), call.epoch);
   for (int d = 1; d < self.num_ranks; ++d) {
     const int r = (self.rank + d) % self.num_ranks;
     ForEachFew(chunk_of(r), [&](const Strided& few) {
@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(kReduceThreads)
       StoreVectors<kBytes>(a.out, few, a.bytes, vectors);
     });
   }
-  if (!is_good && threadIdx.x == 0) KeepWhatWasTold(self);
+  if (!is_good && threadIdx.x == 0) NotePeerFailure(self);
   EndReading(self);
 }
 

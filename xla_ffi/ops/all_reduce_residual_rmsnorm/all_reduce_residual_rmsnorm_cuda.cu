@@ -2,8 +2,8 @@
 
 #include <algorithm>
 
+#include "device/call.cuh"
 #include "device/launch.cuh"
-#include "device/meeting.cuh"
 #include "device/packets.cuh"
 #include "device/signals.cuh"
 #include "device/vector.cuh"
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     OwnAddresses own;
     own.at[0] = a.in;
     own.count = 1;
-    is_good = Meet(self, kOp, launch.position, own, peers);
+    is_good = OpenCall(self, kOp, launch.position, own, peers);
   } else {
     is_good = Begin(self, kOp, launch.position, call);
     for (int64_t row = blockIdx.x; is_good && row < a.num_rows; row += gridDim.x) {
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     }
     EndEpoch(self, call, 0);
   }
-  const bool has_met = is_good;
+  const bool is_open = is_good;
   for (int64_t row = blockIdx.x; row < a.num_rows; row += gridDim.x) {
     const int64_t at = row * row_bytes;
     uint4 held[kMaxGroups][kPacketVectors] = {};
@@ -160,9 +160,9 @@ __global__ void __launch_bounds__(kMaxThreads)
     }
   }
   if constexpr (kPulls) {
-    Part(self, kOp, has_met, results);
+    CloseCall(self, kOp, is_open, results);
   } else {
-    if (!is_good) KeepWhatWasTold(self);
+    if (!is_good) NotePeerFailure(self);
   }
 }
 

@@ -2,8 +2,8 @@
 
 #include <algorithm>
 
+#include "device/call.cuh"
 #include "device/launch.cuh"
-#include "device/meeting.cuh"
 #include "device/rows.cuh"
 #include "ops/combine/combine_cuda.cuh"
 #include "ops/combine/combine_ffi.h"
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
   own.at[kSendRowAddress] = args.send_row;
   own.at[kPartialsAddress] = launch.workspace;
   own.count = kNumCombineAddresses;
-  bool is_good = Meet(launch.self, OpId::kCombine, launch.position, own, peers);
+  bool is_good = OpenCall(launch.self, OpId::kCombine, launch.position, own, peers);
   if (is_good) {
     const int warp = threadIdx.x / kWarpSize;
     // Neighbouring tokens go to different SMs: a short call is spread over all of them.
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
         warp * gridDim.x + blockIdx.x, blockDim.x / kWarpSize * gridDim.x);
     is_good = sums.Run();
   }
-  Part(launch.self, OpId::kCombine, __syncthreads_and(is_good), results);
+  CloseCall(launch.self, OpId::kCombine, __syncthreads_and(is_good), results);
 }
 
 using Kernel = void (*)(CombineLaunch, PartialRing, RowParts, Results);

@@ -20,7 +20,7 @@ class OwnCells {
   // Whether the holder of a partial sum has filled its part of a place. `waits` for it: false only
   // when the group fails.
   __device__ bool IsFilled(const TermList& list, int holder, bool waits) {
-    if (waits) Tell();
+    if (waits) FlushSignals();
     const SignalRow filled = CellsOf(list, self_.own()->partials.filled);
     bool is_filled = false;
     if (Lane() == 0) {
@@ -38,7 +38,7 @@ class OwnCells {
   // has said so, which keeps what it says of a place in order. False when the group fails.
   __device__ bool WaitUntilEmptied(const TermList& list) {
     if (list.token < ring_.num_tokens) return true;
-    Tell();
+    FlushSignals();
     const SignalRow emptied = CellsOf(list, self_.own()->partials.emptied);
     bool is_empty = false;
     if (Lane() == 0) {
@@ -53,26 +53,26 @@ class OwnCells {
   // A sum that is stored: its owner shall know that the part of the place is filled, or, of an own
   // token, all peers that it is empty. It is told later, when the stores have long been made, since
   // a release waits for them, but before this warp waits for anyone.
-  __device__ void Owe(const TermList& list) {
+  __device__ void DeferSignals(const TermList& list) {
     __syncwarp();
-    const auto owe = [&](const Signal* cells) {
-      owed_ = const_cast<Signal*>(CellsOf(list, cells).Of(self_.rank));
-      owed_token_ = list.token;
+    const auto defer = [&](const Signal* cells) {
+      deferred_ = const_cast<Signal*>(CellsOf(list, cells).Of(self_.rank));
+      deferred_token_ = list.token;
     };
     if (list.owner != self_.rank) {
-      if (Lane() == 0) owe(self_.control[list.owner]->partials.filled);
+      if (Lane() == 0) defer(self_.control[list.owner]->partials.filled);
     } else if (Lane() < self_.num_ranks) {
-      owe(self_.control[Lane()]->partials.emptied);
-      owes_self_ = Lane() == self_.rank;
+      defer(self_.control[Lane()]->partials.emptied);
+      defers_own_ = Lane() == self_.rank;
     }
   }
-  __device__ void Tell() {
+  __device__ void FlushSignals() {
     // This rank last: whoever of it has the place next tells the peers after this warp has.
-    if (owed_ != nullptr && !owes_self_) StoreRelease(owed_, {epoch_, owed_token_});
+    if (deferred_ != nullptr && !defers_own_) StoreRelease(deferred_, {epoch_, deferred_token_});
     __syncwarp();
-    if (owed_ != nullptr && owes_self_) StoreRelease(owed_, {epoch_, owed_token_});
-    owed_ = nullptr;
-    owes_self_ = false;
+    if (deferred_ != nullptr && defers_own_) StoreRelease(deferred_, {epoch_, deferred_token_});
+    deferred_ = nullptr;
+    defers_own_ = false;
   }
 
  private:
@@ -90,9 +90,9 @@ class OwnCells {
   const PartialRing ring_;
   const int num_parts_;
   const uint32_t epoch_;
-  Signal* owed_ = nullptr;
-  uint32_t owed_token_ = 0;
-  bool owes_self_ = false;
+  Signal* deferred_ = nullptr;
+  uint32_t deferred_token_ = 0;
+  bool defers_own_ = false;
 };
 
 }  // namespace jax_ep

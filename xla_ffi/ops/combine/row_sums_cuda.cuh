@@ -5,7 +5,7 @@
 
 #include "device/async_copy.cuh"
 #include "device/bulk_copy.cuh"
-#include "device/meeting.cuh"
+#include "device/call.cuh"
 #include "device/rows.cuh"
 #include "device/vector.cuh"
 #include "ops/combine/combine_cuda.cuh"
@@ -77,15 +77,15 @@ class RowSums {
         has_failed_ = is_first_ && !cells_.WaitUntilEmptied(list);
         if (has_failed_) break;
         is_first_ = false;
-        cells_.Tell();
+        cells_.FlushSignals();
       }
       Store(list);
       piece_ += parts_.piece_bytes;
       if (piece_ < end_) continue;
       ++num_done_;
-      if (HasRing()) cells_.Owe(list);
+      if (HasRing()) cells_.DeferSignals(list);
     }
-    if (HasRing()) cells_.Tell();
+    if (HasRing()) cells_.FlushSignals();
     // What is on its way arrives in shared memory that the block must not give up before.
     for (; num_consumed_ != num_issued_; ++num_consumed_) WaitForCopy();
     return !has_failed_;

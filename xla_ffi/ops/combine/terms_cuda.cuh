@@ -5,7 +5,7 @@
 
 #include "core/types.h"
 #include "device/async_copy.cuh"
-#include "device/meeting.cuh"
+#include "device/call.cuh"
 #include "device/rows.cuh"
 #include "ops/combine/combine_cuda.cuh"
 

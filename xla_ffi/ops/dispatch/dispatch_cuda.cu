@@ -28,7 +28,8 @@ struct RoutedItems : TokenItems {
   float* recv_weights;
   int32_t* group_sizes;  // rank layout: counted here, from 0
 
-  __device__ void DoChores(const PeerAddresses& peers, int thread, int num_threads) const {
+  __device__ void WriteRoutingResults(const PeerAddresses& peers, int thread,
+                                      int num_threads) const {
     constexpr int kUnroll = 4;
     const int num_local = shape.experts.num_local_experts();
     const uint32_t num_topk = shape.num_topk;

@@ -1,7 +1,7 @@
 #include <cuda_runtime.h>
 
+#include "device/call.cuh"
 #include "device/launch.cuh"
-#include "device/meeting.cuh"
 #include "ops/dispatch/admission_cuda.cuh"
 #include "ops/dispatch/plan_cuda.cuh"
 #include "ops/dispatch/slice_cuda.cuh"
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kPlanWarps* kWarpSize)
   extern __shared__ int32_t memory[];
   __shared__ PeerAddresses peers;
   __shared__ int64_t end[kMaxRanks];
-  if (!Meet(plan.self, OpId::kDispatch, plan.position, OperandsOf(plan.args), peers)) return;
+  if (!OpenCall(plan.self, OpId::kDispatch, plan.position, OperandsOf(plan.args), peers)) return;
   // Not before: who waits for peers is within the SM budget.
   LetNextStart();
   const PlanShape& shape = plan.shape;
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kPlanWarps* kWarpSize)
     slice.Count(plan.workspace.counts);
   }
   // There may be no counts then; the kernel that ends the call fills the results.
-  if (!MeetBlocks(plan.self, OpId::kDispatch)) return;
+  if (!GridBarrier(plan.self, OpId::kDispatch)) return;
   Admission admission(plan, shared, end);
   const bool counts_again = admission.Admit(blockIdx.x) || shape.num_slices() > gridDim.x;
   if (blockIdx.x == gridDim.x - 1) admission.WriteCounts();

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "device/meeting.cuh"
+#include "device/call.cuh"
 #include "device/rows.cuh"
 #include "ops/dispatch/plan_cuda.cuh"
 

@@ -10,8 +10,8 @@
 #include <string>
 #include <vector>
 
+#include "device/call.cuh"
 #include "device/endpoint.h"
-#include "device/meeting.cuh"
 #include "ops/all_reduce/all_reduce_cuda.cuh"
 #include "ops/all_reduce_residual_rmsnorm/all_reduce_residual_rmsnorm_cuda.cuh"
 #include "ops/combine/combine_cuda.cuh"
@@ -232,17 +232,17 @@ static __global__ void LateReadKernel(const __grid_constant__ LateRead call) {
   OwnAddresses own;
   own.at[0] = call.in;
   own.count = 1;
-  const bool has_met = Meet(call.self, kOp, call.position, own, peers);
+  const bool is_open = OpenCall(call.self, kOp, call.position, own, peers);
   const uint64_t start = GlobalTimer();
   while (blockIdx.x == kLateBlocks - 1 && GlobalTimer() - start < call.delay_ns) {
   }
   bool is_whole = true;
-  for (int r = 0; has_met && r < call.self.num_ranks; ++r) {
+  for (int r = 0; is_open && r < call.self.num_ranks; ++r) {
     is_whole &= __ldcg(reinterpret_cast<const int32_t*>(peers.at[0][r])) == kWhole;
   }
-  const bool is_good = PartBlocks(call.self, kOp, has_met);
+  const bool is_good = CloseBlocks(call.self, kOp, is_open);
   if (threadIdx.x == 0) {
-    if (!is_good) KeepWhatWasTold(call.self);
+    if (!is_good) NotePeerFailure(call.self);
     call.verdicts[blockIdx.x] = (is_good ? 1 : 0) | (is_whole ? 0 : 2);
   }
   EndReading(call.self);

@@ -1,4 +1,4 @@
-#include "runtime/open_call.h"
+#include "runtime/pending_call.h"
 
 #include <algorithm>
 #include <utility>
@@ -19,18 +19,18 @@ void Participation::Finish() const {
   done();
 }
 
-OpenCall::OpenCall(const CallKey& key_, const std::string& op_, int rank,
-                   std::shared_ptr<PhasedCall> body_, const Roster& roster)
+PendingCall::PendingCall(const CallKey& key_, const std::string& op_, int rank,
+                         std::shared_ptr<PhasedCall> body_, const RankMap& rank_map)
     : key(key_),
       body(std::move(body_)),
       op(op_),
-      has_joined(roster.num_ranks),
+      has_joined(rank_map.num_ranks),
       first_rank(rank),
-      participants(roster.num_ranks),
-      are_reading(roster.OthersOf(key.slice)) {}
+      participants(rank_map.num_ranks),
+      are_reading(rank_map.OthersOf(key.slice)) {}
 
-std::optional<ErrorRecord> OpenCall::Add(int rank, std::string_view of_op,
-                                         std::span<const std::byte> args) {
+std::optional<ErrorRecord> PendingCall::Add(int rank, std::string_view of_op,
+                                            std::span<const std::byte> args) {
   if (has_joined[rank]) return TwiceRecord(op, rank);
   if (of_op != op || !body->Deposit(rank, args)) {
     return ErrorRecord{.kind = FailureKind::kCallMismatch,
@@ -45,45 +45,46 @@ std::optional<ErrorRecord> OpenCall::Add(int rank, std::string_view of_op,
   return std::nullopt;
 }
 
-ErrorRecord OpenCall::ExpiredRecord(const Roster& roster) const {
-  if (has_ended) return ProcessRecord(FailureKind::kPeerTimeout, roster, *are_reading.begin());
+ErrorRecord PendingCall::ExpiredRecord(const RankMap& rank_map) const {
+  if (has_ended) return ProcessRecord(FailureKind::kPeerTimeout, rank_map, *are_reading.begin());
   const auto missing = std::find(has_joined.begin(), has_joined.end(), false);
   return {.kind = FailureKind::kPeerTimeout,
           .op = op,
           .rank = first_rank,
           .peer = static_cast<int>(missing - has_joined.begin()),
-          .expected = roster.num_ranks,
+          .expected = rank_map.num_ranks,
           .seen = num_joined};
 }
 
-std::string OpenCall::Describe() const {
+std::string PendingCall::Describe() const {
   return op + ", where " + std::to_string(num_joined) + " of " + std::to_string(body->num_ranks()) +
          " ranks are";
 }
 
-ErrorRecord OpenCall::InterruptedRecord(const Roster& roster) const {
-  ErrorRecord record = ExpiredRecord(roster);
+ErrorRecord PendingCall::InterruptedRecord(const RankMap& rank_map) const {
+  ErrorRecord record = ExpiredRecord(rank_map);
   record.kind = FailureKind::kInterrupted;
   return record;
 }
 
-ErrorRecord OpenCall::LostRecord(const Roster& roster, int process) const {
-  return ProcessRecord(FailureKind::kPeerLost, roster, process);
+ErrorRecord PendingCall::LostRecord(const RankMap& rank_map, int process) const {
+  return ProcessRecord(FailureKind::kPeerLost, rank_map, process);
 }
 
-ErrorRecord OpenCall::ProcessRecord(FailureKind kind, const Roster& roster, int process) const {
-  const std::vector<int> missing = roster.RanksOf(key.slice, process);
+ErrorRecord PendingCall::ProcessRecord(FailureKind kind, const RankMap& rank_map,
+                                       int process) const {
+  const std::vector<int> missing = rank_map.RanksOf(key.slice, process);
   return {.kind = kind,
           .op = op,
           .rank = first_rank,
           .peer = missing.front(),
-          .expected = roster.num_ranks,
-          .seen = roster.num_ranks - static_cast<int64_t>(missing.size())};
+          .expected = rank_map.num_ranks,
+          .seen = rank_map.num_ranks - static_cast<int64_t>(missing.size())};
 }
 
-std::set<int> OpenCall::ProcessesThatGaveUp(const Roster& roster) const {
+std::set<int> PendingCall::ProcessesThatGaveUp(const RankMap& rank_map) const {
   std::set<int> gone;
-  for (const Link& link : roster.links) {
+  for (const Link& link : rank_map.links) {
     const auto told = gave_up.find(link.process);
     if (told == gave_up.end()) continue;
     uint64_t word = 1;

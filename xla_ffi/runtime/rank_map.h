@@ -8,7 +8,7 @@
 
 namespace jax_ep {
 
-struct Roster {
+struct RankMap {
   int num_slices;
   int num_ranks;
   std::vector<int> process_of = {};  // [num_slices * num_ranks]; empty: all ranks are here

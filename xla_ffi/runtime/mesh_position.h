@@ -12,7 +12,7 @@ struct Member {
 };
 
 /// One device of the group's mesh.
-struct Seat {
+struct MeshPosition {
   int64_t device_id;  // what XLA reports as the device ordinal
   Member member;
   int64_t position;  // in the row-major order of the mesh

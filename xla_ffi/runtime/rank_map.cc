@@ -1,10 +1,10 @@
-#include "runtime/roster.h"
+#include "runtime/rank_map.h"
 
 #include <algorithm>
 
 namespace jax_ep {
 
-int Roster::NumHere() const {
+int RankMap::NumHere() const {
   int num_here = 0;
   for (int slice = 0; slice < num_slices; ++slice) {
     num_here += static_cast<int>(RanksOf(slice, own_process).size());
@@ -12,7 +12,7 @@ int Roster::NumHere() const {
   return num_here;
 }
 
-std::vector<int> Roster::RanksOf(int slice, int process) const {
+std::vector<int> RankMap::RanksOf(int slice, int process) const {
   std::vector<int> ranks;
   for (int rank = 0; rank < num_ranks; ++rank) {
     if (ProcessOf(slice, rank) == process) ranks.push_back(rank);
@@ -20,7 +20,7 @@ std::vector<int> Roster::RanksOf(int slice, int process) const {
   return ranks;
 }
 
-std::set<int> Roster::OthersOf(int slice) const {
+std::set<int> RankMap::OthersOf(int slice) const {
   std::set<int> others;
   for (int rank = 0; rank < num_ranks; ++rank) {
     if (!IsHere(slice, rank)) others.insert(ProcessOf(slice, rank));
@@ -28,7 +28,7 @@ std::set<int> Roster::OthersOf(int slice) const {
   return others;
 }
 
-std::vector<int> Roster::PidsOf(int slice) const {
+std::vector<int> RankMap::PidsOf(int slice) const {
   std::vector<int> pids;
   if (links.empty()) return pids;
   for (int rank = 0; rank < num_ranks; ++rank) {

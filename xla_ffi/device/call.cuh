@@ -63,7 +63,7 @@ __device__ bool AwaitBlocks(const Endpoint& self, OpId op, uint32_t epoch, Cell&
 
 /// Both.
 template <typename Cell>
-__device__ bool SwapBlocks(const Endpoint& self, OpId op, uint32_t epoch, Cell&& cell) {
+__device__ bool BlockBarrier(const Endpoint& self, OpId op, uint32_t epoch, Cell&& cell) {
   __syncthreads();
   TellBlocks(self, op, epoch, cell);
   return AwaitBlocks(self, op, epoch, cell);
@@ -79,9 +79,9 @@ struct PushedCells {
   }
 };
 
-/// SwapBlocks, when this block has its part of a chunk of a sum where the peers read it.
-__device__ inline bool SwapReduced(const Endpoint& self, OpId op, uint32_t epoch) {
-  return SwapBlocks(self, op, epoch, [&](int holder, int source) {
+/// BlockBarrier, when this block has its part of a chunk of a sum where the peers read it.
+__device__ inline bool ReducedBarrier(const Endpoint& self, OpId op, uint32_t epoch) {
+  return BlockBarrier(self, op, epoch, [&](int holder, int source) {
     return &self.control[holder]->reduced[source][blockIdx.x];
   });
 }
@@ -120,8 +120,8 @@ __device__ inline void Publish(const Endpoint& self, const OwnAddresses& own, ui
 /// are, and learns where theirs are. The same for the whole block; false when the group has failed,
 /// and then nothing of the peers may be read. `position` is what the program takes for this
 /// device's place in the mesh.
-__device__ inline bool Meet(const Endpoint& self, OpId op, const int32_t* position,
-                            const OwnAddresses& own, PeerAddresses& peers) {
+__device__ inline bool OpenCall(const Endpoint& self, OpId op, const int32_t* position,
+                                const OwnAddresses& own, PeerAddresses& peers) {
   const bool publishes = blockIdx.x == 0;
   // All loads are under way before the first is looked at.
   const uint32_t ended = LoadRelaxed(&self.own()->turn.epoch);
@@ -170,8 +170,8 @@ __device__ inline bool Meet(const Endpoint& self, OpId op, const int32_t* positi
 }
 
 /// The same in a later kernel of the call, for which everything is there.
-__device__ inline bool Rejoin(const Endpoint& self, OpId op, int num_addresses,
-                              PeerAddresses& peers) {
+__device__ inline bool ReopenCall(const Endpoint& self, OpId op, int num_addresses,
+                                  PeerAddresses& peers) {
   const uint32_t epoch = CurrentEpoch(self);
   const uint32_t tag = TagOf(op, self.site);
   // A failure that is still being told has ended the kernel before this one.
@@ -189,13 +189,13 @@ __device__ inline bool Rejoin(const Endpoint& self, OpId op, int num_addresses,
 
 /// Every thread of every block of a kernel that has met and that is no larger than the SM budget:
 /// what each block has written is seen by all. False when the group has failed. Once in a call.
-__device__ inline bool MeetBlocks(const Endpoint& self, OpId op) {
+__device__ inline bool GridBarrier(const Endpoint& self, OpId op) {
   bool is_good = true;
   __syncthreads();
   if (threadIdx.x == 0) {
-    uint32_t* num_met = &self.own()->num_blocks_met;
-    is_good = CountBlock(num_met) + 1 >= gridDim.x ||
-              WaitUntil(self, op, self.rank, [&] { return LoadAcquire(num_met) >= gridDim.x; });
+    uint32_t* num_arrived = &self.own()->num_blocks_arrived;
+    is_good = CountBlock(num_arrived) + 1 >= gridDim.x ||
+              WaitUntil(self, op, self.rank, [&] { return LoadAcquire(num_arrived) >= gridDim.x; });
     // Also when all had come already; of an overlapping call, before everyone has been told.
     const uint32_t has_failed = LoadRelaxed(&self.own()->has_failed);
     is_good = is_good && (LoadRelaxed(&self.own()->abort) | has_failed) == 0;
@@ -242,16 +242,16 @@ __device__ inline bool NoneHasFailed(const Endpoint& self) {
 ///
 /// A block that knows of a failure goes on waiting: a peer that does not know yet still reads. Only
 /// `abort` ends the wait, which is raised when every rank has been told.
-__device__ inline bool PartBlocks(const Endpoint& self, OpId op, bool has_met) {
+__device__ inline bool CloseBlocks(const Endpoint& self, OpId op, bool is_open) {
   const uint32_t ended = LoadRelaxed(&self.own()->turn.epoch);
   const uint32_t epoch = NextEpoch(ended);
   const PushedCells cells{self, epoch};
   __syncthreads();
-  if (has_met) TellBlocks(self, op, epoch, cells);
-  const bool is_good = has_met && NoneHasFailed(self);
+  if (is_open) TellBlocks(self, op, epoch, cells);
+  const bool is_good = is_open && NoneHasFailed(self);
   // Not by a thread that waits.
   if (threadIdx.x == blockDim.x - 1) CountOut(self, ended, gridDim.x);
-  return AwaitBlocks(self, op, epoch, cells, /*waits=*/has_met, is_good);
+  return AwaitBlocks(self, op, epoch, cells, /*waits=*/is_open, is_good);
 }
 
 /// All results of a call, and what they are filled with when it fails: 0xff in every byte is a NaN
@@ -284,7 +284,8 @@ struct Results {
 /// The last block also has the verdict of the call: after a failure seen by any block, or meanwhile
 /// by a peer, no result is left as it is. Blocks that have not met do not count on there being one:
 /// calls that overlap are counted together.
-__device__ inline void Part(const Endpoint& self, OpId op, bool has_met, const Results& results) {
+__device__ inline void CloseCall(const Endpoint& self, OpId op, bool is_open,
+                                 const Results& results) {
   __shared__ bool is_last;
   const auto poison = [&](int thread, int num_threads) {
     for (int i = 0; i < results.count; ++i) {
@@ -292,16 +293,16 @@ __device__ inline void Part(const Endpoint& self, OpId op, bool has_met, const R
       SetBytes(static_cast<std::byte*>(span.data), span.bytes, span.value, thread, num_threads);
     }
   };
-  if (!has_met) poison(blockIdx.x * blockDim.x + threadIdx.x, gridDim.x * blockDim.x);
+  if (!is_open) poison(blockIdx.x * blockDim.x + threadIdx.x, gridDim.x * blockDim.x);
   const uint32_t epoch = CurrentEpoch(self);  // on its way while the blocks are counted
   __syncthreads();
   if (threadIdx.x == 0) is_last = CountBlock(&self.own()->num_blocks_done) == gridDim.x - 1;
   __syncthreads();
   if (!is_last) return;
-  for (int peer = threadIdx.x; has_met && peer < self.num_ranks; peer += blockDim.x) {
+  for (int peer = threadIdx.x; is_open && peer < self.num_ranks; peer += blockDim.x) {
     StoreRelease(&self.control[peer]->read_done[self.rank], {epoch, 0});
   }
-  bool is_good = has_met;
+  bool is_good = is_open;
   for (int peer = threadIdx.x; is_good && peer < self.num_ranks; peer += blockDim.x) {
     const SignalRow done{self.own()->read_done, sizeof(Signal)};
     is_good = WaitUntil(
@@ -310,13 +311,13 @@ __device__ inline void Part(const Endpoint& self, OpId op, bool has_met, const R
   }
   is_good = NoneHasFailed(self) && is_good;
   if (__syncthreads_or(!is_good)) {
-    if (threadIdx.x == 0) KeepWhatWasTold(self);
+    if (threadIdx.x == 0) NotePeerFailure(self);
     poison(threadIdx.x, blockDim.x);
   }
   __syncthreads();
   if (threadIdx.x != 0) return;
   for (uint32_t& next : self.own()->next_item) StoreRelaxed(&next, 0);
-  StoreRelaxed(&self.own()->num_blocks_met, 0);
+  StoreRelaxed(&self.own()->num_blocks_arrived, 0);
   StoreRelaxed(&self.own()->num_blocks_done, 0);
   StoreRelaxed(&self.own()->turn, {epoch, 0});
 }

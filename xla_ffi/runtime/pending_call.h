@@ -21,7 +21,7 @@
 #include "runtime/error_record.h"
 #include "runtime/exchange_wire.h"
 #include "runtime/phased_call.h"
-#include "runtime/roster.h"
+#include "runtime/rank_map.h"
 
 namespace jax_ep {
 
@@ -40,10 +40,10 @@ struct Participation {
 };
 
 /// The exchange's lock guards what changes, but for the phase, which one thread at a time moves on.
-struct OpenCall {
+struct PendingCall {
   /// By a rank of this process, which is still to be added.
-  OpenCall(const CallKey& key, const std::string& op, int rank, std::shared_ptr<PhasedCall> body,
-           const Roster& roster);
+  PendingCall(const CallKey& key, const std::string& op, int rank, std::shared_ptr<PhasedCall> body,
+              const RankMap& rank_map);
 
   /// One more rank; what is wrong with it, if anything.
   std::optional<ErrorRecord> Add(int rank, std::string_view of_op, std::span<const std::byte> args);
@@ -52,15 +52,15 @@ struct OpenCall {
   bool Waits() const { return has_ended || !HasAll(); }
 
   /// What to say when the deadline has passed while it waits.
-  ErrorRecord ExpiredRecord(const Roster& roster) const;
+  ErrorRecord ExpiredRecord(const RankMap& rank_map) const;
   /// The call in a few words, for a rank that waits elsewhere.
   std::string Describe() const;
   /// When the user has interrupted the process while it waits.
-  ErrorRecord InterruptedRecord(const Roster& roster) const;
+  ErrorRecord InterruptedRecord(const RankMap& rank_map) const;
   /// Of a process that the call needs, and that is gone.
-  ErrorRecord LostRecord(const Roster& roster, int process) const;
+  ErrorRecord LostRecord(const RankMap& rank_map, int process) const;
   /// Processes whose operands may have been overwritten before this one had read them.
-  std::set<int> ProcessesThatGaveUp(const Roster& roster) const;
+  std::set<int> ProcessesThatGaveUp(const RankMap& rank_map) const;
 
   CallKey key;
   std::shared_ptr<PhasedCall> body;
@@ -77,7 +77,7 @@ struct OpenCall {
   std::map<int, uint64_t> gave_up;  // by process, where it says so (WireMessage)
 
  private:
-  ErrorRecord ProcessRecord(FailureKind kind, const Roster& roster, int process) const;
+  ErrorRecord ProcessRecord(FailureKind kind, const RankMap& rank_map, int process) const;
 };
 
 }  // namespace jax_ep
