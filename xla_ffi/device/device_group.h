@@ -15,6 +15,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "device/devices.h"
 #include "device/endpoint.h"
 #include "device/shareable_memory.h"
 #include "runtime/error_record.h"
@@ -23,16 +24,6 @@
 #include "runtime/mesh_position.h"
 
 namespace jax_ep {
-
-/// Loads what kernels the current device will run, and lowers the traits to what they were compiled
-/// for. They must be there before a peer waits.
-using LoadKernels = std::function<void(DeviceTraits&)>;
-
-/// The same on each device. Throws what load_kernels throws.
-void LoadKernelsOn(const std::vector<int64_t>& devices, const LoadKernels& load_kernels);
-
-/// Throws std::runtime_error, saying why, unless every device can read every other one's memory.
-void RequirePeers(const std::vector<int64_t>& devices);
 
 class DeviceGroup : public Interruptible, public std::enable_shared_from_this<DeviceGroup> {
  public:
