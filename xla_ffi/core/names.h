@@ -1,20 +1,20 @@
-// Operations and failures: their numbers, which ranks tell one another, and their names.
+// Operations and failures: their numbers, which ranks send to one another, and their names.
 #pragma once
 
 #include <cstdint>
 
 namespace jax_ep {
 
-/// Raised with what ranks and processes tell one another, in Python as well: processes of a group
-/// compare it, and what they were built from, when the group opens.
+/// Version of the messages between ranks and between processes, those of Python included. Raise it
+/// when a message changes. When a group opens, its processes compare it, and their builds.
 inline constexpr int kProtocol = 1;
 
-/// What kernels know of an operation: failure records and the tags of calls name it.
+/// Identity of an operation in kernels: failure records and the tags of calls carry it.
 enum class OpId : uint32_t {
 #define JAX_EP_COLLECTIVE(Stem, name) k##Stem,
 #define JAX_EP_MOVEMENT(Stem, name) k##Stem,
 #include "core/ops.def"
-  kCount  // of the others
+  kCount  // number of operations
 };
 
 constexpr const char* NameOf(OpId op) {

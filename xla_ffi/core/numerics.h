@@ -1,6 +1,7 @@
-// Element types as bits, and their conversion to and from f32: nearest-even, subnormals kept.
+// Element types as bits, and their conversion to and from f32. Conversions round to nearest even
+// and keep subnormals.
 //
-// Written without branches so that loops over rows vectorise on any CPU.
+// The functions have no branches, so that loops over rows vectorise on any CPU.
 #pragma once
 
 #include <bit>

@@ -8,7 +8,7 @@ namespace jax_ep {
 DispatchPlan::DispatchPlan(const DispatchShape& shape)
     : shape_(shape), sources_(shape.experts.num_ranks), destinations_(shape.experts.num_ranks) {}
 
-// One visit per row that the token asks for: per rank, or per choice.
+// Visits each row that the token asks for: one per rank, or one per choice.
 template <typename Visit>
 void DispatchPlan::ForEachDestination(const int32_t* ids, Visit&& visit) const {
   for (int k = 0; k < shape_.num_topk; ++k) {
@@ -105,7 +105,7 @@ void DispatchPlan::AdmitExperts(int dst) {
   destination.num_recv = offset;
 }
 
-// Whole tokens in (source, token) order, as long as the aligned groups fit into the capacity.
+// Keeps whole tokens in (source, token) order, as long as the aligned groups fit into the capacity.
 void DispatchPlan::KeepLongestPrefix(int dst) {
   Destination& destination = destinations_[dst];
   const int first_expert = dst * num_local_experts();

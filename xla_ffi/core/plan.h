@@ -1,11 +1,11 @@
 // The plan of one dispatch on the host: which token lands in which row of which rank.
 //
-// Three steps, each run once per rank; a step may begin when the step before it is done on every
-// rank. Within a step the ranks are independent and may run on different threads.
+// The plan is made in three steps. Each step runs once per rank, and begins when the step before it
+// is done on every rank. Within a step the ranks are independent and may run on different threads.
 //
-//   List(src)   what the source sends to each destination, in token order
-//   Admit(dst)  how much of it fits, and where each source's part begins
-//   read        ForEachRow and the counts, from any thread
+//   List(src)   lists the rows that the source sends to each destination, in token order
+//   Admit(dst)  decides how many of them fit, and where the part of each source begins
+//   reading     ForEachRow and the counts, from any thread
 #pragma once
 
 #include <cstdint>
@@ -36,7 +36,7 @@ class DispatchPlan {
  public:
   explicit DispatchPlan(const DispatchShape& shape);
 
-  /// `topk_idx` [num_tokens, num_topk] must stay readable for the life of the plan.
+  /// `topk_idx` [num_tokens, num_topk] must stay readable as long as the plan lives.
   void List(int src, const int32_t* topk_idx);
   void Admit(int dst);
 
@@ -45,11 +45,11 @@ class DispatchPlan {
   int32_t num_invalid(int src) const { return sources_[src].num_invalid; }
   int32_t num_recv(int dst) const { return destinations_[dst].num_recv; }
   int32_t num_dropped(int dst) const { return destinations_[dst].num_dropped; }
-  /// [num_local_experts]
+  /// Rows of each local expert: [num_local_experts].
   const std::vector<int32_t>& group_sizes(int dst) const { return destinations_[dst].group_sizes; }
 
   /// Calls visit(token, k, row) for each row that `dst` keeps from `src`, in (token, k) order.
-  /// In the rank layout a row stands for all choices of the token on that rank, and k is kNoIndex.
+  /// In the rank layout a row stands for all choices of the token on `dst`, and k is kNoIndex.
   template <typename Visit>
   void ForEachRow(int src, int dst, Visit&& visit) const;
 

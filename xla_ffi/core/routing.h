@@ -1,4 +1,4 @@
-// Where an expert lives, and how sizes are rounded. Host and device.
+// The map from experts to ranks, and the rounding of sizes, for host and device.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@ struct ExpertMap {
   JAX_EP_HOST_DEVICE constexpr bool IsExpert(int32_t id) const {
     return id >= 0 && id < num_experts;
   }
-  /// Neither an expert nor kNoIndex: counted in num_invalid and otherwise ignored.
+  /// Whether an id is neither an expert nor kNoIndex: num_invalid counts it, nothing else does.
   JAX_EP_HOST_DEVICE constexpr bool IsInvalid(int32_t id) const {
     return id != kNoIndex && !IsExpert(id);
   }

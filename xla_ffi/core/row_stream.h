@@ -1,4 +1,4 @@
-// Rows that travel unread: the tokens, and whatever goes along with them.
+// Rows that an operation moves without reading them: tokens, and arrays that go along with them.
 #pragma once
 
 #include <cstddef>

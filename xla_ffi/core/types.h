@@ -1,4 +1,4 @@
-// The vocabulary shared by every layer: no XLA, no CUDA runtime, integers and enums only.
+// The vocabulary of every layer: integers and enums only, without XLA or the CUDA runtime.
 #pragma once
 
 #include <cstdint>
@@ -11,19 +11,20 @@
 
 namespace jax_ep {
 
-/// "No expert", "no row", "no token" in every index array.
+/// Stands for "no expert", "no row" or "no token" in every index array.
 inline constexpr int32_t kNoIndex = -1;
 
-/// Threads of a GPU that run together.
+/// Number of threads of a GPU that run together.
 inline constexpr int kWarpSize = 32;
 
-/// How received rows are arranged. The values cross the FFI border (jax_ep/config.py).
+/// Arrangement of received rows. The values cross the FFI border, as those of all enums that
+/// bindings/limits.h exports.
 enum class RecvLayout : int64_t { kRank = 0, kExpert = 1 };
 
-/// Which rows that hold no token are zeroed. The values cross the FFI border (jax_ep/config.py).
+/// Choice of the rows without a token that are zeroed.
 enum class Fill : int64_t { kZeros = 0, kPadding = 1, kNone = 2 };
 
-/// The element types that the operations can add; i32 only those of all_reduce.
+/// Element types that the operations can add; all_reduce alone adds i32.
 enum class DType : int8_t { kBF16, kF16, kF32, kI32 };
 
 }  // namespace jax_ep
