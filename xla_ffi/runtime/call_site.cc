@@ -63,7 +63,7 @@ bool CallKey::Matches(const CallKey& other) const {
 }
 
 bool LaunchCount::Continues(const CallSite& site, int64_t run_id) const {
-  // A site that was loaded while the launch ran is not of its executable.
+  // A site that was loaded while the launch ran belongs to another executable.
   if (count_ == 0 || run_id != current_.run_id || site.id > current_.newest_site) return false;
   // Equal executables give their launches equal numbers.
   const auto found = current_.sites.find({site.name, site.index});

@@ -1,4 +1,4 @@
-// What went wrong first in a group, on whichever device.
+// The first failure of a group, on CPU devices or GPUs.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@ struct ErrorRecord {
   int peer;
   int64_t expected;
   int64_t seen;
-  std::string place = {};  // where the peer is instead, as far as is known
+  std::string place = {};  // where the peer waits instead, if known
 };
 
 }  // namespace jax_ep

@@ -1,7 +1,7 @@
-// Brings the ranks of a host together, call by call, without ever blocking a caller.
+// The exchange brings the ranks of a host together, call by call, without ever blocking a caller.
 //
 // A rank joins a call with its operands and a callback. When all ranks have joined, the call's
-// phases run, one share per rank, on the exchange's threads; a phase begins when the one before it
+// phases run on the exchange's threads, one share per rank. A phase begins when the phase before it
 // is done on all ranks of the process. After the last phase each rank's callback runs on a thread
 // that runs nothing else: XLA continues that device's program inside it, and may block there on a
 // collective of its own.
@@ -9,9 +9,10 @@
 // XLA starts independent calls in a different order on each device, so calls are matched by their
 // place in the program and the launch (call_site.h), never by order of arrival.
 //
-// Ranks may sit in several processes. Each process tells the others which of its ranks have joined,
-// and with what operands; these are read where they lie (peer_memory.h). A call ends in a process
-// when it has done its shares and no other process reads its operands any more.
+// Ranks may live in several processes. Each process tells the others which of its ranks have
+// joined, and where their operands are. Operands are read where they lie (peer_memory.h). A call
+// ends in a process when the process has done its shares and no other process reads its operands
+// any more.
 #pragma once
 
 #include <atomic>
@@ -36,7 +37,7 @@ namespace jax_ep {
 
 struct Arrival {
   std::string op;
-  const CallSite& site;  // settled
+  const CallSite& site;  // after CallSites::Settle
   uint64_t newest_site;  // of the process
   int64_t run_id;
   Member member;
@@ -51,8 +52,9 @@ class Exchange {
   Exchange(const Exchange&) = delete;
   Exchange& operator=(const Exchange&) = delete;
 
-  /// `done` (not empty) runs exactly once, in the floating-point environment of the caller of Join:
-  /// after the call, or, when it failed or the exchange went away first, after Call::Poison(args).
+  /// Joins a call. `done` (not empty) runs exactly once, in the floating-point environment of the
+  /// caller of Join: after the call, or after Call::Poison(args) if the call fails or the exchange
+  /// is destroyed first.
   template <typename Call>
   void Join(const Arrival& arrival, const typename Call::Args& args, Done done) {
     JoinErased(arrival, {.make =
@@ -65,19 +67,19 @@ class Exchange {
   }
 
   /// Records the error if it is the first, and ends every open call. From then on every call ends
-  /// at once with poisoned results: an error returned to XLA by one device alone would leave the
-  /// others waiting in their own collectives until the process is aborted.
+  /// at once with poisoned results. No error goes to XLA: an error of one device alone would leave
+  /// the others waiting in their own collectives until the process is aborted.
   void Fail(const ErrorRecord& record);
   std::optional<ErrorRecord> error() const;
 
   /// Whether another process of the group is still there, as far as is known.
   bool HasOtherProcesses() const;
 
-  /// What ends its waits when the user interrupts the process.
+  /// The object that ends the exchange's waits when the user interrupts the process.
   std::shared_ptr<Interruptible> interruptible() const;
 
   /// For tests: calls of `rank` end at once, poisoned, and never reach the peers. kNoIndex undoes
-  /// it.
+  /// this.
   void SkipRank(int rank);
 
  private:

@@ -65,8 +65,8 @@ void Exchange::State::Lose(int process) {
     for (const auto& [key, call] : running) {
       if (!record && call->are_reading.count(process)) record = call->LostRecord(rank_map, process);
     }
-    // Of these it may have said that it has read them, and not yet that all its ranks have
-    // joined.
+    // The process may have read the operands of an open call, and not yet said that all its ranks
+    // have joined.
     for (const auto& [key, call] : open) {
       if (!record && rank_map.OthersOf(key.slice).count(process))
         record = call->LostRecord(rank_map, process);

@@ -10,7 +10,7 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// How late the watchdog may notice an expired call.
+// The longest time by which the watchdog notices an expired call late.
 std::chrono::milliseconds WatchPeriod(std::chrono::milliseconds timeout) {
   using std::chrono::milliseconds;
   return std::clamp(timeout / 4, milliseconds(10), milliseconds(500));
@@ -88,7 +88,7 @@ void Exchange::State::EndPhase(const CallPtr& call) {
   }
   const std::set<int> gone = call->ProcessesThatGaveUp(rank_map);
   std::unique_lock<std::mutex> lock(mutex);
-  // What has failed there is on its way here: the call waits for it.
+  // The failure of such a process is on its way here: the call waits for it.
   call->are_reading.insert(gone.begin(), gone.end());
   if (const auto record = FindLost(*call); record && !error) {
     lock.unlock();
@@ -102,7 +102,7 @@ void Exchange::State::EndPhase(const CallPtr& call) {
   if (!waits) running.erase(call->key);
   const CallKey key = call->key;
   lock.unlock();
-  // A failed call does not tell: nobody shall take it for complete.
+  // A failed call sends nothing: no process may take it for complete.
   if (links && !has_failed) {
     Tell(rank_map.OthersOf(key.slice), WireMessage::Of(WireMessage::Kind::kRead, key).With());
   }
@@ -134,7 +134,7 @@ void Exchange::State::Abandon(const std::optional<ErrorRecord>& record, bool tel
   std::vector<CallPtr> abandoned;
   {
     std::lock_guard<std::mutex> lock(mutex);
-    // In front of the error: a call that ends by that lets go of operands.
+    // Before the error is set: a call that ends by the error lets go of its operands.
     gave_up.store(1, std::memory_order_seq_cst);
     tells = tells && record && !error;
     if (record && !error) error = record;
@@ -142,7 +142,7 @@ void Exchange::State::Abandon(const std::optional<ErrorRecord>& record, bool tel
     for (const auto& [key, call] : open) abandoned.push_back(call);
     open.clear();
     early.clear();
-    // Those whose shares still run see to it themselves.
+    // Calls whose shares still run end in EndPhase.
     for (auto it = running.begin(); it != running.end();) {
       if (it->second->has_ended) abandoned.push_back(it->second);
       it = it->second->has_ended ? running.erase(it) : std::next(it);

@@ -26,8 +26,8 @@ namespace jax_ep {
 
 struct Exchange::State : Interruptible, std::enable_shared_from_this<Exchange::State> {
   using CallPtr = std::shared_ptr<PendingCall>;
-  // A rank of another process that has joined before any of this one has, or while the same call
-  // site's last call still runs here.
+  // A rank of another process that has joined before any rank of this process, or while the
+  // previous call of the same site still runs here.
   struct Early {
     WireMessage message;
     std::vector<std::byte> args;
@@ -37,10 +37,10 @@ struct Exchange::State : Interruptible, std::enable_shared_from_this<Exchange::S
 
   // --- Calls, from the first rank that joins to the last that is done.
 
-  // How the processes that take part name a call; none where it cannot be told from another one.
-  // With the lock held.
+  // The key by which the processes of a call name it; none where nothing tells the call from
+  // another one. Call with the lock held.
   std::optional<CallKey> KeyOf(const Arrival& arrival);
-  // What another process means by a key, or the end of the map; with the lock held.
+  // Finds the call that another process means by a key. Call with the lock held.
   template <typename Value>
   static auto Find(std::map<CallKey, Value>& calls, const CallKey& key) {
     const CallKey first{.site = key.site, .launch = key.launch, .slice = key.slice, .count = 0};
@@ -49,7 +49,7 @@ struct Exchange::State : Interruptible, std::enable_shared_from_this<Exchange::S
     return it != calls.end() && it->first.IsAlike(key) ? it : calls.end();
   }
   CallPtr Open(const CallKey& key, const Arrival& arrival, const Participant& participant);
-  // Moves a call that all ranks have joined among those that run; with the lock held.
+  // Moves a call that all ranks have joined to the running ones. Call with the lock held.
   bool IsReady(const CallPtr& call);
   void StartPhase(const CallPtr& call);
   void EndPhase(const CallPtr& call);
@@ -59,23 +59,23 @@ struct Exchange::State : Interruptible, std::enable_shared_from_this<Exchange::S
 
   // --- Failures.
 
-  // Ends every open call; its ranks get poisoned results. Without a record the exchange closes.
+  // Ends every open call: its ranks get poisoned results. Without a record the exchange closes.
   void Abandon(const std::optional<ErrorRecord>& record, bool tells);
-  // A process that is still to read, and has ended; with the lock held.
+  // The failure of a call that waits for a process which has ended. Call with the lock held.
   std::optional<ErrorRecord> FindLost(const PendingCall& call) const;
   std::optional<ErrorRecord> FindExpired();
-  // Where a rank is that a call waits for in vain; with the lock held.
+  // Says where a rank is that a call waits for in vain. Call with the lock held.
   std::string PlaceOf(const PendingCall& call, int rank) const;
   static void Watch(const std::shared_ptr<State>& state);
 
-  // --- What the user says.
+  // --- Interrupts by the user.
 
   void NoteWaits() override;
   void EndNotedWaits() override;
   bool IsWaiting() override;
   static bool IsIn(const std::map<CallKey, CallPtr>& calls, const CallPtr& call);
 
-  // --- What other processes say, and are told (exchange_messages.cc).
+  // --- Messages from and to other processes (exchange_messages.cc).
 
   void Tell(const std::set<int>& processes, const std::vector<std::byte>& message);
   void Receive(int process, std::span<const std::byte> bytes);
@@ -89,7 +89,7 @@ struct Exchange::State : Interruptible, std::enable_shared_from_this<Exchange::S
   std::mutex mutex;
   std::condition_variable closed;
   std::map<CallKey, CallPtr> open;              // not all ranks have joined
-  std::map<CallKey, CallPtr> running;           // all have
+  std::map<CallKey, CallPtr> running;           // all ranks have joined
   std::map<CallKey, std::vector<Early>> early;  // by the sender's key
   std::vector<LaunchCount> launches;            // by slice
   std::set<int> lost;                           // processes
@@ -97,7 +97,8 @@ struct Exchange::State : Interruptible, std::enable_shared_from_this<Exchange::S
   int skip_rank = kNoIndex;
   bool is_closed = false;
   std::vector<std::weak_ptr<PendingCall>> noted;  // waited when the process was interrupted
-  // Read by other processes, after their last look at the operands of this one.
+  // Not 0 once operands may be gone. Other processes read it after their last look at operands of
+  // this process.
   std::atomic<uint64_t> gave_up = 0;
   ThreadPool workers;
   ThreadPool completions;

@@ -1,4 +1,4 @@
-// What the processes of an exchange tell one another (links.h). All of them run the same build.
+// Messages between the processes of an exchange (links.h). All of them run the same build.
 #pragma once
 
 #include <algorithm>
@@ -19,7 +19,7 @@ struct WireMessage {
   enum class Kind : uint32_t {
     kJoin,  // a rank of the sender has joined; its operands follow
     kRead,  // the sender does not read the operands of the call any more
-    kFail,  // the sender's exchange has failed, and so has the receiver's
+    kFail,  // the sender's exchange has failed, and so the receiver's fails
   };
   static constexpr size_t kMaxOpName = 48;
   static constexpr size_t kMaxPlace = 128;
@@ -27,8 +27,8 @@ struct WireMessage {
   Kind kind;
   CallKey key;          // kJoin, kRead
   char op[kMaxOpName];  // kJoin, kFail
-  int32_t rank;         // kJoin: that has joined; kFail: of the record
-  uint64_t gave_up;     // kJoin: address of a word, not 0 when operands may be gone before kRead
+  int32_t rank;         // kJoin: the rank that has joined; kFail: of the record
+  uint64_t gave_up;     // kJoin: address of a word that is not 0 once operands may be gone
   FailureKind error;
   int32_t peer;
   int64_t expected;

@@ -1,4 +1,4 @@
-// The native half of jax_ep.Group: who is who, and the exchange between them.
+// The native half of jax_ep.Group: its positions, and the exchange between its ranks.
 //
 // Executables hold a shared_ptr to it, so a closed group lives until the last of them is gone.
 #pragma once
@@ -17,7 +17,7 @@ namespace jax_ep {
 
 class Group {
  public:
-  /// `positions`: of whole slices; those of the mesh that this process has to do with.
+  /// `positions`: of whole slices, all those in which this process has ranks or peers.
   Group(std::string identity, std::vector<MeshPosition> positions, RankMap rank_map,
         std::chrono::milliseconds timeout);
 
@@ -26,9 +26,9 @@ class Group {
   Exchange& exchange() { return exchange_; }
   const Exchange& exchange() const { return exchange_; }
 
-  /// The member at `position` of the mesh. A device that is not the one the group has there means
-  /// that the program runs over another mesh or another device order: the group fails, and the
-  /// device's own place (or the first position, for a stranger) is returned.
+  /// The member at `position` of the mesh. If the group has another device there, the program runs
+  /// over another mesh or in another device order. Then the group fails, and the result is the
+  /// member of the device, or the first member for a device that is not in the group.
   Member Locate(const std::string& op, int64_t device_id, int64_t position);
 
  private:

@@ -1,6 +1,6 @@
-// The process that an object was made in. A child that it forks has a copy of the object, and the
-// sockets behind it, but none of the threads: whatever the child does with it, the parent must not
-// feel, and what another thread held at the fork is never let go.
+// The process that an object was made in. A forked child has a copy of the object and of its
+// sockets, but none of its threads. The child must not disturb its parent through the copy, and a
+// lock that another thread held at the fork stays locked in the child for ever.
 #pragma once
 
 #include <unistd.h>

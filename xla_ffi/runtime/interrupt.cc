@@ -17,7 +17,7 @@
 namespace jax_ep {
 namespace {
 
-// What the handler uses: it may only touch lock-free atomics and post a semaphore.
+// State of the handler, which may only touch lock-free atomics and post a semaphore.
 std::atomic<uint64_t> num_signals = 0;
 static_assert(std::atomic<uint64_t>::is_always_lock_free);
 sem_t has_come;
@@ -46,7 +46,8 @@ bool AreEqual(const struct sigaction& a, const struct sigaction& b) {
   return a.sa_flags & SA_SIGINFO ? a.sa_sigaction == b.sa_sigaction : a.sa_handler == b.sa_handler;
 }
 
-// A forked child has neither the thread of its parent nor a right to end the parent's calls.
+// One registered object, of the process that registered it. A forked child has no watching thread,
+// and must not end its parent's calls.
 struct Entry {
   pid_t process;
   std::weak_ptr<Interruptible> one;
@@ -58,7 +59,7 @@ struct State {
   std::mutex mutex;
   std::vector<Entry> entries;
   bool has_handler = false;
-  pid_t watched = 0;  // the process that the thread is of
+  pid_t watched = 0;  // process that the thread belongs to
   std::atomic<bool> leaves = false;
 };
 
@@ -97,7 +98,7 @@ void Serve(State& state) {
       while (sem_wait(&has_come) != 0) {
       }
     }
-    // Signals that have come at once are one; those that come from now on are another.
+    // All signals that have come by now count as one; a later signal counts anew.
     while (sem_trywait(&has_come) == 0) {
     }
     const auto living = Living(state);
@@ -107,7 +108,7 @@ void Serve(State& state) {
   }
 }
 
-// With the lock held. The thread takes no signals, which are for the program's own threads.
+// Call with the lock held. The thread blocks all signals: they are for the program's own threads.
 void StartThread(State& state) {
   if (state.watched == getpid()) return;
   state.watched = getpid();
@@ -130,12 +131,12 @@ void Interrupts::Watch() {
   std::lock_guard<std::mutex> lock(state.mutex);
   struct sigaction present;
   if (sigaction(SIGINT, nullptr, &present) != 0 || !IsHandler(present)) return;
-  // A third handler may call this one: calling it back would never end.
+  // A third handler may call this one: to call it back would never end.
   if (state.has_handler && !AreEqual(present, before)) return;
   if (!state.has_handler) before = present;
   state.has_handler = true;
   StartThread(state);
-  struct sigaction own = present;  // also what it blocks, and what it restarts
+  struct sigaction own = present;  // with its mask and its flags
   own.sa_flags |= SA_SIGINFO;
   own.sa_sigaction = OnSignal;
   sigaction(SIGINT, &own, nullptr);

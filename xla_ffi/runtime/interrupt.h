@@ -1,9 +1,9 @@
 // Ends calls that wait for their peers when the user interrupts the process (SIGINT, Ctrl-C).
 //
-// Python's own handler sets a flag, which the main thread sees when it runs Python again: not while
-// it waits for results in C++. A handler in front of it wakes a thread here. This thread notes what
-// waits, gives it a short time to go on by itself, and ends what has waited all the time. Then the
-// main thread returns, and Python raises KeyboardInterrupt as usual.
+// Python's own handler sets a flag. The main thread sees the flag when it runs Python again, not
+// while it waits for results in C++. So a handler in front of Python's wakes a thread here. The
+// thread notes which calls wait, gives them a short time to go on by themselves, and ends those
+// that still wait. Then the main thread returns, and Python raises KeyboardInterrupt as usual.
 #pragma once
 
 #include <chrono>
@@ -12,13 +12,13 @@
 
 namespace jax_ep {
 
-/// What may wait for peers. The first two methods run on the watching thread.
+/// An object whose calls may wait for peers. The first two methods run on the watching thread.
 class Interruptible {
  public:
   virtual ~Interruptible() = default;
-  /// Notes the calls that wait now, and forgets those that it has noted before.
+  /// Notes the calls that wait now, and forgets the ones noted before.
   virtual void NoteWaits() = 0;
-  /// Fails the group if one of these calls still waits. May throw, as the others may.
+  /// Fails the group if a noted call still waits. May throw, as the other methods may.
   virtual void EndNotedWaits() = 0;
   /// Whether a call waits now, or has yet to end.
   virtual bool IsWaiting() = 0;
@@ -26,27 +26,29 @@ class Interruptible {
 
 class Interrupts {
  public:
-  /// A slow peer is no reason to end a call: the shortest wait that is ended.
+  /// The shortest wait that is ended: a slow peer alone is no reason to end a call.
   static constexpr std::chrono::milliseconds kGrace{300};
 
-  /// Of the process. It is never destroyed: its thread may outlive static destruction.
+  /// The one object of the process. It is never destroyed: its thread may outlive static
+  /// destruction.
   static Interrupts& Get();
 
-  /// Puts a handler in front of the present one, which it calls. Does nothing where the signal is
-  /// ignored or ends the process, and where another handler has been put in front of this one. A
-  /// handler that has taken this one's place since is found by the next call.
+  /// Installs a handler that calls the present one. Does nothing where the signal is ignored or
+  /// ends the process, and where another handler already calls this one. If a handler replaces this
+  /// one later, the next call of Watch finds it.
   void Watch();
 
-  /// Signals since Watch.
+  /// Number of signals since Watch.
   uint64_t count() const;
 
-  /// From now on the process ends: calls that wait are ended without further signals.
+  /// Notes that the process ends: from now on, calls that wait are ended without further signals.
   void Leave();
 
   /// Whether a call of the process waits.
   bool AnyWaits() const;
 
-  /// Virtual for modules that get the object from another one, and so do not link with it.
+  /// Adds an object. Virtual for modules that get this object from another module, and so do not
+  /// link with this function.
   virtual void Add(std::weak_ptr<Interruptible> interruptible);
 
  protected:

@@ -39,7 +39,7 @@ struct Links::State {
   struct Peer {
     Link link;
     std::mutex sending;
-    std::vector<std::byte> received;  // not yet whole messages
+    std::vector<std::byte> received;  // of messages that are not whole yet
   };
   std::vector<std::unique_ptr<Peer>> peers;
   const HomeProcess home;
@@ -52,7 +52,7 @@ struct Links::State {
     for (const auto& peer : peers) shutdown(peer->link.fd, SHUT_RDWR);
   }
 
-  // Reads what is there, and hands on whole messages. False at the end of the stream.
+  // Reads the bytes that are there, and hands on whole messages. False at the end of the stream.
   static bool Drain(Peer& peer, const Receive& receive) {
     std::byte chunk[kReadBytes];
     const ssize_t count = recv(peer.link.fd, chunk, sizeof(chunk), MSG_DONTWAIT);
@@ -115,7 +115,7 @@ void Links::Send(int process, std::span<const std::byte> message) {
   std::vector<std::byte> framed(prefix.begin(), prefix.end());
   framed.insert(framed.end(), message.begin(), message.end());
   std::lock_guard<std::mutex> lock(peer.sending);
-  // Half a message must not be followed by another one; the listener then notices the loss.
+  // No message may follow half of another one. The listener then notices the loss.
   if (!SendAll(peer.link.fd, framed.data(), framed.size())) shutdown(peer.link.fd, SHUT_RDWR);
 }
 

@@ -22,17 +22,17 @@ class Links {
   using Receive = std::function<void(int process, std::span<const std::byte> message)>;
   using Lose = std::function<void(int process)>;
 
-  /// Takes the sockets over. What a process sends arrives in its order, on one thread for all of
-  /// them; `lose` is the last of it: that process has ended, or has closed its side.
+  /// Takes the sockets over. One thread receives the messages of all processes, those of each
+  /// process in order. `lose` comes last: that process has ended, or has closed its side.
   Links(std::vector<Link> links, std::chrono::milliseconds timeout, Receive receive, Lose lose);
-  /// The others lose this process. Does not wait for the thread, which may be the caller. Does
-  /// nothing in a forked child.
+  /// Closes the connections: the others lose this process. Does not wait for the thread, which may
+  /// be the caller. Does nothing in a forked child.
   ~Links();
   Links(const Links&) = delete;
   Links& operator=(const Links&) = delete;
 
-  /// Gives up on a process that takes nothing for as long as the timeout. A forked child sends
-  /// nothing.
+  /// Sends a message. Gives up on a process that takes nothing for as long as the timeout. A forked
+  /// child sends nothing.
   void Send(int process, std::span<const std::byte> message);
 
  private:

@@ -1,11 +1,11 @@
-// Who sits where: devices, slices, ranks.
+// Positions of a mesh: devices, slices, ranks.
 #pragma once
 
 #include <cstdint>
 
 namespace jax_ep {
 
-/// Which rank of which slice of the group. Slices are independent of one another.
+/// A rank of a slice of the group. Slices are independent of one another.
 struct Member {
   int slice;
   int rank;
@@ -13,7 +13,7 @@ struct Member {
 
 /// One device of the group's mesh.
 struct MeshPosition {
-  int64_t device_id;  // what XLA reports as the device ordinal
+  int64_t device_id;  // XLA's device ordinal
   Member member;
   int64_t position;  // in the row-major order of the mesh
 };

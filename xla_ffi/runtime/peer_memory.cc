@@ -26,7 +26,7 @@ void PeerReader::Finish() {
       memory_.Lose(rank_);
       break;
     }
-    // At most 2 GiB are copied at a time.
+    // The kernel copies at most 2 GiB at a time.
     auto left = static_cast<size_t>(count);
     for (; first < num_queued_ && left >= to_[first].iov_len; ++first) left -= to_[first].iov_len;
     if (left == 0) continue;

@@ -13,10 +13,10 @@
 
 namespace jax_ep {
 
-/// What one call can reach. Thread-safe.
+/// The memory that one call can read. Thread-safe.
 class PeerMemory {
  public:
-  /// `pids` by rank; 0: a rank of this process. None: all of them are.
+  /// `pids`: by rank, 0 for a rank of this process. Empty: all ranks are in this process.
   explicit PeerMemory(std::vector<int> pids = {}) : pids_(std::move(pids)) {}
 
   bool IsHere(int rank) const { return pids_.empty() || pids_[rank] == 0; }
@@ -31,8 +31,8 @@ class PeerMemory {
   std::atomic<int> lost_rank_ = kNoIndex;
 };
 
-/// Copies out of the ranks' memory: at once where it is this process's, else in batches, since a
-/// system call for each row would cost more than the row.
+/// Copies out of the ranks' memory: at once for ranks of this process, in batches for others, since
+/// a system call for each row would cost more than the row.
 class PeerReader {
  public:
   explicit PeerReader(PeerMemory& memory) : memory_(memory) {}
@@ -40,7 +40,7 @@ class PeerReader {
   PeerReader(const PeerReader&) = delete;
   PeerReader& operator=(const PeerReader&) = delete;
 
-  /// What is copied is there after Finish.
+  /// Copies `bytes` bytes; they are there after Finish.
   void Copy(int rank, const void* from, void* to, size_t bytes) {
     if (memory_.IsHere(rank)) {
       std::memcpy(to, from, bytes);
@@ -56,7 +56,7 @@ class PeerReader {
   void Queue(int rank, const void* from, void* to, size_t bytes);
 
   PeerMemory& memory_;
-  int rank_ = kNoIndex;  // of what was queued last; all of it is of that rank's process
+  int rank_ = kNoIndex;  // whose copy was queued last; all queued copies are of its process
   int num_queued_ = 0;
   std::array<iovec, kMaxQueued> from_;
   std::array<iovec, kMaxQueued> to_;
@@ -65,7 +65,7 @@ class PeerReader {
 /// Lets other processes of the user read this one's memory where the kernel asks for it (Yama).
 void AllowReaders();
 
-/// Copies out of another process; what is wrong in words, or nothing.
+/// Copies out of another process. Returns null, or the problem in words.
 const char* ReadProcess(int pid, const void* from, void* to, size_t bytes);
 
 }  // namespace jax_ep

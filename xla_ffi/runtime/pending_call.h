@@ -1,5 +1,5 @@
-// A call of an exchange from its first rank's arrival until its end: who has joined, whom it waits
-// for, and what to say of it when it fails.
+// A call of an exchange, from its first rank's arrival until its end: which ranks have joined,
+// which ones it waits for, and the record of its failure.
 #pragma once
 
 #include <atomic>
@@ -25,39 +25,39 @@
 
 namespace jax_ep {
 
-/// Of a rank that has come to a call where it is already.
+/// The failure of a rank that joins a call twice.
 ErrorRecord TwiceRecord(const std::string& op, int rank);
 
 /// A rank of this process in a call.
 struct Participation {
   std::function<void()> poison;
-  std::function<void()> done;  // empty: not here, or not yet
-  // XLA goes on with the device's program inside `done`. Its threads flush subnormals, so a
-  // thread of ours would give the same program other bits.
+  std::function<void()> done;  // empty: the rank is elsewhere, or has not joined yet
+  // Environment of XLA's thread. XLA continues the device's program inside `done`, and its threads
+  // flush subnormals: in the environment of our thread the program would give other bits.
   std::fenv_t environment;
 
   void Finish() const;
 };
 
-/// The exchange's lock guards what changes, but for the phase, which one thread at a time moves on.
+/// The exchange's lock guards all that changes, except `phase`: one thread at a time advances it.
 struct PendingCall {
-  /// By a rank of this process, which is still to be added.
+  /// Opens a call for a rank of this process, which must still be added.
   PendingCall(const CallKey& key, const std::string& op, int rank, std::shared_ptr<PhasedCall> body,
               const RankMap& rank_map);
 
-  /// One more rank; what is wrong with it, if anything.
+  /// Adds a rank. Returns the failure if the rank does not fit the call.
   std::optional<ErrorRecord> Add(int rank, std::string_view of_op, std::span<const std::byte> args);
   bool HasAll() const { return num_joined == body->num_ranks(); }
-  /// Whether it waits for others, not for its own shares.
+  /// Whether the call waits for other ranks or processes, not for shares of this process.
   bool Waits() const { return has_ended || !HasAll(); }
 
-  /// What to say when the deadline has passed while it waits.
+  /// The failure of a call whose deadline has passed while it waits.
   ErrorRecord ExpiredRecord(const RankMap& rank_map) const;
   /// The call in a few words, for a rank that waits elsewhere.
   std::string Describe() const;
-  /// When the user has interrupted the process while it waits.
+  /// The failure of a call that waits when the user interrupts the process.
   ErrorRecord InterruptedRecord(const RankMap& rank_map) const;
-  /// Of a process that the call needs, and that is gone.
+  /// The failure of a call that needs a process which is gone.
   ErrorRecord LostRecord(const RankMap& rank_map, int process) const;
   /// Processes whose operands may have been overwritten before this one had read them.
   std::set<int> ProcessesThatGaveUp(const RankMap& rank_map) const;
@@ -72,9 +72,9 @@ struct PendingCall {
   std::vector<Participation> participants;  // by rank
   int phase = 0;
   std::atomic<int> num_running = 0;
-  bool has_ended = false;           // the shares of this process have
+  bool has_ended = false;           // all shares of this process are done
   std::set<int> are_reading;        // other processes that still need the operands of this one
-  std::map<int, uint64_t> gave_up;  // by process, where it says so (WireMessage)
+  std::map<int, uint64_t> gave_up;  // by process: the address in its Join (WireMessage)
 
  private:
   ErrorRecord ProcessRecord(FailureKind kind, const RankMap& rank_map, int process) const;

@@ -1,5 +1,4 @@
-// What the ranks of an exchange do together in one call; the operations of xla_ffi/ops derive from
-// it.
+// A call of the ranks of an exchange, in phases. Operations (xla_ffi/ops) derive from it.
 #pragma once
 
 #include <cstddef>
@@ -14,7 +13,7 @@
 
 namespace jax_ep {
 
-/// One collective call: the operands of all ranks, and what to do with them.
+/// One collective call: the operands of all ranks, and the work of each phase.
 class PhasedCall {
  public:
   PhasedCall(int num_ranks, std::vector<int> pids)
@@ -24,14 +23,14 @@ class PhasedCall {
   PhasedCall& operator=(const PhasedCall&) = delete;
 
   virtual int num_phases() const = 0;
-  /// Whether every process does the shares of all ranks in this phase, not those of its own alone:
-  /// what is worked out of small operands is not worth sending.
+  /// Whether every process does the shares of all ranks in this phase, not only those of its own
+  /// ranks: results that follow from small operands are not worth sending.
   virtual bool IsForAll(int /*phase*/) const { return false; }
-  /// The share of `rank` in `phase`. May read all ranks' operands, through a PeerReader where the
-  /// rank may be elsewhere; writes the results of `rank` only. Must not block.
+  /// Does the share of `rank` in `phase`. May read all ranks' operands, through a PeerReader where
+  /// the rank may be elsewhere. Writes the results of `rank` only. Must not block.
   virtual void Run(int phase, int rank) = 0;
-  /// What a rank brings, as bytes: it may come from another process. False where it belongs to
-  /// another call than what the ranks before it brought.
+  /// Takes the arguments of a rank, as bytes, since they may come from another process. False where
+  /// they belong to another call than those of the ranks before.
   virtual bool Deposit(int rank, std::span<const std::byte> args) = 0;
 
   int num_ranks() const { return num_ranks_; }

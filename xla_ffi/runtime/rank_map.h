@@ -1,4 +1,4 @@
-// Where the ranks of an exchange are: in this process, or in others of the host.
+// The map from the ranks of an exchange to processes of the host.
 #pragma once
 
 #include <set>
@@ -19,13 +19,13 @@ struct RankMap {
     return process_of.empty() ? own_process : process_of[slice * num_ranks + rank];
   }
   bool IsHere(int slice, int rank) const { return ProcessOf(slice, rank) == own_process; }
-  /// Ranks of all slices that are here.
+  /// Number of ranks, of all slices, in this process.
   int NumHere() const;
   /// The ranks of a slice that a process has, in order.
   std::vector<int> RanksOf(int slice, int process) const;
   /// The other processes that have ranks of a slice.
   std::set<int> OthersOf(int slice) const;
-  /// As PeerMemory takes them.
+  /// Process ids by rank, as PeerMemory takes them.
   std::vector<int> PidsOf(int slice) const;
 };
 

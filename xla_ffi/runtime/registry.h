@@ -1,5 +1,5 @@
-// Identity to group, for the executables that use it. The only process-wide state, one for each
-// kind of group.
+// The map from identities to groups, for executables. There is one registry for each kind of group,
+// and no other process-wide state.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,7 @@ class Registry {
     return *registry;
   }
 
-  /// False when a group of this identity is open.
+  /// Adds a group. False when a group of this identity is open.
   bool Add(std::shared_ptr<GroupT> group) {
     std::lock_guard<std::mutex> lock(mutex_);
     const std::string identity = group->identity();
@@ -56,20 +56,21 @@ class Registry {
     return found == groups_.end() ? nullptr : found->second;
   }
 
-  /// The public operation of a call, by what kernels know of the call's name. Kept for good.
+  /// Names the public operation of a call, for OpOf. Kernels know the lower half of the call's
+  /// name. Entries are kept for good.
   void NameCall(uint64_t name, const std::string& op) {
     std::lock_guard<std::mutex> lock(mutex_);
     ops_[static_cast<uint32_t>(name)] = op;
   }
 
-  /// Empty for the name of no call that was loaded.
+  /// The public operation of a call; empty if no such call was loaded.
   std::string OpOf(uint32_t name) const {
     std::lock_guard<std::mutex> lock(mutex_);
     const auto found = ops_.find(name);
     return found == ops_.end() ? std::string() : found->second;
   }
 
-  /// Of the executables that use groups of this kind.
+  /// The call sites of executables that use groups of this kind.
   CallSites& sites() { return sites_; }
 
   std::vector<std::string> OpenGroups() const {

@@ -37,7 +37,7 @@ struct ThreadPool::State {
       // A thread inherits the environment of its creator, and XLA's threads flush subnormals.
       std::fesetenv(FE_DFL_ENV);
       task();
-      task = nullptr;  // what the task owns may go away only outside the lock
+      task = nullptr;  // destroys what the task owns outside the lock
       lock.lock();
     }
     --state->num_threads;
@@ -69,7 +69,7 @@ void ThreadPool::Submit(std::function<void()> task) {
         ++state->num_threads;
         return;
       } catch (const std::system_error&) {
-        // The system gives no more threads: the task waits for one of those there are.
+        // The system gives no more threads: the task waits for a thread that exists.
         if (state->num_threads == 0) throw;
       }
     }

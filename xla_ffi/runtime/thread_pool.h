@@ -8,17 +8,17 @@ namespace jax_ep {
 
 class ThreadPool {
  public:
-  /// With kUnbounded a task never waits for another one, whatever that one blocks on.
+  /// With kUnbounded a task never waits for another one, even if the other one blocks.
   static constexpr int kUnbounded = 1 << 30;
 
   explicit ThreadPool(int max_threads);
-  /// Does not wait: running tasks finish on their own, so a task may destroy its own pool.
+  /// Does not wait: running tasks finish on their own. So a task may destroy its own pool.
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
-  /// Any thread. Tasks start in the order of submission, with the default floating-point
-  /// environment (subnormals kept) whoever submits them.
+  /// Runs a task on a thread of the pool. Any thread may call it. Tasks start in the order of
+  /// submission, in the default floating-point environment, which keeps subnormals.
   void Submit(std::function<void()> task);
 
  private:
