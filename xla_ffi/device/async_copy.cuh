@@ -5,7 +5,7 @@
 
 namespace jax_ep {
 
-/// Past the L1 cache, which does not see what peers write.
+/// Copies 16 bytes past the L1 cache, which does not see writes of peers.
 __device__ inline void AsyncCopy16(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
                    static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
@@ -13,7 +13,7 @@ __device__ inline void AsyncCopy16(void* shared, const void* global) {
                : "memory");
 }
 
-/// Of words that nobody writes while the kernel runs.
+/// Copies 4 bytes that nobody writes while the kernel runs.
 __device__ inline void AsyncCopy4(void* shared, const void* global) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(
                    static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
@@ -23,7 +23,8 @@ __device__ inline void AsyncCopy4(void* shared, const void* global) {
 
 __device__ inline void AsyncCommit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-/// Until at most `num_pending` of the thread's groups are on their way; kMax bounds it.
+/// Waits until at most `num_pending` groups of the thread are on their way, or kMax if that is
+/// fewer.
 template <int kMax>
 __device__ void AsyncWait(int num_pending) {
   if constexpr (kMax == 0) {

@@ -15,7 +15,7 @@ __device__ inline uint32_t SharedAddress(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-/// Tells bytes that arrive in shared memory. One thread initialises it for all.
+/// Counts bytes that arrive in shared memory. One thread initialises the barrier for all.
 class BulkBarrier {
  public:
   __device__ void Init() {
@@ -45,7 +45,8 @@ class BulkBarrier {
   uint64_t word_;
 };
 
-/// Global, also a peer's, to shared memory; the barrier tells when it is there.
+/// Copies global memory, also a peer's, to shared memory. The barrier says when the bytes are
+/// there.
 __device__ inline void BulkLoad(void* shared, const void* global, uint32_t bytes,
                                 const BulkBarrier& barrier) {
   asm volatile(
@@ -55,7 +56,7 @@ __device__ inline void BulkLoad(void* shared, const void* global, uint32_t bytes
       : "memory");
 }
 
-/// Expect and BulkLoad where `does`, which one lane of a warp says; without a branch.
+/// Expect and BulkLoad, without a branch, if `does`: true in one lane of a warp.
 __device__ inline void ExpectAndLoadIf(bool does, void* shared, const void* global, uint32_t bytes,
                                        const BulkBarrier& barrier) {
   asm volatile(
@@ -70,7 +71,7 @@ __device__ inline void ExpectAndLoadIf(bool does, void* shared, const void* glob
       : "memory");
 }
 
-/// Shared to global memory, in the open group of stores of the calling thread.
+/// Copies shared to global memory, in the open group of stores of the calling thread.
 __device__ inline void BulkStore(void* global, const void* shared, uint32_t bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global),
                "r"(SharedAddress(shared)), "r"(bytes)
@@ -79,16 +80,18 @@ __device__ inline void BulkStore(void* global, const void* shared, uint32_t byte
 
 __device__ inline void BulkStoreCommit() { asm volatile("cp.async.bulk.commit_group;"); }
 
-/// Until all but the last `kPending` groups of the thread have been read out of shared memory.
+/// Waits until all but the last `kPending` groups of the thread have been read out of shared
+/// memory.
 template <int kPending>
 __device__ void BulkStoreWaitRead() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 
-/// Until all groups of the thread have been written.
+/// Waits until all groups of the thread have been written.
 __device__ inline void BulkStoreWait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
-/// Between ordinary accesses to memory and accesses of the engine to the same memory.
+/// Orders ordinary accesses to memory before accesses of the engine to the same memory, or after
+/// them.
 __device__ inline void ProxyFence() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
 #endif

@@ -1,4 +1,4 @@
-// How the ranks of a call meet and part, and the blocks of a rank, by the signals of signals.cuh.
+// The begin and the end of a call on all ranks, and barriers of blocks, by signals (signals.cuh).
 #pragma once
 
 #include <cstddef>
@@ -22,8 +22,9 @@ struct PeerAddresses {
   const std::byte* at[kMaxAddresses][kMaxRanks];
 };
 
-/// Every thread of a block, behind a barrier: tells the same block of every peer that this one is
-/// done with its part. `cell(holder, source)` is where the holder finds the signal.
+/// Tells the same block of every peer that this block is done with its part. Every thread of a
+/// block calls it, behind a barrier. `cell(holder, source)` is the signal of `source` in the memory
+/// of `holder`.
 template <typename Cell>
 __device__ void TellBlocks(const Endpoint& self, OpId op, uint32_t epoch, Cell&& cell) {
   for (int r = threadIdx.x; r < self.num_ranks; r += blockDim.x) {
@@ -31,9 +32,9 @@ __device__ void TellBlocks(const Endpoint& self, OpId op, uint32_t epoch, Cell&&
   }
 }
 
-/// Every thread of a block: waits for what the same block of every peer tells, if `waits`, until
-/// it comes or the group fails. The same for the whole block; false when the group has failed, or
-/// a thread's `is_good` is false.
+/// Waits for the signal of the same block of every peer, if `waits`. Every thread of a block calls
+/// it. The result is the same for the whole block: false if the group has failed, or if `is_good`
+/// is false for a thread.
 template <typename Cell>
 __device__ bool AwaitBlocks(const Endpoint& self, OpId op, uint32_t epoch, Cell&& cell,
                             bool waits = true, bool is_good = true) {
@@ -48,7 +49,7 @@ __device__ bool AwaitBlocks(const Endpoint& self, OpId op, uint32_t epoch, Cell&
           return seen.epoch == epoch;
         },
         [&] {
-          int num_seen = 1;  // this rank does not tell itself
+          int num_seen = 1;  // this rank sends itself no signal
 #pragma unroll 1
           for (int peer = 0; peer < self.num_ranks; ++peer) {
             if (peer != self.rank) num_seen += LoadAcquire(cell(self.rank, peer)).epoch == epoch;
@@ -61,7 +62,7 @@ __device__ bool AwaitBlocks(const Endpoint& self, OpId op, uint32_t epoch, Cell&
   return __syncthreads_and(is_good);
 }
 
-/// Both.
+/// TellBlocks and AwaitBlocks: a barrier of the same block of all ranks.
 template <typename Cell>
 __device__ bool BlockBarrier(const Endpoint& self, OpId op, uint32_t epoch, Cell&& cell) {
   __syncthreads();
@@ -69,7 +70,8 @@ __device__ bool BlockBarrier(const Endpoint& self, OpId op, uint32_t epoch, Cell
   return AwaitBlocks(self, op, epoch, cell);
 }
 
-/// Where a holder finds that this block of a source has pushed its part of an operand, or read it.
+/// The signal in the memory of a holder that this block of a source has pushed its part of an
+/// operand, or has read it.
 struct PushedCells {
   const Endpoint& self;
   uint32_t epoch;
@@ -79,14 +81,14 @@ struct PushedCells {
   }
 };
 
-/// BlockBarrier, when this block has its part of a chunk of a sum where the peers read it.
+/// BlockBarrier after this block has stored its part of a chunk of a sum where peers read it.
 __device__ inline bool ReducedBarrier(const Endpoint& self, OpId op, uint32_t epoch) {
   return BlockBarrier(self, op, epoch, [&](int holder, int source) {
     return &self.control[holder]->reduced[source][blockIdx.x];
   });
 }
 
-/// Where the signals of all peers of one kind lie: `stride` bytes apart.
+/// The signals of one kind of all peers, `stride` bytes apart.
 struct SignalRow {
   const Signal* first;
   size_t stride;
@@ -97,7 +99,8 @@ struct SignalRow {
   }
 };
 
-/// How many ranks have sent the signal of `row` in a call. Not unrolled: it runs after a timeout.
+/// Number of ranks that have sent the signal of `row` in a call. Not unrolled: it runs after a
+/// timeout.
 __device__ inline int CountSeen(const Endpoint& self, SignalRow row, uint32_t epoch) {
   int num_seen = 0;
 #pragma unroll 1
@@ -105,7 +108,7 @@ __device__ inline int CountSeen(const Endpoint& self, SignalRow row, uint32_t ep
   return num_seen;
 }
 
-/// By threads that have passed a ReleaseFence.
+/// Sends the addresses of this rank's operands. Its threads have passed a ReleaseFence.
 __device__ inline void Publish(const Endpoint& self, const OwnAddresses& own, uint32_t tag,
                                uint32_t epoch) {
   for (int i = threadIdx.x; i < self.num_ranks * own.count; i += blockDim.x) {
@@ -116,10 +119,10 @@ __device__ inline void Publish(const Endpoint& self, const OwnAddresses& own, ui
   }
 }
 
-/// Every thread of every block of a call's first kernel: tells the peers where this rank's operands
-/// are, and learns where theirs are. The same for the whole block; false when the group has failed,
-/// and then nothing of the peers may be read. `position` is what the program takes for this
-/// device's place in the mesh.
+/// Opens a call: sends the addresses of this rank's operands to the peers, and waits for theirs.
+/// Every thread of every block of a call's first kernel calls it. The result is the same for the
+/// whole block. False if the group has failed: then no memory of a peer may be read. `position`:
+/// this device's position in the mesh, as the program has it.
 __device__ inline bool OpenCall(const Endpoint& self, OpId op, const int32_t* position,
                                 const OwnAddresses& own, PeerAddresses& peers) {
   const bool publishes = blockIdx.x == 0;
@@ -129,7 +132,7 @@ __device__ inline bool OpenCall(const Endpoint& self, OpId op, const int32_t* po
   const bool is_aborted = IsAborted(self);
   const int32_t found_position = publishes ? *position : self.position;
   if (publishes && threadIdx.x < self.num_ranks * own.count) ReleaseFence();
-  // Not by a thread that publishes.
+  // By a thread that does not publish.
   const bool is_busy =
       publishes && threadIdx.x == blockDim.x - 1 && IsOverlap(TakeTurn(self), ended);
   const uint32_t tag = TagOf(op, self.site);
@@ -141,7 +144,7 @@ __device__ inline bool OpenCall(const Endpoint& self, OpId op, const int32_t* po
     if (is_good && !is_in_place && threadIdx.x == 0) {
       Fail(self, FailureKind::kMeshMismatch, op, self.rank, self.position, found_position);
     }
-    // What is published is met: of two calls that overlap, never the second's.
+    // Peers accept what is published: of two calls that overlap, the second must never publish.
     is_good = __syncthreads_and(is_good && is_in_place && !is_busy);
     if (is_good) Publish(self, own, tag, epoch);
   }
@@ -169,12 +172,12 @@ __device__ inline bool OpenCall(const Endpoint& self, OpId op, const int32_t* po
   return __syncthreads_and(is_good);
 }
 
-/// The same in a later kernel of the call, for which everything is there.
+/// Opens a call again in a later kernel, which finds all addresses without waiting.
 __device__ inline bool ReopenCall(const Endpoint& self, OpId op, int num_addresses,
                                   PeerAddresses& peers) {
   const uint32_t epoch = CurrentEpoch(self);
   const uint32_t tag = TagOf(op, self.site);
-  // A failure that is still being told has ended the kernel before this one.
+  // A failure that is not told to all ranks yet has ended the kernel before this one.
   bool is_good = !IsAborted(self) && LoadRelaxed(&self.own()->has_failed) == 0;
   for (int i = threadIdx.x; i < self.num_ranks * num_addresses; i += blockDim.x) {
     const AddressCell& cell = self.own()->address[i / num_addresses][i % num_addresses];
@@ -187,8 +190,9 @@ __device__ inline bool ReopenCall(const Endpoint& self, OpId op, int num_address
   return __syncthreads_and(is_good);
 }
 
-/// Every thread of every block of a kernel that has met and that is no larger than the SM budget:
-/// what each block has written is seen by all. False when the group has failed. Once in a call.
+/// A barrier of all blocks of a kernel: all blocks see what each block has written. Every thread of
+/// every block calls it, after OpenCall, once in a call; the grid is no larger than the SM budget.
+/// False if the group has failed.
 __device__ inline bool GridBarrier(const Endpoint& self, OpId op) {
   bool is_good = true;
   __syncthreads();
@@ -196,7 +200,8 @@ __device__ inline bool GridBarrier(const Endpoint& self, OpId op) {
     uint32_t* num_arrived = &self.own()->num_blocks_arrived;
     is_good = CountBlock(num_arrived) + 1 >= gridDim.x ||
               WaitUntil(self, op, self.rank, [&] { return LoadAcquire(num_arrived) >= gridDim.x; });
-    // Also when all had come already; of an overlapping call, before everyone has been told.
+    // The words are read even if all blocks had arrived. has_failed is set by an overlapping call
+    // before every rank has been told.
     const uint32_t has_failed = LoadRelaxed(&self.own()->has_failed);
     is_good = is_good && (LoadRelaxed(&self.own()->abort) | has_failed) == 0;
   }
@@ -207,9 +212,9 @@ __device__ inline void AddToTurn(const Endpoint& self, uint64_t value) {
   atomicAdd(reinterpret_cast<unsigned long long*>(&self.own()->turn), value);
 }
 
-/// By one thread of each block of a call, when the block has read the epoch and whatever else ends
-/// with it: the last one that comes ends the epoch for the next call on the stream. `num_readers`:
-/// blocks that go on with what has no epoch in it, each until its EndReading.
+/// Counts a block out of its call: the last block ends the epoch for the next call on the stream.
+/// One thread of each block calls it, after the block has read the epoch and all that ends with it.
+/// `num_readers`: blocks that go on reading memory without epochs, each until its EndReading.
 __device__ inline void CountOut(const Endpoint& self, uint32_t ended, int num_readers) {
   if (gridDim.x > 1 && atomicAdd(&self.own()->num_blocks_done, 1) != gridDim.x - 1) return;
   StoreRelaxed(&self.own()->num_blocks_done, 0);
@@ -220,28 +225,30 @@ __device__ inline void CountOut(const Endpoint& self, uint32_t ended, int num_re
   AddToTurn(self, EndOfTurn(ended, num_readers));
 }
 
-/// Every thread of every block.
+/// Ends the reading of a block that CountOut has counted among its readers. Every thread calls it.
 __device__ inline void EndReading(const Endpoint& self) {
   __syncthreads();
   if (threadIdx.x == 0) AddToTurn(self, -kOneReader);
 }
 
-/// Each thread's part of whether a rank has failed. A peer ends its call when this rank has told it
-/// that it has read, or when a failure has been told to every rank, this one included: operands
-/// that were read before a good answer were whole. `abort` may come later than the record.
+/// Whether no rank has failed, as far as this thread looks: the threads of a block together look at
+/// all ranks. A peer ends its call when this rank has signalled that it has read, or when a failure
+/// has been told to every rank, this one included. So operands that were read before a good answer
+/// were whole. `abort` may come later than the record.
 __device__ inline bool NoneHasFailed(const Endpoint& self) {
   const uint32_t was_told = LoadRelaxed(&self.own()->told[threadIdx.x % self.num_ranks].is_set);
   const uint32_t has_failed = LoadRelaxed(&self.own()->has_failed);
   return !IsAborted(self) && (was_told | has_failed) == 0;
 }
 
-/// Every thread of every block of a call in which the same blocks of all ranks do the same parts,
-/// when it has read what it reads in place: waits until the same block of every peer has, too, and
-/// ends the epoch. So no rank ends while its operands are read. EndReading must follow. The same
-/// for the whole block; false when the group has failed: then the block may have read anything.
+/// Closes a call in which the same blocks of all ranks do the same parts. Every thread of every
+/// block calls it after the block has read what it reads in place. It waits until the same block of
+/// every peer has read, too, and ends the epoch. So no rank ends while its operands are read.
+/// EndReading must follow. The result is the same for the whole block. False if the group has
+/// failed: then the block may have read anything.
 ///
-/// A block that knows of a failure goes on waiting: a peer that does not know yet still reads. Only
-/// `abort` ends the wait, which is raised when every rank has been told.
+/// A block that knows of a failure goes on waiting: a peer that does not know of it still reads.
+/// Only `abort` ends the wait; it is set when every rank has been told.
 __device__ inline bool CloseBlocks(const Endpoint& self, OpId op, bool is_open) {
   const uint32_t ended = LoadRelaxed(&self.own()->turn.epoch);
   const uint32_t epoch = NextEpoch(ended);
@@ -249,13 +256,13 @@ __device__ inline bool CloseBlocks(const Endpoint& self, OpId op, bool is_open) 
   __syncthreads();
   if (is_open) TellBlocks(self, op, epoch, cells);
   const bool is_good = is_open && NoneHasFailed(self);
-  // Not by a thread that waits.
+  // By a thread that does not wait.
   if (threadIdx.x == blockDim.x - 1) CountOut(self, ended, gridDim.x);
   return AwaitBlocks(self, op, epoch, cells, /*waits=*/is_open, is_good);
 }
 
-/// All results of a call, and what they are filled with when it fails: 0xff in every byte is a NaN
-/// of every type, and kNoIndex.
+/// All results of a call, and the byte that fills each if the call fails: 0xff in every byte is a
+/// NaN of every type, and kNoIndex.
 struct Results {
   static constexpr int kMax = 16;
   struct Span {
@@ -278,12 +285,12 @@ struct Results {
   }
 };
 
-/// Every thread of every block of a call's last kernel, when it has read all that it will read: the
-/// last block waits until no peer reads this rank's operands any more, and ends the epoch.
+/// Closes a call: the last block waits until no peer reads this rank's operands any more, and ends
+/// the epoch. Every thread of every block of a call's last kernel calls it, after its last read.
 ///
-/// The last block also has the verdict of the call: after a failure seen by any block, or meanwhile
-/// by a peer, no result is left as it is. Blocks that have not met do not count on there being one:
-/// calls that overlap are counted together.
+/// The last block also decides whether the call has failed: after a failure that any block has
+/// seen, or a peer meanwhile, it poisons all results. Blocks whose call is not open do not rely on
+/// a last block: calls that overlap are counted together.
 __device__ inline void CloseCall(const Endpoint& self, OpId op, bool is_open,
                                  const Results& results) {
   __shared__ bool is_last;

@@ -53,7 +53,8 @@ std::vector<int> DeviceGroup::DevicesHere() const {
 void DeviceGroup::Open(uint64_t timeout_ns, const LoadKernels& load_kernels) {
   const size_t size = positions_.size();
   {
-    const OnDevice on_device(DevicesHere().front());  // else it were device 0, maybe another's
+    const OnDevice on_device(
+        DevicesHere().front());  // not device 0, which may be another process's
     CheckCuda("cudaHostAlloc",
               cudaHostAlloc(reinterpret_cast<void**>(&records_), size * sizeof(FailureRecord),
                             cudaHostAllocPortable | cudaHostAllocMapped));
@@ -69,7 +70,7 @@ void DeviceGroup::Open(uint64_t timeout_ns, const LoadKernels& load_kernels) {
     if (!is_here_[i]) continue;
     const int64_t device = positions_[i].device_id;
     const OnDevice on_device(device);
-    CheckCuda("cudaFree", cudaFree(nullptr));  // makes the context, if nobody has
+    CheckCuda("cudaFree", cudaFree(nullptr));  // makes the context if there is none
     const size_t staging_offset = SharedBytes(num_ranks_);
     control_[i] = ShareableMemory::Create(static_cast<int>(device), staging_offset + staging_bytes_,
                                           DevicesHere());
@@ -147,7 +148,7 @@ void DeviceGroup::Import(int index, const Exported& exported) {
 }
 
 void DeviceGroup::Complete() {
-  // Ranks share work by what a device can do: all of them count on the least.
+  // Ranks divide work by the traits of a device. All ranks use the least of each trait.
   DeviceTraits least = members_.front().traits;
   for (const Member& member : members_) {
     const DeviceTraits& t = member.traits;
@@ -155,8 +156,8 @@ void DeviceGroup::Complete() {
     least.max_shared_bytes = std::min(least.max_shared_bytes, t.max_shared_bytes);
     least.has_bulk_copy = least.has_bulk_copy && t.has_bulk_copy;
   }
-  // Ranks of several processes may share a GPU: the blocks of all of them must fit at once, since
-  // they wait for one another.
+  // Ranks of several processes may share a GPU. Their blocks wait for one another, so the blocks of
+  // all ranks must fit at once.
   int most_ranks = 1;
   for (const uint64_t gpu : gpus_) {
     most_ranks = std::max<int>(most_ranks, std::count(gpus_.begin(), gpus_.end(), gpu));
@@ -186,7 +187,7 @@ void DeviceGroup::Release() {
     static_cast<void>(new std::vector<ShareableMemory>(std::move(pools_)));
     return;
   }
-  // Unmapping waits for nobody, and what fails here is too late to be told.
+  // Unmapping would not wait for kernels. Errors are ignored: it is too late to report them.
   for (const int device : DevicesHere()) {
     try {
       const OnDevice on_device(device);
@@ -215,7 +216,7 @@ void DeviceGroup::Reopen(std::chrono::milliseconds timeout) {
   for (size_t i = 0; i < positions_.size(); ++i) {
     if (!is_here_[i]) continue;
     const OnDevice on_device(positions_[i].device_id);
-    // What was pushed may stay: its signals are gone.
+    // Pushed operands may stay, since their signals are zeroed.
     CheckCuda("cudaMemset", cudaMemsetAsync(control_[i].data(), 0, kPushedOffset, copies_[i]));
     CheckCuda("cudaMemcpy",
               cudaMemcpyAsync(&ControlAt(i)->timeout_ns, &timeout_ns, sizeof(timeout_ns),
@@ -226,7 +227,8 @@ void DeviceGroup::Reopen(std::chrono::milliseconds timeout) {
 }
 
 const DeviceGroup::Member* DeviceGroup::Find(int64_t device_id) const {
-  // XLA has made the device of a call current, and may count those that a process was given from 0.
+  // XLA has made the device of a call current. Its own numbers may count the devices that the
+  // process was given from 0.
   int current = -1;
   if (cudaGetDevice(&current) != cudaSuccess) current = static_cast<int>(device_id);
   const auto found = index_of_device_.find(current);

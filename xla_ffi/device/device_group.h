@@ -1,6 +1,6 @@
-// The native half of jax_ep.Group on GPUs: who is who, and the memory they meet in.
+// The native half of jax_ep.Group on GPUs: its positions, and the memory that its ranks share.
 //
-// Executables hold a shared_ptr to it, so a closed group lives until the last of them is gone.
+// Executables hold a shared_ptr to it, so a closed group lives until the last executable is gone.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -43,47 +43,48 @@ class DeviceGroup : public Interruptible, public std::enable_shared_from_this<De
   const std::string& identity() const { return identity_; }
   int num_ranks() const { return num_ranks_; }
 
-  /// A device of the group as kernels see it; null for a device that is not in it.
+  /// A device of the group, as kernels see it.
   struct Member {
     Endpoint endpoint;
     DeviceTraits traits;
-    PeerPool pool = {};  // what peers can read of the device's memory, for as long as XLA lives
-    std::vector<int> readers = {};  // of whom else to ask the driver; none: nothing else is read
+    PeerPool pool = {};             // memory that peers can read, for as long as XLA lives
+    std::vector<int> readers = {};  // devices to ask the driver about; none: peers read `pool` only
     std::byte* staging = nullptr;
     size_t staging_bytes = 0;
   };
+  /// Null for a device that is not in the group.
   const Member* Find(int64_t device_id) const;
 
   /// Where all members are of this process: what peers may read of the memory that XLA gives, by an
   /// address of any buffer of it on the device of a position. False where they may not.
   bool FindPool(int index, uint64_t address);
 
-  /// What another process needs to reach a device of this one.
+  /// Data by which another process reaches a device of this process.
   struct Exported {
     DeviceTraits traits;
-    uint64_t gpu;  // which it is, on its host
+    uint64_t gpu;  // GpuOf the device
     int control;   // descriptor; the receiver closes both
     size_t control_bytes;
-    ExportedAllocation pool;  // no descriptor where all operands are staged
+    ExportedAllocation pool;  // without descriptor if all operands are staged
   };
-  /// `address`: of any buffer of XLA on the device of a position.
+  /// Exports the device of a position. `address`: of any buffer of XLA on it.
   Exported Export(int index, uint64_t address);
-  /// The same of a device elsewhere. Takes the descriptors over.
+  /// Imports a device of another process. Takes the descriptors over.
   void Import(int index, const Exported& exported);
-  /// When all have been imported.
+  /// Completes the group after all imports.
   void Complete();
 
   std::optional<ErrorRecord> error() const;
 
-  /// After another process was lost: a collective of XLA's that waits for it may be on a device and
-  /// never end. From now on the destructor waits for no device, and so must leave to the end of the
-  /// process what kernels may still use.
+  /// Abandons the group after another process was lost: an XLA collective that waits for it may
+  /// never end. From now on the destructor waits for no device. So it keeps memory that kernels may
+  /// still use until the end of the process.
   void Abandon();
 
-  /// As if newly opened, in the same memory, which captured programs refer to. In all processes,
-  /// when nothing of the group runs any more in any of them.
+  /// Opens the group again in the same memory, which captured programs refer to. All processes call
+  /// it, when no call of the group runs in any of them.
   void Reopen(std::chrono::milliseconds timeout);
-  /// Another group has taken this one's identity, in other memory.
+  /// Notes that another group has taken this group's identity, in other memory.
   void Supersede() { is_superseded_ = true; }
   bool is_superseded() const { return is_superseded_; }
   bool stages_all() const { return stages_all_; }
@@ -91,18 +92,19 @@ class DeviceGroup : public Interruptible, public std::enable_shared_from_this<De
   /// Whether packets may be sent between this process's devices and all others; when complete.
   bool has_native_atomics() const { return has_native_atomics_; }
 
-  /// When the user interrupts the process: calls that run on devices here, and have not advanced
-  /// when the second of these methods looks at them, wait for peers. They end as by a failure of
-  /// this rank, and the group has failed on all ranks of the slice. All copy beside what runs on
-  /// the devices.
+  /// Interrupts by the user. A call that runs on a device here waits for peers if it has not
+  /// advanced between NoteWaits and EndNotedWaits. It ends as by a failure of this rank, and the
+  /// group has failed on all ranks of the slice. All three methods copy beside the work on the
+  /// devices.
   void NoteWaits() override;
   void EndNotedWaits() override;
   bool IsWaiting() override;
 
   /// For tests: calls of `rank` end at once, poisoned, and never reach the peers. kNoIndex undoes
-  /// it.
+  /// this.
   void SkipRank(int rank);
-  /// For tests: as if so many calls had been made. All processes, between two calls.
+  /// For tests: sets the epoch as if so many calls had been made. All processes call it, between
+  /// two calls of the group.
   void SetEpoch(uint32_t epoch);
 
  private:
@@ -110,7 +112,8 @@ class DeviceGroup : public Interruptible, public std::enable_shared_from_this<De
   void Release();
   std::vector<int> DevicesHere() const;
   bool IsAlone() const { return DevicesHere().size() == positions_.size(); }
-  /// What a peer has told the device of a position here, also when no call looks at it any more.
+  /// The failure that a peer has told the device of a position here, even if no call reads it any
+  /// more.
   std::optional<FailureRecord> ToldTo(size_t index) const;
   /// The epoch behind which a call runs on the device of a position here, if one does.
   std::optional<uint32_t> RunningAt(size_t index) const;
@@ -127,19 +130,19 @@ class DeviceGroup : public Interruptible, public std::enable_shared_from_this<De
   size_t staging_bytes_;
   bool stages_all_;
   std::vector<bool> is_here_;             // by position, as is all that follows
-  std::vector<Member> members_;           // without those elsewhere, of which only traits are known
-  std::vector<uint64_t> gpus_;            // which each is, on the host
-  std::vector<ShareableMemory> control_;  // of a ControlBlock each
-  std::vector<ShareableMemory> pools_;    // of those elsewhere
+  std::vector<Member> members_;           // of devices elsewhere only the traits are known
+  std::vector<uint64_t> gpus_;            // GpuOf each device
+  std::vector<ShareableMemory> control_;  // each begins with a ControlBlock
+  std::vector<ShareableMemory> pools_;    // of devices elsewhere
   std::vector<PeerPool> maps_;
-  std::vector<cudaStream_t> copies_;  // to the host, beside whatever waits on the device
+  std::vector<cudaStream_t> copies_;  // streams for copies beside work that waits on the device
   FailureRecord* records_ = nullptr;  // by position, in pinned host memory
   std::unordered_map<int64_t, int> index_of_device_;
   std::atomic<bool> is_abandoned_ = false;
   std::atomic<bool> is_superseded_ = false;
   bool has_native_atomics_ = false;
   HomeProcess home_;
-  std::vector<std::optional<uint32_t>> noted_;  // what RunningAt found; of the watching thread
+  std::vector<std::optional<uint32_t>> noted_;  // from RunningAt; for the watching thread only
 };
 
 }  // namespace jax_ep

@@ -1,4 +1,4 @@
-// Failures of a group on GPUs: reading what kernels have recorded, and ending calls that wait.
+// Failures of a group on GPUs: reads records of kernels, and ends calls that wait.
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
@@ -15,13 +15,13 @@
 namespace jax_ep {
 namespace {
 
-// The public operation that a call is a part of, which the host knows by the call's site.
+// The public operation that a call belongs to. The host knows it by the call's site.
 std::string OpOf(const FailureRecord& record) {
   // The host cannot tell which call it was.
   if (record.kind == FailureKind::kInterrupted) return "call";
   const std::string op = Registry<DeviceGroup>::Get().OpOf(record.site);
   if (!op.empty()) return op;
-  // A peer that calls something else may know a site that this process does not.
+  // A peer that makes another call may send a site that this process does not know.
   return record.op == OpId::kPullRows ? "dispatch or combine" : NameOf(record.op);
 }
 
@@ -46,7 +46,7 @@ std::optional<ErrorRecord> DeviceGroup::error() const {
     } else if (!IsAlone()) {
       own = ToldTo(i);
     }
-    // A call beside another one makes its peers see a call that is not theirs: not the cause.
+    // Two calls at once are the cause of a mismatch that their peers record.
     if (own && (!found || own->kind == FailureKind::kArrivedTwice)) found = own;
   }
   if (!found) return std::nullopt;
@@ -70,7 +70,7 @@ std::optional<FailureRecord> DeviceGroup::ToldTo(size_t index) const {
                         [](const FailureRecord& record) { return record.is_set != 0; });
   };
   if (find_first() == std::end(told)) return std::nullopt;
-  // What lies beside the word may have been copied before it was written: once more.
+  // The record may have been copied before it was written, and is_set after: copy it once more.
   return *find_first();
 }
 
@@ -112,9 +112,9 @@ void DeviceGroup::FailAt(size_t index, FailureRecord record) {
   uint32_t has_failed = 0;
   CopyBeside(index, &has_failed, &ControlAt(index)->has_failed, sizeof(has_failed),
              cudaMemcpyDeviceToHost);
-  if (has_failed != 0) return;  // and it ends the waits itself
-  // In the order of Fail (device/signals.cuh). The words of `told` go in front of is_set, which a
-  // single copy would not promise.
+  if (has_failed != 0) return;  // the rank ends the waits itself
+  // The order is that of Fail (device/signals.cuh). The words of `told` are copied before is_set:
+  // one copy of both would promise no order.
   record.is_set = 0;
   records_[index] = record;
   std::atomic_thread_fence(std::memory_order_release);

@@ -10,7 +10,7 @@ namespace jax_ep {
 
 void CheckCuda(const char* what, cudaError_t status) {
   if (status == cudaSuccess) return;
-  cudaGetLastError();  // not left behind for whoever asks next
+  cudaGetLastError();  // clears the error for later callers
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 

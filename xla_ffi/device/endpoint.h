@@ -1,4 +1,4 @@
-// What a kernel knows of its group: where its rank stands, and where the peers' memory is.
+// A kernel's view of its group: the position of its rank, and the memory of its peers.
 #pragma once
 
 #include <cstddef>
@@ -10,7 +10,7 @@
 
 namespace jax_ep {
 
-/// What a launch must know of the device it runs on.
+/// Properties of a device that a launch depends on.
 struct DeviceTraits {
   int num_sms;
   size_t max_shared_bytes;  // of a block
@@ -18,24 +18,25 @@ struct DeviceTraits {
   int highest_priority;  // of a kernel
 };
 
-/// Where a rank's buffers are mapped here. Its operands are told as it addresses them itself.
+/// The mapping of a peer's buffers into this process. Peers send addresses as they use them
+/// themselves.
 struct PeerPool {
-  uint64_t begin = 0;           // of the peer's addresses
-  uint64_t bytes = UINT64_MAX;  // nothing else of it can be read
-  uint64_t here = 0;            // where `begin` is
+  uint64_t begin = 0;           // first address that can be read, as the peer uses it
+  uint64_t bytes = UINT64_MAX;  // number of bytes that can be read
+  uint64_t here = 0;            // address of `begin` in this process
 };
 
-/// One rank's view of its group; what kernels get.
+/// One rank's view of its group, as kernels get it.
 struct Endpoint {
   int rank;
   int num_ranks;
-  int32_t position;  // of this device in the group's mesh
-  uint32_t site;     // of the call in its program; equal on all ranks
+  int32_t position;  // position of this device in the group's mesh
+  uint32_t site;     // name of the call, equal on all ranks
   Rooms rooms;
   ControlBlock* control[kMaxRanks];
-  uint64_t control_bytes;  // of the own one's memory
+  uint64_t control_bytes;  // size of the memory that begins with a ControlBlock
   FailureRecord* record;
-  PeerPool pools[kMaxRanks] = {};  // by rank; the default: a rank of this process
+  PeerPool pools[kMaxRanks] = {};  // by rank; the default is right for ranks of this process
 
 #ifdef __CUDACC__
   __device__ ControlBlock* own() const { return control[rank]; }

@@ -7,23 +7,24 @@
 
 namespace jax_ep {
 
-/// First in a kernel that is launched behind another: until the kernel before it has ended.
+/// Waits until the kernel before this one has ended. A kernel that is launched behind another one
+/// begins with it.
 __device__ inline void WaitForPrevious() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();
 #endif
 }
 
-/// In a kernel that another one is launched behind: its blocks may take their places and wait.
+/// Lets the blocks of the kernel that is launched behind this one take their places, and wait.
 __device__ inline void LetNextStart() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   cudaTriggerProgrammaticLaunchCompletion();
 #endif
 }
 
-/// How a kernel is launched. `is_behind`: another kernel of the call is before it on the stream.
-/// `priority`: that of the device's traits, so that blocks get the next SMs that are free. Peers
-/// wait for them, and they are few.
+/// Configuration of a launch. `is_behind`: another kernel of the call comes before it on the
+/// stream. `priority`: that of the device's traits. With it, blocks get the next SMs that are free:
+/// they are few, and peers wait for them.
 struct LaunchConfig {
   int num_blocks;
   int num_threads;

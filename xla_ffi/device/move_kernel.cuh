@@ -1,5 +1,5 @@
-// The kernel that moves rows (move_rows.cuh); each kind of items in one translation unit only,
-// since a kernel that two of them have is loaded in one of them.
+// The kernel that moves rows (move_rows.cuh). Use each kind of items in one translation unit only:
+// a kernel of two translation units is loaded in only one of them.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -21,11 +21,11 @@ inline constexpr size_t kMinBulkRowBytes = 512;
 inline constexpr size_t kMoveSharedBytes = 216 * 1024;
 static_assert(kMaxRowBytes + kMaxPieceBytes <= UINT32_MAX);
 
-// How the rows of a block are shared between its warps, decided on the host.
+// The division of a block's rows between its warps, decided on the host.
 struct MoveGeometry {
   int num_bulk_warps;
   int num_lane_warps;
-  uint32_t piece_bytes;  // of one stage
+  uint32_t piece_bytes;  // size of one stage
   size_t shared_bytes;
   bool is_bulk[kMaxRowStreams];
 
@@ -51,7 +51,7 @@ inline MoveGeometry MakeMoveGeometry(const RowStream* streams, int num_streams, 
   g.piece_bytes = static_cast<uint32_t>(piece);
   g.num_bulk_warps =
       static_cast<int>(std::min<size_t>(kMaxBulkWarps, kMoveSharedBytes / (kMoveStages * piece)));
-  // All that are left: what they load waits behind the bulk copies, 10 us each time.
+  // All other warps copy lane by lane: each of their loads waits behind the bulk copies, for 10 us.
   g.num_lane_warps = kMaxMoveWarps - g.num_bulk_warps;
   g.shared_bytes = g.num_bulk_warps * kMoveStages * piece;
   return g;
@@ -59,14 +59,14 @@ inline MoveGeometry MakeMoveGeometry(const RowStream* streams, int num_streams, 
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
-// What a warp remembers of the piece in a stage.
+// The piece of a row in a stage.
 struct BulkStage {
   BulkBarrier arrived;
-  uint32_t offset;           // in its row
-  int32_t place[kWarpSize];  // of its row, by slot
+  uint32_t offset;           // of the piece in its row
+  int32_t place[kWarpSize];  // of the row, by slot
 };
 
-// One warp's ring, and the rows that go through it.
+// One warp's ring of stages, and the rows that go through it.
 template <typename Items>
 class BulkMover {
  public:
@@ -86,12 +86,12 @@ class BulkMover {
     address_ = address;
     next_ = claims.Next();
     next_place_ = PlaceOf(next_);
-    offset_ = static_cast<uint32_t>(stream.row_bytes);  // behind the last piece of no row
+    offset_ = static_cast<uint32_t>(stream.row_bytes);  // as if a row were done
     is_done_ = false;
     for (int i = 0; i < kMoveStages - 1; ++i) Issue(claims);
     while (num_consumed_ != num_issued_) {
       Consume();
-      // The stage that comes next was stored from one step ago; the stores of this step may go on.
+      // The stores of the previous step have read the next stage; those of this step may go on.
       BulkStoreWaitRead<1>();
       __syncwarp();
       Issue(claims);
@@ -108,8 +108,8 @@ class BulkMover {
     return args_.items.Place(item, Lane());
   }
 
-  // Moves on to the next item that goes anywhere. The places of the one after it are on their way
-  // by then.
+  // Advances to the next item that has a place here. The places of the item after it are then on
+  // their way.
   __device__ bool NextRow(Claims& claims) {
     const uint32_t count = args_.items.count();
     while (next_ < count) {
@@ -184,8 +184,8 @@ class BulkMover {
 
 #endif
 
-// Lane by lane, in words of the row's alignment. `Word` is loaded past the L1 cache, which does
-// not see what peers write. Of kRows rows at a time, kWords words are on their way for each lane.
+// Copies rows lane by lane, in words of the row's alignment. Loads bypass the L1 cache, which does
+// not see writes of peers. For each lane, kWords words of kRows rows are on their way at a time.
 template <typename Word, int kRows, int kWords, typename Items>
 __device__ void CopyByLanes(const Items& items, const RowStream& stream,
                             const std::byte* const* sources, int lanes_per_row, int thread,
@@ -239,7 +239,8 @@ template <typename Word, typename Items>
 __device__ void CopyStreamByLanes(const Items& items, const RowStream& stream,
                                   const std::byte* const* sources, int thread, int num_threads) {
   const int64_t num_words = static_cast<int64_t>(stream.row_bytes / sizeof(Word));
-  // Short rows share a warp, and many are on their way at once: a peer's answer takes microseconds.
+  // Short rows share a warp, so that many are on their way at once: a peer's answer takes
+  // microseconds.
   int lanes_per_row = 1;
   while (lanes_per_row < kWarpSize && lanes_per_row < num_words) lanes_per_row *= 2;
   if (num_words <= lanes_per_row) {
@@ -249,7 +250,7 @@ __device__ void CopyStreamByLanes(const Items& items, const RowStream& stream,
   }
 }
 
-// Zeros in the rows without a token that `fill` names.
+// Zeroes the rows without a token that `fill` names.
 __device__ inline void ZeroRows(const FillRows& fill, const RowStream* streams, int num_streams,
                                 int warp, int num_warps) {
   if (fill.fill == Fill::kNone) return;
@@ -294,11 +295,11 @@ __device__ void MoveByLanes(const MoveArgs<Items>& args, const MoveGeometry& geo
 //
 // Geometry   one block per SM of the budget. Its first warps drive the bulk copy engine: each owns
 //            a ring of stages in shared memory, claims whole rows and copies them piece by piece.
-//            The others copy streams that the engine cannot take, lane by lane, and zero rows.
+//            The other warps copy streams that the engine cannot take, lane by lane, and zero rows.
 //            Below compute capability 9.0 all warps are of the second kind.
-// Protocol   meets its peers (again, in a dispatch), ends the call with read_done to every peer.
-// Traffic    per source row that goes anywhere here: its bytes read, over NVLink if the source is
-//            another rank; per row of the result: its bytes written.
+// Protocol   opens the call, or reopens it in a dispatch; closes it with read_done to every peer.
+// Traffic    per source row with a place here: its bytes read, over NVLink if the source is another
+//            rank; per row of the result: its bytes written.
 // Floor      remote rows * row_bytes / NVLink pull, or all bytes / HBM, whichever takes longer.
 template <typename Items>
 __global__ void __launch_bounds__(kWarpSize* kMaxMoveWarps)
@@ -313,9 +314,9 @@ __global__ void __launch_bounds__(kWarpSize* kMaxMoveWarps)
   const int num_bulk_warps = geometry.num_bulk_warps;
   const int num_lane_warps = geometry.num_lane_warps;
   if (!is_open) {
-    // CloseCall fills the results.
+    // The call has failed: CloseCall fills the results.
   } else if (warp >= num_bulk_warps) {
-    // Neighbouring rows go to different SMs: a short call is spread over all of them.
+    // Neighbouring rows go to different SMs, so that a short call is spread over all SMs.
     MoveByLanes(args, geometry, peers, (warp - num_bulk_warps) * gridDim.x + blockIdx.x,
                 num_lane_warps * gridDim.x);
   } else {
@@ -336,8 +337,8 @@ __global__ void __launch_bounds__(kWarpSize* kMaxMoveWarps)
   CloseCall(args.self, args.op, is_open, args.results);
 }
 
-/// The kernel that ends a call: every row of its results is there afterwards. `is_behind`: an
-/// earlier kernel of the call is on the stream.
+/// Launches the last kernel of a call: afterwards every row of the results is there. `is_behind`:
+/// an earlier kernel of the call is on the stream.
 template <typename Items>
 cudaError_t LaunchMove(const MoveArgs<Items>& args, const DeviceTraits& device, int num_sms,
                        bool is_behind, cudaStream_t stream) {
@@ -345,7 +346,7 @@ cudaError_t LaunchMove(const MoveArgs<Items>& args, const DeviceTraits& device, 
   const LaunchConfig config{.num_blocks = num_sms,
                             .num_threads = g.num_threads(),
                             .shared_bytes = g.shared_bytes,
-                            // Older kernels do not wait for the one before them themselves.
+                            // Kernels for older devices have no WaitForPrevious.
                             .is_behind = is_behind && device.has_bulk_copy,
                             .priority = device.highest_priority,
                             .stream = stream};
@@ -359,7 +360,7 @@ cudaError_t LoadMoveKernel(DeviceTraits& device) {
   cudaFuncAttributes found{};
   const cudaError_t status = cudaFuncGetAttributes(&found, MoveKernel<Items>);
   if (status != cudaSuccess) return status;
-  // What was compiled for an older device does not use the engine of a newer one.
+  // A kernel that was compiled for an older device does not use the engine of a newer one.
   device.has_bulk_copy = device.has_bulk_copy && found.ptxVersion >= 90;
   return cudaFuncSetAttribute(MoveKernel<Items>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                               device.has_bulk_copy ? kMoveSharedBytes : 0);

@@ -1,4 +1,5 @@
-// Rows from the ranks' arrays to their final places in this rank's results.
+// Arguments of the kernel that moves rows from the ranks' arrays to their final places in this
+// rank's results.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -18,14 +19,14 @@ struct SourceRow {
   int64_t row;
 };
 
-/// Spreads items over sources in a fixed but irregular order: a warp that takes every n-th item
-/// meets all sources alike, whatever n is, and all links are busy at all times.
+/// Spreads items over sources in a fixed but irregular order. A warp that takes every n-th item
+/// finds all sources equally often, whatever n is, and all links are busy at all times.
 __device__ inline uint32_t Rotation(uint32_t n) { return n * 0x9e3779b1u >> 16; }
 
-// Items tell of each source row where it goes here; and what else there is to do, thread by thread,
-// while rows are on their way (WriteRoutingResults).
+// Items give the place of each source row on this rank. WriteRoutingResults is work that threads do
+// while rows are on their way.
 
-/// Items are the tokens of all ranks, the ranks in turns.
+/// Items are the tokens of all ranks, and ranks alternate.
 struct TokenItems {
   const int32_t* row_of;  // [num_ranks * num_tokens, num_slots] row here, or kNoIndex
   int num_slots;
@@ -44,7 +45,7 @@ struct TokenItems {
   __device__ void WriteRoutingResults(const PeerAddresses&, int, int) const {}
 };
 
-/// Items are the rows of the result, strided, since neighbours mostly come from one rank.
+/// Items are the rows of the result, with a stride, since neighbours mostly come from one rank.
 struct IndexItems {
   static constexpr uint32_t kStreams = 16;
   static constexpr int num_slots = 1;
@@ -75,7 +76,7 @@ struct IndexItems {
 
 /// Rows that may hold no token, and which of them are zeroed.
 struct FillRows {
-  const int32_t* source;  // [capacity] negative: no token; `source_end` or more: none either
+  const int32_t* source;  // [capacity] no token if negative, or `source_end` or more
   int64_t source_end;
   int64_t capacity;
   const int32_t* num_recv;  // read for Fill::kPadding
@@ -86,7 +87,7 @@ template <typename Items>
 struct MoveArgs {
   Endpoint self;
   OpId op;
-  const int32_t* position;  // null: the ranks have met in an earlier kernel of the call
+  const int32_t* position;  // null: an earlier kernel has opened the call
   OwnAddresses own;
   int first_address;  // of the streams
   int num_streams;

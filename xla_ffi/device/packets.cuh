@@ -1,5 +1,5 @@
-// Operands that are stored where their reader looks for them: small ones with the epoch in each
-// packet, larger ones with a signal behind each block's part.
+// Operands that a rank stores in its peers' memory: small ones with the epoch in each packet,
+// larger ones with a signal behind each block's part.
 #pragma once
 
 #include <cstddef>
@@ -12,7 +12,7 @@
 
 namespace jax_ep {
 
-/// Vectors of a lane in its part of a group, and the packets that they fill.
+/// A lane's vectors in a group of packets, and the packets that they fill.
 inline constexpr int kPacketVectors = 3;
 inline constexpr int kLanePackets = 4;
 inline constexpr int kGroupVectors = kPacketVectors * kWarpSize;
@@ -21,18 +21,18 @@ static_assert(kLanePackets * kWarpSize * kVectorBytes == kPacketGroupBytes);
 
 __device__ inline int PacketLane() { return threadIdx.x % kWarpSize; }
 
-/// This lane's vectors in a group, among the `num_vectors` of the operand. A warp's loads and
-/// stores fill whole lines, as do those of its packets.
+/// This lane's vectors in a group, among the `num_vectors` of the operand. A warp's accesses fill
+/// whole lines, both to the operand and to packets.
 __device__ inline Strided VectorsOf(int64_t group, int64_t num_vectors) {
   return {.first = group * kGroupVectors + PacketLane(), .step = kWarpSize, .end = num_vectors};
 }
 
 struct Packet {
   uint64_t low;
-  uint64_t high;  // its upper half is the epoch
+  uint64_t high;  // the upper half is the epoch
 };
 
-/// This lane's packets of a group, and what their sender calls.
+/// This lane's packets of a group, and the tag of their sender's call.
 struct LanePackets {
   Packet at[kLanePackets];
   Signal called;
@@ -44,11 +44,11 @@ struct PushCall {
   uint32_t ended;  // the epoch before
   uint32_t epoch;
   uint32_t tag;
-  Signal before;  // the turn that the first thread of all has found
+  Signal before;  // turn before this call; of the first thread of the grid
 };
 
-/// Every thread of every block: tells the peers what this rank calls. False when the group has
-/// failed, or where the program takes this device to have another place in the mesh.
+/// Begins a call, and sends its tag to the peers. Every thread of every block calls it. False if
+/// the group has failed, or if the program has this device at another position of the mesh.
 __device__ inline bool Begin(const Endpoint& self, OpId op, const int32_t* position,
                              PushCall& call) {
   const bool is_first_block = blockIdx.x == 0;
@@ -77,7 +77,7 @@ __device__ inline bool Begin(const Endpoint& self, OpId op, const int32_t* posit
   return true;
 }
 
-/// Where `holder` finds what `source` sends it; this lane's first packet of a group.
+/// This lane's first packet of a group of `source`, in the memory of `holder`.
 __device__ inline std::byte* PacketsAt(const Endpoint& self, int holder, int source, uint32_t epoch,
                                        int64_t group) {
   const int64_t half = int64_t{epoch & 1} * kPacketGroups;
@@ -87,7 +87,7 @@ __device__ inline std::byte* PacketsAt(const Endpoint& self, int holder, int sou
 }
 
 __device__ inline void StorePacket(std::byte* to, Packet packet) {
-  // One access of 16 bytes: whoever sees the epoch sees the rest.
+  // One access of 16 bytes: a reader that sees the epoch sees the rest.
   asm volatile(
       "{\n\t.reg .b128 packet;\n\tmov.b128 packet, {%1, %2};\n\t"
       "st.relaxed.sys.global.b128 [%0], packet;\n\t}" ::"l"(to),
@@ -106,7 +106,7 @@ __device__ inline Packet LoadPacket(const std::byte* from) {
   return packet;
 }
 
-/// By a warp: sends a group of vectors to a peer.
+/// Sends a group of vectors to a peer. For a whole warp.
 __device__ inline void Send(const Endpoint& self, int peer, uint32_t epoch, int64_t group,
                             const uint4 (&vectors)[kPacketVectors]) {
   std::byte* to = PacketsAt(self, peer, self.rank, epoch, group);
@@ -123,7 +123,8 @@ __device__ inline void Send(const Endpoint& self, int peer, uint32_t epoch, int6
   store(3, c.y, c.z, c.w);
 }
 
-/// By a warp: looks for what a peer sends; Receive waits for it.
+/// Loads a group of a peer's packets, which may not be there yet; Receive waits for them. For a
+/// whole warp.
 __device__ inline LanePackets Look(const Endpoint& self, int peer, uint32_t epoch, int64_t group) {
   LanePackets packets;
   packets.called = LoadRelaxed(&self.own()->called[epoch & 1][peer]);
@@ -135,7 +136,7 @@ __device__ inline LanePackets Look(const Endpoint& self, int peer, uint32_t epoc
   return packets;
 }
 
-/// Or never will be, since the peer calls something else.
+/// Whether the packets are there, or never will be, since the peer makes another call.
 __device__ inline bool AreThere(const LanePackets& packets, const PushCall& call) {
   bool are_there = true;
 #pragma unroll
@@ -143,11 +144,10 @@ __device__ inline bool AreThere(const LanePackets& packets, const PushCall& call
   return packets.called.epoch == call.epoch && (are_there || packets.called.value != call.tag);
 }
 
-/// False when the group fails first.
+/// Waits for a group of a peer's packets, and unpacks it. False if the group fails first.
 __device__ inline bool Receive(const Endpoint& self, const PushCall& call, int peer, int64_t group,
                                LanePackets& packets, uint4 (&vectors)[kPacketVectors]) {
-  // Most of what is waited for comes soon: the word that ends all waits, and the time, are not
-  // looked at each time.
+  // Most packets come soon: the first looks check neither `abort` nor the time.
   constexpr int kLooks = 64;
   const uint32_t epoch = call.epoch;
   bool are_there = AreThere(packets, call);
@@ -170,7 +170,7 @@ __device__ inline bool Receive(const Endpoint& self, const PushCall& call, int p
   return are_there && IsCall(self, call.op, peer, call.tag, packets.called.value);
 }
 
-/// Where `holder` finds what `source` has pushed to it.
+/// Room for the pushed operand of `source` in the memory of `holder`.
 __device__ inline std::byte* PushedAt(const Endpoint& self, int holder, int source,
                                       uint32_t epoch) {
   const int64_t part = int64_t{epoch & 1} * self.num_ranks + source;
@@ -178,22 +178,22 @@ __device__ inline std::byte* PushedAt(const Endpoint& self, int holder, int sour
          part * self.rooms.push_payload;
 }
 
-/// By the first thread, when what it asked for has come: calls of one epoch would take one
-/// another's operands.
+/// Fails a call that runs beside another one: calls of one epoch would take each other's operands.
+/// The first thread of the grid looks, late, when the turn that Begin has asked for has come.
 __device__ inline void RefuseOverlap(const Endpoint& self, const PushCall& call) {
   if (blockIdx.x != 0 || threadIdx.x != 0 || !IsOverlap(call.before, call.ended)) return;
   // A group that has failed knows why already.
   if (!IsAborted(self)) Fail(self, FailureKind::kArrivedTwice, call.op, self.rank, 0, 1);
 }
 
-/// BlockBarrier, when this block has pushed its part of an operand.
+/// BlockBarrier after this block has pushed its part of an operand.
 __device__ inline bool PushedBarrier(const Endpoint& self, const PushCall& call) {
   RefuseOverlap(self, call);
   return BlockBarrier(self, call.op, call.epoch, PushedCells{self, call.epoch});
 }
 
-/// CountOut for every thread of every block, for calls in which every rank receives from every
-/// other: they need not part.
+/// CountOut for calls in which every rank receives from every other one: they need no CloseCall.
+/// Every thread of every block calls it.
 __device__ inline void EndEpoch(const Endpoint& self, const PushCall& call, int num_readers) {
   __syncthreads();
   if (threadIdx.x != 0) return;

@@ -1,4 +1,4 @@
-// What all kernels that touch rows share.
+// Functions of all kernels that write rows.
 #pragma once
 
 #include <cstddef>
@@ -14,7 +14,7 @@ __device__ void SetByLanes(std::byte* out, int64_t bytes, Word value, int thread
   for (int64_t i = thread; i < bytes / int64_t{sizeof(Word)}; i += num_threads) words[i] = value;
 }
 
-/// 0 or 0xff in every byte, in the widest words that fit.
+/// Sets every byte to `value`, in the widest words that fit.
 __device__ inline void SetBytes(std::byte* out, int64_t bytes, uint8_t value, int thread,
                                 int num_threads) {
   const uint32_t word = value * 0x01010101u;

@@ -17,7 +17,8 @@ void CheckDriver(const char* what, CUresult status) {
   }
 }
 
-// The driver is found when it is needed: the module must load on machines that have none.
+// Finds a function of the driver when it is needed: the module must load on machines without
+// driver.
 template <typename Function>
 Function FindOrNull(const char* name) {
   void* found = nullptr;
@@ -51,7 +52,7 @@ int ExportHandle(CUmemGenericAllocationHandle handle) {
   int descriptor = -1;
   JAX_EP_DRIVER(cuMemExportToShareableHandle, &descriptor, handle,
                 CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0);
-  // A program that this process starts would keep the memory.
+  // Otherwise a program that this process starts would keep the memory.
   fcntl(descriptor, F_SETFD, FD_CLOEXEC);
   return descriptor;
 }
@@ -122,7 +123,7 @@ ShareableMemory& ShareableMemory::operator=(ShareableMemory&& other) noexcept {
 }
 
 ShareableMemory::~ShareableMemory() {
-  // Nothing to be done about what the driver says here.
+  // Errors are ignored: nothing can be done about them here.
   const auto unmap = FindOrNull<decltype(&cuMemUnmap)>("cuMemUnmap");
   const auto free_address = FindOrNull<decltype(&cuMemAddressFree)>("cuMemAddressFree");
   const auto release = FindOrNull<decltype(&cuMemRelease)>("cuMemRelease");

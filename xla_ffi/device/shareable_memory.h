@@ -1,6 +1,6 @@
-// Device memory that the other processes of a host map, through descriptors.
+// Device memory that other processes of a host map, through descriptors.
 //
-// XLA's pool is one such allocation per device, so its buffers reach other processes as they are.
+// XLA's pool is one such allocation per device. So other processes can read its buffers in place.
 #pragma once
 
 #include <cstddef>
@@ -27,7 +27,7 @@ class ShareableMemory {
 
   std::byte* data() const { return reinterpret_cast<std::byte*>(address_); }
   size_t bytes() const { return bytes_; }
-  /// A new descriptor of it; the caller closes it.
+  /// Makes a new descriptor of the memory. The caller closes it.
   int Export() const;
 
  private:
@@ -45,19 +45,20 @@ struct ExportedAllocation {
   int descriptor;  // the caller closes it
 };
 ExportedAllocation ExportAllocationOf(uint64_t address);
-/// The same without a descriptor, if all of `readers` may read it; else of no bytes.
+/// The same without a descriptor, if all of `readers` may read the allocation. Otherwise of no
+/// bytes.
 ExportedAllocation ReadableAllocationOf(uint64_t address, const std::vector<int>& readers);
 
-/// Whether all of `readers`, devices of this process, may read so many bytes where they lie. Asks
-/// the driver, which also answers while a stream is captured: memory that was mapped for several
-/// devices says so, all other is taken as readable by its own device alone.
+/// Whether all of `readers`, devices of this process, may read so many bytes in place. Asks the
+/// driver, which also answers while a stream is captured. Memory that was not mapped for several
+/// devices counts as readable by its own device alone.
 bool CanRead(uint64_t address, size_t bytes, const std::vector<int>& readers);
 
-/// The CUDA device that an address lies on. Makes no context: one of this process must be there.
+/// The CUDA device that an address lies on. Needs a context of this process, and makes none.
 int DeviceOfAddress(uint64_t address);
 
-/// Makes a device's primary context current, and what was current before again at the end. The
-/// runtime's own cudaSetDevice would make a context on the device before, too.
+/// Makes a device's primary context current, and restores the previous context at the end. To
+/// restore it with cudaSetDevice would make a context on the previous device.
 class OnDevice {
  public:
   explicit OnDevice(int64_t device);

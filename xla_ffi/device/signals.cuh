@@ -1,4 +1,4 @@
-// The signals of device/protocol.h on a device: words, failures, and bounded waits.
+// The signals of device/protocol.h in kernels: words, failures, and bounded waits.
 #pragma once
 
 #include <cstddef>
@@ -21,7 +21,7 @@ __device__ inline Signal LoadAcquire(const Signal* cell) {
   return {static_cast<uint32_t>(word), static_cast<uint32_t>(word >> 32)};
 }
 
-/// Without order: for a signal whose neighbour is loaded with acquire order behind it.
+/// Loads without order: for a signal whose neighbour is loaded behind it with acquire order.
 __device__ inline Signal LoadRelaxed(const Signal* cell) {
   uint64_t word;
   asm volatile("ld.relaxed.sys.global.b64 %0, [%1];" : "=l"(word) : "l"(cell) : "memory");
@@ -33,7 +33,7 @@ __device__ inline void StoreRelaxed(Signal* cell, Signal signal) {
   asm volatile("st.relaxed.sys.global.b64 [%0], %1;" ::"l"(cell), "l"(word) : "memory");
 }
 
-/// Gives the relaxed stores of signals behind it release order.
+/// Gives release order to the relaxed stores of signals behind it.
 __device__ inline void ReleaseFence() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
 __device__ inline uint32_t LoadRelaxed(const uint32_t* word) {
@@ -52,8 +52,8 @@ __device__ inline void StoreRelaxed(uint32_t* word, uint32_t value) {
   asm volatile("st.relaxed.sys.global.b32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
 }
 
-/// Among the blocks of this rank: adds one, behind what the block has written and in front of what
-/// it will read. What was there before.
+/// Counts blocks of this rank: adds one, behind the block's writes and in front of its later reads.
+/// Returns the count before.
 __device__ inline uint32_t CountBlock(uint32_t* word) {
   uint32_t before;
   asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;"
@@ -75,7 +75,7 @@ __device__ inline uint64_t GlobalTimer() {
   return ns;
 }
 
-/// Whether the group has failed, or a test keeps this rank away.
+/// Whether the group has failed, or a test skips this rank.
 __device__ inline bool IsAborted(const Endpoint& self) {
   return (LoadRelaxed(&self.own()->abort) | LoadRelaxed(&self.own()->skip)) != 0;
 }
@@ -85,8 +85,8 @@ __device__ inline uint32_t CurrentEpoch(const Endpoint& self) {
   return NextEpoch(LoadRelaxed(&self.own()->turn.epoch));
 }
 
-/// By one thread of a call: takes the epoch behind the one that has ended. What was there tells
-/// whether another call runs.
+/// Takes the next epoch, by one thread of a call. The word before says whether another call runs
+/// (IsOverlap).
 __device__ inline Signal TakeTurn(const Endpoint& self) {
   auto* word = reinterpret_cast<unsigned long long*>(&self.own()->turn);
   const uint64_t before = atomicAdd(word, kRunningMark);
@@ -105,25 +105,26 @@ __device__ inline void Write(volatile FailureRecord& to, const FailureRecord& fr
   to.is_set = 1;
 }
 
-/// Keeps a record in host memory if it is this rank's first.
+/// Writes a record to host memory if it is this rank's first.
 __device__ inline void Keep(const Endpoint& self, const FailureRecord& record) {
   if (atomicExch(&self.own()->has_record, 1) == 0) Write(*self.record, record);
 }
 
-/// The time after which a wait for `peer` is given up.
+/// The time limit of a wait for `peer`.
 __device__ inline uint64_t WaitLimit(const Endpoint& self, int peer) {
-  // Who waits for its own rank mostly waits for what that rank waits for: it knows less.
+  // A wait for the own rank mostly is a wait for what that rank waits for: the other wait must end
+  // first, since it knows the peer.
   return LoadRelaxed(&self.own()->timeout_ns) * (peer == self.rank ? 2 : 1);
 }
 
-/// Tells a failure to every rank, since they may be in other processes, and ends every wait of the
-/// group. When it returns, every rank has been told: until then peers may read this rank's
-/// operands and results. Never inlined: what seldom runs would lie between what always does, and
-/// first runs of kernels wait for their instructions.
+/// Tells a failure to every rank, since ranks may be in other processes, and ends every wait of the
+/// group. When it returns, every rank has been told: until then peers may read this rank's operands
+/// and results. Never inlined: code that seldom runs would lie between code that always runs, and
+/// the first run of a kernel waits for its instructions.
 static __device__ __noinline__ void Fail(const Endpoint& self, FailureKind kind, OpId op, int peer,
                                          int64_t expected, int64_t seen) {
   if (atomicExch(&self.own()->has_failed, 1) != 0) {
-    // Another thread of this rank tells all ranks, and ends their waits when it has.
+    // Another thread of this rank tells all ranks, and then ends their waits.
     const uint64_t limit = WaitLimit(self, self.rank);
     Stopwatch watch(GlobalTimer());
     while (LoadRelaxed(&self.own()->abort) == 0 && !watch.IsOver(GlobalTimer(), limit)) {
@@ -144,13 +145,13 @@ static __device__ __noinline__ void Fail(const Endpoint& self, FailureKind kind,
   for (int r = 0; r < self.num_ranks; ++r) StoreRelaxed(&self.control[r]->abort, 1);
 }
 
-/// By the first thread of a block that ends by another rank's failure, or, where the threads of a
-/// block do not all know of it, by those that do. One thread of the rank keeps what the rank was
-/// told. No peer hears of it: has_failed is not set.
+/// Records the failure of another rank that ends this block. The block's first thread calls it, or,
+/// if not all threads know of the failure, the threads that do. One thread of the rank writes the
+/// record that a peer has sent. No peer is told: has_failed stays unset.
 static __device__ __noinline__ void NotePeerFailure(const Endpoint& self) {
-  // Not all of a warp: each would wait for fences of its own.
+  // One thread of a warp: each thread would wait for fences of its own.
   if (threadIdx.x % kWarpSize + 1 != __ffs(__activemask())) return;
-  __threadfence_system();  // behind the word that said so
+  __threadfence_system();  // behind the word that told of the failure
   for (int r = 0; r < self.num_ranks; ++r) {
     const volatile FailureRecord& told = self.own()->told[r];
     if (told.is_set == 0) continue;
@@ -167,8 +168,9 @@ static __device__ __noinline__ void NotePeerFailure(const Endpoint& self) {
   }
 }
 
-/// Waits until `is_there()`, which looks at what `peer` owes. False when the group fails first, by
-/// the time that is up here, when `count_seen()` ranks were there, or by another's failure.
+/// Waits until `is_there()`, which looks for a signal of `peer`. False if the group fails first: by
+/// the failure of another rank, or by the timeout here, which is recorded with `count_seen()`, the
+/// number of ranks whose signal has come.
 template <typename IsThere, typename CountSeen>
 __device__ bool WaitUntil(const Endpoint& self, OpId op, int peer, IsThere&& is_there,
                           CountSeen&& count_seen) {
@@ -176,7 +178,7 @@ __device__ bool WaitUntil(const Endpoint& self, OpId op, int peer, IsThere&& is_
   Stopwatch watch(GlobalTimer());
   while (!is_there()) {
     if (LoadRelaxed(&self.own()->abort)) return false;
-    // Loaded each time: what is kept in registers here, the kernels have none left for.
+    // The limit is loaded each time: kernels have no registers left for it.
     if (watch.IsOver(GlobalTimer(), WaitLimit(self, peer))) {
       Fail(self, FailureKind::kPeerTimeout, op, peer, self.num_ranks, count_seen());
       return false;
@@ -185,14 +187,15 @@ __device__ bool WaitUntil(const Endpoint& self, OpId op, int peer, IsThere&& is_
   return true;
 }
 
-/// The same for what not all peers owe at once: no more is known than who is late.
+/// The same for a signal that not all peers send at once: only the late peer is known.
 template <typename IsThere>
 __device__ bool WaitUntil(const Endpoint& self, OpId op, int peer, IsThere&& is_there) {
   return WaitUntil(self, op, peer, is_there, [&] { return self.num_ranks - 1; });
 }
 
-/// Who calls something else than a peer may be this rank's second call at once, which its first
-/// block knows: that says what is wrong, and the others wait for it.
+/// Fails a call that differs from a peer's. Such a call may be this rank's second call at once,
+/// which its first block knows. So the first block names the failure, and the other blocks wait for
+/// it.
 static __device__ __noinline__ void FailAsFirstBlock(const Endpoint& self, OpId op, int peer,
                                                      uint32_t tag, uint32_t seen) {
   if (blockIdx.x == 0) {
@@ -202,7 +205,7 @@ static __device__ __noinline__ void FailAsFirstBlock(const Endpoint& self, OpId 
   }
 }
 
-/// Whether the call of a peer, whose tag it has sent, is this one; if not, the group fails.
+/// Whether the tag that a peer has sent is this call's. If not, the group fails.
 __device__ inline bool IsCall(const Endpoint& self, OpId op, int peer, uint32_t tag,
                               uint32_t seen) {
   if (seen == tag) return true;

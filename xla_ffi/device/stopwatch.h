@@ -1,4 +1,4 @@
-// How long a wait has taken.
+// A measure of how long a wait has taken.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +7,8 @@
 
 namespace jax_ep {
 
-/// Measures a wait by a clock that somebody may set back: the wait then begins anew. A difference
-/// of two times would be huge, and the peer would be late at once.
+/// Measures a wait by a clock that may be set back. Then the wait begins anew: otherwise the
+/// difference of two times would be huge, and the peer would be late at once.
 class Stopwatch {
  public:
   JAX_EP_HOST_DEVICE explicit Stopwatch(uint64_t now) : start_(now) {}

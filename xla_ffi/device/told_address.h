@@ -1,4 +1,4 @@
-// Operands of one rank as another one reads them.
+// Translation of the address of an operand from its rank to a peer.
 #pragma once
 
 #include <cstddef>
@@ -9,19 +9,19 @@
 
 namespace jax_ep {
 
-/// Tells peers where an operand of this rank lies. Translate turns it back.
+/// The address of an operand of this rank, as it is sent to peers. Translate is the inverse.
 JAX_EP_HOST_DEVICE inline uint64_t AddressToTell(const Endpoint& self, const void* operand) {
   const uint64_t address = reinterpret_cast<uint64_t>(operand);
   const uint64_t offset = address - reinterpret_cast<uint64_t>(self.control[self.rank]);
   return offset < self.control_bytes ? kInControl | offset : address;
 }
 
-/// The address that has arrived in the two halves of an AddressCell.
+/// The address in the two signals of an AddressCell.
 JAX_EP_HOST_DEVICE inline uint64_t ToldAddress(Signal low, Signal high) {
   return uint64_t{high.value & 0xffff} << 32 | low.value;
 }
 
-/// An operand that `peer` has told of, as this rank reads it. False where this rank cannot read it.
+/// Finds an operand of `peer` by the address that it has sent. False if this rank cannot read it.
 /// An operand that is null on its rank is null here.
 JAX_EP_HOST_DEVICE inline bool Translate(const Endpoint& self, int peer, uint64_t address,
                                          const std::byte*& operand) {

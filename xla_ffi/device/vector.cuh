@@ -1,4 +1,4 @@
-// 16 bytes of an array: loaded and stored as far as they are there, and as numbers to be added.
+// Vectors of 16 bytes of an array: loads and stores that stay inside it, and sums of elements.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -11,13 +11,13 @@ namespace jax_ep {
 
 inline constexpr int kVectorBytes = 16;
 
-/// Whether an array begins where vectors do.
+/// Whether an array begins at a multiple of a vector's size.
 __device__ inline bool IsAligned(const std::byte* array) {
   return reinterpret_cast<uint64_t>(array) % kVectorBytes == 0;
 }
 
-/// Vector `i` of an array of `bytes` bytes, zeros behind its end. Not through the L1, which does
-/// not see what other devices write. Elements of kBytes never lie in two vectors.
+/// Vector `i` of an array of `bytes` bytes, with zeros behind its end. The load bypasses the L1
+/// cache, which does not see writes of other devices. Elements of kBytes never lie in two vectors.
 template <int kBytes>
 __device__ inline uint4 LoadVector(const std::byte* array, int64_t i, int64_t bytes) {
   const std::byte* from = array + i * kVectorBytes;
@@ -60,20 +60,21 @@ __device__ inline void StoreVector(std::byte* array, int64_t i, int64_t bytes, u
   }
 }
 
-/// Which vectors of an array a thread takes at once: `first`, `first` + `step`, ..., before `end`.
+/// Vectors of an array that a thread takes at once: `first`, `first` + `step`, ..., before `end`.
 struct Strided {
   int64_t first;
   int64_t step;
   int64_t end;
 
   __device__ int64_t at(int v) const { return first + v * step; }
-  /// Before it lie those that are one aligned access.
+  /// The end of the vectors that one aligned access can take.
   __device__ int64_t WholeEnd(const std::byte* array, int64_t bytes) const {
     return IsAligned(array) ? min(end, bytes / kVectorBytes) : 0;
   }
 };
 
-/// Of an array of nothing but whole vectors, as ranks store them in one another's room.
+/// Loads vectors of an array that consists of whole vectors, as in the rooms where ranks store
+/// them.
 template <int kCount>
 __device__ inline void LoadWhole(const std::byte* array, const Strided& which,
                                  uint4 (&vectors)[kCount]) {
@@ -94,8 +95,9 @@ __device__ inline void StoreWhole(std::byte* array, const Strided& which,
   }
 }
 
-/// LoadVector of each, zeros for those that there are not. The accesses of whole ones are not
-/// behind branches: beside code for the rest, compilers had each wait for the one before it.
+/// LoadVector of each vector, with zeros behind `end`. Loads of whole vectors have no branches
+/// around them: with code for the rest beside them, compilers made each load wait for the one
+/// before it.
 template <int kBytes, int kCount>
 __device__ inline void LoadVectors(const std::byte* array, const Strided& which, int64_t bytes,
                                    uint4 (&vectors)[kCount]) {
@@ -109,7 +111,7 @@ __device__ inline void LoadVectors(const std::byte* array, const Strided& which,
   }
 }
 
-/// StoreVector of each that there is.
+/// StoreVector of each vector before `end`.
 template <int kBytes, int kCount>
 __device__ inline void StoreVectors(std::byte* array, const Strided& which, int64_t bytes,
                                     const uint4 (&vectors)[kCount]) {
@@ -167,7 +169,7 @@ struct Vector<float> {
                       __float_as_uint(values[2]), __float_as_uint(values[3]));
   }
 };
-/// Sums wrap around, as XLA's do.
+/// Integers wrap around, as XLA's sums do.
 template <>
 struct Vector<uint32_t> {
   using Sum = uint32_t;
