@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   }
 }
 
-// Number of groups of packets: each row begins with a new group.
+// Number of groups of packets of a row, which begins with a new group.
 int64_t RowGroups(const RmsNormArgs& args) {
   constexpr int64_t kBytes = kPacketGroupPayload;
   return (args.row_bytes() + kBytes - 1) / kBytes;
