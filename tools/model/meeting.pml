@@ -4,7 +4,7 @@
  *   PART    OpenCall, read every peer's operand in place, CloseCall: the last block of a rank swaps read_done.
  *   BLOCKS  OpenCall, read in place, CloseBlocks: block b of a rank swaps `pushed` with block b of each
  *           peer, CountOut, EndReading.
- *   PUSH    Begin, store a part in half e % 2 of each peer's room, SwapPushed, EndEpoch, read the room.
+ *   PUSH    Begin, store a part in half e % 2 of each peer's room, PushedBarrier, EndEpoch, read the room.
  *
  * Switches (-D...):
  *   TIMEOUTS  a wait whose signal is not there may give up at any time (a peer that is slow, however slow)
@@ -381,7 +381,7 @@ proctype Block(byte r; byte b) {
       ok = is_last && has_met;
 #endif
       assert(!(ok && is_dirty)) /* a result that stands was read from operands that stood */
-    :: else -> /* PUSH: SwapPushed, EndEpoch, AddStored */
+    :: else -> /* PUSH: PushedBarrier, EndEpoch, AddStored */
       if
       :: has_met ->
         AWAIT(FENCE(r));

@@ -10,7 +10,7 @@
  *   TWO_GIVE_UP   only rank 0, and the first block of rank 2
  * Each of these takes a part of the protocol away:
  *   CUT_BY_TOLD  a block that was told of a failure does not wait, though others do not know yet
- *   ONE_FLAG     KeepWhatWasTold sets has_failed, so that Fail of another block tells nobody; it
+ *   ONE_FLAG     NotePeerFailure sets has_failed, so that Fail of another block tells nobody; it
  *                then depends on the rank that tells, which may be killed
  *   NO_TELLER    Fail of a second block does not wait until the first has told everyone
  */
@@ -94,7 +94,7 @@ proctype Block(byte r; byte b) {
   fi;
   assert(!(ok && is_dirty));
   if :: !ok -> is_poisoned[r * NB + b] = 1 :: else fi;
-  atomic { /* KeepWhatWasTold; the kernel's end */
+  atomic { /* NotePeerFailure; the kernel's end */
     if
 #ifdef ONE_FLAG
     :: !ok ->

@@ -1,4 +1,4 @@
-// What both modules tell Python: which handlers they hold, and how they were built.
+// Exports of both modules to Python: handlers, types, and the build.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -12,7 +12,7 @@ namespace jax_ep {
 
 namespace nb = nanobind;
 
-/// A dict of the Python side, typed for the stubs.
+/// A Python dict, typed for the stubs.
 using Dict = nb::typed<nb::dict, nb::str, nb::object>;
 
 template <typename T>
@@ -20,7 +20,7 @@ nb::capsule Capsule(T* pointer) {
   return nb::capsule(reinterpret_cast<void*>(pointer));
 }
 
-/// Of the capsule by which the modules share what ends waits (runtime/interrupt.h).
+/// Name of the capsule by which the modules share Interrupts (runtime/interrupt.h).
 inline constexpr char kInterruptsName[] = "jax_ep.interrupts";
 
 /// The stages of a target that belongs to a group.

@@ -1,4 +1,4 @@
-// How groups of either kind look from Python.
+// Groups of either kind, as Python sees them.
 #pragma once
 
 #include <memory>
@@ -24,7 +24,7 @@ inline std::vector<MeshPosition> PositionsOf(const std::vector<PositionTuple>& t
   return positions;
 }
 
-/// Registers a group; throws when its identity is taken.
+/// Registers a group. Throws if its identity is taken.
 template <typename GroupT>
 std::shared_ptr<GroupT> Opened(std::shared_ptr<GroupT> group) {
   if (!Registry<GroupT>::Get().Add(group)) {

@@ -64,11 +64,11 @@ std::shared_ptr<Group> OpenGroup(std::string identity, const std::vector<Positio
                                         std::chrono::milliseconds(timeout_ms)));
 }
 
-// For the other modules, which then share this one's thread and handler.
+// The interrupts of this module, for other modules, which share its thread and its handler.
 nb::capsule InterruptsCapsule() { return {&Interrupts::Get(), kInterruptsName}; }
 
-// Behind the interpreter's own end, CUDA's and XLA's destructors would wait for what still runs on
-// the devices, for ever if that is a collective whose peer has gone.
+// Ends the process with the interpreter. Otherwise destructors of CUDA and XLA would wait for the
+// work on the devices, and for ever for a collective whose peer has gone.
 void ExitWithoutTeardown() {
   const auto exit_now = [](int code, void*) {
     std::fflush(stdout);
@@ -77,7 +77,7 @@ void ExitWithoutTeardown() {
   if (on_exit(exit_now, nullptr) != 0) throw std::runtime_error("on_exit has no room");
 }
 
-// How another process would read this one's memory.
+// Reads memory of another process as an exchange does.
 std::optional<std::string> TryReading(int pid, uint64_t address, uint64_t expected) {
   uint64_t found = 0;
   const char* problem =

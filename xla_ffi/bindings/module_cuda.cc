@@ -66,9 +66,10 @@ void LoadKernels(DeviceTraits& device) {
 #include "core/ops.def"
 }
 
-// A group's end waits for its devices, where a callback may wait for Python's lock.
+// Deletes a group without Python's lock. Its destructor waits for devices, where a callback may
+// wait for the lock.
 void DeleteWithoutLock(DeviceGroup* group) {
-  // Not in the stable ABI, but in every Python.
+  // The function is not in the stable ABI, but in every Python.
   static const auto has_lock = reinterpret_cast<int (*)()>(dlsym(RTLD_DEFAULT, "PyGILState_Check"));
   std::optional<nb::gil_scoped_release> no_lock;
   if (Py_IsInitialized() && has_lock != nullptr && has_lock() == 1) no_lock.emplace();
@@ -99,7 +100,7 @@ std::shared_ptr<DeviceGroup> ReopenGroup(const std::shared_ptr<DeviceGroup>& gro
   return Opened(group);
 }
 
-// Numbers that go to another process, and descriptors that go beside them; -1: none.
+// Numbers that are sent to another process; descriptors travel beside them, and -1 stands for none.
 using Numbers = std::vector<uint64_t>;
 
 std::tuple<Numbers, int, int> Export(DeviceGroup& group, int index, uint64_t address) {
@@ -125,7 +126,7 @@ void Import(DeviceGroup& group, int index, const Numbers& n, int control, int po
                        .pool = {.begin = n.at(5), .bytes = n.at(6), .descriptor = pool}});
 }
 
-// What ends waits lives in the CPU module; it must see this group as the header has it.
+// The interrupts of the CPU module call this group, so both modules must have the same header.
 void JoinInterrupts(const std::shared_ptr<DeviceGroup>& group, const nb::capsule& interrupts) {
   static_cast<Interrupts*>(interrupts.data(kInterruptsName))->Add(group);
 }
@@ -207,7 +208,7 @@ NB_MODULE(_jax_ep_cuda, m) {
         "slices.\n"
         "is_here says which of them are this process's; empty: all. staging_bytes of each device\n"
         "hold copies of operands that peers have not mapped, of all operands where stages_all.");
-  // Without the GIL: what runs on the devices meanwhile may call back into Python.
+  // Without the GIL: programs on the devices may call back into Python meanwhile.
   using NoGil = nanobind::call_guard<nanobind::gil_scoped_release>;
   m.def("find_closed_group", &jax_ep::FindClosed, nanobind::arg("identity"), NoGil(),
         "The group of an identity that was closed and that executables hold, or None.");

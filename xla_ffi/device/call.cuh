@@ -318,7 +318,7 @@ __device__ inline void CloseCall(const Endpoint& self, OpId op, bool is_open,
   }
   is_good = NoneHasFailed(self) && is_good;
   if (__syncthreads_or(!is_good)) {
-    if (threadIdx.x == 0) RecordPeerFailure(self);
+    if (threadIdx.x == 0) NotePeerFailure(self);
     poison(threadIdx.x, blockDim.x);
   }
   __syncthreads();

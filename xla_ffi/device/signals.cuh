@@ -148,7 +148,7 @@ static __device__ __noinline__ void Fail(const Endpoint& self, FailureKind kind,
 /// Records the failure of another rank that ends this block. The block's first thread calls it, or,
 /// if not all threads know of the failure, the threads that do. One thread of the rank writes the
 /// record that a peer has sent. No peer is told: has_failed stays unset.
-static __device__ __noinline__ void RecordPeerFailure(const Endpoint& self) {
+static __device__ __noinline__ void NotePeerFailure(const Endpoint& self) {
   // One thread of a warp: each thread would wait for fences of its own.
   if (threadIdx.x % kWarpSize + 1 != __ffs(__activemask())) return;
   __threadfence_system();  // behind the word that told of the failure

@@ -1,7 +1,9 @@
-// How XLA's operands, results and attributes reach a handler: in the order of its parameters.
+// Bindings of handlers: XLA's operands, results and attributes come in the order of a handler's
+// parameters.
 //
-// A handler is a template over the back end, Cpu (ops/host_op.h) or Cuda (ops/cuda_op.h), that
-// names its Context, which comes first, and its Status. Attributes come last, in one struct.
+// A handler is a template over the back end, Cpu (ops/host_op.h) or Cuda (ops/cuda_op.h). The back
+// end names the handler's Context, which comes first, and its Status. Attributes come last, in one
+// struct.
 #pragma once
 
 #include <optional>
@@ -16,8 +18,8 @@ namespace jax_ep {
 
 namespace ffi = xla::ffi;
 
-/// The parts of a context of a handler, as XLA's bindings name them: `Parts` of a struct that has
-/// one member for each.
+/// The parts of a handler's context, as XLA's bindings name them. A context has one member for each
+/// part, and this type as its `Parts`.
 template <typename... Bound>
 struct ContextParts {
   template <typename Context>
@@ -54,7 +56,7 @@ auto BindParam(Binding&& binding) {
   }
 }
 
-/// Bindings are never named on the way: XLA lets nobody move them.
+/// Appends all parameters. No binding is stored in a variable: XLA's bindings cannot be moved.
 template <typename Param, typename... Rest, typename Binding>
 auto BindParams(Binding&& binding) {
   if constexpr (sizeof...(Rest) == 0) {

@@ -1,5 +1,5 @@
-// The GPU's side of every handler: the group of a call, its device's place there, and what peers
-// can read.
+// The GPU's side of every handler: the group of a call, the position of its device, and memory that
+// peers can read.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -14,10 +14,10 @@ namespace jax_ep {
 
 using DeviceSite = OpSite<DeviceGroup>;
 
-/// What bulk copies ask of an address.
+/// Bulk copies need addresses that are multiples of this.
 inline constexpr size_t kOperandAlignment = 16;
 
-/// What XLA says about the call of one device.
+/// XLA's context of the call of one device.
 struct DeviceContext {
   using Parts =
       ContextParts<ffi::State<DeviceSite>, ffi::PlatformStream<cudaStream_t>, ffi::DeviceOrdinal>;
@@ -45,7 +45,7 @@ inline ffi::Error CudaError(const std::string& op, cudaError_t status) {
   return ffi::Error(ffi::ErrorCode::kInternal, op + ": CUDA launch: " + cudaGetErrorString(status));
 }
 
-/// The device of a call, and the SMs it may use: `num_sms`, or all where the device has fewer.
+/// The device of a call, and the number of SMs that the call may use.
 struct DeviceCall {
   const DeviceGroup::Member* member = nullptr;
   Endpoint endpoint;
@@ -65,10 +65,11 @@ inline ffi::Error FindDevice(const DeviceContext& context, int64_t num_sms, Devi
   return ffi::Error::Success();
 }
 
-/// Where peers find what a call has them read. Operands that they cannot read in place, or whose
-/// address the bulk engine does not take, are copied into the group's memory; scratch is taken from
-/// there. The calls of a rank use that room in turn: each ends when no peer reads it any more. For
-/// what has no room peers find kUnreadable, and the group fails when they meet (kNotMapped).
+/// Gives peers operands and scratch that they can read. Operands that they cannot read in place, or
+/// whose address the bulk engine does not take, are copied into the group's memory. Scratch is
+/// taken from there. The calls of a rank use that room one after the other: each call ends when no
+/// peer reads it any more. If there is no room, peers find kUnreadable, and the call fails when it
+/// opens (kNotMapped).
 class Staging {
  public:
   Staging(const DeviceCall& call, cudaStream_t stream) : member_(*call.member), stream_(stream) {}
@@ -83,7 +84,7 @@ class Staging {
     }
     operand = place != nullptr ? static_cast<T*>(place) : reinterpret_cast<T*>(kUnreadable);
   }
-  // Nobody is told of scratch that is not there.
+  // Empty scratch is null, which peers never read.
   void Replace(void*& scratch, size_t bytes) {
     if (bytes == 0) scratch = nullptr;
     void* place = Place(scratch, bytes);
@@ -92,7 +93,8 @@ class Staging {
   cudaError_t status() const { return status_; }
 
  private:
-  // Where it is for what peers can read, null for what has no room.
+  // The data itself if peers can read it, otherwise room in the group's memory; null if there is
+  // none.
   void* Place(const void* data, size_t bytes) {
     if (data == nullptr || bytes == 0 || IsReadable(data, bytes)) return const_cast<void*>(data);
     const size_t size = (bytes + kStagingAlignment - 1) / kStagingAlignment * kStagingAlignment;
@@ -103,7 +105,7 @@ class Staging {
 
   bool IsReadable(const void* data, size_t bytes) const {
     const auto address = reinterpret_cast<uint64_t>(data);
-    // An address that cannot be told of peers cannot read either.
+    // Peers cannot read what has an address that cannot be sent.
     if (address % kOperandAlignment != 0 || address + bytes > kInControl) return false;
     const uint64_t offset = address - member_.pool.begin;
     if (offset < member_.pool.bytes && bytes <= member_.pool.bytes - offset) return true;
@@ -116,7 +118,7 @@ class Staging {
   cudaError_t status_ = cudaSuccess;
 };
 
-/// The initialize stage: XLA runs it at each launch, also where the call itself is replayed.
+/// The initialize stage. XLA runs it at each launch, even if a command buffer replays the call.
 inline ffi::Error RefuseSuperseded(const DeviceSite* site) {
   if (!site->group().is_superseded()) return ffi::Error::Success();
   return ffi::Error(ffi::ErrorCode::kFailedPrecondition,

@@ -1,5 +1,5 @@
-// Reading buffers at the FFI border. Python has checked every static fact and says it better;
-// what is repeated here protects memory.
+// Reading of buffers at the FFI border. Python checks every static fact, with better messages.
+// Checks are repeated here only where they protect memory.
 #pragma once
 
 #include <sstream>
@@ -16,7 +16,8 @@ using F32Buffer = ffi::Buffer<ffi::F32>;
 using I32Result = ffi::Result<I32Buffer>;
 using F32Result = ffi::Result<F32Buffer>;
 
-/// An error as any handler returns it, now or in a future: every device of the program meets it.
+/// An error of a handler, which returns it at once or in a future. Every device of the program gets
+/// the same error.
 class Refusal {
  public:
   explicit Refusal(ffi::Error error) : error_(std::move(error)) {}
@@ -51,14 +52,14 @@ auto DataOrNull(Buffer buffer) -> decltype(buffer.typed_data()) {
   return buffer.element_count() == 0 ? nullptr : buffer.typed_data();
 }
 
-/// Bytes of one row: everything behind the leading dimension.
+/// Bytes of one row: all dimensions but the first.
 inline size_t RowBytes(ffi::AnyBuffer buffer) {
   size_t bytes = ffi::ByteWidth(buffer.element_type());
   for (size_t i = 1; i < buffer.dimensions().size(); ++i) bytes *= buffer.dimensions()[i];
   return bytes;
 }
 
-/// The size of an axis, -1 when the buffer has fewer.
+/// The size of an axis, or -1 if the buffer has fewer axes.
 template <typename Buffer>
 int64_t Dim(Buffer buffer, size_t axis) {
   return axis < buffer.dimensions().size() ? buffer.dimensions()[axis] : -1;

@@ -1,4 +1,4 @@
-// The CPU's side of every handler: the group of a call, and the way into its exchange.
+// The CPU's side of every handler: the group of a call, and the way into the group's exchange.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@ namespace jax_ep {
 
 using HostSite = OpSite<Group>;
 
-/// What XLA says about the call of one device.
+/// XLA's context of the call of one device.
 struct HostContext {
   using Parts = ContextParts<ffi::State<HostSite>, ffi::RunId, ffi::DeviceOrdinal>;
   HostSite* site;
@@ -26,14 +26,14 @@ struct HostLocalContext {
   using Parts = ContextParts<>;
 };
 
-/// The back end `cpu`: the results of a call are there when its peers have come.
+/// The back end `cpu`: a handler returns a future, which waits for the peers.
 struct Cpu {
   using Context = HostContext;
   using Status = ffi::Future;
   using LocalContext = HostLocalContext;
 };
 
-/// Enters the call; the future completes when the results of this rank are written.
+/// Joins the call. The future completes when the results of this rank are written.
 template <typename Call>
 ffi::Future JoinGroup(const HostContext& context, I32Buffer position,
                       const typename Call::Args& args) {

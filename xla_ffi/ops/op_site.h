@@ -1,4 +1,4 @@
-// The instantiate stage of every collective: an executable that is being loaded finds its group.
+// The instantiate stage of every collective: XLA loads an executable, which looks up its group.
 #pragma once
 
 #include <algorithm>
@@ -32,14 +32,15 @@ class OpSite {
         group_(std::move(group)) {}
 
   const int num_ranks;
-  /// The public operation that the call is a part of, as errors name it.
+  /// The public operation that the call belongs to, as errors name it.
   const std::string op;
   CallSite& call() const { return *call_; }
-  /// The group that was open when the executable was loaded, until GroupOf finds another one.
+  /// The group that was open when the executable was loaded, or that GroupOf has found since.
   GroupT& group() const { return *group_; }
 
-  /// The group of a launch: the one that is open under the identity, also when it was opened after
-  /// the executable was loaded; else the last one that was. The same on all devices of the launch.
+  /// The group of a launch: the open group of the identity, even if it was opened after the
+  /// executable was loaded, or else the last group of the identity. The same on all devices of the
+  /// launch.
   std::shared_ptr<GroupT> GroupOf(int64_t launch) {
     std::lock_guard<std::mutex> lock(mutex_);
     if (launch_ != launch) {
@@ -57,8 +58,8 @@ class OpSite {
   std::shared_ptr<GroupT> group_;
 };
 
-/// `call`: the identity of a group, behind a '#' the name of the call in hexadecimal digits, and
-/// behind another one the public operation.
+/// Looks up the group of a call. `call` holds the group's identity, the name of the call in
+/// hexadecimal digits, and the public operation, with '#' between them.
 template <typename GroupT>
 ffi::ErrorOr<std::unique_ptr<OpSite<GroupT>>> InstantiateSite(ffi::Dictionary attrs) {
   const ffi::ErrorOr<std::string_view> call = attrs.get<std::string_view>("call");

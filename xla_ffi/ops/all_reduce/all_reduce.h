@@ -1,8 +1,8 @@
-// all_reduce, reduce_scatter and all_gather: arrays of all ranks, added up or side by side.
+// all_reduce, reduce_scatter and all_gather: add the arrays of all ranks, or put them side by side.
 //
-// A sum is taken in f32 (integers: in their own type, wrapping around) in the order of the ranks,
-// beginning with rank 0's element, and rounded once; so it has the same bits on every rank, for
-// every size and algorithm.
+// A sum begins with rank 0's element, adds the others in the order of the ranks, and is rounded
+// once. It is taken in f32, or for integers in their own type, where it wraps around. So a sum has
+// the same bits on every rank, for every size and algorithm.
 #pragma once
 
 #include <cstddef>
@@ -13,7 +13,7 @@
 
 namespace jax_ep {
 
-/// What becomes of the operands. The values cross the FFI border (jax_ep/_src/base/options.py).
+/// Movement of the operands: which part of the sum, or of all arrays, a rank gets.
 enum class Movement : int64_t { kAllReduce = 0, kReduceScatter = 1, kAllGather = 2 };
 
 JAX_EP_HOST_DEVICE constexpr OpId OpOf(Movement movement) {
@@ -22,23 +22,23 @@ JAX_EP_HOST_DEVICE constexpr OpId OpOf(Movement movement) {
                                                 : OpId::kAllGather;
 }
 
-/// How they travel between GPUs. The values cross the FFI border (jax_ep/_src/base/options.py).
+/// Algorithm by which operands travel between GPUs.
 enum class Algorithm : int64_t {
-  kLowLatency = 0,  // every rank stores its operand at every other, in packets
-  kOneShot = 1,     // the same without packets; what is large, every rank reads where it lies
-  kTwoShot = 2,     // every rank sums its chunk, then reads the chunks of the others
+  kLowLatency = 0,  // every rank stores its operand at every peer, in packets
+  kOneShot = 1,     // the same without packets; every rank reads large operands in place
+  kTwoShot = 2,     // every rank adds one chunk, then gets the chunks of the others
 };
 
 /// The operands and results of one rank.
 struct AllReduceArgs {
   Movement movement;
-  DType dtype;  // not of a gather, which moves bytes
+  DType dtype;  // not used by a gather, which moves bytes
   int num_ranks;
-  int64_t bytes;        // that come from each rank
+  int64_t bytes;        // from each rank
   const std::byte* in;  // bytes; of a scatter [num_ranks, bytes], a part for each rank
   std::byte* out;       // bytes; of a gather [num_ranks, bytes]
 
-  /// From one rank's part of an operand to the next rank's.
+  /// Bytes from one rank's part of an operand to the next rank's part.
   JAX_EP_HOST_DEVICE int64_t in_stride() const {
     return movement == Movement::kReduceScatter ? bytes : 0;
   }

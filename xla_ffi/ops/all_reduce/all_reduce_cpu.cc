@@ -10,7 +10,8 @@
 namespace jax_ep {
 namespace {
 
-// Every rank reads what it needs of its peers' arrays, and adds it or puts it side by side.
+// Every rank reads the parts that it needs of its peers' arrays, and adds them or puts them side by
+// side.
 //
 // Phases     one.
 // Traffic    per rank: num_ranks * bytes read, as many written by a gather, otherwise bytes.

@@ -15,7 +15,7 @@ namespace {
 
 constexpr int kMinLowLatencyWarps = 4;
 
-// What the peers have room for.
+// Whether the peers have room for the operand.
 bool IsPushed(const AllReduceArgs& args, Algorithm algorithm) {
   const bool is_two_shot = algorithm == Algorithm::kTwoShot;
   const size_t room = is_two_shot ? TwoShotPayload(args.num_ranks) : PushPayload(args.num_ranks);

@@ -8,14 +8,15 @@
 
 namespace jax_ep {
 
-/// What the kernels get.
+/// Arguments of the kernels.
 struct AllReduceLaunch {
   Endpoint self;
   const int32_t* position;
   AllReduceArgs args;
 };
 
-/// A two-shot needs peers that can read the result, and is for all_reduce only.
+/// Launches a kernel. A two-shot is for all_reduce only, and needs peers that can read the result
+/// if it is not pushed.
 cudaError_t LaunchAllReduce(const AllReduceLaunch& launch, Algorithm algorithm,
                             const DeviceTraits& device, cudaStream_t stream);
 /// Must be called once per device before the first launch.

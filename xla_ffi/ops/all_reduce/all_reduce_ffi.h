@@ -1,4 +1,4 @@
-// The border of all_reduce: operands, results and attributes in their order, for both back ends.
+// The handler of all_reduce for both back ends: operands, results and attributes in their order.
 #pragma once
 
 #include <string_view>
@@ -11,14 +11,14 @@ XLA_FFI_REGISTER_ENUM_ATTR_DECODING(jax_ep::Movement);
 
 namespace jax_ep {
 
-/// jax_ep/_src/ops/all_reduce/call.py sets them.
+/// Attributes, which the primitive of all_reduce sets in Python.
 struct AllReduceAttrs {
   Algorithm algorithm;
   std::string_view call;
   Movement movement;
 };
 
-/// Each back end's way to do it.
+/// Runs the operation; each back end defines it.
 template <typename Backend>
 typename Backend::Status RunAllReduce(const typename Backend::Context& context, I32Buffer position,
                                       const AllReduceArgs& args, const AllReduceAttrs& attrs);

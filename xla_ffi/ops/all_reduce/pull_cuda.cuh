@@ -1,4 +1,4 @@
-// The kernels of all_reduce that read operands, and results, of the peers where they lie.
+// The kernels of all_reduce that read operands, and results, of the peers in place.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -52,7 +52,7 @@ __device__ void Pull(const AllReduceLaunch& launch, const PeerAddresses& peers,
   });
 }
 
-// What a thread puts out of a share, when its block cannot compute it.
+// Poisons a thread's part of a share after its block has failed.
 template <typename Element>
 __device__ void PoisonShare(const AllReduceArgs& a, const Strided& share) {
   const int num_parts = std::is_same_v<Element, Byte> ? a.num_ranks : 1;
@@ -65,12 +65,11 @@ __device__ void PoisonShare(const AllReduceArgs& a, const Strided& share) {
   });
 }
 
-// Reads the operands of all ranks where they lie.
+// Reads the operands of all ranks in place.
 //
 // Geometry   512 threads, four vectors of 16 bytes at a time each, up to 64 blocks, as many on all
 //            ranks.
-// Protocol   publishes its operand, meets its peers; ends when the same block of every peer has
-//            read its part, too.
+// Protocol   opens the call; closes it when the same block of every peer has read its part, too.
 // Traffic    per rank: bytes read from every rank, the result written.
 // Floor      bytes * (num_ranks - 1) over NVLink pull; a launch, and two exchanges of signals.
 template <typename Element>
@@ -86,7 +85,7 @@ __global__ void __launch_bounds__(kReduceThreads)
   if (is_open) Pull<Element>(launch, peers, share);
   if (!CloseBlocks(self, op, is_open)) {
     PoisonShare<Element>(a, share);
-    if (threadIdx.x == 0) RecordPeerFailure(self);
+    if (threadIdx.x == 0) NotePeerFailure(self);
   }
   EndReading(self);
 }
@@ -96,8 +95,8 @@ __global__ void __launch_bounds__(kReduceThreads)
 //
 // Geometry   512 threads, four vectors of 16 bytes at a time each, up to 64 blocks, as many on all
 //            ranks.
-// Protocol   publishes its operand and its result, meets its peers; reduced to every peer between
-//            the two halves; ends when the same block of every peer has read its parts, too.
+// Protocol   opens the call, with its operand and its result; reduced to every peer between the two
+//            halves; closes the call when the same block of every peer has read its parts, too.
 // Traffic    per rank: bytes read in the first half and again in the second, bytes written.
 // Floor      2 * bytes * (num_ranks - 1) / num_ranks over NVLink pull; a launch, and three
 //            exchanges of signals.
@@ -119,7 +118,7 @@ __global__ void __launch_bounds__(kReduceThreads)
     Pull<Element>(launch, peers, chunk_of(self.rank));
     is_good = ReducedBarrier(self, op, CurrentEpoch(self));
   }
-  // Each begins with its next peer: not all read from the same one.
+  // Each rank begins with its next peer, so that ranks do not all read from the same one.
   for (int d = 1; is_good && d < self.num_ranks; ++d) {
     const int r = (self.rank + d) % self.num_ranks;
     ForEachFew(chunk_of(r), [&](const Strided& few) {
@@ -130,7 +129,7 @@ __global__ void __launch_bounds__(kReduceThreads)
   }
   if (!CloseBlocks(self, op, is_good)) {
     for (int r = 0; r < self.num_ranks; ++r) PoisonShare<Element>(a, chunk_of(r));
-    if (threadIdx.x == 0) RecordPeerFailure(self);
+    if (threadIdx.x == 0) NotePeerFailure(self);
   }
   EndReading(self);
 }

@@ -1,4 +1,4 @@
-// The kernels of all_reduce that store operands at the peers.
+// The kernels of all_reduce that store operands in the peers' memory.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,11 +15,11 @@
 
 namespace jax_ep {
 
-// Stores what a peer needs of this rank's operand at the peer, and takes what comes.
+// Sends each peer the part of this rank's operand that it needs, and receives the peers' parts.
 //
 // Geometry   a warp for a group of 96 vectors of 16 bytes; 128 threads, more where 64 blocks of
 //            them would take groups in turns.
-// Protocol   called and packets to every peer; nothing else, since what has come carries its epoch.
+// Protocol   called and packets to every peer; nothing else, since packets carry their epoch.
 // Traffic    per rank: bytes read, 4/3 of them stored at each peer, as much polled from the own L2
 //            for each peer, the result written.
 // Floor      4/3 * bytes * (num_ranks - 1) over NVLink push; a launch, a load, a store's way to a
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kReduceThreads)
     LoadVectors<kBytes>(array, VectorsOf(group, num_vectors), a.bytes, vectors);
   };
   uint4 vectors[kPacketVectors];
-  load(a.in, first, vectors);  // on its way while the epoch is
+  load(a.in, first, vectors);  // on its way together with the epoch
   PushCall call;
   bool is_good = Begin(self, OpOf(a.movement), launch.position, call);
   for (int64_t group = first; is_good && group < num_groups; group += step) {
@@ -86,15 +86,16 @@ __global__ void __launch_bounds__(kReduceThreads)
       StoreVectors<kBytes>(a.out, which, a.bytes, own_vectors);
     }
   }
-  if (!is_good) RecordPeerFailure(self);
+  if (!is_good) NotePeerFailure(self);
 }
 
-// Stores what a peer needs of this rank's operand in room of the peer's, and adds or puts side by
-// side what the peers have stored here. Block b of a rank waits for block b of each other.
+// Stores in each peer's room the part of this rank's operand that the peer needs. Then adds the
+// parts that peers have stored here, or puts them side by side. Block b of a rank waits for block b
+// of each other rank.
 //
 // Geometry   512 threads, a part of the vectors for each of up to 64 blocks, as many on all ranks.
 // Protocol   called, and pushed behind each block's part, to every peer; nothing else: no rank
-//            reads another's memory, and the halves of the room take turns.
+//            reads another rank's memory, and the halves of the room alternate.
 // Traffic    per rank: bytes read, stored at each peer, as many read from the own L2 for each peer,
 //            the result written.
 // Floor      bytes * (num_ranks - 1) over NVLink push; a launch, a load, a store's way to a peer
@@ -113,13 +114,13 @@ __global__ void __launch_bounds__(kReduceThreads)
   }
   EndEpoch(self, call, gridDim.x);
   AddStored<Element>(launch, call.epoch, share, is_good);
-  if (!is_good && threadIdx.x == 0) RecordPeerFailure(self);
+  if (!is_good && threadIdx.x == 0) NotePeerFailure(self);
   EndReading(self);
 }
 
-// Stores each peer's chunk of this rank's operand in room of the peer's, adds what comes to the own
-// chunk, and stores the sum at every peer, behind the chunk of the operand. Block b of a rank waits
-// for block b of each other, twice.
+// Stores each peer's chunk of this rank's operand in the peer's room, adds the chunks that peers
+// have stored here to its own, and stores the sum at every peer, behind the chunk of the operand.
+// Block b of a rank waits for block b of each other rank, twice.
 //
 // Geometry   512 threads, a part of each chunk for each of up to 64 blocks, as many on all ranks.
 // Protocol   called, pushed behind each block's part of the operand and reduced behind its part of
@@ -143,15 +144,15 @@ __global__ void __launch_bounds__(kReduceThreads)
   const auto chunk_of = [&](int r) {
     return InTurns(r * chunk, min((r + 1) * chunk, num_vectors));
   };
-  // Where a holder finds what a source has stored of the chunk of rank r, of which alone there is
-  // room: the operand, and the sum behind it.
+  // The chunk of rank r that a source has stored at a holder: of the operand, and behind it of the
+  // sum. There is room for this chunk only.
   const auto operand = [&](int holder, int source, int r) {
     return PushedAt(self, holder, source, call.epoch) - r * chunk * kVectorBytes;
   };
   const auto sum = [&](int holder, int source) {
     return operand(holder, source, source) + chunk * kVectorBytes;
   };
-  // Each begins with its next peer: not all store at the same one.
+  // Each rank begins with its next peer, so that ranks do not all store at the same one.
   for (int d = 1; is_good && d < self.num_ranks; ++d) {
     const int r = (self.rank + d) % self.num_ranks;
     ForEachFew(chunk_of(r), [&](const Strided& few) {
@@ -189,7 +190,7 @@ __global__ void __launch_bounds__(kReduceThreads)
       StoreVectors<kBytes>(a.out, few, a.bytes, vectors);
     });
   }
-  if (!is_good && threadIdx.x == 0) RecordPeerFailure(self);
+  if (!is_good && threadIdx.x == 0) NotePeerFailure(self);
   EndReading(self);
 }
 

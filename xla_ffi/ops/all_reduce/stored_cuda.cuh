@@ -1,4 +1,4 @@
-// Operands of all_reduce that lie in room of their reader.
+// Operands of all_reduce in the room of the rank that reads them.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,8 +12,8 @@
 
 namespace jax_ep {
 
-// What a thread takes of the vectors [begin, end), all threads of a rank side by side. The same
-// threads of ranks with equal grids take the same.
+// A thread's share of the vectors [begin, end): neighbouring threads take neighbouring vectors. The
+// same threads of ranks with equal grids take the same vectors.
 __device__ inline Strided InTurns(int64_t begin, int64_t end) {
   return {.first = begin + int64_t{blockIdx.x} * blockDim.x + threadIdx.x,
           .step = int64_t{gridDim.x} * blockDim.x,
@@ -22,13 +22,13 @@ __device__ inline Strided InTurns(int64_t begin, int64_t end) {
 
 inline constexpr int kFew = 4;  // vectors of a thread, on their way at once
 
-// Calls `use` for the next few, until there are no more.
+// Calls `use` for a few vectors of the share at a time.
 template <typename Use>
 __device__ void ForEachFew(Strided which, Use&& use) {
   for (; which.first < which.end; which.first += kFew * which.step) use(which);
 }
 
-// Stores at each peer what it needs of the share.
+// Stores at each peer the part of the share that the peer needs.
 template <typename Element>
 __device__ void StoreAtPeers(const AllReduceLaunch& launch, uint32_t epoch, const Strided& share) {
   constexpr int kBytes = kElementBytes<Element>;
@@ -47,7 +47,8 @@ __device__ void StoreAtPeers(const AllReduceLaunch& launch, uint32_t epoch, cons
   });
 }
 
-// Adds, or puts side by side, what all ranks have stored here of the share; poison where not.
+// Adds the parts of the share that all ranks have stored here, or puts them side by side. Poisons
+// the result if the parts are not good.
 template <typename Element>
 __device__ void AddStored(const AllReduceLaunch& launch, uint32_t epoch, const Strided& share,
                           bool is_good) {

@@ -11,10 +11,10 @@
 
 namespace jax_ep {
 
-/// out[i] = the sum of all terms' element i, in their order, rounded once.
+/// out[i] = the sum of the terms' elements i, in the order of the terms, rounded once.
 void SumArrays(DType dtype, std::span<const std::byte* const> terms, int64_t bytes, std::byte* out);
 
-/// The arrays of all ranks, block by block; those of other processes are fetched.
+/// The arrays of all ranks, block by block. Blocks of other processes are fetched.
 class BlocksOfRanks {
  public:
   static constexpr int64_t kBlockBytes = 64 * 1024;

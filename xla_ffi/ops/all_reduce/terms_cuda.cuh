@@ -1,4 +1,4 @@
-// What the kernels of all_reduce add up, and what stands for it after a failure.
+// Terms and sums of the kernels of all_reduce, and the poison of failed calls.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -25,7 +25,7 @@ JAX_EP_HOST_DEVICE inline int64_t NumVectors(int64_t bytes) {
   return (bytes + kVectorBytes - 1) / kVectorBytes;
 }
 
-// A sum over the ranks, begun with rank 0's vector.
+// A sum over the ranks, which begins with rank 0's vector.
 template <typename Element>
 struct Sum {
   using Values = Vector<Element>;

@@ -1,8 +1,8 @@
 // all_reduce_residual_rmsnorm: h = all_reduce(x) + residual; normed = h / rms(h) * scale.
 //
-// The sum over the ranks is rounded, as all_reduce rounds it, before the residual is added, and h
-// is rounded before it is normalised: h has the bits that the operations one by one would give. The
-// normalisation is in f32, and rounded once; the order of its sum of squares is each twin's own.
+// The sum over the ranks is rounded, as in all_reduce, before the residual is added, and h is
+// rounded before it is normalised. So h has the bits that the operations would give one by one. The
+// normalisation is in f32 and rounded once. Each back end has its own order of the sum of squares.
 #pragma once
 
 #include <cstddef>

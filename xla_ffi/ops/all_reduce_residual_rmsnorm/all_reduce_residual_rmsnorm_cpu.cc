@@ -18,7 +18,7 @@ float ScaleAt(const RmsNormArgs& a, int64_t i) {
                                  : ToF32(reinterpret_cast<const F16*>(a.scale)[i]);
 }
 
-// `sums`: of the ranks. The results of one row.
+// Computes the results of one row. `sums`: over the ranks.
 template <typename T>
 void Normalise(const RmsNormArgs& a, int64_t row, const std::byte* sums) {
   const auto at = [&](auto* data) { return data + row * a.row_bytes(); };
@@ -26,7 +26,7 @@ void Normalise(const RmsNormArgs& a, int64_t row, const std::byte* sums) {
   const auto* residual = reinterpret_cast<const T*>(at(a.residual));
   auto* normed = reinterpret_cast<T*>(at(a.normed));
   auto* new_residual = reinterpret_cast<T*>(at(a.new_residual));
-  double squares = 0.0;  // one by one, an f32 would lose digits of long rows
+  double squares = 0.0;  // an f32 would lose digits in long rows
   for (int64_t i = 0; i < a.hidden; ++i) {
     new_residual[i] = FromF32<T>(ToF32(sum[i]) + ToF32(residual[i]));
     const float h = ToF32(new_residual[i]);
@@ -39,7 +39,7 @@ void Normalise(const RmsNormArgs& a, int64_t row, const std::byte* sums) {
   }
 }
 
-// Every rank does all of it for itself.
+// Every rank computes all rows for itself.
 //
 // Phases     one.
 // Traffic    per rank: num_ranks + 1 arrays like x read, two written.

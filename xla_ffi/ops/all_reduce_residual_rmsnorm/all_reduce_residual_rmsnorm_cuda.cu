@@ -16,17 +16,17 @@ namespace jax_ep {
 namespace {
 
 constexpr int kMaxThreads = 480;
-constexpr int kMaxGroups = 3;  // of a row, that a warp takes
+constexpr int kMaxGroups = 3;  // groups of a row that a warp takes
 static_assert(kMaxNormRowBytes <=
               int64_t{kMaxThreads} / kWarpSize * kMaxGroups * kGroupVectors * kVectorBytes);
 constexpr int kMaxBlocks = 64;
 constexpr OpId kOp = OpId::kAllReduceResidualRmsnorm;
 
-// The sum of `value` over the block, the same for all threads; in the same order on every rank.
+// The sum of `value` over the block, for all threads. Every rank adds in the same order.
 __device__ float SumOfBlock(float value, float* warps) {
   for (int d = kWarpSize / 2; d > 0; d /= 2) value += __shfl_xor_sync(~0u, value, d);
   const int num_warps = (blockDim.x + kWarpSize - 1) / kWarpSize;
-  __syncthreads();  // the sums of the row before have been read
+  __syncthreads();  // all threads have read the sums of the previous row
   if (threadIdx.x % kWarpSize == 0) warps[threadIdx.x / kWarpSize] = value;
   __syncthreads();
   float sum = 0.0f;
@@ -34,18 +34,18 @@ __device__ float SumOfBlock(float value, float* warps) {
   return sum;
 }
 
-// Adds the rows of all ranks and the residual, and normalises the sum; one block for each row,
-// whose vectors stay in registers in between. What travels, travels as in all_reduce: in packets,
-// or read where it lies (kPulls).
+// Adds the rows of all ranks and the residual, and normalises the sum. One block takes a row, and
+// keeps its vectors in registers between the two steps. Rows travel as in all_reduce: in packets,
+// or read in place (kPulls).
 //
-// Geometry   a warp for up to three groups of 96 vectors of a row; up to 64 blocks, which take
-//            rows in turns.
-// Protocol   called and packets to every peer; kPulls: publishes its operand, meets its peers,
-//            ends with read_done to every peer.
+// Geometry   a warp for up to three groups of 96 vectors of a row; up to 64 blocks, which take rows
+//            one after the other.
+// Protocol   called and packets to every peer; kPulls: opens the call, closes it with read_done to
+//            every peer.
 // Traffic    per row: its bytes read from every rank (packets: 4/3 of them stored at each peer),
 //            the residual and the scale read, two rows written.
-// Floor      the larger of what crosses NVLink and of all bytes over HBM; a launch, a load, a
-//            store's way to a peer.
+// Floor      all bytes over NVLink or all bytes over HBM, whichever takes longer; a launch, a load,
+//            a store's way to a peer.
 template <typename Element, bool kPulls>
 __global__ void __launch_bounds__(kMaxThreads)
     RmsNormKernel(const __grid_constant__ RmsNormLaunch launch,
@@ -162,11 +162,11 @@ __global__ void __launch_bounds__(kMaxThreads)
   if constexpr (kPulls) {
     CloseCall(self, kOp, is_open, results);
   } else {
-    if (!is_good) RecordPeerFailure(self);
+    if (!is_good) NotePeerFailure(self);
   }
 }
 
-// Of packets: each row begins with one of its own.
+// Number of groups of packets of a row, which begins with a new group.
 int64_t RowGroups(const RmsNormArgs& args) {
   constexpr int64_t kBytes = kPacketGroupPayload;
   return (args.row_bytes() + kBytes - 1) / kBytes;

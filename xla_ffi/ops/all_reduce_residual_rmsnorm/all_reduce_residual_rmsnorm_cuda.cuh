@@ -9,14 +9,14 @@
 
 namespace jax_ep {
 
-/// What the kernel gets.
+/// Arguments of the kernel.
 struct RmsNormLaunch {
   Endpoint self;
   const int32_t* position;
   RmsNormArgs args;
 };
 
-/// `algorithm`: low_latency or one_shot.
+/// Launches the kernel. `algorithm`: low_latency or one_shot.
 cudaError_t LaunchRmsNorm(const RmsNormLaunch& launch, Algorithm algorithm,
                           const DeviceTraits& device, cudaStream_t stream);
 /// Must be called once per device before the first launch.

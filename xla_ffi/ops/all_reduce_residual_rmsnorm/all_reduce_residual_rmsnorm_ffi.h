@@ -1,5 +1,5 @@
-// The border of all_reduce_residual_rmsnorm: operands, results and attributes in their order, for
-// both back ends.
+// The handler of all_reduce_residual_rmsnorm for both back ends: operands, results and attributes
+// in their order.
 #pragma once
 
 #include <string_view>
@@ -10,14 +10,14 @@
 
 namespace jax_ep {
 
-/// jax_ep/_src/ops/all_reduce_residual_rmsnorm/call.py sets them.
+/// Attributes, which the primitive of all_reduce_residual_rmsnorm sets in Python.
 struct RmsNormAttrs {
   Algorithm algorithm;
   std::string_view call;
   float eps;
 };
 
-/// Each back end's way to do it.
+/// Runs the operation; each back end defines it.
 template <typename Backend>
 typename Backend::Status RunRmsNorm(const typename Backend::Context& context, I32Buffer position,
                                     const RmsNormArgs& args, const RmsNormAttrs& attrs);

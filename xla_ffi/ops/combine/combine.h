@@ -1,9 +1,10 @@
 // combine: brings the rows of a dispatch back to their tokens and adds them.
 //
-// Numerics, the same in every twin: products and sums in f32 from +0, subnormals kept, never
-// contracted. Rank layout: the sum over ranks, in rank order, of the row. Expert layout: per rank
-// p = the sum, in row order (which is expert order), of weight * row, rounded to the rows' type,
-// then the sum of p over ranks in rank order. Then the biases in order, then one rounding.
+// Numerics are the same on every back end. Products and sums are in f32, start from +0, keep
+// subnormals, and are never contracted. In the rank layout, the sum adds the rows in rank order. In
+// the expert layout, each rank has a partial sum of weight * row, in row order (which is expert
+// order), rounded to the rows' type; the sum adds these in rank order. Then the biases are added in
+// order, and the sum is rounded once.
 #pragma once
 
 #include <array>

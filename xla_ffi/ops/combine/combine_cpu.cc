@@ -11,7 +11,7 @@
 namespace jax_ep {
 namespace {
 
-// Every rank pulls the rows of its own tokens out of its peers' arrays and adds them.
+// Every rank pulls the rows of its tokens out of its peers' arrays and adds them.
 //
 // Phases     one.
 // Traffic    per (token, destination) row: its bytes read from the peer; per token: a row written.
@@ -54,7 +54,7 @@ class CombineCall : public CallOf<CombineArgs> {
         FindPlaces(a, t, places);
         for (const Place& place : places) {
           const CombineArgs& peer = args[place.rank];
-          // Rows of one rank are rounded together only where experts' rows are added up there.
+          // Rows of one rank are rounded together in the expert layout only, which adds them there.
           const bool joins_previous = a.layout == RecvLayout::kExpert && &place != &places[0] &&
                                       (&place)[-1].rank == place.rank;
           const std::byte* row = static_cast<const std::byte*>(peer.rows) + place.row * row_bytes;
@@ -94,8 +94,8 @@ class CombineCall : public CallOf<CombineArgs> {
     }
   };
 
-  // Where the rows of a token lie, in the order in which they are added. Indices out of range, as
-  // an altered handle may hold, count as absent.
+  // Finds the rows of a token, in the order in which they are added. Indices out of range, which an
+  // altered handle may hold, count as absent.
   void FindPlaces(const CombineArgs& a, int64_t token, std::vector<Place>& places) const {
     places.clear();
     for (int slot = 0; slot < a.num_slots; ++slot) {

@@ -17,15 +17,16 @@ namespace {
 static_assert(kNumCombineAddresses <= kMaxAddresses);
 constexpr int kMaxWarps = 12;
 
-// Pulls the rows of this rank's tokens out of the peers' arrays and adds them, in registers. Where
-// a peer has several rows of a token (expert layout), it adds these first, into a ring, and one row
-// is pulled from there.
+// Pulls the rows of this rank's tokens out of the peers' arrays and adds them, in registers. A peer
+// that has several rows of a token (expert layout) first adds these into a ring, and one row is
+// pulled from there.
 //
-// Geometry   one block of 12 warps per SM of the budget, fewer where the rings have no place for
-//            all of them; a warp takes every n-th part of a row and keeps kSumStages pieces, of up
-//            to 4 KiB, on their way into shared memory.
-// Protocol   publishes its operands, meets its peers; filled and emptied for each place of a ring;
-//            ends with read_done to every peer.
+// Geometry   one block of 12 warps per SM of the budget, fewer if the rings have no place for all
+// of
+//            them; a warp takes every n-th part of a row and keeps kSumStages pieces, of up to 4
+//            KiB, on their way into shared memory.
+// Protocol   opens the call; filled and emptied for each place of a ring; closes the call with
+//            read_done to every peer.
 // Traffic    per row of a token: its bytes read, over NVLink if it is its rank's only one; per
 //            (token, rank) with several: a partial sum written, and read over NVLink; per token:
 //            its biases read and its row written.
@@ -49,7 +50,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
   bool is_good = OpenCall(launch.self, OpId::kCombine, launch.position, own, peers);
   if (is_good) {
     const int warp = threadIdx.x / kWarpSize;
-    // Neighbouring tokens go to different SMs: a short call is spread over all of them.
+    // Neighbouring tokens go to different SMs, so that a short call is spread over all SMs.
     RowSums<Element, kLayout> sums(
         launch, ring, parts, peers, reinterpret_cast<WarpState*>(shared)[warp],
         warp * gridDim.x + blockIdx.x, blockDim.x / kWarpSize * gridDim.x);
@@ -80,7 +81,7 @@ Kernel KernelOf(RecvLayout layout, DType dtype) {
                                      : KernelOf<RecvLayout::kExpert>(dtype);
 }
 
-// As many warps as the device has shared memory for.
+// Number of warps of a block that the device has shared memory for.
 int NumWarps(const DeviceTraits& device) {
   const size_t room = device.max_shared_bytes - sizeof(PeerAddresses);
   return static_cast<int>(std::min<size_t>(kMaxWarps, room / sizeof(WarpState)));

@@ -12,7 +12,7 @@
 
 namespace jax_ep {
 
-/// What the kernel gets.
+/// Arguments of the kernel.
 struct CombineLaunch {
   Endpoint self;
   const int32_t* position;
@@ -33,7 +33,7 @@ cudaError_t LaunchCombine(const CombineLaunch& launch, const DeviceTraits& devic
 /// Must be called once per device before the first launch.
 cudaError_t LoadCombineKernels(DeviceTraits& device);
 
-/// Where peers find each operand of a combine (OwnAddresses).
+/// Indices of a combine's operands in OwnAddresses.
 inline constexpr int kRowsAddress = 0;
 inline constexpr int kWeightsAddress = 1;
 inline constexpr int kSendRankAddress = 2;

@@ -1,4 +1,4 @@
-// The border of combine: operands, results and attributes in their order, for both back ends.
+// The handler of combine for both back ends: operands, results and attributes in their order.
 #pragma once
 
 #include <string_view>
@@ -8,7 +8,7 @@
 
 namespace jax_ep {
 
-/// jax_ep/_src/ops/combine/call.py sets them.
+/// Attributes, which the primitive of combine sets in Python.
 struct CombineAttrs {
   std::string_view call;
   int64_t has_weights;
@@ -16,13 +16,13 @@ struct CombineAttrs {
   int64_t num_sms;
 };
 
-/// Each back end's way to do it. `workspace` is scratch of the back ends that need some.
+/// Runs the operation; each back end defines it. `workspace` is scratch, which `cpu` does not need.
 template <typename Backend>
 typename Backend::Status RunCombine(const typename Backend::Context& context, I32Buffer position,
                                     const CombineArgs& args, const CombineAttrs& attrs,
                                     ffi::AnyBuffer workspace);
 
-/// send_rank is read in the expert layout, weights if has_weights.
+/// The handler. send_rank is read in the expert layout, and weights if has_weights.
 template <typename Backend>
 typename Backend::Status Combine(typename Backend::Context context, I32Buffer position,
                                  I32Buffer send_rank, I32Buffer send_row, F32Buffer weights,

@@ -1,4 +1,4 @@
-// How the kernel of combine shares rows between warps, and the rings of partial sums between
+// The division of rows between the warps of combine's kernel, and of rings of partial sums between
 // tokens.
 #pragma once
 
@@ -12,16 +12,17 @@
 namespace jax_ep {
 
 inline constexpr size_t kMaxRingBytes = 32 * 1024 * 1024;
-/// A row is summed in up to so many parts, by different warps.
+/// The most parts of a row, which different warps add.
 inline constexpr int kMaxRowParts = 4;
 
-/// Expert layout: where a rank leaves, for each of its peers, the sums of a token's rows that it
-/// holds: one row crosses to the token's rank instead of several.
+/// A ring for each peer, in scratch of the call, expert layout only. A rank stores there, for each
+/// token of the peer, the sum of the token's rows that it holds. So one row crosses to the token's
+/// rank instead of several.
 ///
-/// A ring for each peer, in scratch of the call. Token t has place t % num_tokens; PartialCells
-/// says of each part of a place when it is filled, and when it may be filled again.
+/// Token t has place t % num_tokens. PartialCells says of each part of a place when it is filled,
+/// and when it may be filled again.
 struct PartialRing {
-  int32_t num_tokens = 0;  // places; 0: rows cross one by one
+  int32_t num_tokens = 0;  // number of places; 0: rows cross one by one
 
   static PartialRing Of(RecvLayout layout, int num_ranks, int64_t num_tokens, int num_slots,
                         size_t row_bytes) {
@@ -30,27 +31,27 @@ struct PartialRing {
     const int64_t most = std::min<int64_t>(room, kMaxPartialCells / (num_ranks * kMaxRowParts));
     return {static_cast<int32_t>(std::min(num_tokens, most))};
   }
-  /// The rings of one rank.
+  /// Bytes of all rings of one rank.
   size_t Bytes(int num_ranks, size_t row_bytes) const {
     return num_tokens == 0 ? 0 : (num_ranks - 1) * static_cast<size_t>(num_tokens) * row_bytes;
   }
 
-  /// Of the partial sum that `holder` has for token `token` of rank `owner`, in rows.
+  /// The row, in the rings of `holder`, of the partial sum for token `token` of rank `owner`.
   JAX_EP_HOST_DEVICE int64_t Row(int holder, int owner, uint32_t token) const {
     return int64_t{owner < holder ? owner : owner - 1} * num_tokens + token % num_tokens;
   }
 };
 
-/// A piece of a row is up to so many times 16 bytes for each lane; as many as there are registers
-/// for.
+/// The most vectors of 16 bytes that a piece of a row has for each lane: as many as fit into
+/// registers.
 template <RecvLayout kLayout>
 inline constexpr int kMaxVectorsOf = kLayout == RecvLayout::kRank ? 8 : 7;
 inline constexpr int kMaxVectors = 8;
 
-/// How rows are shared between warps. An item is a part of a token; in a turn each warp takes one.
+/// The parts of rows. An item is a part of a token; in a turn each warp takes one item.
 struct RowParts {
   int count;
-  uint32_t bytes;  // of each but the last; whole pieces
+  uint32_t bytes;  // of each part but the last: whole pieces
   uint32_t piece_bytes;
   uint32_t lag;  // see TermLister
 
@@ -60,7 +61,7 @@ struct RowParts {
   }
 };
 
-/// What a combine is launched with, the same on all ranks.
+/// The launch of a combine, the same on all ranks.
 struct CombineGeometry {
   int num_blocks;
   int num_warps;  // of a block
@@ -70,11 +71,11 @@ struct CombineGeometry {
 /// Cuts rows into enough parts that the warps do not end far apart, and that few tokens keep all
 /// of them busy. `most_warps`: of a block.
 ///
-/// A ring has room for the items of a turn, at least: item i has the place of item i minus
-/// `ring.num_tokens * parts.count`, and waits until that one's owner has read it. With room for two
-/// turns the own tokens lag behind by one (TermLister). Without room for one, warps would only
-/// wait for each other's places: rows are cut further if half of the warps would, and no warp is
-/// started that has no place.
+/// A ring has room for the items of one turn, at least. Item i takes the place of item i minus
+/// `ring.num_tokens * parts.count`, and waits until the owner of the earlier item has read it. With
+/// room for two turns the own tokens lag behind by one turn (TermLister). Without room for one
+/// turn, warps would only wait for each other's places. So rows are cut further if half of the
+/// warps would wait, and no warp is started that has no place.
 inline CombineGeometry MakeCombineGeometry(RecvLayout layout, int64_t num_tokens, size_t row_bytes,
                                            PartialRing ring, int num_sms, int most_warps) {
   constexpr int64_t kItemsOfWarp = 8;

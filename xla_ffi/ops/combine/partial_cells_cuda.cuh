@@ -1,4 +1,4 @@
-// What the ranks tell one another of the rings of partial sums (PartialRing, PartialCells).
+// Signals between ranks about the rings of partial sums (PartialRing, PartialCells).
 #pragma once
 
 #include <cstdint>
@@ -11,14 +11,14 @@
 
 namespace jax_ep {
 
-// One warp's view. All functions are for the whole warp.
+// One warp's view of the signals. All functions are for the whole warp.
 class OwnCells {
  public:
   __device__ OwnCells(const Endpoint& self, PartialRing ring, RowParts parts)
       : self_(self), ring_(ring), num_parts_(parts.count), epoch_(CurrentEpoch(self)) {}
 
-  // Whether the holder of a partial sum has filled its part of a place. `waits` for it: false only
-  // when the group fails.
+  // Whether the holder of a partial sum has filled its part of a place. With `waits`, false only if
+  // the group fails.
   __device__ bool IsFilled(const TermList& list, int holder, bool waits) {
     if (waits) FlushSignals();
     const SignalRow filled = CellsOf(list, self_.own()->partials.filled);
@@ -34,8 +34,9 @@ class OwnCells {
     return __shfl_sync(~0u, is_filled, 0);
   }
 
-  // Until the owner has read what the part of a place held before; of an own token, until this rank
-  // has said so, which keeps what it says of a place in order. False when the group fails.
+  // Waits until the owner has read the previous sum in the part of a place. For an own token it
+  // waits until this rank has signalled that, which keeps the rank's signals of a place in order.
+  // False if the group fails.
   __device__ bool WaitUntilEmptied(const TermList& list) {
     if (list.token < ring_.num_tokens) return true;
     FlushSignals();
@@ -50,9 +51,9 @@ class OwnCells {
     return __shfl_sync(~0u, is_empty, 0);
   }
 
-  // A sum that is stored: its owner shall know that the part of the place is filled, or, of an own
-  // token, all peers that it is empty. It is told later, when the stores have long been made, since
-  // a release waits for them, but before this warp waits for anyone.
+  // Defers the signals of a sum that is stored: to its owner, that the part of the place is filled,
+  // or, for an own token, to all peers, that the part is empty. FlushSignals sends them, before
+  // this warp waits for anyone. A release waits for the stores: later, they have long been made.
   __device__ void DeferSignals(const TermList& list) {
     __syncwarp();
     const auto defer = [&](const Signal* cells) {
@@ -67,7 +68,8 @@ class OwnCells {
     }
   }
   __device__ void FlushSignals() {
-    // This rank last: whoever of it has the place next tells the peers after this warp has.
+    // The signal to this rank comes last: then the warp that has the place next signals to the
+    // peers after this warp.
     if (deferred_ != nullptr && !defers_own_) StoreRelease(deferred_, {epoch_, deferred_token_});
     __syncwarp();
     if (deferred_ != nullptr && defers_own_) StoreRelease(deferred_, {epoch_, deferred_token_});

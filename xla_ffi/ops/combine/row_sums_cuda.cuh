@@ -1,4 +1,4 @@
-// Sums of rows that are pulled out of memory, the peers' included.
+// Sums of rows that are pulled out of this rank's memory, and out of the peers'.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@ namespace jax_ep {
 inline constexpr int kSumStages = 4;  // a power of two: places in the ring are found often
 inline constexpr int kListsAhead = 2;
 
-// What a warp has in shared memory.
+// A warp's shared memory.
 struct WarpState {
   alignas(128) uint4 stage[kSumStages][kMaxVectors][kWarpSize];
   uint64_t arrived[kSumStages];  // BulkBarrier, where there is one
@@ -25,8 +25,8 @@ struct WarpState {
   Choices choices[kChoicesAhead];
 };
 
-// One warp: its sums, one after the other; in shared memory, the pieces of rows that are on their
-// way, those of the next sum included.
+// The sums of one warp, one after the other. Pieces of rows are on their way into shared memory,
+// also those of the next sum.
 template <typename Element, RecvLayout kLayout>
 class RowSums {
  public:
@@ -44,9 +44,9 @@ class RowSums {
     InitCopies();
   }
 
-  // False when the group fails.
+  // Computes all sums. False if the group fails.
   __device__ bool Run() {
-    // A term of a piece at a time, so that Refill, which is large, has one call.
+    // One term of a piece at a time, so that Refill, which is large, is inlined once.
     for (;;) {
       Refill();
       if (has_failed_) break;
@@ -59,7 +59,7 @@ class RowSums {
         end_ = EndOf(list);
         is_first_ = true;
         if (num_terms_ == 0 && !is_own_) {
-          // A peer's token of which this rank has no row, or one, is none of its business.
+          // This rank adds nothing for a peer's token of which it has no row, or one row.
           piece_ = end_;
           ++num_done_;
           continue;
@@ -86,7 +86,7 @@ class RowSums {
       if (HasRing()) cells_.DeferSignals(list);
     }
     if (HasRing()) cells_.FlushSignals();
-    // What is on its way arrives in shared memory that the block must not give up before.
+    // The block must keep its shared memory until all copies have arrived.
     for (; num_consumed_ != num_issued_; ++num_consumed_) WaitForCopy();
     return !has_failed_;
   }
@@ -103,17 +103,17 @@ class RowSums {
   }
   __device__ TermList& ListAt(uint32_t n) const { return state_.lists[n % kListsAhead]; }
 
-  // Bytes of the row.
+  // The first byte of a sum's part of the row.
   __device__ uint32_t BeginOf(const TermList& list) const { return list.part * parts_.bytes; }
   __device__ uint32_t EndOf(const TermList& list) const {
     return list.part == parts_.count - 1 ? row_bytes_ : BeginOf(list) + parts_.bytes;
   }
-  // The lane's vectors of a piece: v-th at this offset of the row.
+  // The offset in the row of the lane's v-th vector of a piece.
   static __device__ uint32_t OffsetOf(uint32_t piece, int v) {
     return piece + (v * kWarpSize + Lane()) * static_cast<uint32_t>(sizeof(uint4));
   }
 
-  // Has as many pieces on their way as there are stages, as far as the lists reach.
+  // Keeps as many pieces on their way as there are stages, as far as the lists reach.
   __device__ void Refill() {
     while (num_issued_ - num_consumed_ < kSumStages) {
       if (issue_piece_ >= issue_end_) {
@@ -128,7 +128,7 @@ class RowSums {
       const TermList& list = ListAt(num_listed_ - 1);
       const Term& term = list.terms[issue_term_];
       if (HasRing() && is_first_issue_ && term.holder >= 0) {
-        // Waits only when the warp can do nothing else before.
+        // Waits only if the warp has nothing else to do.
         const bool waits = num_issued_ == num_consumed_ && num_listed_ - 1 == num_done_;
         const bool is_there = cells_.IsFilled(list, term.holder, waits);
         has_failed_ = waits && !is_there;
@@ -145,7 +145,7 @@ class RowSums {
   }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  // The bulk engine, started by one lane: over NVLink, 16-byte copies reach 0.6 of its rate.
+  // One lane starts the bulk engine: over NVLink, 16-byte copies reach 0.6 of its rate.
   __device__ BulkBarrier& Arrived(uint32_t n) {
     return reinterpret_cast<BulkBarrier&>(state_.arrived[n % kSumStages]);
   }
@@ -179,7 +179,7 @@ class RowSums {
   }
 #endif
 
-  // The piece that has arrived.
+  // Adds the piece that has arrived.
   __device__ void Add(const Term& term) {
     const uint4(*stage)[kWarpSize] = state_.stage[num_consumed_ % kSumStages];
     const bool is_alone = kLayout == RecvLayout::kRank || term.is_alone;
@@ -189,7 +189,7 @@ class RowSums {
     if (parts_.num_vectors() > kHalf) AddHalf(kHalf, stage, is_alone, weight, ends);
   }
 
-  // Vectors of one half, all of them: what is behind the piece is not stored.
+  // Adds all vectors of one half: those behind the piece are never stored.
   __device__ void AddHalf(int first, const uint4 (*stage)[kWarpSize], bool is_alone, float weight,
                           bool ends) {
 #pragma unroll
@@ -206,7 +206,8 @@ class RowSums {
         partial_[v][i] = __fadd_rn(partial_[v][i], __fmul_rn(weight, values[i]));
       }
       if (!ends) continue;
-      // A rank's partial sum enters as it crosses the link; a single row is not changed by it.
+      // A rank's partial sum enters the sum rounded, as it crosses the link. Rounding does not
+      // change a single row.
       Vector<Element>::Load(Vector<Element>::Round(partial_[v]), values);
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
@@ -216,7 +217,7 @@ class RowSums {
     }
   }
 
-  // The piece that is complete.
+  // Stores the piece that is complete.
   __device__ void Store(const TermList& list) {
     const int64_t own_row = int64_t{list.token} * row_bytes_;
     std::byte* row =
@@ -256,7 +257,7 @@ class RowSums {
   TermLister<kLayout> lister_;
   bool has_failed_ = false;
 
-  // The piece that is worked on, in bytes of its row, and its sum.
+  // The current piece, in bytes of its row, and its sum.
   uint32_t piece_ = 0;
   uint32_t end_ = 0;
   int num_terms_ = 0;
@@ -266,7 +267,7 @@ class RowSums {
   float sum_[kVectors][kSize] = {};
   float partial_[kVectors][kSize] = {};
 
-  // The piece that is sent for next; it is of the last sum listed.
+  // The piece that is loaded next, of the last sum listed.
   uint32_t issue_piece_ = 0;
   uint32_t issue_end_ = 0;
   int issue_num_terms_ = 0;

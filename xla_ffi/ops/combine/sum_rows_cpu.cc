@@ -4,8 +4,8 @@
 
 #include "core/numerics.h"
 
-// One copy of a function for each generation of x86, chosen when the module is loaded. Widths
-// differ, values do not: the build forbids contraction, and no sum is reordered.
+// Compiles a function for each generation of x86; the loader chooses one. Widths differ, values do
+// not: the build forbids contraction, and no sum is reordered.
 #if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__SANITIZE_THREAD__) && \
     !defined(__SANITIZE_ADDRESS__)
 #define JAX_EP_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
@@ -17,11 +17,12 @@
 namespace jax_ep {
 namespace {
 
-// Two f32 sums of so many columns, and as much of a few rows, stay in the first-level cache.
+// Columns of a block: two f32 sums, and these columns of a few rows, stay in the first-level cache.
 constexpr int64_t kBlock = 256;
 constexpr int64_t kCacheLine = 64;
 
-// Rows lie far from one another: what the next block reads is on its way while this one is added.
+// Prefetches the columns of the next block while this block is added: rows lie far from one
+// another.
 template <typename T>
 JAX_EP_INLINE void Prefetch(std::span<const RowTerm> terms, int64_t first, int64_t width) {
   for (const RowTerm& term : terms) {
@@ -32,8 +33,8 @@ JAX_EP_INLINE void Prefetch(std::span<const RowTerm> terms, int64_t first, int64
   }
 }
 
-// A sum that starts from +0 never becomes -0, so the sign of a partial sum that is zero is lost
-// whether that partial sum starts from +0 or from its first product.
+// A sum that starts from +0 never becomes -0. So it makes no difference whether a partial sum
+// starts from +0 or from its first product: only the sign of a zero could differ, and that is lost.
 template <typename T>
 JAX_EP_INLINE void AddTerms(std::span<const RowTerm> terms, int64_t first, int64_t width, T* out) {
   float sum[kBlock] = {};

@@ -1,4 +1,4 @@
-// The arithmetic of combine on the host: rows times weights, added in a given order.
+// The arithmetic of combine on the host: adds rows times weights in a given order.
 #pragma once
 
 #include <cstddef>
@@ -9,8 +9,8 @@
 
 namespace jax_ep {
 
-/// A row and its factor. A row that joins the one before it is added to it in f32, and the rows
-/// joined so are rounded once, to the rows' type, before they enter the sum.
+/// A row and its factor. Joined rows are added in f32, and rounded once, to the rows' type, before
+/// they enter the sum.
 struct RowTerm {
   const std::byte* row;
   float weight;

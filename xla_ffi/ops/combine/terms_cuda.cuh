@@ -1,4 +1,4 @@
-// Which rows a warp adds, one sum after the other.
+// Lists of the rows that a warp adds, one list for each sum.
 #pragma once
 
 #include <cstdint>
@@ -11,21 +11,22 @@
 
 namespace jax_ep {
 
-// A token's choices are lanes of a warp.
+// Each choice of a token has a lane of a warp.
 inline constexpr int kMaxTerms = kMaxTopk;
 static_assert(kMaxTerms <= kWarpSize && kMaxRanks <= kMaxTerms);
 
-// A row that is added.
+// One row of a sum.
 struct Term {
   const std::byte* row;
   float weight;
   bool is_alone;         // the whole partial sum of its rank, unweighted
   bool is_last_of_rank;  // the partial sum ends with it
-  int8_t holder;         // of a partial sum in a ring, which may not be there yet; else kNoIndex
+  int8_t holder;         // rank whose ring has the partial sum, perhaps not yet; else kNoIndex
 };
 static_assert(kMaxRanks <= INT8_MAX);
 
-// A sum: part of a token of this rank, or of what this rank holds of a token of a peer.
+// The terms of a sum, which is a part of a token of this rank, or the part of a peer's token that
+// this rank holds.
 struct TermList {
   uint32_t token;
   int32_t part;
@@ -34,7 +35,7 @@ struct TermList {
   Term terms[kMaxTerms];
 };
 
-// Where the choices of a token went, on their way into shared memory.
+// Ranks and rows of a token's choices, on their way into shared memory.
 struct Choices {
   int32_t rank[kMaxTerms];
   int32_t row[kMaxTerms];
@@ -42,17 +43,19 @@ struct Choices {
 };
 inline constexpr int kChoicesAhead = 2;
 
-// Lists the sums of one warp, which takes every `stride`-th part of a token number. By turns it
-// adds what it holds of each peer's token of one number, and its own rank's token of the number
-// `lag` turns before, for which the peers have added theirs by then.
+// Lists the sums of one warp, which takes every `stride`-th part of a token number. In each turn
+// the warp first adds its rank's rows of the tokens of this number of all peers. Then it adds the
+// own rank's token of the number `lag` turns before, for which the peers have added their sums by
+// then.
 //
 // In this order no warp waits for ever. With a lag of 1 a ring is at least two turns long
-// (MakeCombineGeometry): a sum of a peer's token waits for a place that an earlier turn empties,
-// and an own token for sums of the turn before. Without, a ring is at least one turn long: a sum
-// of a peer's token waits for the turn before, and an own token for sums of the same turn.
+// (MakeCombineGeometry). A sum of a peer's token then waits for a place that an earlier turn
+// empties, and an own token for sums of the previous turn. Without lag a ring is at least one turn
+// long. A sum of a peer's token then waits for the previous turn, and an own token for sums of the
+// same turn.
 //
-// What a list needs is read while the lists before it are worked on: under load every answer takes
-// microseconds. First where the choices went, then their weights.
+// The data of a list is read while the warp works on earlier lists: under load every answer takes
+// microseconds. Ranks and rows of the choices are read first, then their weights.
 template <RecvLayout kLayout>
 class TermLister {
  public:
@@ -75,7 +78,7 @@ class TermLister {
     BeginWeights(0);
   }
 
-  // By the whole warp. False when there is none any more.
+  // Makes the next list, for the whole warp. False if there is none.
   __device__ bool Next(TermList& list) {
     const SumId id = IdOf(num_listed_);
     if (id.is_end) return false;
@@ -89,7 +92,7 @@ class TermLister {
 
  private:
   struct SumId {
-    uint32_t token;  // may be behind the last
+    uint32_t token;  // may be behind the last token
     int part;
     int owner;
     bool is_end;
@@ -110,7 +113,8 @@ class TermLister {
   }
   __device__ Choices& ChoicesOf(uint32_t n) const { return choices_[n % kChoicesAhead]; }
 
-  // One choice in each lane. Those of a peer's token cross the link.
+  // Starts the copies of a token's choices, one in each lane. Those of a peer's token cross the
+  // link.
   __device__ void BeginChoices(uint32_t n) const {
     const SumId id = IdOf(n);
     if (id.token >= args_.num_tokens || Lane() >= args_.num_slots) return;
@@ -140,14 +144,15 @@ class TermLister {
     __syncwarp();
   }
 #else
-  // Asynchronous copies are counted, in their order, for rows.
+  // Copies at once: here the groups of asynchronous copies are counted for rows.
   __device__ static void Begin(void* to, const void* from) {
     *static_cast<int32_t*>(to) = __ldcg(static_cast<const int32_t*>(from));
   }
   __device__ static void AwaitAll() { __syncwarp(); }
 #endif
 
-  // The choice of this lane. Indices out of range, as an altered handle may hold, count as absent.
+  // The choice of this lane. Indices out of range, which an altered handle may hold, count as
+  // absent.
   struct Choice {
     int32_t rank;
     int32_t row;
@@ -172,11 +177,11 @@ class TermLister {
     uint32_t of_rank = 0;
     for (int other = 0; other < args_.num_slots; ++other) {
       const uint64_t others = __shfl_sync(~0u, key, other);
-      // Equal rows, as only an altered handle has, keep the order of their slots.
+      // Equal rows, which only an altered handle has, keep the order of their slots.
       before |= (others < key || (others == key && other < Lane()) ? 1u : 0u) << other;
       of_rank |= (others >> 32 == key >> 32 ? 1u : 0u) << other;
     }
-    // A single row needs no sum, and rows that are here need not cross.
+    // A single row needs no partial sum, and rows of this rank need not cross.
     const int num_of_rank = __popc(of_rank);
     const bool is_partial = is_own && ring_.num_tokens != 0 && c.rank != self_ && num_of_rank > 1;
     const bool is_first_of_rank = (of_rank & before) == 0;

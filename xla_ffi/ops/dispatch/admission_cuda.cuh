@@ -1,4 +1,5 @@
-// What each rank keeps of a dispatch, and where the columns of the plan begin (plan_cuda.cuh).
+// Admission: the rows that each rank keeps of a dispatch, and the first row of each column of the
+// plan (plan_cuda.cuh).
 #pragma once
 
 #include <cstdint>
@@ -25,18 +26,18 @@ __device__ inline int64_t BlockSum(int64_t value) {
   return sum;
 }
 
-// All blocks find the same. Functions are for the whole block unless they say otherwise.
+// All blocks compute the same. Functions are for the whole block unless they say otherwise.
 class Admission {
  public:
   // `end` is [num_ranks] in shared memory.
   __device__ Admission(const PlanArgs& plan, const PlanShared& shared, int64_t* end)
       : plan_(plan), shape_(plan.shape), shared_(shared), end_(end) {}
 
-  // Tokens from here on, counted over all ranks, are dropped by each rank; expert layout only.
+  // The first token that each rank drops, counted over all ranks; expert layout only.
   __device__ const int64_t* end() const { return end_; }
 
-  // Which rows of each column are kept, and where each column begins; of slice `index`, the rows
-  // before it. True if a rank drops tokens: then nothing is left in scratch of what was counted.
+  // Finds the kept rows and the first row of each column, and the rows before slice `index`. True
+  // if a rank drops tokens: then the counts in scratch are overwritten.
   __device__ bool Admit(int32_t index) {
     for (int r = threadIdx.x; r < shape_.num_ranks(); r += blockDim.x) end_[r] = INT64_MAX;
     AddSlices(index, shared_.num_rows);
@@ -65,9 +66,9 @@ class Admission {
     return true;
   }
 
-  // The rows of each column in the slices before `index`, and in all, if `all` is not null.
+  // Adds up the rows of each column in the slices before `index`, and in `all` slices if not null.
   __device__ void AddSlices(int32_t index, int32_t* all) const {
-    // A few columns take a warp each.
+    // Each column gets a warp if there are few columns.
     const int lanes =
         shape_.num_counts() * kWarpSize <= static_cast<int>(blockDim.x) ? kWarpSize : 1;
     const int lane = threadIdx.x % lanes;
@@ -93,7 +94,7 @@ class Admission {
     __syncthreads();
   }
 
-  // By one block.
+  // Writes group_sizes and the counts. One block calls it.
   __device__ void WriteCounts() const {
     int64_t num_kept = 0;
     if (shape_.is_rank_layout()) {
@@ -115,7 +116,8 @@ class Admission {
     plan_.args.num_invalid[0] = num_invalid;
   }
 
-  // Alignment padding, a warp per group, and the tail. By all blocks together.
+  // Clears the indices of alignment padding, a warp per group, and of the tail. All blocks share
+  // it.
   __device__ void WriteRowsWithoutToken() const {
     const int warp = blockIdx.x * num_warps() + Warp();
     if (!shape_.is_rank_layout()) {
@@ -145,12 +147,12 @@ class Admission {
   __device__ uint32_t alignment() const {
     return static_cast<uint32_t>(shape_.dispatch.expert_alignment);
   }
-  // In 32 bits, where a division is fast: rows, with padding, can be counted so (dispatch_ffi.h).
+  // Divides in 32 bits, which is fast: rows with padding are countable in them (dispatch_ffi.h).
   __device__ static uint32_t RoundUp(uint32_t rows, uint32_t align) {
     return align == 1 ? rows : (rows + align - 1) / align * align;
   }
 
-  // Other blocks have written it during this kernel: not through the L1 cache.
+  // The load bypasses the L1 cache: other blocks have written the count during this kernel.
   __device__ int32_t CountOf(int32_t slice, int32_t column) const {
     return __ldcg(plan_.workspace.counts + int64_t{slice} * shape_.num_counts() + column);
   }
@@ -165,8 +167,8 @@ class Admission {
     return BlockSum(sum);
   }
 
-  // Rows of the groups of `dst` if, behind the rows in num_rows, the first tokens of a slice were
-  // kept too. Leaves these rows' counts in scratch.
+  // Rows of the groups of `dst` if it kept, behind the rows in num_rows, the first tokens of a
+  // slice. Leaves the counts of these tokens' rows in scratch.
   __device__ int64_t RowsWith(int dst, const Slice& slice, int32_t num_tokens) {
     const int num_topk = shape_.dispatch.num_topk;
     const int32_t* ids = plan_.workspace.ids +
@@ -186,7 +188,7 @@ class Admission {
     return BlockSum(sum);
   }
 
-  // Expert layout: the longest prefix of whole tokens, in (rank, token) order, that fits.
+  // Keeps the longest prefix of whole tokens, in (rank, token) order, that fits; expert layout.
   __device__ void CutRank(int dst) {
     int32_t* rows = shared_.num_rows + dst * num_local();
     for (int e = threadIdx.x; e < num_local(); e += blockDim.x) rows[e] = 0;
@@ -217,7 +219,7 @@ class Admission {
     __syncthreads();
   }
 
-  // Leaves in first_row the size of each group.
+  // Writes the size of each group to first_row.
   __device__ void SizeGroups() {
 #pragma unroll 1
     for (int32_t c = threadIdx.x; c < shape_.num_columns; c += blockDim.x) {
@@ -226,7 +228,8 @@ class Admission {
     __syncthreads();
   }
 
-  // Turns the sizes of a rank's groups into their first rows; the rows of all. By one warp.
+  // Turns the sizes of a rank's groups into their first rows. Returns the rows of all groups. One
+  // warp calls it.
   __device__ int64_t PlaceGroups(int dst) {
     int64_t begin = 0;
 #pragma unroll 1
@@ -250,13 +253,13 @@ class Admission {
     return shared_.first_row[(plan_.self.rank + 1) * num_local() - 1] + GroupSize(num_local() - 1);
   }
 
-  // Expert layout: rows of a group of this rank, padding included.
+  // Rows of a group of this rank, with padding; expert layout.
   __device__ int32_t GroupSize(int e) const {
     return static_cast<int32_t>(
         RoundUp(shared_.num_rows[plan_.self.rank * num_local() + e], alignment()));
   }
 
-  // The indices of a row of the result that holds no token.
+  // Clears the indices of a row of the result that holds no token.
   __device__ static void ClearRow(const DispatchArgs& args, int64_t row) {
     const int num_topk = args.shape.num_topk;
     args.recv_src[row] = kNoIndex;

@@ -1,8 +1,8 @@
-// dispatch: sends each token to the ranks of its experts, and records how to come back.
+// dispatch: sends each token to the ranks of its experts, and records the way back.
 //
-// The result on rank d, rank layout: one row per (token, d), ordered by (source rank, token).
-// Expert layout: one row per (token, local expert), grouped by expert, each group padded to the
-// alignment and ordered by (source rank, token, k).
+// In the rank layout, the result on rank d has one row per (token, d), ordered by (source rank,
+// token). In the expert layout it has one row per (token, local expert), grouped by expert. Each
+// group is padded to the alignment and ordered by (source rank, token, k).
 #pragma once
 
 #include <array>

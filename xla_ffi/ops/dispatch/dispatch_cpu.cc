@@ -77,7 +77,7 @@ bool DispatchCall::AreAlike(const DispatchArgs& a, const DispatchArgs& b) const 
 void DispatchCall::Fetch(int src) {
   DispatchArgs& a = args[src];
   Fetched& own = fetched_[src];
-  // What cannot be read holds no expert.
+  // A row of ids that cannot be read holds no expert.
   own.topk_idx.assign(a.shape.num_tokens * a.shape.num_topk, kNoIndex);
   PeerReader reader(memory());
   reader.Copy(src, a.topk_idx, own.topk_idx.data(), own.topk_idx.size() * sizeof(int32_t));
@@ -153,7 +153,7 @@ void DispatchCall::WriteRow(PeerReader& reader, int dst, int src, int32_t token,
   }
 }
 
-// Rows without a token: alignment padding in front of num_recv, tail behind it.
+// Zeroes rows without a token: alignment padding in front of num_recv, the tail behind it.
 void DispatchCall::WriteFill(int dst) {
   const DispatchArgs& a = args[dst];
   const auto zero_rows = [&](int64_t begin, int64_t end) {
@@ -169,7 +169,7 @@ void DispatchCall::WriteFill(int dst) {
   if (a.fill == Fill::kZeros) zero_rows(a.num_recv[0], a.shape.recv_capacity);
 }
 
-// 0xff in every byte is a NaN in each floating-point type that rows are made of.
+// Rows get 0xff in every byte, a NaN in each floating-point type that rows are made of.
 void DispatchCall::Poison(const DispatchArgs& a) {
   ResetIndices(a);
   std::fill_n(a.send_row, a.shape.num_tokens * a.shape.num_send_slots(), kNoIndex);

@@ -17,13 +17,13 @@ size_t DispatchWorkspaceBytes(const DispatchShape& shape) {
 
 namespace {
 
-// The tokens of all ranks, and what a result says of those that come here. The weights cross the
-// link on the way.
+// The tokens of all ranks, and the results that describe the ones that come here. The weights cross
+// the link while rows are moved.
 struct RoutedItems : TokenItems {
   int rank;
   DispatchShape shape;
   const int32_t* ids;      // of all ranks
-  int32_t* recv_topk_idx;  // these as in DispatchArgs
+  int32_t* recv_topk_idx;  // this and the next three as in DispatchArgs
   int32_t* recv_k;
   float* recv_weights;
   int32_t* group_sizes;  // rank layout: counted here, from 0
@@ -104,7 +104,7 @@ cudaError_t LoadDispatchKernels(DeviceTraits& device) {
   return status == cudaSuccess ? LoadMoveKernel<RoutedItems>(device) : status;
 }
 
-// Two kernels: plan (plan_cuda.cu), then move (move_kernel.cuh).
+// Launches two kernels: plan (plan_cuda.cu), then move (move_kernel.cuh).
 cudaError_t LaunchDispatch(const DispatchLaunch& launch, const DeviceTraits& device, int num_sms,
                            cudaStream_t stream) {
   const DispatchArgs& args = launch.args;

@@ -8,7 +8,7 @@
 
 namespace jax_ep {
 
-/// What a launch gets.
+/// Arguments of a launch.
 struct DispatchLaunch {
   Endpoint self;
   const int32_t* position;
@@ -16,7 +16,7 @@ struct DispatchLaunch {
   void* workspace;  // DispatchWorkspaceBytes(args.shape)
 };
 
-/// 0 where the device cannot plan such a dispatch: too many experts or choices.
+/// Bytes of scratch of a dispatch; 0 if it has too many experts or choices for the device to plan.
 size_t DispatchWorkspaceBytes(const DispatchShape& shape);
 cudaError_t LaunchDispatch(const DispatchLaunch& launch, const DeviceTraits& device, int num_sms,
                            cudaStream_t stream);

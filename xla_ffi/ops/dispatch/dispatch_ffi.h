@@ -1,4 +1,4 @@
-// The border of dispatch: operands, results and attributes in their order, for both back ends.
+// The handler of dispatch for both back ends: operands, results and attributes in their order.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +9,7 @@
 
 namespace jax_ep {
 
-/// jax_ep/_src/ops/dispatch/call.py sets them.
+/// Attributes, which the primitive of dispatch sets in Python.
 struct DispatchAttrs {
   std::string_view call;
   int64_t expert_alignment;
@@ -20,14 +20,14 @@ struct DispatchAttrs {
   int64_t num_sms;
 };
 
-/// Each back end's way to do it. `workspace` is scratch of the back ends that need some.
+/// Runs the operation; each back end defines it. `workspace` is scratch, which `cpu` does not need.
 template <typename Backend>
 typename Backend::Status RunDispatch(const typename Backend::Context& context, I32Buffer position,
                                      const DispatchArgs& args, const DispatchAttrs& attrs,
                                      ffi::AnyBuffer workspace);
 
-/// topk_weights are read if has_weights. Empty: recv_k in the rank layout, recv_topk_idx in the
-/// expert layout, recv_weights without weights.
+/// The handler. topk_weights are read if has_weights. Some results may be empty: recv_k in the rank
+/// layout, recv_topk_idx in the expert layout, recv_weights without weights.
 template <typename Backend>
 typename Backend::Status Dispatch(typename Backend::Context context, I32Buffer position,
                                   I32Buffer topk_idx, F32Buffer topk_weights,

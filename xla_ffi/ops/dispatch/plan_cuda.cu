@@ -24,9 +24,10 @@ __device__ OwnAddresses OperandsOf(const DispatchArgs& args) {
 
 // Reads every rank's ids, counts the rows of each slice and column, and turns the counts into rows.
 //
-// Geometry   a block per slice, at most one per SM of the budget: they wait for one another between
+// Geometry   a block per slice, at most one per SM of the budget: blocks wait for one another
+// between
 //            counting and placing.
-// Protocol   publishes this rank's operands, waits for every peer's; then meets its own blocks.
+// Protocol   opens the call; then a barrier of the grid.
 // Traffic    per token of any rank: 4 * num_topk bytes read, over NVLink if remote, and written;
 //            4 * num_slots written, twice for those of this rank; 4 per row of the result.
 // Floor      remote tokens * 4 * num_topk / NVLink pull; two latencies of NVLink and one of the L2.
@@ -36,7 +37,7 @@ __global__ void __launch_bounds__(kPlanWarps* kWarpSize)
   __shared__ PeerAddresses peers;
   __shared__ int64_t end[kMaxRanks];
   if (!OpenCall(plan.self, OpId::kDispatch, plan.position, OperandsOf(plan.args), peers)) return;
-  // Not before: who waits for peers is within the SM budget.
+  // Not before OpenCall: blocks that wait for peers must be within the SM budget.
   LetNextStart();
   const PlanShape& shape = plan.shape;
   const PlanShared shared(memory, shape.shared);
@@ -50,7 +51,7 @@ __global__ void __launch_bounds__(kPlanWarps* kWarpSize)
     slice.Load(peers);
     slice.Count(plan.workspace.counts);
   }
-  // There may be no counts then; the kernel that ends the call fills the results.
+  // After a failure there may be no counts: the kernel that closes the call fills the results.
   if (!GridBarrier(plan.self, OpId::kDispatch)) return;
   Admission admission(plan, shared, end);
   const bool counts_again = admission.Admit(blockIdx.x) || shape.num_slices() > gridDim.x;

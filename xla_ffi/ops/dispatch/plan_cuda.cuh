@@ -1,11 +1,11 @@
 // The plan of one dispatch on the device: which token lands in which row of which rank.
 //
-// Every rank reads the ids of all ranks and plans alike, so nothing but ids and addresses crosses
-// before the rows do. Positions come from prefix sums in token order: no atomics decide them.
+// Every rank reads the ids of all ranks and makes the same plan, so only ids and addresses cross
+// before the rows do. Positions come from prefix sums in token order, never from atomics.
 //
-// The tokens of all ranks, in (rank, token) order, are cut into slices; a slice is counted, and
-// later placed, by one block, each of its warps taking an equal part. A *column* is what positions
-// are counted for: a destination rank (rank layout) or an expert.
+// The tokens of all ranks, in (rank, token) order, are cut into slices. One block counts a slice,
+// and later places it; each warp takes an equal part of it. A *column* is a destination rank (rank
+// layout) or an expert: positions are counted in each column.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -22,9 +22,9 @@ namespace jax_ep {
 inline constexpr int kPlanWarps = 16;
 inline constexpr int kMaxTokensPerWarp = 64;
 inline constexpr int kFewSlices = 16;                  // one for each block of a usual SM budget
-inline constexpr size_t kPlanSharedBytes = 96 * 1024;  // every device has them
+inline constexpr size_t kPlanSharedBytes = 96 * 1024;  // every device has as many
 
-/// Where the parts of a block's shared memory begin, in words.
+/// Offsets of the parts of a block's shared memory, in words.
 struct PlanOffsets {
   uint32_t places;     // behind the ids of a slice; expert layout: the row that each choice becomes
   uint32_t tokens;     // rank layout: of each token, a mask of ranks
@@ -79,7 +79,7 @@ inline PlanOffsets MakePlanOffsets(const PlanShape& shape) {
   return o;
 }
 
-/// num_warps is 0 where not even a slice of one warp and one token fits.
+/// Sizes for a dispatch. num_warps is 0 if not even a slice of one warp and one token fits.
 inline PlanShape MakePlanShape(const DispatchShape& d) {
   PlanShape shape;
   shape.dispatch = d;
@@ -87,7 +87,8 @@ inline PlanShape MakePlanShape(const DispatchShape& d) {
   shape.num_columns = is_rank_layout ? d.experts.num_ranks : d.experts.num_experts;
   shape.num_slots = is_rank_layout ? 1 : d.num_topk;
   shape.num_local_experts = d.experts.num_local_experts();
-  // Few slices: every block adds up the counts of all, and one that has a single slice keeps it.
+  // Few slices are best: every block adds up the counts of all slices, and a block that has a
+  // single slice keeps it in shared memory.
   shape.tokens_per_warp = 1;
   while (shape.tokens_per_warp < kMaxTokensPerWarp &&
          d.num_tokens * d.experts.num_ranks >
@@ -98,7 +99,7 @@ inline PlanShape MakePlanShape(const DispatchShape& d) {
   for (;;) {
     shape.shared = MakePlanOffsets(shape);
     if (shape.shared_bytes() <= kPlanSharedBytes || shape.num_warps == 0) break;
-    // What grows with the columns grows with the warps.
+    // The parts that grow with the columns also grow with the warps.
     const size_t columns = sizeof(int32_t) * (shape.shared.end - shape.shared.scratch);
     if (shape.tokens_per_warp > 1 && columns <= kPlanSharedBytes / 2) {
       shape.tokens_per_warp /= 2;
@@ -112,9 +113,9 @@ inline PlanShape MakePlanShape(const DispatchShape& d) {
   return shape;
 }
 
-/// Scratch of one call, in a result that nobody reads.
+/// Scratch of one call, in a result that no program reads.
 struct PlanWorkspace {
-  int32_t* ids;     // [num_ranks, num_tokens, num_topk], a copy of every rank's
+  int32_t* ids;     // [num_ranks, num_tokens, num_topk] copies of every rank's ids
   int32_t* row_of;  // [num_ranks, num_tokens, num_slots] row on this rank, or kNoIndex
   int32_t* counts;  // [num_slices, num_counts]
 
@@ -129,7 +130,7 @@ struct PlanWorkspace {
   }
 };
 
-/// What the kernel of the plan gets.
+/// Arguments of the plan's kernel.
 struct PlanArgs {
   Endpoint self;
   const int32_t* position;
@@ -138,14 +139,14 @@ struct PlanArgs {
   PlanWorkspace workspace;
 };
 
-/// Writes what later kernels need to know: send_row, recv_src, the counts, all indices of rows
-/// without a token, and the workspace. Whoever moves the rows writes the rest, and ends the call.
+/// Writes send_row, recv_src, the counts, all indices of rows without a token, and the workspace.
+/// The kernel that moves the rows writes the other results, and closes the call.
 cudaError_t LaunchPlan(const PlanArgs& plan, const DeviceTraits& device, int num_sms,
                        cudaStream_t stream);
 /// Must be called once per device before the first launch.
 cudaError_t LoadPlanKernels();
 
-/// Where peers find each operand of a dispatch (OwnAddresses).
+/// Indices of a dispatch's operands in OwnAddresses.
 inline constexpr int kTopkIdxAddress = 0;
 inline constexpr int kTopkWeightsAddress = 1;
 inline constexpr int kFirstStreamAddress = 2;

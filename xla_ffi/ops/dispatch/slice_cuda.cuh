@@ -1,4 +1,4 @@
-// Tokens of one rank that a block of the plan handles together: counted first, placed later.
+// Slices: tokens of one rank that a block of the plan counts and later places together.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +21,7 @@ struct Slice {
             min(int64_t{shape.tokens_per_slice}, shape.dispatch.num_tokens - first_token))) {}
 };
 
-// The local expert that an id names on a rank; kNoIndex if it names none there.
+// The local expert of an id on a rank; kNoIndex if the expert is not there.
 __device__ inline int32_t LocalExpert(const PlanShape& shape, int32_t id, int rank) {
   const int32_t local = id - rank * shape.num_local_experts;
   return local >= 0 && local < shape.num_local_experts ? local : kNoIndex;
@@ -55,15 +55,15 @@ class SlicePlan {
   __device__ SlicePlan(const PlanArgs& plan, const PlanShared& shared, int32_t index)
       : plan_(plan), shape_(plan.shape), shared_(shared), index_(index), slice_(shape_, index) {}
 
-  // From where the tokens are, and, a second time, from the workspace.
+  // Loads the ids: the first time from the tokens' rank, then from the workspace.
   __device__ void Load(const PeerAddresses& peers) {
     const auto* ids = reinterpret_cast<const int32_t*>(peers.at[kTopkIdxAddress][slice_.src]);
     LoadIds(ids + slice_.first_token * num_topk(), plan_.workspace.ids + first_choice());
   }
   __device__ void LoadAgain() { LoadIds(plan_.workspace.ids + first_choice(), nullptr); }
 
-  // The rows of each warp's tokens by column, and, in `counts` if not null, of all. Of capacity,
-  // and of other slices, it knows nothing.
+  // Counts the rows of each warp's tokens by column, and writes those of the whole slice to
+  // `counts`, if not null. Neither capacity nor other slices matter here.
   __device__ void Count(int32_t* counts) {
     uint16_t* rows = warp_rows();
     for (int32_t c = Lane(); c < shape_.num_counts(); c += kWarpSize) {
@@ -77,7 +77,7 @@ class SlicePlan {
       ForEachChoice([](int32_t, int, int32_t, int32_t) {});
     }
     __syncthreads();
-    // From here on, of each warp and column: the rows of the warps before it.
+    // From here on all_rows holds, for each warp and column, the rows of the warps before it.
     for (int32_t c = threadIdx.x; c < shape_.num_counts(); c += blockDim.x) {
       uint16_t count[kPlanWarps];
 #pragma unroll
@@ -95,8 +95,8 @@ class SlicePlan {
     __syncthreads();
   }
 
-  // Writes where the tokens go, at both ends, given first_row and before. By `end`,
-  // tokens counted over all ranks, each rank drops what comes later.
+  // Writes the places of the tokens, at both ends, given first_row and before. Each rank drops
+  // tokens from its `end` on, counted over all ranks.
   __device__ void Place(const int64_t* end) {
     if (shape_.is_rank_layout()) {
       PlaceRanks();
@@ -110,16 +110,16 @@ class SlicePlan {
   __device__ static int Warp() { return threadIdx.x / kWarpSize; }
   __device__ int num_topk() const { return shape_.dispatch.num_topk; }
   __device__ int32_t num_ids() const { return slice_.num_tokens * num_topk(); }
-  // Over all ranks.
+  // The slice's first token, counted over all ranks.
   __device__ int64_t first_token() const {
     return slice_.src * shape_.dispatch.num_tokens + slice_.first_token;
   }
   __device__ int64_t first_choice() const { return first_token() * num_topk(); }
   __device__ bool is_own() const { return slice_.src == plan_.self.rank; }
-  // [num_warps, num_counts]
+  // Rows by warp and column: [num_warps, num_counts].
   __device__ uint16_t* all_rows() const { return reinterpret_cast<uint16_t*>(shared_.scratch); }
   __device__ uint16_t* warp_rows() const { return all_rows() + Warp() * shape_.num_counts(); }
-  // Expert layout: [num_counts], zero between uses.
+  // Masks of this warp, expert layout: [num_counts], zero between uses.
   __device__ uint32_t* warp_masks() const { return shared_.masks + Warp() * shape_.num_counts(); }
   __device__ int32_t warp_begin() const {
     return min(slice_.num_tokens, Warp() * shape_.tokens_per_warp);
@@ -128,7 +128,7 @@ class SlicePlan {
     return min(slice_.num_tokens, warp_begin() + shape_.tokens_per_warp);
   }
 
-  // All loads are started before any is waited for: a peer's answer takes microseconds.
+  // Starts all loads before it waits for one: a peer's answer takes microseconds.
   __device__ void LoadIds(const int32_t* ids, int32_t* keep) {
     constexpr int kUnroll = 8;
     __syncthreads();
@@ -151,7 +151,7 @@ class SlicePlan {
     __syncthreads();
   }
 
-  // A lane per token, so that a rank that several choices name counts once.
+  // Takes a lane per token, so that a rank counts once even if several choices name it.
   __device__ void CountRanks(uint16_t* rows) {
 #pragma unroll 1
     for (int32_t first = warp_begin(); first < warp_end(); first += kWarpSize) {
@@ -175,8 +175,8 @@ class SlicePlan {
     }
   }
 
-  // Calls use(k, id) for the choices of a token. Not unrolled: a kernel that runs once waits for
-  // its instructions longer than for anything else.
+  // Calls use(k, id) for the choices of a token. Not unrolled: a kernel that runs once waits
+  // longest for its instructions.
   template <typename Use>
   __device__ void ForEachId(int32_t token, Use&& use) const {
     const int32_t* ids = shared_.ids + token * num_topk();
@@ -189,8 +189,8 @@ class SlicePlan {
     return id == kNoIndex ? kNoIndex : shape_.num_columns;
   }
 
-  // Expert layout: calls use(token, k, column, row) for each choice of this warp's tokens: its
-  // column, or kNoIndex, and how many rows of the column the choices before it have.
+  // Calls use(token, k, column, row) for each choice of this warp's tokens, in the expert layout.
+  // `column` may be kNoIndex; `row` is the number of rows of the column before this choice.
   template <typename Use>
   __device__ void ForEachChoice(Use&& use) {
     uint16_t* rows = warp_rows();
@@ -204,8 +204,8 @@ class SlicePlan {
     }
   }
 
-  // A lane per token: its bit in the mask of each column that it names. False, and no bit is set,
-  // if a token names a column twice.
+  // Sets the bit of each token, a lane per token, in the mask of each column that it names. False,
+  // with no bit set, if a token names a column twice.
   __device__ bool MarkTokens(int32_t first) {
     const int32_t token = first + Lane();
     bool is_twice = false;
@@ -255,7 +255,7 @@ class SlicePlan {
     ClearMasks(token);
   }
 
-  // A lane per choice: slower, and right also for a column that a token names twice.
+  // Takes a lane per choice: slower, and also right if a token names a column twice.
   template <typename Use>
   __device__ void ForEachInOrder(int32_t first_token, uint16_t* rows, Use&& use) {
     const int32_t end = min(first_token + kWarpSize, warp_end()) * num_topk();
@@ -311,7 +311,7 @@ class SlicePlan {
       shared_.places[token * num_topk() + k] = row;
     });
     __syncthreads();
-    // A thread per choice: neighbours write to neighbours.
+    // One thread per choice: neighbours write to neighbours.
 #pragma unroll 1
     for (int32_t i = threadIdx.x; i < num_ids(); i += blockDim.x) {
       const int32_t row = shared_.places[i];

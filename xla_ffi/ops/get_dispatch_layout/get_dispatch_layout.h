@@ -1,6 +1,6 @@
-// get_dispatch_layout: what a rank is going to send, counted per rank, node and expert.
+// get_dispatch_layout: counts what a rank is going to send, per rank, node and expert.
 //
-// Local: no rank waits for another.
+// The operation is local: no rank waits for another.
 #pragma once
 
 #include <cstdint>
@@ -26,8 +26,8 @@ struct GetDispatchLayoutArgs {
   }
 };
 
-/// Counts one token into the four results. `add(counter)` adds one; the token's row of
-/// is_token_in_rank is false before. One thread per token.
+/// Adds one token to the four results, by one thread per token. `add(counter)` adds one. The
+/// token's row of is_token_in_rank must be false before.
 template <typename Add>
 JAX_EP_HOST_DEVICE void CountToken(const GetDispatchLayoutArgs& args, int64_t token, Add&& add,
                                    int32_t* per_rank, int32_t* per_node, int32_t* per_expert) {

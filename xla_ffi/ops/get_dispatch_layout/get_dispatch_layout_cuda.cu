@@ -15,11 +15,11 @@ constexpr int kThreads = 256;
 constexpr int kMaxBlocks = 64;
 constexpr size_t kMaxSharedBytes = 48 * 1024;
 
-// Counts the choices of this rank's tokens per rank, node and expert; marks token in rank.
+// Counts this rank's tokens per rank, node and expert, and marks the ranks of each token.
 //
 // Geometry   one thread per token, a grid-stride loop; each block counts in shared memory and adds
 //            its counters to the result once. Integer sums do not depend on the order.
-// Protocol   none, the op is local.
+// Protocol   none, since the operation is local.
 // Traffic    per token: 4 * num_topk bytes read, num_ranks bytes written.
 // Floor      num_tokens * (4 * num_topk + num_ranks) / HBM.
 __global__ void __launch_bounds__(kThreads)

@@ -1,4 +1,4 @@
-// The kernel of get_dispatch_layout, for whoever loads kernels.
+// The kernel of get_dispatch_layout, for the code that loads kernels.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -1,4 +1,4 @@
-// The border of get_dispatch_layout: operands and results in their order, for both back ends.
+// The handler of get_dispatch_layout for both back ends: operands and results in their order.
 #pragma once
 
 #include "ops/ffi_checks.h"
@@ -8,7 +8,7 @@ namespace jax_ep {
 
 using BoolResult = ffi::Result<ffi::Buffer<ffi::PRED>>;
 
-/// Each back end's way to do it.
+/// Runs the operation; each back end defines it.
 template <typename Backend>
 ffi::Error RunGetDispatchLayout(const typename Backend::LocalContext& context,
                                 const GetDispatchLayoutArgs& args);

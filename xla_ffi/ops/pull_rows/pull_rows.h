@@ -1,7 +1,7 @@
 // pull_rows: every rank reads single rows of its peers' arrays, by index.
 //
-// With the indices of a handle this is the dispatch of other data along the same routing, and the
-// way of weights and their gradients between tokens and rows.
+// With the indices of a handle it dispatches other data along the same routing, and it moves
+// weights and their gradients between tokens and rows.
 #pragma once
 
 #include <cstddef>
@@ -17,11 +17,11 @@ struct PullRowsArgs {
   size_t row_bytes;
 
   const int32_t* index;  // [num_pulled] rank * num_rows + row, or kNoIndex
-  // Which of its source's num_slots copies each pulled row is, or null: a row that is pulled
-  // several times, in slots of its own, may then cross the link once.
+  // The slot of each pulled row among the num_slots copies of its source row, or null. With slots,
+  // a row that is pulled several times crosses the link once.
   const int32_t* slot;
   int num_slots;
-  int32_t* places;  // scratch [num_ranks * num_rows, num_slots], or null: pull each row by itself
+  int32_t* places;  // scratch [num_ranks * num_rows, num_slots]; null: each row is pulled by itself
   const std::byte* rows;  // [num_rows, row_bytes]
   std::byte* out;         // [num_pulled, row_bytes], zero where the index is kNoIndex
 };

@@ -7,7 +7,7 @@
 namespace jax_ep {
 namespace {
 
-// Every rank copies the rows it names out of its peers' arrays.
+// Every rank copies rows out of its peers' arrays, by its own indices.
 //
 // Phases     one.
 // Traffic    per row: its bytes read from the peer, its bytes written.

@@ -10,7 +10,7 @@
 namespace jax_ep {
 namespace {
 
-// Turns the index around: where the rows of each source go.
+// Inverts the index: finds the places of the rows of each source.
 //
 // Geometry   a thread per row of the result, not more blocks than SMs of the budget.
 // Protocol   none; reads and writes this rank's memory only.
@@ -32,7 +32,7 @@ cudaError_t Invert(const PullRowsArgs& args, const DeviceTraits& device, int num
                    cudaStream_t stream) {
   constexpr int kThreads = 512;
   const int64_t num_places = args.num_ranks * args.num_rows * args.num_slots;
-  // kNoIndex in every place.
+  // Every place begins as kNoIndex.
   const cudaError_t status =
       cudaMemsetAsync(args.places, 0xff, num_places * sizeof(int32_t), stream);
   if (status != cudaSuccess) return status;
@@ -46,7 +46,7 @@ cudaError_t Invert(const PullRowsArgs& args, const DeviceTraits& device, int num
   return Launch(InvertKernel, config, args);
 }
 
-// What both ways of pulling have in common.
+// Arguments that both ways of pulling have in common.
 template <typename Items>
 MoveArgs<Items> MakeMove(const PullRowsLaunch& launch, const Items& items) {
   const PullRowsArgs& args = launch.args;

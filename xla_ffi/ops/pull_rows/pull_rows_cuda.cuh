@@ -8,7 +8,7 @@
 
 namespace jax_ep {
 
-/// What a launch gets.
+/// Arguments of a launch.
 struct PullRowsLaunch {
   Endpoint self;
   const int32_t* position;

@@ -1,4 +1,4 @@
-// The border of pull_rows: operands, results and attributes in their order, for both back ends.
+// The handler of pull_rows for both back ends: operands, results and attributes in their order.
 #pragma once
 
 #include <string_view>
@@ -8,18 +8,18 @@
 
 namespace jax_ep {
 
-/// jax_ep/_src/ops/pull_rows/call.py sets them.
+/// Attributes, which the primitive of pull_rows sets in Python.
 struct PullRowsAttrs {
   std::string_view call;
   int64_t num_sms;
 };
 
-/// Each back end's way to do it.
+/// Runs the operation; each back end defines it.
 template <typename Backend>
 typename Backend::Status RunPullRows(const typename Backend::Context& context, I32Buffer position,
                                      const PullRowsArgs& args, const PullRowsAttrs& attrs);
 
-/// slot is read if there are places, which are empty when rows are pulled one by one.
+/// The handler. `places` is empty if rows are pulled one by one; otherwise `slot` is read.
 template <typename Backend>
 typename Backend::Status PullRows(typename Backend::Context context, I32Buffer position,
                                   I32Buffer index, I32Buffer slot, ffi::AnyBuffer rows,

@@ -242,7 +242,7 @@ static __global__ void LateReadKernel(const __grid_constant__ LateRead call) {
   }
   const bool is_good = CloseBlocks(call.self, kOp, is_open);
   if (threadIdx.x == 0) {
-    if (!is_good) RecordPeerFailure(call.self);
+    if (!is_good) NotePeerFailure(call.self);
     call.verdicts[blockIdx.x] = (is_good ? 1 : 0) | (is_whole ? 0 : 2);
   }
   EndReading(call.self);
