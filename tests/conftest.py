@@ -6,6 +6,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import contextlib
 import functools
+import gc
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,12 @@ BACKENDS = ("cpu", "xla")
 LAYOUTS = ("rank", "expert")
 # These run programs as users write them, and so do the GPU tests.
 PROGRAMS = ("test_bench.py", "test_docs.py")
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays: Python's collector need not look through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
