@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from dealing import deal, parse_share
 from jax.sharding import Mesh
 
 import jax_ep
@@ -174,6 +175,24 @@ def test_thinned_checks_meet_every_size_and_pair_that_all_meet():
     wanted = {("num_topk", 32), ("capacity", "one")}
     trips = [c for _, c in THINNED if c.run is round_trips.round_trip]
     assert any(wanted <= set(check.params.items()) for check in trips)
+
+
+def test_runs_that_share_the_checks_have_all_of_them_and_each_has_every_kind():
+    kinds = [(backend, check.run) for backend, _, check in CHOSEN.values()]
+    shares = [deal([*kinds, None], *parse_share(text)) for text in ("0/2", "1/2")]
+    assert all(any(both) for both in zip(*shares, strict=True))
+    for share in shares:
+        *chosen, other = share
+        assert other
+        assert {kind for kind, is_own in zip(kinds, chosen, strict=True) if is_own} == {*kinds}
+        assert sum(chosen) < 0.6 * len(kinds)
+    assert all(deal(kinds, *parse_share("0/1")))
+
+
+@pytest.mark.parametrize("text", ["", "2", "2/2", "0/0", "-1/2", "1/2/3", "a/b"])
+def test_a_share_that_is_none_is_refused(text):
+    with pytest.raises(ValueError, match="expected I/N"):
+        parse_share(text)
 
 
 def test_names_are_unique_and_full_holds_all():
