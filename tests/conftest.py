@@ -6,12 +6,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import contextlib
 import functools
+import gc
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 import pytest
+from dealing import deal, parse_share
 
 import jax_ep
 from jax_ep.testing import virtual_devices
@@ -23,6 +25,43 @@ BACKENDS = ("cpu", "xla")
 LAYOUTS = ("rank", "expert")
 # These run programs as users write them, and so do the GPU tests.
 PROGRAMS = ("test_bench.py", "test_docs.py")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--deal",
+        default="0/1",
+        metavar="I/N",
+        help="of the kinds of conformance checks that have many, only every N-th, from the I-th",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of the runs that deal with the same N, each I has a share, and together they have all."""
+    try:
+        own, num_runs = parse_share(config.getoption("--deal"))
+    except ValueError as error:
+        raise pytest.UsageError(f"--deal: {error}") from None
+
+    def kind_of(item: pytest.Item) -> tuple[str, str] | None:
+        if not isinstance(item, pytest.Function) or item.path.name != "test_conformance.py":
+            return None
+        if item.originalname != "test_conformance":
+            return None
+        of = item.callspec.params
+        return of["backend"], of["check"].run.__name__
+
+    chosen = deal([kind_of(item) for item in items], own, num_runs)
+    left = [item for item, is_chosen in zip(items, chosen, strict=True) if not is_chosen]
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item, is_chosen in zip(items, chosen, strict=True) if is_chosen]
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays: Python's collector need not look through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from dealing import deal, parse_share
 from jax.sharding import Mesh
 
 import jax_ep
@@ -50,12 +51,36 @@ def _deal():
         yield 1, check
 
 
+def _values(num_ranks, check):
+    """What a check on a group has met: a size of group, and pairs of values of its parameters."""
+    params = [*check.params.items()]
+    pairs = [*itertools.combinations(params, min(2, len(params)))]
+    return {(check.run, *values) for values in (*pairs, (num_ranks,))}
+
+
+def _thin(dealt):
+    """As few as hold every size of group and every pair of values that each kind of check has."""
+    left = set().union(*(_values(*chosen) for chosen in dealt))
+    while left:
+        best = max(dealt, key=lambda chosen: len(_values(*chosen) & left))
+        left -= _values(*best)
+        yield best
+
+
 DEALT = {f"{num_ranks}-{check}": (num_ranks, check) for num_ranks, check in _deal()}
+# XLA takes long to compile what the back end `xla` is; all of them are in the full matrix.
+THINNED = [*_thin(DEALT.values())]
+CHOSEN = {
+    f"{backend}-{num_ranks}-{check}": (backend, num_ranks, check)
+    for backend, dealt in (("cpu", DEALT.values()), ("xla", THINNED))
+    for num_ranks, check in dealt
+}
 BY_NAME = {check.name: check for check in conformance.FULL}
 
 
-@pytest.mark.parametrize(("num_ranks", "check"), DEALT.values(), ids=DEALT)
+@pytest.mark.parametrize(("backend", "num_ranks", "check"), CHOSEN.values(), ids=CHOSEN)
 def test_conformance(groups, backend, num_ranks, check):
+    """All checks on the back end `cpu`, THINNED on `xla`, each on a size of group or a few."""
     _run(check, groups(num_ranks), backend)
 
 
@@ -141,6 +166,33 @@ def test_checks_run_in_several_processes():
         environment={"JAX_PLATFORMS": "cpu"},
     )
     assert all("4 checks passed" in output for output in outputs)
+
+
+def test_thinned_checks_meet_every_size_and_pair_that_all_meet():
+    meets = [set().union(*(_values(*chosen) for chosen in c)) for c in (DEALT.values(), THINNED)]
+    assert meets[0] == meets[1]
+    assert len(THINNED) < 0.75 * len(DEALT)
+    wanted = {("num_topk", 32), ("capacity", "one")}
+    trips = [c for _, c in THINNED if c.run is round_trips.round_trip]
+    assert any(wanted <= set(check.params.items()) for check in trips)
+
+
+def test_runs_that_share_the_checks_have_all_of_them_and_each_has_every_kind():
+    kinds = [(backend, check.run) for backend, _, check in CHOSEN.values()]
+    shares = [deal([*kinds, None], *parse_share(text)) for text in ("0/2", "1/2")]
+    assert all(any(both) for both in zip(*shares, strict=True))
+    for share in shares:
+        *chosen, other = share
+        assert other
+        assert {kind for kind, is_own in zip(kinds, chosen, strict=True) if is_own} == {*kinds}
+        assert sum(chosen) < 0.6 * len(kinds)
+    assert all(deal(kinds, *parse_share("0/1")))
+
+
+@pytest.mark.parametrize("text", ["", "2", "2/2", "0/0", "-1/2", "1/2/3", "a/b"])
+def test_a_share_that_is_none_is_refused(text):
+    with pytest.raises(ValueError, match="expected I/N"):
+        parse_share(text)
 
 
 def test_names_are_unique_and_full_holds_all():

@@ -1,7 +1,7 @@
 """jax.vmap: values and gradients are those of a loop over the elements, to the bit."""
 
 import re
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -96,6 +96,19 @@ def loop(fn, axes=(0, 0, 0, 0), size=BATCH):
     return run
 
 
+def one_by_one(fn, args, axes=None, size=BATCH, at=1):
+    """What fn over batches is, of arrays whose axis `at` is the batch: a call for each element."""
+
+    def element(i):
+        return [
+            a if axis is None else np.moveaxis(a, at, 0)[i]
+            for a, axis in zip(args, axes or (0,) * len(args), strict=True)
+        ]
+
+    each = [jax.tree.map(np.asarray, fn(*element(i))) for i in range(size)]
+    return jax.tree.map(lambda *leaves: np.stack(leaves, axis=at), *each)
+
+
 def without_batch(args, axes):
     """Of the operands that have no batch, one element."""
     return [a if axis == 0 else a[:, 0] for a, axis in zip(args, axes, strict=True)]
@@ -116,6 +129,22 @@ def make_loss(group, layout, backend):
     return loss
 
 
+def make_grad(group, layout, backend):
+    return jax.grad(make_loss(group, layout, backend), argnums=(0, 2, 3))
+
+
+@pytest.fixture(scope="module")
+def compiled(groups):
+    """compiled(make, layout, backend): a step without a batch; each is compiled once."""
+
+    @cache
+    def get(make, *args, check_vma=True):
+        group = groups(NUM_RANKS)
+        return on_ranks(make(group, *args), group.mesh, check_vma=check_vma)
+
+    return get
+
+
 def assert_same(got, expected):
     got, expected = (jax.tree_util.tree_leaves_with_path(t) for t in (got, expected))
     for (path, g), (_, e) in zip(got, expected, strict=True):
@@ -134,24 +163,24 @@ def assert_same_grads(got, expected, layout):
 @pytest.mark.parametrize(
     ("backend", "batched"), [*(("cpu", b) for b in AXES), ("xla", "all"), ("xla", "x")]
 )
-def test_values_inside_shard_map(groups, layout, backend, batched):
+def test_values_inside_shard_map(groups, compiled, layout, backend, batched):
     """Every result of every operation, whichever operand has the batch."""
     group, axes = groups(NUM_RANKS), AXES[batched]
     step = make_step(group, layout, backend)
     args = without_batch(make_args(), axes)
     got = on_ranks(jax.vmap(step, in_axes=axes), group.mesh)(*args)
-    assert_same(got, on_ranks(loop(step, axes), group.mesh)(*args))
+    assert_same(got, one_by_one(compiled(make_step, layout, backend), args, axes))
 
 
 @pytest.mark.parametrize(("backend", "check_vma"), [("cpu", True), ("cpu", False), ("xla", True)])
-def test_gradients_inside_shard_map(groups, layout, backend, check_vma):
+def test_gradients_inside_shard_map(groups, compiled, layout, backend, check_vma):
     """The batch of gradients, and the gradient of a batch."""
     group = groups(NUM_RANKS)
     loss, args = make_loss(group, layout, backend), make_args()
     place = partial(on_ranks, mesh=group.mesh, check_vma=check_vma)
-    grad = jax.grad(loss, argnums=(0, 2, 3))
-    expected = place(loop(grad))(*args)
-    assert_same_grads(place(jax.vmap(grad))(*args), expected, layout)
+    expected = one_by_one(compiled(make_grad, layout, backend, check_vma=check_vma), args)
+    got = place(jax.vmap(make_grad(group, layout, backend)))(*args)
+    assert_same_grads(got, expected, layout)
     whole = jax.grad(lambda *a: jnp.sum(jax.vmap(loss)(*a)), argnums=(0, 2, 3))
     assert_same_grads(place(whole)(*args), expected, layout)
 
@@ -220,7 +249,9 @@ def test_a_pipeline_over_an_axis_of_the_mesh(layout, backend, check_vma):
     x, ids, weights, rows = (a.swapaxes(0, 1) for a in make_args((4,)))  # [batch, rank, ...]
     args = x, ids, weights, rows
     with jax_ep.Group.open(mesh, "ep", name="stages") as group:
-        step, loss = (make(group, layout, backend) for make in (make_step, make_loss))
+        step, loss, grad = (
+            make(group, layout, backend) for make in (make_step, make_loss, make_grad)
+        )
 
         def over_ranks(fn):
             def one(*stacked):
@@ -233,11 +264,10 @@ def test_a_pipeline_over_an_axis_of_the_mesh(layout, backend, check_vma):
         def pipeline(fn):
             return jax.jit(jax.vmap(over_ranks(fn), spmd_axis_name="stage"))
 
-        one_by_one = loop(over_ranks(step), size=4)
-        assert_same(pipeline(step)(*args), jax.jit(one_by_one)(*args))
+        one = partial(one_by_one, args=args, size=4, at=0)
+        assert_same(pipeline(step)(*args), one(jax.jit(over_ranks(step))))
 
-        grad = jax.grad(loss, argnums=(0, 2, 3))
-        expected = jax.jit(loop(over_ranks(grad), size=4))(*args)
+        expected = one(jax.jit(over_ranks(grad)))
         whole = jax.grad(lambda *a: jnp.sum(pipeline(loss)(*a)), argnums=(0, 2, 3))
         assert_same_grads(jax.jit(whole)(*args), expected, layout)
         assert_same_grads(pipeline(grad)(*args), expected, layout)
@@ -260,12 +290,12 @@ def test_a_pipeline_needs_the_mesh_of_the_group(backend):
             jax.jit(jax.vmap(mapped, in_axes=1, spmd_axis_name="stage"))(*args)
 
 
-def test_other_axes_than_the_first(groups):
+def test_other_axes_than_the_first(groups, compiled):
     group = groups(NUM_RANKS)
     step, args = make_step(group, "rank", "cpu"), make_args()
     last = [np.moveaxis(a, 1, -1) for a in args]
     got = on_ranks(jax.vmap(step, in_axes=-1, out_axes=-1), group.mesh)(*last)
-    expected = on_ranks(loop(step), group.mesh)(*args)
+    expected = one_by_one(compiled(make_step, "rank", "cpu"), args)
     assert_same(jax.tree.map(lambda a: np.moveaxis(np.asarray(a), -1, 1), got), expected)
 
 
@@ -279,17 +309,18 @@ def make_routed_echo(group, layout):
     return echo
 
 
-def test_batches_of_batches(groups, layout):
+def test_batches_of_batches(groups, compiled, layout):
     """Also where the outer and the inner one have different operands."""
-    group = groups(NUM_RANKS)
+    group, one = groups(NUM_RANKS), compiled(make_routed_echo, layout)
     step, (x, ids, _, _) = make_routed_echo(group, layout), make_args((2, BATCH))
     got = on_ranks(jax.vmap(jax.vmap(step)), group.mesh)(x, ids)
-    assert_same(got, on_ranks(loop(loop(step, (0, 0)), (0, 0), size=2), group.mesh)(x, ids))
+    expected = one_by_one(lambda *a: one_by_one(one, a), (x, ids), size=2)
+    assert_same(got, expected)
 
     inner, outer = (0, None), (None, 0)
     nested = jax.vmap(jax.vmap(step, in_axes=inner), in_axes=outer)
     got = on_ranks(nested, group.mesh)(x[:, 0], ids[:, 0])
-    expected = on_ranks(loop(loop(step, inner), outer), group.mesh)(x[:, 0], ids[:, 0])
+    expected = one_by_one(lambda *a: one_by_one(one, a, inner), (x[:, 0], ids[:, 0]), outer)
     assert_same(got, expected)
 
 
@@ -297,27 +328,27 @@ def test_an_empty_batch(groups, layout, backend):
     """Results of the right shapes and dtypes, and gradients; nothing is called."""
     group = groups(NUM_RANKS)
     args, full = make_args((0,)), make_args((1,))
-    for make in (make_step, lambda *a: jax.grad(make_loss(*a), argnums=(0, 2, 3))):
+    for make in (make_step, make_grad):
         mapped = on_ranks(jax.vmap(make(group, layout, backend)), group.mesh)
-        got, one = mapped(*args), mapped(*full)
+        got, one = mapped(*args), jax.eval_shape(mapped, *full)
         for empty, like in zip(*map(jax.tree.leaves, (got, one)), strict=True):
             assert (empty.shape, empty.dtype) == ((NUM_RANKS, 0, *like.shape[2:]), like.dtype)
     if backend == "cpu":
         assert "custom_call @jax_ep" not in mapped.lower(*args).as_text()
 
 
-def test_loops_of_batches(groups, layout):
+def test_loops_of_batches(groups, compiled, layout):
     """Within scan, and as lax.map has it: a scan over batches, and a rest."""
-    group = groups(NUM_RANKS)
+    group, one = groups(NUM_RANKS), compiled(make_routed_echo, layout)
     step, (x, ids, _, _) = make_routed_echo(group, layout), make_args((2, BATCH))
 
     def scanned(*args):
         return jax.lax.scan(lambda c, a: (c, jax.vmap(step)(*a)), 0, args)[1]
 
     got = on_ranks(scanned, group.mesh)(x, ids)
-    assert_same(got, on_ranks(loop(loop(step, (0, 0)), (0, 0), size=2), group.mesh)(x, ids))
+    assert_same(got, one_by_one(lambda *a: one_by_one(one, a), (x, ids), size=2))
     x, ids = x[:, 0], ids[:, 0]
-    expected = on_ranks(loop(step, (0, 0)), group.mesh)(x, ids)
+    expected = one_by_one(one, (x, ids))
     for options in ({}, {"batch_size": 2}):
         mapped = partial(jax.lax.map, lambda a: step(*a), **options)
         assert_same(on_ranks(lambda *a, f=mapped: f(a), group.mesh)(x, ids), expected)

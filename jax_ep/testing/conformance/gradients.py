@@ -212,7 +212,7 @@ def _reference_grad(loss: Callable[..., Any], operands: tuple[Any, ...]) -> Any:
     """On the host, where every process has the arrays of all ranks."""
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         argnums = tuple(range(len(operands)))
-        return jax.grad(loss, argnums)(*jax.tree.map(jnp.asarray, operands))
+        return jax.jit(jax.grad(loss, argnums))(*jax.tree.map(jnp.asarray, operands))
 
 
 def _assert_close(case: Case, got: Any, expected: Any) -> None:

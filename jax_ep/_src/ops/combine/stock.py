@@ -51,19 +51,21 @@ def _sum_in_row_order(
     rows: jax.Array,
 ) -> jax.Array:
     """[num_all, hidden]: per token the sum of its rows here, in row order, rounded."""
-    # The how-manieth row of its token a row is: its place in a stable sort, less the token's first.
-    capacity = recv_src.shape[0]
+    # Sorted by token, rows stay in order. The index of a row among the rows of its token is its
+    # place in a table [max_rows, num_all], whose other places stay -1.
+    places = jnp.arange(recv_src.shape[0], dtype=jnp.int32)
     key = jnp.where(recv_src < 0, num_all, recv_src)
-    order = jnp.argsort(key, stable=True)
-    place = jnp.zeros((capacity,), jnp.int32).at[order].set(jnp.arange(capacity, dtype=jnp.int32))
-    turn = place - jnp.searchsorted(key[order], key).astype(jnp.int32)
-    terms = []
-    for j in range(max_rows):
-        row = invert(jnp.where(turn == j, recv_src, -1), num_all)
-        term = take(rows, row).astype(jnp.float32)
-        if weights is not None:
-            term = exact.kept(term * take(weights, row)[:, None])
-        terms.append(term)
+    token, row = jax.lax.sort((key, places), num_keys=1, is_stable=True)
+    is_first = token != jnp.concatenate([jnp.full((1,), -1, jnp.int32), token[:-1]])
+    turn = places - jax.lax.cummax(jnp.where(is_first, places, 0))
+    has_place = (token < num_all) & (turn < max_rows)  # all rows of a handle that is whole
+    target = jnp.where(has_place, turn * num_all + token, max_rows * num_all)
+    table = jnp.full((max_rows * num_all,), -1, jnp.int32).at[target].set(row, mode="drop")
+    table = table.reshape(max_rows, num_all)
+    terms = [take(rows, of_tokens).astype(jnp.float32) for of_tokens in table]
+    if weights is not None:
+        factors = take(weights, table)[:, :, None]
+        terms = [exact.kept(term * factor) for term, factor in zip(terms, factors, strict=True)]
     return exact.rounded(_sum(terms), rows.dtype)
 
 
