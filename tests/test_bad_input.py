@@ -86,7 +86,7 @@ def test_dispatch_of_a_wide_constant(groups):
 
 
 COMBINE = {
-    "rows_shape": ({"rows": (9, 8)}, jax_ep.ShapeError, "combine: rows must be [recv_capacity=16, hidden] as the handle (layout='expert') has it, got shape (9, 8)"),
+    "rows_shape": ({"rows": (9, 8)}, jax_ep.ShapeError, "combine: rows must be [recv_capacity=16, hidden] for this handle (layout='expert'), got shape (9, 8)"),
     "rows_bytes": ({"rows": (16, 3)}, jax_ep.ShapeError, "combine: a row of rows must be a multiple of 16 bytes, got hidden=3 of float32: 12 bytes"),
     "weights_shape": ({"weights": (15,)}, jax_ep.ShapeError, "combine: weights must have shape (16,) (at the rows) or (4, 2) (at the tokens), got (15,)"),
     "weights_rank": ({"layout": "rank", "weights": (16,)}, jax_ep.ConfigError, "combine: weights need a handle of layout='expert', got layout='rank'"),

@@ -178,9 +178,9 @@ QUANTIZE = {
     "list": (([[1.0] * 128],), {}, jax_ep.DTypeError, "x must be an array, got list"),
     "int32": ((ONES.astype(np.int32),), {}, jax_ep.DTypeError, "x must be bfloat16, float16 or float32, got int32"),
     "float64": ((ONES.astype(np.float64),), {}, jax_ep.DTypeError, "x must be bfloat16, float16 or float32, got float64"),
-    "rank": ((ONES[0],), {}, jax_ep.ShapeError, "x must be [num_tokens, hidden], hidden a positive multiple of block=128, got shape (128,)"),
-    "hidden": ((ONES[:, :100],), {}, jax_ep.ShapeError, "x must be [num_tokens, hidden], hidden a positive multiple of block=128, got shape (2, 100)"),
-    "no_hidden": ((ONES[:, :0],), {}, jax_ep.ShapeError, "x must be [num_tokens, hidden], hidden a positive multiple of block=128, got shape (2, 0)"),
+    "rank": ((ONES[0],), {}, jax_ep.ShapeError, "x must be [num_tokens, hidden] with hidden a positive multiple of block=128, got shape (128,)"),
+    "hidden": ((ONES[:, :100],), {}, jax_ep.ShapeError, "x must be [num_tokens, hidden] with hidden a positive multiple of block=128, got shape (2, 100)"),
+    "no_hidden": ((ONES[:, :0],), {}, jax_ep.ShapeError, "x must be [num_tokens, hidden] with hidden a positive multiple of block=128, got shape (2, 0)"),
     "block_none": ((ONES,), {"block": None}, jax_ep.ConfigError, "block must be a static integer, got None"),
     "block_zero": ((ONES,), {"block": 0}, jax_ep.ConfigError, "block must be at least 1, got 0"),
     "scales": ((ONES,), {"scales": "f16"}, jax_ep.ConfigError, "scales must be one of 'f32', 'e8m0', got 'f16'"),
@@ -201,13 +201,13 @@ DEQUANTIZE = {
     "list": ((ROWS, [[1.0, 1.0]] * 2), jax_ep.DTypeError, "scales must be an array, got list"),
     "bf16": ((ROWS, SCALES.astype(jnp.bfloat16)), jax_ep.DTypeError, "scales must be float32, uint8 or float8_e8m0fnu, got bfloat16"),
     "f16": ((ROWS, SCALES.astype(np.float16)), jax_ep.DTypeError, "scales must be float32, uint8 or float8_e8m0fnu, got float16"),
-    "rows": ((ROWS, SCALES[:1]), jax_ep.ShapeError, "scales must be [rows=2, a divisor of hidden=128], got shape (1, 2)"),
-    "more_rows": ((ROWS, np.ones((4, 1), np.float32)), jax_ep.ShapeError, "scales must be [rows=2, a divisor of hidden=128], got shape (4, 1)"),
-    "blocks": ((ROWS, np.ones((2, 3), np.float32)), jax_ep.ShapeError, "scales must be [rows=2, a divisor of hidden=128], got shape (2, 3)"),
-    "no_blocks": ((ROWS, SCALES[:, :0]), jax_ep.ShapeError, "scales must be [rows=2, a divisor of hidden=128], got shape (2, 0)"),
-    "one_axis": ((ROWS, SCALES[:, 0]), jax_ep.ShapeError, "scales must be [rows=2, a divisor of hidden=128], got shape (2,)"),
+    "rows": ((ROWS, SCALES[:1]), jax_ep.ShapeError, "scales must be [rows=2, num_blocks] with num_blocks a divisor of hidden=128, got shape (1, 2)"),
+    "more_rows": ((ROWS, np.ones((4, 1), np.float32)), jax_ep.ShapeError, "scales must be [rows=2, num_blocks] with num_blocks a divisor of hidden=128, got shape (4, 1)"),
+    "blocks": ((ROWS, np.ones((2, 3), np.float32)), jax_ep.ShapeError, "scales must be [rows=2, num_blocks] with num_blocks a divisor of hidden=128, got shape (2, 3)"),
+    "no_blocks": ((ROWS, SCALES[:, :0]), jax_ep.ShapeError, "scales must be [rows=2, num_blocks] with num_blocks a divisor of hidden=128, got shape (2, 0)"),
+    "one_axis": ((ROWS, SCALES[:, 0]), jax_ep.ShapeError, "scales must be [rows=2, num_blocks] with num_blocks a divisor of hidden=128, got shape (2,)"),
     "x_dtype": ((ONES, SCALES), jax_ep.DTypeError, "x must be float8_e4m3fn or float8_e5m2, got float32"),
-    "x_rank": ((ROWS[None], SCALES), jax_ep.ShapeError, "x must be [rows, hidden], hidden positive, got shape (1, 2, 128)"),
+    "x_rank": ((ROWS[None], SCALES), jax_ep.ShapeError, "x must be [rows, hidden] with hidden positive, got shape (1, 2, 128)"),
     "dtype": ((ROWS, SCALES, jnp.int32), jax_ep.DTypeError, "dtype must be bfloat16, float16 or float32, got "),
 }  # fmt: skip
 
@@ -220,7 +220,7 @@ def test_dequantize_fp8_bad_input(name):
 
 
 DISPATCH_FP8 = {
-    "hidden": (100, {}, jax_ep.ShapeError, "x must be [num_tokens, hidden], hidden a positive multiple of block=128, got shape (4, 100)"),
+    "hidden": (100, {}, jax_ep.ShapeError, "x must be [num_tokens, hidden] with hidden a positive multiple of block=128, got shape (4, 100)"),
     "fp8_bytes": (24, {"block": 8}, jax_ep.ShapeError, "hidden must be a multiple of 16, got 24"),
     "block_none": (128, {"block": None}, jax_ep.ConfigError, "block must be a static integer, got None"),
     "block_zero": (128, {"block": 0}, jax_ep.ConfigError, "block must be at least 1, got 0"),
