@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices for every test; set before JAX makes its backend."""
+"""Fixtures, and eight virtual CPU devices, set up before JAX makes its backend."""
 
 import os
 
@@ -21,13 +21,13 @@ from jax_ep.testing.ranks import make_mesh
 virtual_devices()
 BACKENDS = ("cpu", "xla")
 LAYOUTS = ("rank", "expert")
-# These run programs as users write them, and so do the GPU tests.
+# These tests run programs as users write them. GPU tests do so, too.
 PROGRAMS = ("test_bench.py", "test_docs.py")
 
 
 @pytest.fixture(autouse=True)
 def no_implicit_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Users may forbid promotion of ranks and dtypes, so the library does without."""
+    """Forbids promotion of ranks and dtypes: users may forbid it, so jax_ep must not use it."""
     is_program = request.path.name in PROGRAMS or request.node.get_closest_marker("gpu")
     with contextlib.ExitStack() as settings:
         if not is_program:
@@ -38,7 +38,7 @@ def no_implicit_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def groups() -> Iterator[Callable[[int], jax_ep.Group]]:
-    """groups(num_ranks): a group over the first devices, open for the whole session."""
+    """groups(num_ranks): returns a group over the first devices, open for the whole session."""
     opened = []
 
     @functools.cache
@@ -54,7 +54,7 @@ def groups() -> Iterator[Callable[[int], jax_ep.Group]]:
 
 @pytest.fixture(scope="session")
 def round_trips() -> Callable[..., Callable[..., object]]:
-    """`round_trip`, compiled once for each set of arguments."""
+    """Returns `round_trip`, compiled once for each set of arguments."""
     return functools.cache(round_trip)
 
 
@@ -70,7 +70,7 @@ def layout(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def write_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Path]:
-    """Writes a file of (device, ranks, parts), and has groups that open read it."""
+    """Writes a file of (device, ranks, parts), which groups read when they open."""
 
     def write(*entries: tuple[str, int, dict]) -> Path:
         path = tmp_path / "table.json"

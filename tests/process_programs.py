@@ -1,4 +1,4 @@
-"""Programs that several processes run, on CPU devices and on GPUs."""
+"""Programs for several processes, on CPU devices and on GPUs."""
 
 import re
 
@@ -176,7 +176,7 @@ for turn in range(2):
 print("passed")
 """
 
-# Each process, or each pair of them, says that it is on a host of its own.
+# Each process, or each pair of processes, claims to be on a host of its own.
 HOSTS = """
 from jax.sharding import Mesh
 from jax_ep._src.processes import unix_links
