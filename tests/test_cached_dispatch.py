@@ -221,7 +221,7 @@ def test_dequantize_fp8_refuses_bad_input(name):
 
 DISPATCH_FP8 = {
     "hidden": (100, {}, jax_ep.ShapeError, "x must be [num_tokens, hidden] with hidden a positive multiple of block=128, got shape (4, 100)"),
-    "fp8_bytes": (24, {"block": 8}, jax_ep.ShapeError, "hidden must be a multiple of 16, got 24"),
+    "fp8_bytes": (24, {"block": 8}, jax_ep.ShapeError, "x must be [num_tokens, hidden] with hidden a multiple of 16, got shape (4, 24)"),
     "block_none": (128, {"block": None}, jax_ep.ConfigError, "block must be a static integer, got None"),
     "block_zero": (128, {"block": 0}, jax_ep.ConfigError, "block must be at least 1, got 0"),
     "scales": (128, {"scales": "f16"}, jax_ep.ConfigError, "scales must be one of 'f32', 'e8m0', got 'f16'"),
@@ -269,15 +269,15 @@ def test_unsupported_derivatives_are_refused_by_name(groups):
 
 
 BAD = {
-    "routing_and_handle": (lambda x, ids, h: jax_ep.dispatch(x, ids, handle=h), jax_ep.ConfigError, r"dispatch: with handle= the routing is known, got also topk_idx"),
-    "fill_and_handle": (lambda x, ids, h: jax_ep.dispatch(x, handle=h, fill="none"), jax_ep.ConfigError, r"dispatch: with handle= the routing is known, got also fill"),
+    "routing_and_handle": (lambda x, ids, h: jax_ep.dispatch(x, ids, handle=h), jax_ep.ConfigError, r"dispatch: with handle= these must be left out: topk_idx"),
+    "fill_and_handle": (lambda x, ids, h: jax_ep.dispatch(x, handle=h, fill="none"), jax_ep.ConfigError, r"dispatch: with handle= these must be left out: fill"),
     "tokens": (lambda x, ids, h: jax_ep.dispatch(x[:3], handle=h), jax_ep.ShapeError, r"dispatch: x must have shape \(4, 128\), got \(3, 128\)"),
     "not_a_handle": (lambda x, ids, h: jax_ep.dispatch(x, handle=ids), jax_ep.ConfigError, "dispatch: handle must be the DispatchHandle of a dispatch, got"),
     "triple": (lambda x, ids, h: jax_ep.dispatch((x, x, x), handle=h), jax_ep.DTypeError, "dispatch: x must be an array or a pair, got 3 arrays"),
     "not_fp8": (lambda x, ids, h: jax_ep.dispatch((x, x), handle=h), jax_ep.DTypeError, r"dispatch: x\[0\] must be float8_e4m3fn or float8_e5m2, got float32"),
     "scales_dtype": (lambda x, ids, h: jax_ep.dispatch((x.astype(FP8_DTYPES[0]), ids), handle=h), jax_ep.DTypeError, "dispatch: scales must be float32, uint8 or float8_e8m0fnu, got int32"),
-    "scales_tokens": (lambda x, ids, h: jax_ep.dispatch((x.astype(FP8_DTYPES[0]), x[:2]), handle=h), jax_ep.ShapeError, r"dispatch: scales must be \[num_tokens=4, at least 1\], got shape \(2, 128\)"),
-    "payload_rank": (lambda x, ids, h: jax_ep.dispatch(x, handle=h, payload=x[0]), jax_ep.ShapeError, r"dispatch: payload must be \[num_tokens=4, at least 1\], got shape \(128,\)"),
+    "scales_tokens": (lambda x, ids, h: jax_ep.dispatch((x.astype(FP8_DTYPES[0]), x[:2]), handle=h), jax_ep.ShapeError, r"dispatch: scales must be \[num_tokens=4, width\] with width positive, got shape \(2, 128\)"),
+    "payload_rank": (lambda x, ids, h: jax_ep.dispatch(x, handle=h, payload=x[0]), jax_ep.ShapeError, r"dispatch: payload must be \[num_tokens=4, width\] with width positive, got shape \(128,\)"),
     "payload_int4": (lambda x, ids, h: jax_ep.dispatch(x, handle=h, payload=x.astype(jnp.int4)), jax_ep.DTypeError, "rows of payload must be whole bytes; pack int4 into uint8"),
     "weights_shape": (lambda x, ids, h: jax_ep.combine_weights(x[:3], h), jax_ep.ShapeError, r"combine_weights: w must be \[recv_capacity=8, num_topk\]"),
     "block": (lambda x, ids, h: jax_ep.dispatch_fp8(x, ids, group=h, num_experts=2), jax_ep.GroupError, "dispatch_fp8: group must be a jax_ep.Group, got DispatchHandle"),

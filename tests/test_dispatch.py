@@ -69,7 +69,7 @@ def test_wide_ids_stay_invalid(groups, layout, backend):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_narrow_weights_travel_as_f32_and_get_gradients_of_their_dtype(groups, dtype):
-    """In every place that takes weights; the values are those of the same weights in f32."""
+    """Values equal those of the same weights in f32, in every argument that takes weights."""
     group = groups(2)
     case = Case(2, "expert")
     data = make_data(case, "masked")

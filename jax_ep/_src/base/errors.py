@@ -1,6 +1,6 @@
-"""Every exception that jax_ep raises.
+"""The exceptions that jax_ep raises.
 
-Messages name the operation, the argument, what was expected and what came.
+Messages name the operation, the argument, the expected value and the value that came.
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
 """Names of JAX that are private, or differ between the supported versions (0.10.2 to 0.12).
 
-Nothing else in the package imports jax._src, jax.extend or jax.interpreters.
+No other module of the package imports jax._src, jax.extend or jax.interpreters.
 """
 
 import ctypes
@@ -180,10 +180,10 @@ def distributed_client() -> Any:
 
 
 def default_heartbeat_timeout() -> float:
-    """Returns the default of the seconds after which JAX aborts processes that wait for a lost one.
+    """Returns JAX's default of heartbeat_timeout_seconds.
 
-    JAX hands the argument of jax.distributed.initialize to its client and its service in C++.
-    Neither they nor JAX's state give it back.
+    After this time JAX aborts processes that wait for a lost one. The program may have passed
+    another value to jax.distributed.initialize. JAX hands it to C++ and keeps no copy to read.
     """
     arguments = inspect.signature(distributed.State.initialize).parameters
     return float(arguments["heartbeat_timeout_seconds"].default)
@@ -223,7 +223,7 @@ def is_gone(array: jax.Array, error: BaseException) -> bool:
 
 
 def is_ready(array: jax.Array) -> bool:
-    """Returns whether block_until_ready would not wait in this process; True if it is deleted."""
+    """Returns whether block_until_ready would not wait in this process, as for a deleted array."""
     if array.is_deleted():  # is_ready() of JAX 0.10 would end the process
         return True
     try:

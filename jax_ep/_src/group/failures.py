@@ -1,4 +1,4 @@
-"""Failures of a group. After one, neither the group's end nor the interpreter's waits for peers."""
+"""Failures of a group. After one, the group's end and the interpreter's exit wait for no peer."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -45,7 +45,10 @@ class Failures:
             self._bad_routings[line] += 1
 
     def raise_known(self, problems: Sequence[Exception] = ()) -> None:
-        """Raises the group's own failure, or else a ProgramError. JAX's exception is its cause."""
+        """Raises the group's own failure, or else a ProgramError for JAX's exceptions.
+
+        The exceptions of JAX become the cause.
+        """
         failure = self.recorded()
         if not problems:
             if failure is not None:

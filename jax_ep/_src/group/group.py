@@ -165,15 +165,15 @@ class Group:
     ) -> Self:
         """Returns the open group over a mesh and axis, or opens it if there is none.
 
-        Layers use it that learn their mesh when they are called, and so do cells of a notebook
-        that run twice, and models that outlive a group. It may be called while JAX traces, also in
+        Use it in layers that learn their mesh when they are called, in cells of a notebook that
+        run twice, and in models that outlive a group. It may be called while JAX traces, also in
         the body of a `jax.shard_map`. A caller that closes the group closes it for all callers.
 
         Args:
           mesh: as for `Group.open`. None: the mesh of `jax.set_mesh`, or of the enclosing
             `jax.shard_map`. Under jit, JAX knows the mesh of a `jax.shard_map` only without its
-            devices, as an `AbstractMesh`. Then the group's mesh is the mesh of `jax.set_mesh` with
-            the same axes and sizes, or else the mesh of an open group.
+            devices, as an `AbstractMesh`. An `AbstractMesh` stands for the mesh of `jax.set_mesh`,
+            or else for the mesh of an open group, with the same axes and sizes.
           axis: as for `Group.open`. None: the only axis of the mesh.
           name: as for `Group.open`. A group of another name is another group, and left alone.
           backend: back end that the group must use; "auto": any.
@@ -193,7 +193,7 @@ class Group:
           group before, or none. Else: no. A process that takes a traced function out of JAX's
           caches does not run a `Group.get` in it. Over several processes call it outside of jit.
         Raises: GroupError if the open group has other settings, if another process opened it (in a
-          forked child), or if no mesh or more than one fits; the failure of an open group that has
+          forked child), if no mesh fits, or if several do; the failure of an open group that has
           failed, which the caller should then close; if it opens the group, as `Group.open`.
         """
         from jax_ep._src.opening.open import get_group  # a floor above the operations
@@ -252,7 +252,7 @@ class Group:
             raise failure
 
     def discard(self) -> None:
-        """Frees everything after a failure to open, although the exception refers to the group."""
+        """Frees everything at once after a failure to open: its exception refers to the group."""
         self.close()
         self.hold(None)
 

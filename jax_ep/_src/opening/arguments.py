@@ -25,7 +25,7 @@ def check_arguments(
     debug: bool | None,
     op: str,
 ) -> OpenArguments:
-    """Checks the arguments of `op` and returns them with defaults; or raises, naming one.
+    """Checks the arguments of `op`, and returns them with their defaults.
 
     Raises: ConfigError, GroupError.
     """

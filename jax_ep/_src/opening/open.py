@@ -97,7 +97,7 @@ def _open(
                 _open_native(group, rendezvous, own, is_wanted=backend == settings.backend)
         group.watch_interrupts()
         registry.open_groups[identity] = group
-        # The ranks wait for one another in the self-test, and a failure could not reach them there.
+        # Ranks wait for one another in the self-test, where no news of a failure reaches them.
         rendezvous.gather("native half", None)
         self_test.run(group, rendezvous)
         rendezvous.gather("self-test", None)

@@ -56,7 +56,9 @@ class KvExchange:
         self._is_told = False  # whether another process's failure was raised here
 
     def gather(self, topic: str, message: Any) -> dict[int, Any]:
-        """Returns each process's message about a topic, as JSON; once for each topic. Collective.
+        """Returns each process's message about a topic, as JSON. Collective.
+
+        Each topic may be gathered once.
 
         Raises:
           GroupError: a process did not come to this opening, or has failed in it, and why.

@@ -95,7 +95,7 @@ class Rendezvous:
             raise raised from error
 
     def gather(self, topic: str, message: Any) -> dict[int, Any]:
-        """Returns each process's message about a topic, as JSON; once for each topic.
+        """Returns each process's message about a topic, as JSON. Each topic may be gathered once.
 
         Raises: as KvExchange.gather does.
         """
@@ -256,7 +256,7 @@ class Rendezvous:
         if os.getpid() == self._pid:
             return
         jax_compat.abandon_runtime()
-        with suppress(GroupError):  # a module that was never loaded has no teardown
+        with suppress(GroupError):  # a module that cannot be loaded has no teardown
             native_modules.load("cpu").exit_without_teardown()
 
     def leave_alone_now(self) -> None:

@@ -32,7 +32,7 @@ def all_reduce(
         other dtypes go by psum. Each array is a call of its own. A number gives its multiple, which
         is known while tracing, as with psum.
       group: the ranks.
-      algorithm: the way of the arrays between GPUs. "low_latency": each rank writes its array to
+      algorithm: transport of arrays between GPUs. "low_latency": each rank writes its array to
         every peer in 16-byte packets (12 bytes of data, 4 of flag); up to 3 MiB divided by the
         number of ranks. "one_shot": each rank writes its array to every peer without flags between
         the data, up to 4 MiB, less for more than 4 ranks; every rank reads larger arrays in place.

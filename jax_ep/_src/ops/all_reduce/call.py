@@ -39,10 +39,11 @@ def _batch(
     num_ranks: int,
     **parameters: Any,
 ) -> tuple[Sequence[Any], Sequence[int]]:
-    """Carries a batch in one call: its axis is an axis of the array, behind the axis of the ranks.
+    """Carries a batch in one call.
 
-    A batch may be too large for the algorithm that was chosen for one element. Then one_shot takes
-    the place of low_latency. If the batch is too large for staging, each element is a call.
+    The axis of the batch becomes an axis of the array, behind the axis of the ranks. If the batch
+    is too large for low_latency, one_shot takes its place. If the batch is too large for staging,
+    each element is a call.
     """
     position, x = operands
     before = int(movement is Movement.REDUCE_SCATTER)

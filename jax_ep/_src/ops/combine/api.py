@@ -136,7 +136,7 @@ def _places(spec: RouteSpec, index: RowIndex) -> tuple[jax.Array, jax.Array]:
 def combine_weights(
     w: jax.Array, handle: DispatchHandle, *, backend: BackendName | None = None
 ) -> jax.Array:
-    """Brings one number per choice back to the tokens, against the way of topk_weights.
+    """Brings one number per choice back to the tokens: the reverse of the move of topk_weights.
 
     Args:
       w: any floating dtype, moved as f32; rank layout: [recv_capacity, num_topk], expert layout:

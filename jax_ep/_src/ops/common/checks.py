@@ -80,7 +80,7 @@ class Checks(StaticChecks):
             self.dtype(x, dtypes, name=name)
         if x.ndim != 2 or x.shape[0] != num_tokens or x.shape[1] < 1:
             raise ShapeError(
-                f"{self.op}: {name} must be [num_tokens={num_tokens}, at least 1], "
+                f"{self.op}: {name} must be [num_tokens={num_tokens}, width] with width positive, "
                 f"got shape {x.shape}"
             )
         is_extended = jnp.issubdtype(x.dtype, jax.dtypes.extended)
@@ -91,7 +91,7 @@ class Checks(StaticChecks):
         return jnp.asarray(x)
 
     def weights(self, value: Any, *, name: str) -> jax.Array:
-        """Weights of any floating dtype, as f32. Their gradient has their own dtype."""
+        """Returns weights of any floating dtype as f32. Their gradient has their own dtype."""
         x = self.array(value, name=name)
         self.dtype(x, WEIGHT_DTYPES, name=name)
         return jnp.asarray(x).astype(jnp.float32)

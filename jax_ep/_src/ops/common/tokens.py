@@ -1,4 +1,4 @@
-"""Arrays over the tokens of all ranks, from stock collectives and plain indexing."""
+"""Arrays over the tokens of all ranks, from XLA's collectives and plain indexing."""
 
 import jax
 import jax.numpy as jnp

@@ -104,7 +104,7 @@ def dispatch(
         }
         extra = ", ".join(name for name, value in given.items() if value is not None)
         if extra:
-            raise ConfigError(f"{_check.op}: with handle= the routing is known, got also {extra}")
+            raise ConfigError(f"{_check.op}: with handle= these must be left out: {extra}")
         return _dispatch_along(x, payload, handle, group=group, num_sms=num_sms, backend=backend)
     group = _check.group(group)
     rows = _require_streams(x, payload)

@@ -33,8 +33,8 @@ def dispatch_fp8(
 ) -> Dispatched:
     """Quantises rows to fp8, dispatches them, and dequantises the received rows.
 
-    Half of bf16's bytes cross. The gradient is that of a plain dispatch. The fp8 rows themselves
-    cannot be differentiated, because JAX would round their cotangent to fp8 without a word.
+    Half as many bytes cross as with bf16. The gradient is that of a plain dispatch. The fp8 rows
+    themselves cannot be differentiated, because JAX would silently round their cotangent to fp8.
 
     Args:
       x: [num_tokens, hidden] bf16, f16 or f32; hidden a multiple of block and of 16.
@@ -64,8 +64,8 @@ def dispatch_fp8(
     block = _check.blocks(x, block)
     if x.shape[1] % config.ROW_BYTES_MULTIPLE:
         raise ShapeError(
-            f"{_check.op}: hidden must be a multiple of {config.ROW_BYTES_MULTIPLE}, "
-            f"got {x.shape[1]}"
+            f"{_check.op}: x must be [num_tokens, hidden] with hidden a multiple of "
+            f"{config.ROW_BYTES_MULTIPLE}, got shape {x.shape}"
         )
     _check.choice(Scales, scales, name="scales")
     spec, topk_idx, weights = prepare(
