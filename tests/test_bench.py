@@ -225,7 +225,7 @@ def test_scripts_write_records(name, tmp_path, monkeypatch):
 
 
 def test_command_names_the_extra_that_brings_its_progress_bar(monkeypatch):
-    monkeypatch.setitem(sys.modules, "tqdm", None)  # what import of it meets
+    monkeypatch.setitem(sys.modules, "tqdm", None)  # importing it raises ImportError
     with pytest.raises(jax_ep.ConfigError, match=r"needs tqdm: pip install 'jax_ep\[bench\]'"):
         report.progress(1)
 

@@ -103,7 +103,7 @@ def test_commands_are_understood(block, command, tmp_path):
         return
     done = subprocess.run(
         [sys.executable, "-m", "jax_ep", *arguments],
-        cwd=tmp_path,  # beside the sources of jax_ep they would be taken for the package
+        cwd=tmp_path,  # next to the sources, Python would import those
         capture_output=True,
         text=True,
         timeout=120,

@@ -87,7 +87,7 @@ def test_import_makes_no_backend():
 def test_a_module_that_cannot_be_registered_leaves_jax_alone():
     code = """
 import sys
-sys.modules["jax_ep._jax_ep_cpu"] = None  # what import of it meets
+sys.modules["jax_ep._jax_ep_cpu"] = None  # importing it raises ImportError
 import jax, jax_ep
 print(jax.numpy.arange(3).sum())
 with jax_ep.Group.open(jax.make_mesh((1,), ("ep",)), "ep") as group:

@@ -66,10 +66,10 @@ def xla_flag(name: str) -> str | None:
 
 
 def virtual_devices_environment(num_devices: int) -> dict[str, str]:
-    """Environment variables that give a process virtual CPU devices, and threads to wait in.
+    """Returns environment variables that give a process virtual CPU devices and enough threads.
 
-    JAX's CPU client has as many threads as there are cores. With fewer than these, many launches in
-    flight hang, those of stock collectives too.
+    JAX's CPU client has as many threads as the machine has cores. With fewer threads than these
+    variables ask for, many launches in flight hang, even those of XLA's collectives.
     """
     threads = max(16, 2 * num_devices)
     return {"JAX_NUM_CPU_DEVICES": str(num_devices), "PJRT_NPROC": str(threads)}
@@ -115,7 +115,7 @@ def tuning_file_from_environment() -> str | None:
 
 
 def cuda_compiler() -> str | None:
-    """The CUDA compiler that an installation would take, from CUDA_HOME or the PATH."""
+    """Returns the CUDA compiler that an installation would take, from CUDA_HOME or the PATH."""
     home = os.environ.get("CUDA_HOME")
     found = home and shutil.which("nvcc", path=str(Path(home) / "bin"))
     return found or shutil.which("nvcc")

@@ -52,7 +52,7 @@ __all__ = [
 
 
 def has_backends() -> bool:
-    """Whether JAX has made its backends, and so read its environment."""
+    """Returns whether JAX has made its backends; it then has read its environment."""
     return bool(xla_bridge.backends_are_initialized())
 
 
