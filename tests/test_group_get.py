@@ -111,7 +111,7 @@ def test_a_named_back_end_must_carry_every_exchange():
     ("arguments", "message"),
     [
         ({"mesh": None, "axis": "ep"}, r"Group.get: no mesh is set here: pass mesh=, or"),
-        ({"mesh": WIDE}, r"Group.get: the mesh has the axes \('data', 'ep'\): axis= must say"),
+        ({"mesh": WIDE}, r"Group.get: the mesh has the axes \('data', 'ep'\): axis= must name one"),
         ({"mesh": WIDE, "axis": "tp"}, r"Group.get: axis must name distinct axes of the mesh"),
         ({"mesh": "ep"}, r"Group.get: mesh must be a jax.sharding.Mesh, .* got str"),
         ({"mesh": MESH, "timeout": -1}, r"Group.get: timeout must be positive seconds"),

@@ -67,7 +67,7 @@ try:
 except jax_ep.GroupError as e:
     print(e)
 print("waited", time.monotonic() - start < 3.0)
-if me == 0:  # in vain; the next time the other one comes
+if me == 0:  # this opening fails; the other process comes to the next one
     try:
         jax_ep.Group.open(mesh, "ep", name="late", timeout=1.0)
     except jax_ep.GroupError as e:
@@ -359,7 +359,7 @@ def test_a_connection_that_cannot_be_made_leaves_xla():
     """All processes fall back at once, with the reason of the process that has failed."""
     for output in run_on_cpus(UNCONNECTED, processes=3):
         assert (
-            "xla process 1: no connection between the processes: who listens for process 0 is of "
+            "xla process 1: no connection between the processes: the listener for process 0 is of "
             "another user" in output.splitlines()
         )
 

@@ -112,7 +112,7 @@ def test_tune_keeps_the_part_that_it_does_not_measure(tmp_path):
     tune._write(path, own | plain(1) | {"measured": {"combine": {"rank": {"8": 1.0}}}})
     tune._write(path, own | OLD | {"commit": "c", "measured": {"all_reduce": {"8": {}}}})
     tune._write(path, own | plain(11) | {"measured": {"combine": {"rank": {"8": 2.0}}}})
-    assert len(path.read_text().splitlines()) == 3  # one line for each table
+    assert len(path.read_text().splitlines()) == 3  # the table is one line
     (entry,) = json.loads(path.read_text())["tables"]
     assert entry == own | OLD | plain(11) | {
         "commit": "c",
