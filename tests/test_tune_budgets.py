@@ -97,11 +97,11 @@ def test_tune_writes_what_groups_read(monkeypatch, tmp_path, write_tables):
         }
         assert f"JAX_EP_TUNING={path}, cpu, {R} ranks: " in info.budgets_from
         assert "commit newer" in info.budgets_from
-    tables = {t["device"]: t for t in json.loads(path.read_text())["tables"]}
-    assert (tables["cpu"]["ops"], tables["cpu"]["commit"]) == (OLD["ops"], "older")
-    assert tables["b"]["budgets"] == plain(1)["budgets"]
+    written = {t["device"]: t for t in json.loads(path.read_text())["tables"]}
+    assert (written["cpu"]["ops"], written["cpu"]["commit"]) == (OLD["ops"], "older")
+    assert written["b"]["budgets"] == plain(1)["budgets"]
     medians = {"8": 50.0, "16": 40.5, "24": 40.0, "xla": 39.0}
-    assert tables["cpu"]["measured"]["combine"]["expert"] == medians
+    assert written["cpu"]["measured"]["combine"]["expert"] == medians
     (records,) = (tmp_path / "records").glob("*-dispatch-cached_dispatch-combine.jsonl")
     assert len(records.read_text().splitlines()) == len(seen)
 
