@@ -6,7 +6,7 @@ from jax_ep.testing import launch
 
 
 def number_behind(word, output):
-    """The number that a program printed behind a word, at the end of a line."""
+    """Returns the number that a program printed after a word, at the end of a line."""
     found = re.search(rf"{word} ([\d.]+)\n", output)
     assert found is not None, output
     return float(found[1])
