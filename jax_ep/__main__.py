@@ -1,7 +1,7 @@
-"""`python -m jax_ep info` tells what is usable here, `conformance` checks the operations.
+"""`python -m jax_ep info` prints what is usable here, `conformance` checks the operations.
 
-`bench` measures them, `tune` what is the fastest here: algorithms of all_reduce and its relatives,
-and SMs of dispatch and combine.
+`bench` measures the operations. `tune` finds the fastest settings here: algorithms of the
+all_reduce family, and SMs of dispatch and combine.
 """
 
 import argparse
@@ -14,17 +14,17 @@ from jax_ep.testing import run as conformance
 
 
 def main() -> None:
-    """The command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(prog="python -m jax_ep", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     doctor.add_arguments(
-        commands.add_parser("info", help="what is built and usable here, and what to do else")
+        commands.add_parser("info", help="print what is built and usable here, and what to do else")
     )
     bench.add_arguments(
-        commands.add_parser("bench", help="time of the operations over floor and stock JAX")
+        commands.add_parser("bench", help="time the operations against their floor and stock JAX")
     )
     conformance.add_arguments(
-        commands.add_parser("conformance", help="the operations against the reference, to the bit")
+        commands.add_parser("conformance", help="compare the operations with the reference")
     )
     tune.add_arguments(commands.add_parser("tune", help="measure the tables of algorithms and SMs"))
     args = parser.parse_args()

@@ -1,9 +1,9 @@
-"""Every operation for all ranks at once, in plain NumPy or jnp, on one device.
+"""The executable specification: computes all ranks at once in NumPy or jnp, on one device.
 
-Arrays carry a leading rank axis [R, ...]. This module shares no code with the back ends and defines
+Arrays carry a leading rank axis [R, ...]. The module shares no code with the back ends. It defines
 their numerics: f32 products and sums in the stated order, each rounded by itself. With NumPy arrays
 the results are exact to the bit, subnormals included. With jnp arrays they can be differentiated;
-call the functions outside jit then, so that nothing is fused or contracted.
+call the functions outside jit, so that XLA fuses or contracts nothing.
 """
 
 from dataclasses import dataclass
@@ -25,10 +25,10 @@ class Plan:
     layout: str
     num_tokens: int
     recv_src: Ints  # [R, C] source rank * T + token, -1 = none
-    recv_k: Ints  # [R, C] the choice that the row is, -1 = none; rank layout: all -1
+    recv_k: Ints  # [R, C] index of the row's choice in its token, -1 = none; rank layout: all -1
     recv_topk_idx: Ints  # [R, C, K] local expert ids, -1 = none; expert layout: all -1
     send_row: Ints  # [R, T, R or K] row at the destination, -1 = none
-    send_rank: Ints  # the same shape: the destination, -1 = none
+    send_rank: Ints  # [R, T, R or K] destination, -1 = none
     group_sizes: Ints  # [R, L]
     num_recv: Ints  # [R]
     num_dropped: Ints  # [R]
@@ -121,13 +121,13 @@ def _align(size: int, alignment: int) -> int:
 
 
 def dispatch(plan: Plan, x: Rows) -> Rows:
-    """Moves x [R, T, ...] to rows [R, C, ...]; rows without a token are zero."""
+    """Returns [R, C, ...] from x [R, T, ...]; rows without a token are zero."""
     flat = x.reshape(-1, *x.shape[2:])
     return _where(plan.recv_src >= 0, flat[np.maximum(plan.recv_src, 0)])
 
 
 def dispatch_weights(plan: Plan, topk_weights: Rows) -> Rows:
-    """Moves topk_weights [R, T, K] to [R, C, K] (rank layout) or [R, C] (expert layout)."""
+    """Returns [R, C, K] (rank layout) or [R, C] (expert layout) from topk_weights [R, T, K]."""
     rows = dispatch(plan, topk_weights)
     if plan.layout == "rank":
         return _where(plan.recv_topk_idx >= 0, rows)
@@ -138,7 +138,7 @@ def dispatch_weights(plan: Plan, topk_weights: Rows) -> Rows:
 def combine(
     plan: Plan, rows: Rows, weights: Rows | None = None, biases: tuple[Rows, ...] = ()
 ) -> Rows:
-    """Adds rows [R, C, H] up to [R, T, H]; weights are [R, C], biases [R, T, H]."""
+    """Returns [R, T, H] from rows [R, C, H], weights [R, C] and biases [R, T, H]."""
     xp = jnp if isinstance(rows, jax.Array) else np
     num_ranks = rows.shape[0]
     total = xp.zeros((num_ranks, plan.num_tokens, rows.shape[2]), xp.float32)
@@ -155,16 +155,16 @@ def combine(
 
 
 def combine_weights(plan: Plan, w: Rows) -> Rows:
-    """Moves w [R, C, K] (rank layout: summed over ranks) or [R, C] (expert layout) to [R, T, K]."""
+    """Returns [R, T, K] from w: [R, C, K] (rank layout, summed) or [R, C] (expert layout)."""
     return combine(plan, w) if plan.layout == "rank" else weights_to_tokens(plan, w)
 
 
 def weights_to_tokens(plan: Plan, at_rows: Rows) -> Rows:
-    """Moves results of dispatch_weights back to [R, T, K]: its transpose.
+    """Returns [R, T, K] from the result of dispatch_weights, whose transpose it is.
 
-    Nothing is computed, so as the gradient of a dispatch's topk_weights it is exact to the bit. So
-    are the gradient of its x, `combine` of the cotangent, and that of combine_weights, the
-    cotangent moved to the rows.
+    Numbers are moved, not computed with, so the result is the gradient of a dispatch's topk_weights
+    to the bit. Two other gradients are exact to the bit: of the dispatch's x, `combine` of the
+    cotangent; of combine_weights, the cotangent moved to the rows.
     """
     num_ranks, num_topk = at_rows.shape[0], plan.recv_topk_idx.shape[2]
     moved = np.zeros((num_ranks, plan.num_tokens, num_topk), at_rows.dtype)
@@ -180,10 +180,11 @@ def weights_to_tokens(plan: Plan, at_rows: Rows) -> Rows:
 
 
 def combine_gradient(plan: Plan, cotangent: Rows, weights: Rows | None = None) -> Rows:
-    """Moves the cotangent [R, T, H] to combine's rows [R, C, H], times weights [R, C] in f32.
+    """Returns the gradient [R, C, H] of combine's rows from the cotangent [R, T, H].
 
-    It is exact to the bit, like the gradient of a bias, which is the cotangent. The gradient of
-    weights is not: the order of its dot product is not defined.
+    The cotangent is moved to the rows and multiplied by weights [R, C] in f32. The result is exact
+    to the bit. So is the gradient of a bias, which is the cotangent. The gradient of weights is
+    not: the order of its dot product is not defined.
     """
     moved = dispatch(plan, cotangent)
     if weights is None:
@@ -193,7 +194,7 @@ def combine_gradient(plan: Plan, cotangent: Rows, weights: Rows | None = None) -
 
 
 def _sum_of_rank(plan: Plan, dst: int, rows: Rows, weights: Rows | None) -> Rows:
-    """[R, T, H] f32: each token's rows on `dst`, added in row order, rounded to their dtype."""
+    """Returns [R, T, H] f32: each token's rows on `dst`, added in row order, and rounded."""
     xp = jnp if isinstance(rows, jax.Array) else np
     row = np.where(plan.send_rank == dst, plan.send_row, np.iinfo(np.int32).max)
     row = np.sort(row, axis=-1)  # absent choices last
@@ -236,26 +237,27 @@ def _where(mask: npt.NDArray[np.bool_], x: Rows) -> Rows:
 
 
 def all_reduce(x: Rows) -> Rows:
-    """Gives every rank the sum of x [R, ...] over the ranks, in their order."""
+    """Returns the sum of x [R, ...] over the ranks, in their order, on every rank."""
     return np.broadcast_to(_sum_over_ranks(np.asarray(x)), np.shape(x))
 
 
 def reduce_scatter(x: Rows) -> Rows:
-    """Gives rank r the sum over the ranks of their part r of x [R, R, ...]."""
+    """Returns on rank r the sum over the ranks of part r of x [R, R, ...]."""
     return _sum_over_ranks(np.asarray(x))
 
 
 def all_gather(x: Rows) -> Rows:
-    """Gives every rank all of x [R, ...]: [R, R, ...]."""
+    """Returns x [R, ...] on every rank: [R, R, ...]."""
     return np.broadcast_to(np.asarray(x), (len(x), *np.shape(x)))
 
 
 def all_reduce_residual_rmsnorm(
     x: Rows, residual: Rows, scale: Rows, *, eps: float
 ) -> tuple[Rows, Rows]:
-    """Computes (normed, new_residual) from x, residual [R, ..., H] and scale [R, H].
+    """Returns (normed, new_residual) of x [R, ..., H], residual [R, ..., H] and scale [R, H].
 
-    The order of the mean is not defined: normed is right to a few roundings, new_residual exactly.
+    The order of the mean is not defined, so normed is right to a few roundings. new_residual is
+    exact.
     """
     dtype = np.asarray(x).dtype
     total = all_reduce(x).astype(np.float32)
@@ -268,7 +270,7 @@ def all_reduce_residual_rmsnorm(
 
 
 def _sum_over_ranks(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Of the leading axis: in f32, or, for integers, in their own type, wrapping around."""
+    """Adds up the leading axis in f32, or integers in their own type, wrapping around."""
     if x.dtype.kind in "iu":
         total: npt.NDArray[Any] = np.sum(x, axis=0, dtype=x.dtype)
         return total

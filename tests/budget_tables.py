@@ -1,4 +1,4 @@
-"""Tables of budgets, made up."""
+"""Tables of budgets for tests."""
 
 from itertools import product
 from typing import Any
@@ -10,7 +10,7 @@ KEYS = list(product(tables.EXCHANGES, ("rank", "expert")))
 
 
 def plain(first, xla=()):
-    """Six numbers from `first` on, in the order of KEYS; `xla` names those that xla is to carry."""
+    """Makes a table of six numbers from `first` on, in the order of KEYS; `xla` carries some."""
     budgets: dict[str, Any] = {"source": f"made up from {first}"}
     for sms, (exchange, layout) in enumerate(KEYS, first):
         found = {"sms": sms, "backend": "xla"} if (exchange, layout) in xla else {"sms": sms}

@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices for every test; set before JAX makes its backend."""
+"""Fixtures, and eight virtual CPU devices, set up before JAX makes its backend."""
 
 import os
 
@@ -10,6 +10,7 @@ import gc
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -23,7 +24,7 @@ from jax_ep.testing.ranks import make_mesh
 virtual_devices()
 BACKENDS = ("cpu", "xla")
 LAYOUTS = ("rank", "expert")
-# These run programs as users write them, and so do the GPU tests.
+# These tests run programs as users write them. GPU tests do so, too.
 PROGRAMS = ("test_bench.py", "test_docs.py")
 
 
@@ -46,9 +47,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     def kind_of(item: pytest.Item) -> tuple[str, str] | None:
         if not isinstance(item, pytest.Function) or item.path.name != "test_conformance.py":
             return None
-        if item.originalname != "test_conformance":
+        if item.originalname != "test_back_ends_pass_the_suite":
             return None
-        of = item.callspec.params
+        of: Any = item.callspec.params
         return of["backend"], of["check"].run.__name__
 
     chosen = deal([kind_of(item) for item in items], own, num_runs)
@@ -66,7 +67,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True)
 def no_implicit_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Users may forbid promotion of ranks and dtypes, so the library does without."""
+    """Forbids promotion of ranks and dtypes: users may forbid it, so jax_ep must not use it."""
     is_program = request.path.name in PROGRAMS or request.node.get_closest_marker("gpu")
     with contextlib.ExitStack() as settings:
         if not is_program:
@@ -77,7 +78,7 @@ def no_implicit_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def groups() -> Iterator[Callable[[int], jax_ep.Group]]:
-    """groups(num_ranks): a group over the first devices, open for the whole session."""
+    """groups(num_ranks): returns a group over the first devices, open for the whole session."""
     opened = []
 
     @functools.cache
@@ -93,7 +94,7 @@ def groups() -> Iterator[Callable[[int], jax_ep.Group]]:
 
 @pytest.fixture(scope="session")
 def round_trips() -> Callable[..., Callable[..., object]]:
-    """`round_trip`, compiled once for each set of arguments."""
+    """Returns `round_trip`, compiled once for each set of arguments."""
     return functools.cache(round_trip)
 
 
@@ -109,7 +110,7 @@ def layout(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def write_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Path]:
-    """Writes a file of (device, ranks, parts), and has groups that open read it."""
+    """Writes a file of (device, ranks, parts), which groups read when they open."""
 
     def write(*entries: tuple[str, int, dict]) -> Path:
         path = tmp_path / "table.json"

@@ -1,4 +1,4 @@
-"""The imports between the modules of jax_ep. As a program it draws the picture in the docs."""
+"""Imports between the modules of jax_ep. The program draws the picture in the docs."""
 
 import ast
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ PICTURE = Path(__file__).parent.parent / "docs" / "images" / "floors.svg"
 FLOORS = ("base", "processes", "group", "ops", "opening")  # of jax_ep/_src, the lowest first
 # A part may import from itself and from the parts before it; `import jax_ep` is free.
 PARTS = (*(f"_src.{floor}" for floor in FLOORS), "reference", "testing", "bench", "__main__")
-# The bodies of Group.open and Group.get use operations, which use Group: they are imported late.
+# Group.open and Group.get import their bodies late: these use operations, which use Group.
 ARROWS_BACK = {("_src.group.group", "_src.opening.open")}
 
 
@@ -19,17 +19,17 @@ def _name(path: Path) -> str:
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
 
 
-# By name, as in `_src.base.spec`.
+# Paths by module name, as in `_src.base.spec`.
 MODULES = {_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def part_of(module: str) -> str | None:
-    """The part that a module belongs to; None for the package itself."""
+    """Returns the part to which a module belongs; None for the package itself."""
     return next((p for p in PARTS if f"{module}.".startswith(f"{p}.")), None)
 
 
 def names_imported(module: str) -> Iterator[str]:
-    """Every module and name that a module imports, except for types alone."""
+    """Yields every module and name that a module imports, except those for types alone."""
     tree = ast.parse(MODULES[module].read_text())
     typing_only = {
         node
@@ -49,7 +49,7 @@ def names_imported(module: str) -> Iterator[str]:
 
 
 def modules_imported(module: str) -> set[str]:
-    """The modules of jax_ep among them, without ARROWS_BACK."""
+    """Returns the modules of jax_ep that a module imports, without ARROWS_BACK."""
     found = set()
     for name in names_imported(module):
         parts = name.split(".")
@@ -60,14 +60,14 @@ def modules_imported(module: str) -> set[str]:
 
 
 def arrows() -> list[tuple[str, str]]:
-    """The folders of jax_ep/_src that import from one another, from the top floor downwards."""
+    """Returns the pairs of folders of jax_ep/_src with imports, from the top floor downwards."""
     found = {(part_of(module), part_of(m)) for module in MODULES for m in modules_imported(module)}
     pairs = [(a, b) for a in reversed(FLOORS) for b in reversed(FLOORS) if a != b]
     return [(a, b) for a, b in pairs if (f"_src.{a}", f"_src.{b}") in found]
 
 
 def draw() -> str:
-    """SVG text: a box for each floor, and an arc for each pair of floors that `arrows` gives."""
+    """Returns SVG text: a box for each floor, and an arc for each pair of floors in `arrows`."""
     height, gap, left, width = 34, 22, 10, 130
     top = {name: 10 + (height + gap) * i for i, name in enumerate(reversed(FLOORS))}
     shapes = []

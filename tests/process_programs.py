@@ -1,4 +1,4 @@
-"""Programs that several processes run, on CPU devices and on GPUs."""
+"""Programs for several processes, on CPU devices and on GPUs."""
 
 import re
 
@@ -6,7 +6,7 @@ from jax_ep.testing import launch
 
 
 def number_behind(word, output):
-    """The number that a program printed behind a word, at the end of a line."""
+    """Returns the number that a program printed after a word, at the end of a line."""
     found = re.search(rf"{word} ([\d.]+)\n", output)
     assert found is not None, output
     return float(found[1])
@@ -176,7 +176,7 @@ for turn in range(2):
 print("passed")
 """
 
-# Each process, or each pair of them, says that it is on a host of its own.
+# Each process, or each pair of processes, claims to be on a host of its own.
 HOSTS = """
 from jax.sharding import Mesh
 from jax_ep._src.processes import unix_links

@@ -1,10 +1,10 @@
-"""Programs that several tests run."""
+"""Programs that several test files run."""
 
 import jax_ep
 
 
 def make_echo(group, backend=None):
-    """Rows to the ranks that their ids name, and back, added up."""
+    """Makes a step that sends rows to the ranks of their ids, and adds up what comes back."""
 
     def echo(x, ids):
         out = jax_ep.dispatch(x, ids, group=group, num_experts=group.num_ranks, backend=backend)

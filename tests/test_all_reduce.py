@@ -1,4 +1,4 @@
-"""all_reduce and its relatives: types, transforms, choices. Their values are in the suite."""
+"""The all_reduce family: types, transforms, choices. The conformance suite checks values."""
 
 import dataclasses
 from functools import partial
@@ -23,8 +23,8 @@ OPS = (jax_ep.all_reduce, jax_ep.reduce_scatter, jax_ep.all_gather)
 
 
 @pytest.mark.parametrize("allow_psum", [True, False])
-def test_sums_are_invariant_for_jax(groups, backend, allow_psum):
-    """out_specs=P() is accepted under check_vma, as for lax.psum."""
+def test_sums_are_typed_as_invariant(groups, backend, allow_psum):
+    """JAX accepts out_specs=P() under check_vma, as for lax.psum."""
     group = groups(4)
     x = np.random.default_rng(0).standard_normal((4, 6)).astype(np.float32)
 
@@ -41,8 +41,8 @@ def test_sums_are_invariant_for_jax(groups, backend, allow_psum):
     assert normed.shape == (6,)
 
 
-def test_other_axes_of_the_mesh_stay(backend):
-    """Gradients of operands that are equal along an axis are summed over it."""
+def test_gradients_sum_over_axes_of_equal_operands(backend):
+    """The gradient of an operand that is equal along an axis is summed over the axis."""
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "ep"))
     with jax_ep.Group.open(mesh, "ep") as group:
 
@@ -73,7 +73,7 @@ def test_other_axes_of_the_mesh_stay(backend):
 
 
 def test_a_residual_may_vary_over_the_ranks(backend):
-    """Over all of the group's axes, or one of them: the gradient is that of psum and a sum."""
+    """A residual may vary over all of the group's axes, or over one: gradients equal psum's."""
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("a", "b"))
     rng = np.random.default_rng(6)
     x = rng.standard_normal((2, 2, 3, 8)).astype(np.float32)
@@ -106,8 +106,8 @@ def test_a_residual_may_vary_over_the_ranks(backend):
                 assert_close(got, np.asarray(expected), tolerance=1e-5, what=str(axes))
 
 
-def test_a_batch_too_large_for_its_algorithm_takes_another(groups):
-    """Each example fits into packets, the batch does not; on CPUs only the attribute shows it."""
+def test_a_batch_too_large_for_its_algorithm_takes_one_shot(groups):
+    """Each element fits into packets, the batch does not. On CPUs only the attribute shows it."""
     group = groups(2)
     x = np.ones((2, 4, limits.packet_payload(2) // 8), np.float32)
     call = partial(jax_ep.all_reduce, group=group, algorithm="low_latency")
@@ -117,8 +117,8 @@ def test_a_batch_too_large_for_its_algorithm_takes_another(groups):
     assert f"algorithm={Algorithm.LOW_LATENCY}" in text
 
 
-def test_what_cannot_be_staged_takes_stock_collectives():
-    """Also in the backward pass, whose operand is larger; on the spec of a GPU group."""
+def test_operands_that_cannot_be_staged_take_stock_collectives():
+    """The backward pass, with its larger operand, does so too. The spec is that of a GPU group."""
     spec = ReduceSpec(
         GroupSpec("g", ("ep",), (("ep", 4),), (0, 1, 2, 3), staging_bytes=20 << 20),
         "cuda",
@@ -137,8 +137,8 @@ def test_what_cannot_be_staged_takes_stock_collectives():
     assert not two_shot.is_carried(large)
 
 
-def test_pytrees_and_numbers(groups, backend):
-    """As lax.psum and its relatives take them."""
+def test_pytrees_and_numbers_are_added_like_psum(groups, backend):
+    """Pytrees and Python numbers give the results of lax.psum and JAX's other collectives."""
     group = groups(2)
     x = np.arange(8, dtype=np.float32).reshape(2, 2, 2)
 
@@ -146,7 +146,7 @@ def test_pytrees_and_numbers(groups, backend):
         options = {"group": group, "backend": backend}
         total = jax_ep.all_reduce({"x": x, "n": 1, "y": (2.5, [])}, **options)
         parts = jax_ep.reduce_scatter([x, 2 * x], **options)
-        assert jnp.zeros(total["n"]).shape == (2,)  # known while tracing
+        assert jnp.zeros(total["n"]).shape == (2,)  # the number is known while tracing
         total = jax.tree.map(jnp.asarray, total)
         return total, parts, jax_ep.all_gather((parts[0], 3), **options)
 
@@ -161,8 +161,8 @@ def test_pytrees_and_numbers(groups, backend):
         jax_ep.all_reduce({}, group="no")
 
 
-def test_results_have_a_dtype_of_their_own(groups, backend):
-    """A weak type would widen or not widen what comes behind it, by the back end."""
+def test_results_have_no_weak_type(groups, backend):
+    """With a weak type, later code would be widened on some back ends only."""
 
     def run(x):
         weak = jnp.broadcast_to(2.0, x.shape)
@@ -175,7 +175,7 @@ def test_results_have_a_dtype_of_their_own(groups, backend):
 
 
 def test_long_rows_keep_their_digits(groups, backend):
-    """Squares added one by one in f32 would be off by 3e-5 here."""
+    """Squares that are added one by one in f32 would be off by 3e-5 here."""
     x = np.full((2, 1, 16_384), 1.65, np.float32)
     fused = partial(jax_ep.all_reduce_residual_rmsnorm, eps=0.0, algorithm="one_shot")
     run = on_ranks(
@@ -186,8 +186,8 @@ def test_long_rows_keep_their_digits(groups, backend):
     assert_close(run(x)[0], np.ones_like(x), tolerance=1e-6)
 
 
-def test_wide_rows_are_added_in_our_order(groups, backend):
-    """What the kernel has no room for: `all_reduce`, then the rest, with the same bits."""
+def test_wide_rows_are_added_in_rank_order(groups, backend):
+    """Rows too wide for the kernel take `all_reduce` and XLA, with the same bits."""
     rng = np.random.default_rng(5)
     x, residual = rng.standard_normal((2, 2, 3, 40_000)).astype(jnp.bfloat16)
     residual = np.broadcast_to(residual[:1], residual.shape)
@@ -214,11 +214,9 @@ def test_wide_rows_are_added_in_our_order(groups, backend):
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("hidden", [64, 40_000])  # the latter: without a kernel
-def test_what_the_program_computes_is_rounded_before_it_is_added(
-    groups, backend, hidden, dtype, num_ranks
-):
-    """Products are not contracted with the sums that follow them, and no rounding is dropped."""
+@pytest.mark.parametrize("hidden", [64, 40_000])  # 40,000 elements have no kernel
+def test_operands_are_rounded_before_they_are_added(groups, backend, hidden, dtype, num_ranks):
+    """XLA contracts no product with a later sum, and drops no rounding."""
     group = groups(num_ranks)
     rng = np.random.default_rng(6)
     factors = rng.standard_normal((2, num_ranks, 3, hidden), np.float32)
@@ -235,7 +233,7 @@ def test_what_the_program_computes_is_rounded_before_it_is_added(
     got = on_ranks(run, group.mesh, check_vma=False)(
         *factors, *onto, np.ones((num_ranks, hidden), np.float32)
     )
-    # By NumPy, which rounds each product.
+    # NumPy rounds each product.
     x, residual = (np.multiply(*pair).astype(jnp.dtype(dtype)) for pair in (factors, onto))
     scale = np.ones((num_ranks, hidden), np.float32)
     _, expected = reference.all_reduce_residual_rmsnorm(x, residual, scale, eps=1e-6)
@@ -243,7 +241,7 @@ def test_what_the_program_computes_is_rounded_before_it_is_added(
 
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "complex64", "uint8"])
-def test_gathers_move_bytes(groups, backend, dtype):
+def test_gathers_move_bytes_unchanged(groups, backend, dtype):
     group = groups(2)
     x = np.arange(12).reshape(2, 6).astype(jnp.dtype(dtype))
     gather = partial(jax_ep.all_gather, group=group, allow_psum=False, backend=backend)
@@ -280,7 +278,7 @@ def test_another_device_order_is_an_error(groups, backend, op, algorithm):
     "op", [jax_ep.all_reduce, jax_ep.all_gather, jax_ep.all_reduce_residual_rmsnorm]
 )
 def test_the_policy_keeps_sums(groups, op):
-    """Nothing is sent twice: as many calls as with everything kept."""
+    """The program has as many calls as one that keeps everything, so no sum is computed twice."""
     group = groups(2)
     num_operands = 3 if op is jax_ep.all_reduce_residual_rmsnorm else 1
 
@@ -327,7 +325,7 @@ def test_vmap_folds_the_batch(groups, backend):
                 assert_same_bits(g[:, b], np.asarray(e))
 
 
-def test_scan_remat_and_export(groups):
+def test_scan_remat_and_export_agree_with_psum(groups):
     group = groups(4)
     x = np.random.default_rng(3).standard_normal((4, 16)).astype(np.float32)
 
@@ -357,7 +355,7 @@ def test_scan_remat_and_export(groups):
     assert_same_bits(jax.jit(loaded.call)(jax.device_put(x, sharding)), reference.all_reduce(x))
 
 
-def test_tiled_and_trees(groups, backend):
+def test_tiled_collectives_and_trees_agree_with_numpy(groups, backend):
     group = groups(3)
     x = np.arange(3 * 6 * 2, dtype=np.float32).reshape(3, 6, 2)
     options = {"group": group, "backend": backend}
@@ -376,7 +374,7 @@ def test_tiled_and_trees(groups, backend):
 @pytest.mark.parametrize("tiled", [False, True])
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
 def test_random_keys_are_gathered(groups, backend, impl, tiled):
-    """As arrays of their own shape. JAX 0.12 cannot lower lax.all_gather of them untiled."""
+    """Keys are gathered as arrays of their own shape, which JAX 0.12 cannot lower untiled."""
     keys = jax.random.split(jax.random.key(0, impl=impl), (3, 4))
     options = {"group": groups(3), "tiled": tiled, "backend": backend}
     for algorithm in ("auto", "one_shot"):
@@ -393,20 +391,22 @@ def test_random_keys_are_gathered(groups, backend, impl, tiled):
 
 @pytest.mark.parametrize("op", ["all_reduce", "reduce_scatter"])
 @pytest.mark.parametrize("algorithm", ["auto", "psum", "one_shot"])
-def test_random_keys_are_not_added(groups, backend, op, algorithm):
+def test_random_keys_are_refused_by_sums(groups, backend, op, algorithm):
     keys = jax.random.split(jax.random.key(0), (2, 2))
     call = partial(getattr(jax_ep, op), group=groups(2), algorithm=algorithm, backend=backend)
     with pytest.raises(jax_ep.DTypeError, match=f"{op}: x must be numbers, got random keys, key<f"):
         on_ranks(call, groups(2).mesh)(keys)
 
 
-def test_a_random_key_without_an_axis_is_not_tiled(groups):
+def test_a_scalar_random_key_is_refused_by_tiled(groups):
     call = partial(jax_ep.all_gather, group=groups(2), tiled=True)
-    with pytest.raises(jax_ep.ShapeError, match=r"all_gather: tiled, x must have an axis"):
+    with pytest.raises(
+        jax_ep.ShapeError, match=r"all_gather: with tiled=True, x must have an axis"
+    ):
         on_ranks(call, groups(2).mesh)(jax.random.split(jax.random.key(0)))
 
 
-def test_what_is_not_ours_is_psum(groups, backend):
+def test_other_dtypes_and_empty_arrays_take_psum(groups, backend):
     group = groups(2)
     options = {"group": group, "backend": backend}
     for x in (np.ones((2, 3), np.uint8), np.ones((2, 3), np.complex64), np.ones((2, 0))):
@@ -423,12 +423,12 @@ def test_what_is_not_ours_is_psum(groups, backend):
 
 BAD: dict[str, Any] = {
     "dtype": (jax_ep.all_reduce, [np.ones((2, 3), np.uint8)], {"allow_psum": False}, jax_ep.DTypeError, "all_reduce: x, for all algorithms but psum, must be bfloat16, float16, float32 or int32, got uint8"),
-    "empty": (jax_ep.all_reduce, [np.ones((2, 0), np.float32)], {"algorithm": "one_shot"}, jax_ep.ConfigError, r"all_reduce: psum alone takes an x without elements, got shape \(0,\)"),
+    "empty": (jax_ep.all_reduce, [np.ones((2, 0), np.float32)], {"algorithm": "one_shot"}, jax_ep.ConfigError, r"all_reduce: only psum takes an x without elements, got shape \(0,\)"),
     "algorithm": (jax_ep.all_reduce, [np.ones((2, 3))], {"algorithm": "ring"}, jax_ep.ConfigError, "all_reduce: algorithm must be one of 'auto', 'low_latency', 'one_shot', 'two_shot', 'psum', got 'ring'"),
     "backend": (jax_ep.all_reduce, [np.ones((2, 3))], {"backend": "tpu"}, jax_ep.ConfigError, "all_reduce: backend must be one of"),
     "scatter": (jax_ep.reduce_scatter, [np.ones((2, 3))], {}, jax_ep.ShapeError, r"reduce_scatter: the first axis of x must be num_ranks=2, got shape \(3,\)"),
     "tiled": (jax_ep.reduce_scatter, [np.ones((2, 3))], {"tiled": True}, jax_ep.ShapeError, r"must be a multiple of num_ranks=2, got shape \(3,\)"),
-    "gather": (jax_ep.all_gather, [np.ones(2)], {"tiled": True}, jax_ep.ShapeError, r"all_gather: tiled, x must have an axis"),
+    "gather": (jax_ep.all_gather, [np.ones(2)], {"tiled": True}, jax_ep.ShapeError, r"all_gather: with tiled=True, x must have an axis"),
     "residual": (jax_ep.all_reduce_residual_rmsnorm, [np.ones((2, 3)), np.ones((2, 4)), np.ones((2, 3))], {}, jax_ep.ShapeError, r"residual must have shape \(3,\), got \(4,\)"),
     "scale": (jax_ep.all_reduce_residual_rmsnorm, [np.ones((2, 3)), np.ones((2, 3)), np.ones((2, 4))], {}, jax_ep.ShapeError, r"scale must have shape \(3,\), got \(4,\)"),
     "norm_dtype": (jax_ep.all_reduce_residual_rmsnorm, [np.ones((2, 3), np.int32)] * 3, {}, jax_ep.DTypeError, "x must be bfloat16, float16 or float32, got int32"),
@@ -445,7 +445,7 @@ BAD: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input(groups, case):
+def test_bad_input_is_refused_by_name(groups, case):
     op, args, options, error, match = BAD[case]
     group = groups(2)
     args = [a if a.dtype != np.float64 else a.astype(np.float32) for a in args]

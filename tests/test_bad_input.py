@@ -1,4 +1,4 @@
-"""Bad input: an exception of ours that names operation, argument, expected and got."""
+"""Bad input raises jax_ep's exceptions, which name operation, argument, expected and got."""
 
 import dataclasses
 import json
@@ -58,13 +58,13 @@ DISPATCH = {
 
 
 @pytest.mark.parametrize("name", DISPATCH)
-def test_dispatch(groups, name):
+def test_dispatch_refuses_bad_arguments(groups, name):
     options, error, message = DISPATCH[name]
     with pytest.raises(error, match=re.escape(message)):
         _dispatch(groups(2), **options)
 
 
-def test_dispatch_of_a_pair(groups):
+def test_dispatch_refuses_bad_pairs(groups):
     def fn(x, ids):
         return jax_ep.dispatch((x, x), ids, group=groups(2), num_experts=4)
 
@@ -75,8 +75,8 @@ def test_dispatch_of_a_pair(groups):
         on_ranks(fn, groups(2).mesh)(_zeros(4, 8), _zeros(4, 2, dtype=np.int32))
 
 
-def test_dispatch_of_a_wide_constant(groups):
-    """NumPy's float64 is not narrowed on the quiet."""
+def test_dispatch_refuses_a_constant_of_float64(groups):
+    """NumPy's float64 is not narrowed silently."""
 
     def fn(ids):
         return jax_ep.dispatch(np.ones((4, 8)), ids, group=groups(2), num_experts=4).x
@@ -86,7 +86,7 @@ def test_dispatch_of_a_wide_constant(groups):
 
 
 COMBINE = {
-    "rows_shape": ({"rows": (9, 8)}, jax_ep.ShapeError, "combine: rows must be [recv_capacity=16, hidden] as the handle (layout='expert') has it, got shape (9, 8)"),
+    "rows_shape": ({"rows": (9, 8)}, jax_ep.ShapeError, "combine: rows must be [recv_capacity=16, hidden] for this handle (layout='expert'), got shape (9, 8)"),
     "rows_bytes": ({"rows": (16, 3)}, jax_ep.ShapeError, "combine: a row of rows must be a multiple of 16 bytes, got hidden=3 of float32: 12 bytes"),
     "weights_shape": ({"weights": (15,)}, jax_ep.ShapeError, "combine: weights must have shape (16,) (at the rows) or (4, 2) (at the tokens), got (15,)"),
     "weights_rank": ({"layout": "rank", "weights": (16,)}, jax_ep.ConfigError, "combine: weights need a handle of layout='expert', got layout='rank'"),
@@ -110,13 +110,13 @@ def _combine(group, *, rows=(16, 8), weights=None, bias=None, layout="expert", c
 
 
 @pytest.mark.parametrize("name", COMBINE)
-def test_combine(groups, name):
+def test_combine_refuses_bad_arguments(groups, name):
     options, error, message = COMBINE[name]
     with pytest.raises(error, match=re.escape(message)):
         _combine(groups(2), **options)
 
 
-def test_combine_bias_dtype(groups):
+def test_combine_refuses_a_bias_of_another_dtype(groups):
     def fn(x, ids):
         out = jax_ep.dispatch(x, ids, group=groups(2), num_experts=4)
         return jax_ep.combine(out.x, out.handle, bias=x.astype(jnp.bfloat16))
@@ -125,7 +125,7 @@ def test_combine_bias_dtype(groups):
         on_ranks(fn, groups(2).mesh)(_zeros(4, 8), _zeros(4, 2, dtype=np.int32))
 
 
-def test_handle_that_is_none(groups):
+def test_combine_refuses_other_objects_as_handle(groups):
     with pytest.raises(
         jax_ep.ConfigError, match="combine: handle must be the DispatchHandle of a dispatch, got"
     ):
@@ -143,21 +143,21 @@ HANDLES = {
 
 
 @pytest.mark.parametrize("name", HANDLES)
-def test_damaged_handle(groups, name):
+def test_combine_refuses_a_damaged_handle(groups, name):
     change, error, message = HANDLES[name]
     with pytest.raises(error, match=re.escape(message)):
         _combine(groups(2), change=lambda h: dataclasses.replace(h, **change(h)))
 
 
-def test_handle_of_another_layout(groups):
+def test_combine_refuses_a_handle_relabelled_with_another_layout(groups):
     with pytest.raises(
         jax_ep.GroupError, match="combine: the handle's arrays do not fit its layout='rank'"
     ):
         _combine(groups(2), change=lambda h: dataclasses.replace(h, layout="rank"))
 
 
-def test_handle_of_another_group(groups):
-    """A handle is used where its own group runs, or not at all."""
+def test_a_handle_of_another_group_is_refused(groups):
+    """A handle works only with its own group."""
     other = groups(4)
     with pytest.raises(
         jax_ep.GroupError, match=r"combine: group .* was opened over the mesh {'ep': 4}, but runs"
@@ -165,14 +165,14 @@ def test_handle_of_another_group(groups):
         _combine(groups(2), change=lambda h: dataclasses.replace(h, group=other.identity))
 
 
-def test_handle_of_a_closed_group(groups):
+def test_a_handle_of_a_closed_group_is_refused(groups):
     with pytest.raises(
         jax_ep.GroupError, match="combine: the handle's group gone-0 is not open; open groups: "
     ):
         _combine(groups(2), change=lambda h: dataclasses.replace(h, group="gone-0"))
 
 
-def test_outside_shard_map(groups):
+def test_calls_outside_shard_map_are_refused(groups):
     x, ids = jnp.zeros((4, 8)), jnp.zeros((4, 2), jnp.int32)
     message = r"dispatch: group .* call it inside jax\.shard_map .*; manual axes here: none"
     with pytest.raises(jax_ep.GroupError, match=message):
@@ -189,7 +189,7 @@ MISSING = {
 
 
 @pytest.mark.parametrize("name", MISSING)
-def test_arguments_that_are_missing(groups, name):
+def test_missing_arguments_are_named(groups, name):
     error, message = MISSING[name]
 
     def call(x, ids):
@@ -200,7 +200,7 @@ def test_arguments_that_are_missing(groups, name):
         on_ranks(call, groups(2).mesh)(_zeros(4, 8), _zeros(4, 2, dtype=np.int32))
 
 
-def test_group_that_is_none():
+def test_other_objects_as_group_are_refused():
     with pytest.raises(
         jax_ep.GroupError, match=r"dispatch: group is missing: pass an open jax_ep.Group as group="
     ):
@@ -215,18 +215,18 @@ def _run_over(mesh, group, axis="ep", backend=None, **options):
     return jax.jit(fn)(jnp.zeros((8, 8)), jnp.zeros((8, 2), jnp.int32))
 
 
-def test_wrong_axis_name(groups):
+def test_a_wrong_axis_name_is_refused(groups):
     with pytest.raises(jax_ep.GroupError, match=r"runs along axis ep: .* manual axes here: other"):
         _run_over(make_mesh(2, "other"), groups(2), "other")
 
 
-def test_wrong_axis_size(groups):
+def test_a_wrong_axis_size_is_refused(groups):
     with pytest.raises(jax_ep.GroupError, match=r"opened over the mesh {'ep': 2}, .*{'ep': 4}"):
         _run_over(make_mesh(4), groups(2))
 
 
 def test_axes_of_size_one_do_not_matter(backend):
-    """Group over (1, 2), program over (2,), and the other way round."""
+    """The group spans (1, 2) and the program (2,), and the other way round."""
     wide = Mesh(np.array(jax.devices()[:2]).reshape(1, 2), ("data", "ep"))
     narrow = make_mesh(2)
     for opened, run_over in ((wide, narrow), (narrow, wide)):
@@ -234,7 +234,7 @@ def test_axes_of_size_one_do_not_matter(backend):
             assert _run_over(run_over, group).shape == (16, 8)
 
 
-def test_same_axis_in_another_device_order(groups, backend):
+def test_another_device_order_is_refused(groups, backend):
     mesh = Mesh(np.array(jax.devices()[1::-1]), ("ep",))
     with pytest.raises(
         jax_ep.GroupError, match=r"dispatch: .* with devices \(1, 0\); the group .* \(0, 1\)"
@@ -243,7 +243,7 @@ def test_same_axis_in_another_device_order(groups, backend):
 
 
 def test_device_order_is_checked_again_on_the_device(monkeypatch):
-    """The host twin's own check, with the one at lowering out of the way."""
+    """The host implementation checks the order itself, here without the check at lowering."""
     from jax_ep._src.ops.common import check_mesh
 
     monkeypatch.setattr(check_mesh, "lowering_mesh", lambda ctx: None)
@@ -257,7 +257,7 @@ def test_device_order_is_checked_again_on_the_device(monkeypatch):
         pass
 
 
-def test_partially_automatic_mesh():
+def test_a_partially_automatic_mesh_is_refused():
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("auto", "ep"))
     with (
         jax_ep.Group.open(mesh, "ep") as group,
@@ -284,7 +284,7 @@ OPEN = {
 
 
 @pytest.mark.parametrize("name", OPEN)
-def test_open(name):
+def test_open_refuses_bad_arguments(name):
     call, message = OPEN[name]
     with pytest.raises(jax_ep.JaxEpError, match=re.escape(f"Group.open: {message}")):
         call()
@@ -293,7 +293,7 @@ def test_open(name):
 @pytest.mark.parametrize(
     "value", [2, 0.5, np.float32(1.25), np.float16(2), np.float64(1), np.int64(3)]
 )
-def test_numbers_of_python_and_numpy(value):
+def test_numbers_of_python_and_numpy_are_accepted(value):
     number = StaticChecks("op").positive_number(value, name="x")
     assert type(number) is float
     assert number == value
@@ -315,14 +315,14 @@ def test_numbers_of_python_and_numpy(value):
         [1],
     ],
 )
-def test_what_is_no_number(value):
+def test_other_values_are_refused_as_numbers(value):
     for or_zero, kind in ((False, "positive number"), (True, "number of at least 0")):
         message = re.escape(f"op: x must be a static {kind}, got {value!r}")
         with pytest.raises(jax_ep.ConfigError, match=message):
             StaticChecks("op").positive_number(value, name="x", or_zero=or_zero)
 
 
-def test_zero_is_a_number_where_it_may_be():
+def test_zero_is_accepted_only_if_allowed():
     assert StaticChecks("op").positive_number(0, name="x", or_zero=True) == 0.0
     with pytest.raises(jax_ep.ConfigError, match="op: x must be a static positive number, got 0"):
         StaticChecks("op").positive_number(0, name="x")
@@ -343,8 +343,8 @@ def test_zero_is_a_number_where_it_may_be():
         ({"device": None}, "device must be a string, got None"),
     ],
 )
-def test_table_of_algorithms(monkeypatch, tmp_path, change, message):
-    """Found when it is read, not when a call looks something up."""
+def test_a_bad_table_of_algorithms_is_refused(monkeypatch, tmp_path, change, message):
+    """The error comes when the table is read, not when a call looks up an algorithm."""
     change = dict(change)
     steps = [change.pop("step", [1024, "one_shot"]), [None, "psum"]]
     table = {"device": "any", "num_ranks": 1, "ops": dict.fromkeys(tables.OPS, steps)} | change
@@ -355,8 +355,8 @@ def test_table_of_algorithms(monkeypatch, tmp_path, change, message):
         tables.load("cpu", 2)
 
 
-def test_altered_handle_cannot_reach_outside(groups, layout):
-    """Rows and sources out of range read as absent; the memory around them is not touched."""
+def test_an_altered_handle_touches_no_other_memory(groups, layout):
+    """Rows and sources out of range count as absent; the memory around the arrays is untouched."""
     group = groups(2)
 
     def fn(x, ids):

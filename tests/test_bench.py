@@ -1,4 +1,4 @@
-"""The benchmark: what it compares is the same, what it counts is right, what it writes is whole.
+"""The benchmark: contenders compute the same, counts are right, records are complete.
 
 No test here looks at a time.
 """
@@ -43,7 +43,7 @@ def _is_a(value, annotation):
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory):
-    """What the command writes, run as a user runs it: no environment set, a CPU."""
+    """Returns the records of the command, run as by a user: no environment set, on a CPU."""
     out = tmp_path_factory.mktemp("bench")
     command = [sys.executable, "-m", "jax_ep", "bench", *OPS, *TINY, "--ranks", "4", "--plot"]
     command += ["--layout", "both", "--out", str(out)]
@@ -59,7 +59,7 @@ def records(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reduce_records(tmp_path_factory):
-    """What the same command writes of all_reduce and its relatives; in short chains."""
+    """Returns the records of the all_reduce family from the same command, in short chains."""
     out = tmp_path_factory.mktemp("bench")
     command = ["bench", *reduce.OPS, "--kib", "0.25", "2", "--hidden", "256", "--dtype", "f32"]
     command += ["--ranks", "2", "--repeats", "2", "--backends", "cpu", "--plot", "--commit", "c"]
@@ -86,18 +86,18 @@ def _check_whole(record):
     assert record["timing"] == "chain"
 
 
-def test_records_are_whole(records):
+def test_records_are_complete(records):
     for record in records:
         _check_whole(record)
         assert record["command"].startswith("python -m jax_ep bench dispatch")
         assert (record["num_ranks"], record["tokens"], record["hidden"]) == (4, 16, 32)
 
 
-def test_records_of_all_reduce_are_whole(reduce_records):
+def test_records_of_all_reduce_are_complete(reduce_records):
     for record in reduce_records:
         _check_whole(record)
         assert record["command"].startswith("python -m jax_ep bench all_reduce")
-        # Whether the tree was clean is not known of a commit that was named.
+        # If a commit is named, nobody knows whether its tree was clean.
         assert (record["commit"], record["dirty"]) == ("c", None)
         assert (record["num_ranks"], record["num_processes"]) == (2, 1)
         kib = record["tokens"] * record["hidden"] * 4 / 1024
@@ -126,7 +126,7 @@ def test_contenders_of_a_size_share_a_run(reduce_records):
         seen.append((op, shape))
     sizes = ["0.25 KiB", "2 KiB"]
     norm = "all_reduce_residual_rmsnorm"
-    # 0.25 KiB are less than a row of 256.
+    # 0.25 KiB are less than one row of 256 elements.
     assert seen == [(op, s) for op in expected for s in sizes if (op, s) != (norm, sizes[0])]
 
 
@@ -141,14 +141,14 @@ def test_contenders_of_a_point_share_a_run(records):
         assert [(r["contender"], r["backend"]) for r in run] == [("jax_ep", "cpu"), (stock, "xla")]
 
 
-def test_refuses_unknown_operations():
+def test_unknown_operations_are_refused():
     command = [sys.executable, "-m", "jax_ep", "bench", "tango"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode != 0
     assert "got 'tango'" in done.stderr
 
 
-def test_bench_means_all_operations():
+def test_bench_measures_all_operations_by_default():
     parser = argparse.ArgumentParser()
     bench.add_arguments(parser)
     pairs = list(bench.make_pairs(parser.parse_args([]), 8))
@@ -198,11 +198,11 @@ SCRIPTS = {
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_scripts_write_records(name, tmp_path, monkeypatch):
-    """With what all records have, one line for each way; contenders of a point share a run."""
+    """A record has the fields of all records, a line for each way, and one run for each point."""
     arguments, sizes, contenders = SCRIPTS[name]
     path = ROOT / "benchmarks" / f"{name}.py"
     monkeypatch.setattr(sys, "argv", [str(path), *arguments, "--out", str(tmp_path)])
-    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))  # which two of them add to
+    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))  # two scripts add to it
     spec = importlib.util.spec_from_file_location(name, path)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
@@ -225,7 +225,7 @@ def test_scripts_write_records(name, tmp_path, monkeypatch):
 
 
 def test_command_names_the_extra_that_brings_its_progress_bar(monkeypatch):
-    monkeypatch.setitem(sys.modules, "tqdm", None)  # what import of it meets
+    monkeypatch.setitem(sys.modules, "tqdm", None)  # importing it raises ImportError
     with pytest.raises(jax_ep.ConfigError, match=r"needs tqdm: pip install 'jax_ep\[bench\]'"):
         report.progress(1)
 
@@ -248,13 +248,13 @@ print("passed")
 
 
 def test_processes_take_turns_together():
-    """One that comes late is waited for outside what is timed."""
+    """The timed part does not include the wait for a process that comes late."""
     outputs = launch.launch(["-c", TURNS], num_processes=2, deadline=100.0)
     assert all("passed\n" in output for output in outputs)
 
 
 @pytest.mark.slow
-def test_several_processes(tmp_path):
+def test_several_processes_write_one_record(tmp_path):
     command = ["bench", "all_reduce", "all_gather", "--kib", "1", "--repeats", "2"]
     command += ["--backends", "cpu", "--out", str(tmp_path)]
     outputs = launch.launch(

@@ -30,7 +30,7 @@ def _point(layout, *, num_ranks=4, dtype="f32", hidden=32, balance="auto", align
     )
 
 
-def test_capacity_defaults():
+def test_the_layout_decides_the_default_capacity():
     assert _point("rank").recv_capacity == 48 * 4
     assert _point("expert").recv_capacity == 48 * 3 * 5 // 4
     assert _point("expert", balance=None).recv_capacity == 48 * 4 * 3
@@ -57,7 +57,7 @@ def test_stock_contenders_are_those_that_xla_has(layout, platform, processes, na
 
 
 def _ragged_all_to_all(rows, out, first_in, send, first_out, recv, *, axis_name):
-    """lax.ragged_all_to_all, which XLA does not have for CPUs."""
+    """Stands for lax.ragged_all_to_all, which XLA does not have for CPUs."""
     me = jax.lax.axis_index(axis_name)
     rows, first_in, send, first_out = (
         jax.lax.all_gather(a, axis_name) for a in (rows, first_in, send, first_out)
@@ -72,7 +72,7 @@ def _ragged_all_to_all(rows, out, first_in, send, first_out, recv, *, axis_name)
 
 
 @pytest.mark.parametrize("contender", ["all_to_all", "ragged_all_to_all", "all_gather"])
-def test_stock_contender_computes_the_same(groups, contender, monkeypatch):
+def test_stock_contenders_compute_the_same(groups, contender, monkeypatch):
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", _ragged_all_to_all)
     layout = "rank" if contender == "all_gather" else "expert"
     group, point = groups(4), _point(layout, balance=None)
@@ -123,7 +123,7 @@ def test_fp8_rows_and_scales_arrive_alike(groups, layout):
 @pytest.mark.parametrize("op", ALL_OPS)
 @pytest.mark.parametrize("layout", ["expert", "rank"])
 def test_chain_computes_the_operation(groups, op, layout):
-    """Links of a chain do what they are timed for, and the empty chain changes nothing."""
+    """Links of a chain compute the timed operation, and the empty chain changes nothing."""
     group, point = groups(2), _point(layout, num_ranks=2)
     program = timing.make_program(op, ours(point, group, "cpu", None))
     inputs = make_inputs(point, group.mesh)
@@ -147,7 +147,7 @@ def test_chain_computes_the_operation(groups, op, layout):
 @pytest.mark.parametrize("op", ALL_OPS)
 @pytest.mark.parametrize("layout", ["expert", "rank"])
 def test_nothing_is_hoisted_out_of_a_chain(groups, op, layout):
-    """Every collective is inside the loop, not in the entry computation."""
+    """Every collective is in the loop, none in the entry computation."""
     group, point = groups(2), _point(layout, num_ranks=2)
     inputs = make_inputs(point, group.mesh)
     for contender in contenders(point, group, [("xla", None)]):
@@ -166,14 +166,14 @@ def test_nothing_is_hoisted_out_of_a_chain(groups, op, layout):
 RECV_SRC = np.array([[1, 3, -1, -1], [0, 0, 1, 2]])
 
 
-def test_floor_arithmetic():
+def test_floors_count_bytes_right():
     shape = Shape(tokens=2, hidden=8, topk=2, experts=4)
     point = make_point(
         "hand", shape, dtype="f32", layout="expert", num_ranks=2, balance=None, fill="zeros"
     )
     assert point.row_bytes == 32
     expected = {
-        # rows: wire, read, read_once, written
+        # Numbers of rows: wire, read, read_once, written.
         "dispatch": ([1, 2], [2, 4], [2, 3], [2, 4]),
         "cached_dispatch": ([1, 2], [2, 4], [2, 3], [2, 4]),
         "combine": ([2, 1], [2, 4], [2, 4], [2, 2]),

@@ -1,4 +1,4 @@
-"""The benchmark of all_reduce and its relatives: its chains, and its floor."""
+"""The benchmark of the all_reduce family: its chains, and its floor."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def _run_chain(group, op, run, operands, *, steps=3, unroll=False):
 
 @pytest.mark.parametrize("op", reduce.OPS)
 def test_chain_of_sums_computes_the_operation(groups, op):
-    """Every contender does what it is timed for, and the empty chain only the passes."""
+    """Every contender computes the timed operation; the empty chain makes only the passes."""
     group, point = groups(4), _reduce_point(op)
     rng = np.random.default_rng(0)
     start = [rng.standard_normal(a.shape, np.float32) for a in reduce.start(point, group)]
@@ -59,7 +59,7 @@ def test_chain_of_sums_computes_the_operation(groups, op):
 
 @pytest.mark.parametrize("op", reduce.OPS)
 def test_every_call_of_a_chain_is_made(groups, op):
-    """In a loop nothing is hoisted, unrolled there are as many collectives as steps."""
+    """XLA hoists nothing out of a loop; an unrolled chain has as many collectives as steps."""
     group, point = groups(2), _reduce_point(op)
     (stock,) = reduce.contenders(point, group, [], None)
     collective = {"psum": " all-reduce(", "psum_scatter": " reduce-scatter("}
@@ -73,7 +73,7 @@ def test_every_call_of_a_chain_is_made(groups, op):
         assert text.count(name) == (4 if unroll else 1)
 
 
-def test_who_can_carry_a_size(groups, monkeypatch):
+def test_contenders_carry_only_their_sizes(groups, monkeypatch):
     group = groups(2)
 
     def names(op, *args, hidden=256, backends=("cpu",)):
@@ -81,10 +81,10 @@ def test_who_can_carry_a_size(groups, monkeypatch):
         found = reduce.contenders(point, group, backends, *args)
         return [(c.name, c.algorithm) for c in found]
 
-    # On CPUs all of ours are the same.
+    # On CPUs all algorithms of jax_ep are the same.
     assert names("all_reduce") == [("jax_ep", "one_shot"), ("psum", None)]
     assert names("all_gather", ["two_shot"]) == []
-    # A row of more than 64 KiB is normalised apart.
+    # XLA normalises rows of more than 64 KiB.
     norm = "all_reduce_residual_rmsnorm"
     assert names(norm, hidden=1 << 15) == [("psum", None)]
     assert make_reduce_point(norm, 1 << 10, dtype="f32", hidden=512) is None
@@ -94,18 +94,19 @@ def test_who_can_carry_a_size(groups, monkeypatch):
         assert names("all_reduce", ["psum"]) == [("psum", algorithm)]
 
 
-# Two ranks of two tokens, two experts each; tokens 0, 1 on rank 0 and 2, 3 on rank 1. Token 0 has
-# both experts of rank 1, token 1 one of each rank, token 2 one of rank 1, token 3 one of rank 0.
+# Two ranks have two tokens and two experts each: tokens 0, 1 are on rank 0, tokens 2, 3 on rank 1.
+# Token 0 has both experts of rank 1, token 1 one of each rank, token 2 one of rank 1, token 3 one
+# of rank 0.
 
 
-def test_floor_of_sums():
+def test_floors_of_sums_count_bytes_right():
     size = 4096
     expected = {
-        # of four ranks, in arrays of one: wire, read, written
+        # Bytes for four ranks, in units of one array: wire, read, written.
         "all_reduce": (1.5, 1, 1),
         "reduce_scatter": (3, 4, 1),
         "all_gather": (3, 4, 4),
-        "all_reduce_residual_rmsnorm": (1.5, 2.25, 2),  # a row is a quarter
+        "all_reduce_residual_rmsnorm": (1.5, 2.25, 2),  # one row is a quarter of the array
     }
     assert set(expected) == set(reduce.OPS)
     for op, arrays in expected.items():

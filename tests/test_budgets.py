@@ -1,4 +1,4 @@
-"""SMs by operation and layout: who says them, and what reaches a call."""
+"""SMs by exchange and layout: the source of each number, and the number that a call gets."""
 
 import argparse
 import json
@@ -59,15 +59,15 @@ def test_the_package_serves_every_group(shipped, group, entry, where):
 
 
 def test_the_expert_layout_is_not_starved(shipped):
-    """20 SMs, which serve the rank layout, take twice the time there."""
+    """20 SMs serve the rank layout well, but take twice the time in the expert layout."""
     assert ("NVIDIA H200", 2) in shipped
     for budgets, exchange in product(shipped.values(), tables.EXCHANGES):
         found = budgets[exchange]["expert"]
         assert found["sms"] >= 32 or found.get("backend") == "xla"
 
 
-def test_a_file_serves_what_it_has(write_tables):
-    """A group's own entry, then one of any device; entries without budgets leave them alone."""
+def test_a_file_serves_the_entries_that_it_has(write_tables):
+    """A group takes its own entry, else one for any device; entries without budgets are skipped."""
     package = tables.load_budgets("a", 2)
     path = write_tables(
         ("a", 2, plain(1)),
@@ -75,7 +75,7 @@ def test_a_file_serves_what_it_has(write_tables):
         ("any", 2, plain(11)),
         ("any", 4, plain(21)),
         ("any", 4, OLD),
-        ("b", 2, plain(41)),  # an older one
+        ("b", 2, plain(41)),  # an older entry
         ("b", 2, OLD | plain(31)),
     )
     expected = {("a", 2): 1, ("a", 3): 11, ("a", 4): 21, ("a", 8): 21, ("b", 2): 31, ("b", 5): 21}
@@ -85,14 +85,14 @@ def test_a_file_serves_what_it_has(write_tables):
         assert found.source.startswith(f"JAX_EP_TUNING={path}, ")
         assert found.source.endswith(f"made up from {first}")
     assert tables.load_budgets("a", 1) == package
-    # And its budgets take no algorithms away.
+    # The budgets of the file leave the package's algorithms alone.
     (step,) = tables.load("a", 4)["all_reduce"]
     assert (step.bytes, step.algorithm.name) == (None, "ONE_SHOT")
     write_tables(("a", 2, plain(1)))
     assert len(tables.load("a", 2)["all_reduce"]) > 1
 
 
-def test_who_names_sms_or_a_back_end_is_not_overruled(write_tables):
+def test_named_sms_and_back_ends_are_not_overruled(write_tables):
     write_tables(("a", 2, plain(1, xla=[("combine", "expert")])))
     assert _numbers(tables.load_budgets("a", 2)) == [1, 2, 3, 4, 5, "xla"]
     assert _numbers(tables.load_budgets("a", 2, is_auto=False)) == [1, 2, 3, 4, 5, 6]
@@ -101,7 +101,7 @@ def test_who_names_sms_or_a_back_end_is_not_overruled(write_tables):
         assert (_numbers(found), found.source) == ([9] * 6, "num_sms of Group.open")
 
 
-def test_a_file_of_before_there_were_budgets(write_tables):
+def test_a_file_without_budgets_leaves_the_packages(write_tables):
     before = tables.load_budgets("cpu", 2)
     write_tables(("cpu", 2, OLD))
     with jax_ep.Group.open(make_mesh(2), "ep", name="old_file") as group:
@@ -131,13 +131,13 @@ def test_bad_budgets_are_an_error(write_tables, change, message):
         jax_ep.Group.open(make_mesh(2), "ep", name="bad_budgets")
 
 
-def test_an_entry_says_something(write_tables):
+def test_an_empty_entry_is_an_error(write_tables):
     write_tables(("any", 1, {}))
     with pytest.raises(jax_ep.ConfigError, match="KeyError: 'ops'"):
         tables.load_budgets("cpu", 2)
 
 
-# --- what reaches a call
+# --- the number that a call gets
 
 R, T, K = 2, 6, 2
 X = np.random.default_rng(0).standard_normal((R, T, 128)).astype(np.float32)
@@ -184,7 +184,7 @@ def _of_dispatch_fp8(group, layout, options):
 
 
 def _handle(group, layout, ids):
-    """Without a call that has a budget of its own to look at: by the back end xla."""
+    """Makes a handle on back end `xla`, so without a custom call that has a budget."""
     return _dispatch(group, layout, jnp.ones((T, 4)), None, ids, backend="xla").handle
 
 
@@ -223,7 +223,7 @@ PROGRAMS = {
     "combine": _of_combine,
     "combine_weights": _of_combine_weights,
 }
-# By program and layout: the targets of the operation, and of its gradient.
+# Targets of the operation, and of its gradient, by program and layout.
 TARGETS = {
     ("dispatch", "rank"): ("dispatch", "combine pull_rows"),
     ("dispatch", "expert"): ("dispatch", "combine pull_rows"),
@@ -232,7 +232,7 @@ TARGETS = {
     ("cached_dispatch", "rank"): ("pull_rows", "combine"),
     ("cached_dispatch", "expert"): ("pull_rows", "combine"),
     ("combine", "rank"): ("combine", "pull_rows"),
-    ("combine", "expert"): ("combine pull_rows", "pull_rows"),  # weights go to the rows
+    ("combine", "expert"): ("combine pull_rows", "pull_rows"),  # weights move to the rows
     ("combine_weights", "rank"): ("combine", "pull_rows"),
     ("combine_weights", "expert"): ("pull_rows", "pull_rows"),
 }
@@ -251,7 +251,7 @@ def _with_gradient(run):
 
 
 def _calls(fn, group):
-    """(target, num_sms) of every custom call that has a budget."""
+    """Returns (target, num_sms) of every custom call that has a budget."""
     text = on_ranks(fn, group.mesh).lower(X, WEIGHTS, IDS[..., :K]).as_text()
     found = re.findall(r"custom_call @jax_ep\.(\w+)\(.*?mhlo\.backend_config = \{(.*?)\}", text)
     assert all("num_sms" in attributes for target, attributes in found if target != "check_mesh")
@@ -265,7 +265,7 @@ def _calls(fn, group):
 
 @pytest.fixture
 def budgeted(write_tables):
-    """A group with six different budgets, of which xla takes some."""
+    """Opens a group with six different budgets, of which back end `xla` takes some."""
     groups = []
 
     def open_(xla=(), **options):
@@ -282,7 +282,7 @@ SMS = {key: sms for sms, key in enumerate(KEYS, 31)}
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_every_call_has_the_budget_of_what_it_does(budgeted, program, layout):
+def test_every_call_has_the_budget_of_its_exchange(budgeted, program, layout):
     group = budgeted()
     run = PROGRAMS[program](group, layout, {})
     forward, back = (targets.split() for targets in TARGETS[program, layout])
@@ -292,8 +292,8 @@ def test_every_call_has_the_budget_of_what_it_does(budgeted, program, layout):
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_a_number_that_was_named_holds(budgeted, program, layout):
-    """Of the group for all calls, of a call for its gradient too, and before the group's."""
+def test_a_named_number_of_sms_holds(budgeted, program, layout):
+    """A group's number holds for all calls. A call's number overrules it, also in the gradient."""
     group = budgeted(num_sms=7)
     targets = " ".join(TARGETS[program, layout]).split()
     plain = _with_gradient(PROGRAMS[program](group, layout, {}))
@@ -305,8 +305,8 @@ def test_a_number_that_was_named_holds(budgeted, program, layout):
 
 @pytest.mark.parametrize("stock", [*tables.EXCHANGES, "the other layout"])
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_xla_takes_what_it_is_faster_at(budgeted, program, layout, stock):
-    """That operation in that layout, in gradients too, and nothing else."""
+def test_xla_takes_the_exchanges_that_it_is_faster_at(budgeted, program, layout, stock):
+    """`xla` takes this exchange in this layout, also in gradients, and no other."""
     others = [key for key in KEYS if key[1] != layout]
     group = budgeted(xla=others if stock == "the other layout" else [(stock, layout)])
     targets = " ".join(TARGETS[program, layout]).split()
@@ -316,7 +316,7 @@ def test_xla_takes_what_it_is_faster_at(budgeted, program, layout, stock):
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_xla_does_not_take_what_a_caller_has_named(budgeted, program, layout):
+def test_xla_does_not_overrule_a_named_back_end(budgeted, program, layout):
     targets = " ".join(TARGETS[program, layout]).split()
     expected = {(t, SMS[_exchange_of(t), layout]) for t in targets}
     named = budgeted(xla=KEYS, backend="cpu")
@@ -340,14 +340,14 @@ def _round_trip(group, layout):
 
     def both(x, weights, ids):
         y, back, handle = jax.vjp(lambda x, w: step(x, w, ids), x, weights, has_aux=True)
-        # The gradient of the weights is a sum that XLA orders.
+        # XLA chooses the order of the sum in the gradient of the weights.
         return y, back(y)[0], jax.tree.leaves(handle)
 
     return jax.tree.leaves(on_ranks(both, group.mesh)(X, WEIGHTS, IDS[..., :K]))
 
 
-def test_bits_are_those_of_the_group(groups, budgeted, layout):
-    """A handle of one back end in the other's operations, both ways, and their gradients."""
+def test_other_back_ends_give_the_bits_of_the_group(groups, budgeted, layout):
+    """Handles of one back end serve operations and gradients of the other one, both ways."""
     expected = _round_trip(groups(R), layout)
     for stock in [*([(exchange, layout)] for exchange in tables.EXCHANGES), KEYS]:
         group = budgeted(xla=stock)

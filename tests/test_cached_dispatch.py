@@ -1,6 +1,6 @@
-"""fp8 rounding, and what a dispatch of fp8 pairs, payloads, or along a handle refuses.
+"""fp8 rounding, and bad input to dispatches of fp8 pairs, of payloads, and along a handle.
 
-Values of those that travel are in the conformance suite.
+The conformance suite checks the values of rows that travel.
 """
 
 import re
@@ -19,7 +19,7 @@ from jax_ep.testing.ranks import on_ranks
 
 
 @pytest.mark.parametrize("scales", ["f32", "e8m0"])
-def test_quantize_fp8(scales):
+def test_quantize_fp8_rounds_to_half_a_unit(scales):
     rng = np.random.default_rng(0)
     x = (rng.standard_normal((7, 256)) * np.exp(rng.normal(0, 5, (7, 1)))).astype(np.float32)
     x[3, :128] = 0
@@ -29,7 +29,7 @@ def test_quantize_fp8(scales):
     assert stored.dtype == (jnp.float32 if scales == "f32" else jnp.uint8)
     back = np.asarray(jax_ep.dequantize_fp8(rounded, stored, jnp.float32))
     largest = np.abs(x.reshape(7, 2, 128)).max(-1).repeat(128, axis=1)
-    # Half a unit of three mantissa bits; below the normal range a fixed step of the block's scale.
+    # The error is at most half a unit of three mantissa bits; below the normal range the step is fixed.
     step = 2.0 if scales == "e8m0" else 1.0
     assert np.all(
         np.abs(back - x) <= np.maximum(np.abs(x) / 16, step * largest / 448 / 1024 * 1.01)
@@ -46,7 +46,7 @@ def test_quantize_fp8(scales):
 @pytest.mark.parametrize("fp8", FP8_DTYPES, ids=lambda d: jnp.dtype(d).name)
 @pytest.mark.parametrize("scales", ["f32", "e8m0"])
 def test_quantize_fp8_has_the_bits_of_numpy(scales, fp8):
-    """By itself and in a program: the scale, the product with its inverse, and the conversion."""
+    """Scale, product with its inverse, and conversion are NumPy's, alone and in a program."""
     rng = np.random.default_rng(1)
     x = (rng.standard_normal((64, 4096)) * np.exp(rng.normal(0, 5, (64, 4096)))).astype(np.float32)
     x[0] = np.where(rng.random(4096) < 0.5, 1.0, 1.75) * np.exp2(rng.integers(-9, 9, 4096))
@@ -73,7 +73,7 @@ def test_quantize_fp8_has_the_bits_of_numpy(scales, fp8):
 @pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("place", [0, 5, 127])
 def test_a_block_that_is_not_finite_arrives_as_nan(scales, value, place):
-    """The whole block, and no other one; in a wide array, whose maxima XLA:CPU vectorises."""
+    """The whole block is NaN, and no other, in a wide array, whose maxima XLA:CPU vectorises."""
     x = np.random.default_rng(2).standard_normal((64, 4096)).astype(np.float32)
     x[3, 256 + place] = value
     expected = np.zeros(x.shape, bool)
@@ -88,14 +88,14 @@ def test_a_block_that_is_not_finite_arrives_as_nan(scales, value, place):
 
 
 def test_dequantize_fp8_takes_every_e8m0_scale():
-    """As bytes and as a dtype; 0 is 2**-127, a subnormal of f32, and 255 is NaN."""
+    """Scales come as bytes or as a dtype. 0 is 2**-127, a subnormal of f32, and 255 is NaN."""
     byte = np.arange(256, dtype=np.uint8)[:, None]
     x = np.broadcast_to(np.array([448, -1.75, 2.0**-9, 0], np.float32), (256, 4))
     wide = x * np.exp2(byte.astype(np.float64) - 127)
     wide[255] = np.nan
     with np.errstate(over="ignore"):
         expected = wide.astype(np.float32)
-    # What XLA:CPU flushes, or need not.
+    # XLA:CPU may flush subnormals, so they are not compared.
     is_exact = ~(np.abs(wide) < np.finfo(np.float32).tiny) | (x == 0)
     fp8 = x.astype(FP8_DTYPES[0])
     results = [
@@ -107,9 +107,9 @@ def test_dequantize_fp8_takes_every_e8m0_scale():
 
 
 def _dropped(compiled):
-    """Conversions to f32 in optimised HLO whose operand is a conversion to something narrower.
+    """Finds conversions to f32 in optimised HLO whose operand is a conversion to a narrower type.
 
-    Of the program: those around a gather of bf16 are XLA's own, and round nothing.
+    Conversions around a gather of bf16 are XLA's own, and round nothing. They do not count.
     """
     text = compiled.as_text()
     pattern = r"(%[\w.-]+) = (?:f8\w+|bf16|f16)\[[^\n]*? convert\([^\n]*convert_element_type"
@@ -120,8 +120,8 @@ def _dropped(compiled):
 
 @pytest.mark.parametrize("fp8", FP8_DTYPES, ids=lambda d: jnp.dtype(d).name)
 @pytest.mark.parametrize("scales", ["f32", "e8m0"])
-def test_no_compiler_finds_a_pair_of_conversions(scales, fp8):
-    """XLA:GPU drops a rounding whose result is widened: the two must not meet."""
+def test_fp8_conversions_never_meet_in_optimised_hlo(scales, fp8):
+    """XLA:GPU drops a rounding whose result is widened, so the two conversions must not meet."""
 
     def plain(x):
         return (x * 3).astype(fp8).astype(jnp.float32)
@@ -131,7 +131,7 @@ def test_no_compiler_finds_a_pair_of_conversions(scales, fp8):
         return jax_ep.dequantize_fp8(*pair, jnp.float32)
 
     x = np.random.default_rng(3).standard_normal((8, 256)).astype(np.float32)
-    assert _dropped(jax.jit(plain).lower(x).compile())  # or the test looks for the wrong thing
+    assert _dropped(jax.jit(plain).lower(x).compile())  # proof that the search finds pairs
     compiled = jax.jit(round_trip).lower(x).compile()
     assert not _dropped(compiled)
     pair = jax.jit(partial(jax_ep.quantize_fp8, scales=scales, dtype=fp8))(x)
@@ -139,8 +139,8 @@ def test_no_compiler_finds_a_pair_of_conversions(scales, fp8):
     assert_same_bits(compiled(x), np.asarray(apart))
 
 
-def test_no_compiler_finds_a_pair_of_conversions_in_a_sum(groups):
-    """Over one rank nothing crosses between the roundings of `xla`, nor in dispatch_fp8."""
+def test_conversions_never_meet_in_a_sum(groups):
+    """With one rank no collective separates the roundings of back end `xla` or dispatch_fp8."""
     group = groups(1)
     options = {"group": group, "backend": "xla"}
 
@@ -161,13 +161,13 @@ def test_no_compiler_finds_a_pair_of_conversions_in_a_sum(groups):
     assert not _dropped(lowered.compile())
 
 
-def test_no_rows_are_rows():
+def test_empty_arrays_are_quantised():
     rounded, scales = jax_ep.quantize_fp8(jnp.ones((0, 256)))
     assert (rounded.shape, scales.shape) == ((0, 256), (0, 2))
     assert jax_ep.dequantize_fp8(rounded, scales).shape == (0, 256)
 
 
-def test_gradient_of_scales():
+def test_scales_have_the_gradient_of_the_product():
     x, scales = jax_ep.quantize_fp8(jnp.arange(512.0).reshape(2, 256))
     grad = jax.grad(lambda s: jnp.sum(jax_ep.dequantize_fp8(x, s, jnp.float32)))(scales)
     np.testing.assert_allclose(grad, np.asarray(x, np.float32).reshape(2, 2, 128).sum(-1))
@@ -178,9 +178,9 @@ QUANTIZE = {
     "list": (([[1.0] * 128],), {}, jax_ep.DTypeError, "x must be an array, got list"),
     "int32": ((ONES.astype(np.int32),), {}, jax_ep.DTypeError, "x must be bfloat16, float16 or float32, got int32"),
     "float64": ((ONES.astype(np.float64),), {}, jax_ep.DTypeError, "x must be bfloat16, float16 or float32, got float64"),
-    "rank": ((ONES[0],), {}, jax_ep.ShapeError, "x must be [num_tokens, hidden], hidden a positive multiple of block=128, got shape (128,)"),
-    "hidden": ((ONES[:, :100],), {}, jax_ep.ShapeError, "x must be [num_tokens, hidden], hidden a positive multiple of block=128, got shape (2, 100)"),
-    "no_hidden": ((ONES[:, :0],), {}, jax_ep.ShapeError, "x must be [num_tokens, hidden], hidden a positive multiple of block=128, got shape (2, 0)"),
+    "rank": ((ONES[0],), {}, jax_ep.ShapeError, "x must be [num_tokens, hidden] with hidden a positive multiple of block=128, got shape (128,)"),
+    "hidden": ((ONES[:, :100],), {}, jax_ep.ShapeError, "x must be [num_tokens, hidden] with hidden a positive multiple of block=128, got shape (2, 100)"),
+    "no_hidden": ((ONES[:, :0],), {}, jax_ep.ShapeError, "x must be [num_tokens, hidden] with hidden a positive multiple of block=128, got shape (2, 0)"),
     "block_none": ((ONES,), {"block": None}, jax_ep.ConfigError, "block must be a static integer, got None"),
     "block_zero": ((ONES,), {"block": 0}, jax_ep.ConfigError, "block must be at least 1, got 0"),
     "scales": ((ONES,), {"scales": "f16"}, jax_ep.ConfigError, "scales must be one of 'f32', 'e8m0', got 'f16'"),
@@ -190,7 +190,7 @@ QUANTIZE = {
 
 
 @pytest.mark.parametrize("name", QUANTIZE)
-def test_quantize_fp8_bad_input(name):
+def test_quantize_fp8_refuses_bad_input(name):
     args, options, error, message = QUANTIZE[name]
     with pytest.raises(error, match=re.escape(f"quantize_fp8: {message}")):
         jax_ep.quantize_fp8(*args, **options)
@@ -201,27 +201,27 @@ DEQUANTIZE = {
     "list": ((ROWS, [[1.0, 1.0]] * 2), jax_ep.DTypeError, "scales must be an array, got list"),
     "bf16": ((ROWS, SCALES.astype(jnp.bfloat16)), jax_ep.DTypeError, "scales must be float32, uint8 or float8_e8m0fnu, got bfloat16"),
     "f16": ((ROWS, SCALES.astype(np.float16)), jax_ep.DTypeError, "scales must be float32, uint8 or float8_e8m0fnu, got float16"),
-    "rows": ((ROWS, SCALES[:1]), jax_ep.ShapeError, "scales must be [rows=2, a divisor of hidden=128], got shape (1, 2)"),
-    "more_rows": ((ROWS, np.ones((4, 1), np.float32)), jax_ep.ShapeError, "scales must be [rows=2, a divisor of hidden=128], got shape (4, 1)"),
-    "blocks": ((ROWS, np.ones((2, 3), np.float32)), jax_ep.ShapeError, "scales must be [rows=2, a divisor of hidden=128], got shape (2, 3)"),
-    "no_blocks": ((ROWS, SCALES[:, :0]), jax_ep.ShapeError, "scales must be [rows=2, a divisor of hidden=128], got shape (2, 0)"),
-    "one_axis": ((ROWS, SCALES[:, 0]), jax_ep.ShapeError, "scales must be [rows=2, a divisor of hidden=128], got shape (2,)"),
+    "rows": ((ROWS, SCALES[:1]), jax_ep.ShapeError, "scales must be [rows=2, num_blocks] with num_blocks a divisor of hidden=128, got shape (1, 2)"),
+    "more_rows": ((ROWS, np.ones((4, 1), np.float32)), jax_ep.ShapeError, "scales must be [rows=2, num_blocks] with num_blocks a divisor of hidden=128, got shape (4, 1)"),
+    "blocks": ((ROWS, np.ones((2, 3), np.float32)), jax_ep.ShapeError, "scales must be [rows=2, num_blocks] with num_blocks a divisor of hidden=128, got shape (2, 3)"),
+    "no_blocks": ((ROWS, SCALES[:, :0]), jax_ep.ShapeError, "scales must be [rows=2, num_blocks] with num_blocks a divisor of hidden=128, got shape (2, 0)"),
+    "one_axis": ((ROWS, SCALES[:, 0]), jax_ep.ShapeError, "scales must be [rows=2, num_blocks] with num_blocks a divisor of hidden=128, got shape (2,)"),
     "x_dtype": ((ONES, SCALES), jax_ep.DTypeError, "x must be float8_e4m3fn or float8_e5m2, got float32"),
-    "x_rank": ((ROWS[None], SCALES), jax_ep.ShapeError, "x must be [rows, hidden], hidden positive, got shape (1, 2, 128)"),
+    "x_rank": ((ROWS[None], SCALES), jax_ep.ShapeError, "x must be [rows, hidden] with hidden positive, got shape (1, 2, 128)"),
     "dtype": ((ROWS, SCALES, jnp.int32), jax_ep.DTypeError, "dtype must be bfloat16, float16 or float32, got "),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", DEQUANTIZE)
-def test_dequantize_fp8_bad_input(name):
+def test_dequantize_fp8_refuses_bad_input(name):
     args, error, message = DEQUANTIZE[name]
     with pytest.raises(error, match=re.escape(f"dequantize_fp8: {message}")):
         jax_ep.dequantize_fp8(*args)
 
 
 DISPATCH_FP8 = {
-    "hidden": (100, {}, jax_ep.ShapeError, "x must be [num_tokens, hidden], hidden a positive multiple of block=128, got shape (4, 100)"),
-    "fp8_bytes": (24, {"block": 8}, jax_ep.ShapeError, "hidden must be a multiple of 16, got 24"),
+    "hidden": (100, {}, jax_ep.ShapeError, "x must be [num_tokens, hidden] with hidden a positive multiple of block=128, got shape (4, 100)"),
+    "fp8_bytes": (24, {"block": 8}, jax_ep.ShapeError, "x must be [num_tokens, hidden] with hidden a multiple of 16, got shape (4, 24)"),
     "block_none": (128, {"block": None}, jax_ep.ConfigError, "block must be a static integer, got None"),
     "block_zero": (128, {"block": 0}, jax_ep.ConfigError, "block must be at least 1, got 0"),
     "scales": (128, {"scales": "f16"}, jax_ep.ConfigError, "scales must be one of 'f32', 'e8m0', got 'f16'"),
@@ -229,8 +229,8 @@ DISPATCH_FP8 = {
 
 
 @pytest.mark.parametrize("name", DISPATCH_FP8)
-def test_dispatch_fp8_bad_input(groups, name):
-    """The errors of quantize_fp8, under its own name."""
+def test_dispatch_fp8_refuses_bad_input(groups, name):
+    """dispatch_fp8 raises the errors of quantize_fp8 under its own name."""
     hidden, options, error, message = DISPATCH_FP8[name]
     group = groups(2)
 
@@ -241,7 +241,7 @@ def test_dispatch_fp8_bad_input(groups, name):
         on_ranks(fn, group.mesh)(np.ones((2, 4, hidden), np.float32), np.zeros((2, 4, 1), np.int32))
 
 
-def test_what_cannot_be_differentiated_is_refused_by_name(groups):
+def test_unsupported_derivatives_are_refused_by_name(groups):
     group = groups(2)
     x, ids = np.ones((2, 4, 128), np.float32), np.zeros((2, 4, 1), np.int32)
 
@@ -269,15 +269,15 @@ def test_what_cannot_be_differentiated_is_refused_by_name(groups):
 
 
 BAD = {
-    "routing_and_handle": (lambda x, ids, h: jax_ep.dispatch(x, ids, handle=h), jax_ep.ConfigError, r"dispatch: with handle= the routing is known, got also topk_idx"),
-    "fill_and_handle": (lambda x, ids, h: jax_ep.dispatch(x, handle=h, fill="none"), jax_ep.ConfigError, r"dispatch: with handle= the routing is known, got also fill"),
+    "routing_and_handle": (lambda x, ids, h: jax_ep.dispatch(x, ids, handle=h), jax_ep.ConfigError, r"dispatch: with handle= these must be left out: topk_idx"),
+    "fill_and_handle": (lambda x, ids, h: jax_ep.dispatch(x, handle=h, fill="none"), jax_ep.ConfigError, r"dispatch: with handle= these must be left out: fill"),
     "tokens": (lambda x, ids, h: jax_ep.dispatch(x[:3], handle=h), jax_ep.ShapeError, r"dispatch: x must have shape \(4, 128\), got \(3, 128\)"),
     "not_a_handle": (lambda x, ids, h: jax_ep.dispatch(x, handle=ids), jax_ep.ConfigError, "dispatch: handle must be the DispatchHandle of a dispatch, got"),
     "triple": (lambda x, ids, h: jax_ep.dispatch((x, x, x), handle=h), jax_ep.DTypeError, "dispatch: x must be an array or a pair, got 3 arrays"),
     "not_fp8": (lambda x, ids, h: jax_ep.dispatch((x, x), handle=h), jax_ep.DTypeError, r"dispatch: x\[0\] must be float8_e4m3fn or float8_e5m2, got float32"),
     "scales_dtype": (lambda x, ids, h: jax_ep.dispatch((x.astype(FP8_DTYPES[0]), ids), handle=h), jax_ep.DTypeError, "dispatch: scales must be float32, uint8 or float8_e8m0fnu, got int32"),
-    "scales_tokens": (lambda x, ids, h: jax_ep.dispatch((x.astype(FP8_DTYPES[0]), x[:2]), handle=h), jax_ep.ShapeError, r"dispatch: scales must be \[num_tokens=4, at least 1\], got shape \(2, 128\)"),
-    "payload_rank": (lambda x, ids, h: jax_ep.dispatch(x, handle=h, payload=x[0]), jax_ep.ShapeError, r"dispatch: payload must be \[num_tokens=4, at least 1\], got shape \(128,\)"),
+    "scales_tokens": (lambda x, ids, h: jax_ep.dispatch((x.astype(FP8_DTYPES[0]), x[:2]), handle=h), jax_ep.ShapeError, r"dispatch: scales must be \[num_tokens=4, width\] with width positive, got shape \(2, 128\)"),
+    "payload_rank": (lambda x, ids, h: jax_ep.dispatch(x, handle=h, payload=x[0]), jax_ep.ShapeError, r"dispatch: payload must be \[num_tokens=4, width\] with width positive, got shape \(128,\)"),
     "payload_int4": (lambda x, ids, h: jax_ep.dispatch(x, handle=h, payload=x.astype(jnp.int4)), jax_ep.DTypeError, "rows of payload must be whole bytes; pack int4 into uint8"),
     "weights_shape": (lambda x, ids, h: jax_ep.combine_weights(x[:3], h), jax_ep.ShapeError, r"combine_weights: w must be \[recv_capacity=8, num_topk\]"),
     "block": (lambda x, ids, h: jax_ep.dispatch_fp8(x, ids, group=h, num_experts=2), jax_ep.GroupError, "dispatch_fp8: group must be a jax_ep.Group, got DispatchHandle"),
@@ -285,7 +285,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input(groups, name):
+def test_dispatch_along_a_handle_refuses_bad_input(groups, name):
     call, error, message = BAD[name]
     group = groups(2)
 

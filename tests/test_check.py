@@ -1,4 +1,4 @@
-"""check(): what a program meets that JAX fails, and arrays that go while they are waited for."""
+"""check(): failures of JAX's programs, and arrays that are deleted during the wait."""
 
 import gc
 import threading
@@ -49,12 +49,12 @@ def callback(request):
 
 
 def launch(group, callback, x=X):
-    """A step that fails on every rank, behind the group's call."""
+    """Launches a step that fails on every rank, after the group's call."""
     return on_ranks(lambda x: callback(jax_ep.all_reduce(x, group=group)), group.mesh)(x)
 
 
 def assert_is_fresh(name):
-    """Nothing of what has failed before is met by a new group."""
+    """Asserts that a new group meets no earlier failure."""
     with open_group(name) as group:
         y = on_ranks(lambda x: jax_ep.all_reduce(x, group=group), group.mesh)(X)
         group.check(y)
@@ -63,8 +63,8 @@ def assert_is_fresh(name):
 
 
 @pytest.mark.parametrize("explicit", [True, False])
-def test_a_callback_that_raises_is_told_once(callback, explicit):
-    """By an exception of ours; `y` lives on, and JAX would raise at every look at it."""
+def test_a_callback_that_raises_is_raised_once(callback, explicit):
+    """check raises a ProgramError once. `y` lives on, and JAX would raise at every look at it."""
     group = open_group("raises")
     y = launch(group, callback)
     with pytest.raises(jax_ep.ProgramError, match="no such value") as caught:
@@ -73,14 +73,14 @@ def test_a_callback_that_raises_is_told_once(callback, explicit):
     assert isinstance(caught.value.__cause__, jax.errors.JaxRuntimeError)
     group.check()
     assert_is_fresh("after raises")
-    # Who asks for its results is told again, and so is who launches it again.
+    # A check of its results raises again, and so does the next launch.
     with pytest.raises(jax_ep.ProgramError):
         group.check(y)
     again = launch(group, callback)
     with pytest.raises(jax_ep.ProgramError):
         group.check()
     group.check()
-    # The group is as good as before.
+    # The group still works.
     np.testing.assert_array_equal(
         on_ranks(lambda x: jax_ep.all_reduce(x, group=group), group.mesh)(X), 3 * X
     )
@@ -88,7 +88,7 @@ def test_a_callback_that_raises_is_told_once(callback, explicit):
     group.close()
 
 
-def test_effects_alone_are_told_once():
+def test_effects_alone_are_raised_once():
     """Nobody holds the results; JAX keeps the failure with the thread's effects."""
     group = open_group("effects")
     launch(group, refuse_shown)
@@ -100,7 +100,7 @@ def test_effects_alone_are_told_once():
 
 
 class Failed:
-    """A token of an earlier program; JAX before 0.12 keeps it when it has raised."""
+    """A failed token of an earlier program; JAX before 0.12 keeps it after it has raised."""
 
     def block_until_ready(self):
         raise jax.errors.JaxRuntimeError("INTERNAL: of an earlier program")
@@ -108,7 +108,7 @@ class Failed:
 
 @pytest.fixture
 def failed_effects():
-    """Of two devices, which differ."""
+    """Plants failed tokens of two devices, with different errors."""
     tokens = jax_compat.dispatch.runtime_tokens
     for device in jax.devices()[:2]:
         tokens.set_output_runtime_token(device, Failed())
@@ -116,14 +116,14 @@ def failed_effects():
     tokens.clear()
 
 
-def test_all_failed_effects_are_let_go(failed_effects, groups):
+def test_all_failed_effects_are_raised_and_dropped(failed_effects, groups):
     assert len(jax_compat.wait_for_effects()) == 2
     assert not failed_effects.output_runtime_tokens
     groups(3).check()
 
 
 def test_opening_a_group_leaves_earlier_effects_to_others(failed_effects):
-    """They are none of its business, and are still told afterwards."""
+    """Opening a group does not raise earlier failures; they are still raised afterwards."""
     group = open_group("opens beside")
     with pytest.raises(jax_ep.ProgramError, match="of an earlier program"):
         group.check()
@@ -131,7 +131,7 @@ def test_opening_a_group_leaves_earlier_effects_to_others(failed_effects):
 
 
 def test_the_record_of_the_group_comes_first():
-    """A rank whose callback raises does not come to the call, and the others wait for it."""
+    """If a rank's callback raises, the rank never joins the call, and the others wait for it."""
     group = jax_ep.Group.open(make_mesh(3), "ep", name="record", timeout=1.0)
 
     def refuse_on_1(value, rank):
@@ -173,7 +173,7 @@ def test_a_block_left_by_what_jax_raised_leaves_nothing_behind(callback, wraps):
     assert_is_fresh("after left")
 
 
-def test_a_block_left_by_something_else_keeps_what_was_not_told():
+def test_a_block_left_by_another_exception_keeps_failures():
     def body():
         with open_group("left otherwise") as group:
             launch(group, refuse_shown)
@@ -185,7 +185,7 @@ def test_a_block_left_by_something_else_keeps_what_was_not_told():
         group.check()
 
 
-def test_the_end_of_a_block_tells_once():
+def test_the_end_of_a_block_raises_once():
     def body():
         with open_group("ends") as group:
             return launch(group, refuse_shown)
@@ -195,7 +195,7 @@ def test_the_end_of_a_block_tells_once():
     assert_is_fresh("after ends")
 
 
-# --- Arrays that are deleted, or donated, between the look at them and the wait.
+# --- Arrays that are deleted, or donated, after they were listed and before they were waited for.
 
 
 def settle(arrays):
@@ -220,7 +220,7 @@ def end(request):
 
 
 @pytest.mark.parametrize("hook", ["block_until_ready", "is_ready"])
-def test_arrays_that_go_meanwhile_are_nothing_to_wait_for(monkeypatch, waits, end, hook):
+def test_arrays_deleted_during_the_wait_are_skipped(monkeypatch, waits, end, hook):
     gone, kept = jnp.ones(3) + 1, jnp.ones(3) + 2
     owner = jax if hook == "block_until_ready" else jax_compat
     original = getattr(owner, hook)
@@ -236,8 +236,8 @@ def test_arrays_that_go_meanwhile_are_nothing_to_wait_for(monkeypatch, waits, en
     assert gone.is_deleted()
 
 
-def test_an_array_on_its_way_into_a_program_is_nothing_to_wait_for(monkeypatch, waits):
-    """JAX refuses a look at it a moment before it calls it deleted."""
+def test_an_array_being_donated_is_skipped(monkeypatch, waits):
+    """JAX refuses a look at the array a moment before it calls the array deleted."""
     going, kept = jnp.ones(3) + 1, jnp.ones(3) + 2
 
     def refuse_going(x):
@@ -250,7 +250,7 @@ def test_an_array_on_its_way_into_a_program_is_nothing_to_wait_for(monkeypatch, 
     assert not going.is_deleted()
 
 
-def test_arrays_that_are_gone_are_nothing_to_wait_for(groups, waits, end):
+def test_deleted_arrays_are_skipped(groups, waits, end):
     gone = jnp.ones(3) + 1
     end(gone)
     assert waits([gone, jnp.ones(3)]) == []
@@ -258,7 +258,7 @@ def test_arrays_that_are_gone_are_nothing_to_wait_for(groups, waits, end):
     groups(3).check({"state": (gone, 3, None)})
 
 
-def test_live_arrays_may_go_while_they_are_listed(monkeypatch, groups, end):
+def test_live_arrays_may_be_deleted_while_they_are_listed(monkeypatch, groups, end):
     gone = jnp.ones(3) + 1
     live = jax.live_arrays
 
@@ -272,7 +272,7 @@ def test_live_arrays_may_go_while_they_are_listed(monkeypatch, groups, end):
     groups(3).check()
 
 
-def test_what_has_failed_is_told_beside_what_has_gone(waits, groups):
+def test_failures_are_raised_although_other_arrays_are_deleted(waits, groups):
     gone = jnp.ones(3) + 1
     gone.delete()
     y = launch(groups(3), refuse_pure)
@@ -291,11 +291,11 @@ def test_keys_are_waited_for(waits, groups):
     assert wait.arrays_in([key]) == []
 
 
-def test_a_watchdog_beside_a_loop_that_donates(groups):
-    """Its looks at a healthy group raise nothing."""
+def test_a_watchdog_raises_nothing_beside_a_loop_that_donates(groups):
+    """The watchdog's checks of a healthy group raise nothing."""
     group = groups(3)
     gc.collect()
-    with suppress(jax_ep.ProgramError):  # of arrays that earlier tests have left
+    with suppress(jax_ep.ProgramError):  # earlier tests have left failed arrays
         group.check()
     step = jax.jit(
         jax.shard_map(

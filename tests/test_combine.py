@@ -1,4 +1,4 @@
-"""combine across back ends. Its values are in the conformance suite."""
+"""combine across back ends. The conformance suite checks its values."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +11,7 @@ from jax_ep.testing.ranks import on_ranks
 
 
 def test_handles_are_valid_across_back_ends(groups, layout):
-    """What one back end dispatched, the other combines."""
+    """Each back end combines rows that the other one dispatched."""
     group = groups(4)
     case = Case(4, layout)
     data = make_data(case, "skewed")
@@ -34,7 +34,7 @@ def test_handles_are_valid_across_back_ends(groups, layout):
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_operands_are_rounded_before_they_are_added(groups, backend, layout, dtype):
-    """What makes rows and biases in the same program is not fused into the sums."""
+    """XLA does not fuse the computation of rows and biases into the sums."""
     group = groups(2)
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 8, (2, 16, 4)).astype(np.int32)
@@ -53,7 +53,7 @@ def test_operands_are_rounded_before_they_are_added(groups, backend, layout, dty
     fused = on_ranks(
         lambda a, b, ids: run(product(a, b), product(a[:16], b[16:32]), ids), group.mesh
     )
-    # By NumPy, which rounds each product.
+    # NumPy rounds each product.
     rows = np.multiply(*factors).astype(DTYPES[dtype])
     bias = (factors[0, :, :16] * factors[1, :, 16:32]).astype(DTYPES[dtype])
     assert_same_bits(fused(*factors, ids), on_ranks(run, group.mesh)(rows, bias, ids))

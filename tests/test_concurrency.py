@@ -1,4 +1,4 @@
-"""Many calls at once, in programs where XLA chooses the order. A hang ends in the timeout."""
+"""Many calls at once, in programs where XLA chooses their order. A hang ends in the timeout."""
 
 import jax
 import jax.numpy as jnp
@@ -24,18 +24,18 @@ def _x(seed: int = 0) -> np.ndarray:
 
 
 def _round_trip(x, ids, group):
-    """x times the number of distinct ranks of each token's experts; exact on integers."""
+    """Returns x times the number of distinct ranks of each token's experts; exact on integers."""
     out = jax_ep.dispatch(x, ids, group=group, num_experts=NUM_EXPERTS)
     return jax_ep.combine(out.x, out.handle)
 
 
 def _num_ranks(ids, num_ranks=NUM_RANKS):
-    """[..., T, 1]: distinct ranks of each token."""
+    """Returns [..., T, 1], the number of distinct ranks of each token."""
     rank = ids // (NUM_EXPERTS // num_ranks)
     return (rank[..., None] == np.arange(num_ranks)).any(axis=-2).sum(axis=-1, keepdims=True)
 
 
-def test_64_independent_calls_mixed_with_psums(groups):
+def test_64_independent_calls_mixed_with_psums_meet(groups):
     group = groups(NUM_RANKS)
 
     def fn(x, ids):
@@ -52,8 +52,8 @@ def test_64_independent_calls_mixed_with_psums(groups):
             np.testing.assert_array_equal(s[0], x.sum(axis=0) * (i + 1))
 
 
-def test_micro_batches_through_one_inner_jit(groups):
-    """JAX caches the inner lowering, so the three calls look alike but for their place."""
+def test_micro_batches_through_one_inner_jit_are_told_apart(groups):
+    """JAX caches the inner lowering, so the three calls differ only in their place."""
     group = groups(NUM_RANKS)
 
     @jax.jit
@@ -70,7 +70,7 @@ def test_micro_batches_through_one_inner_jit(groups):
             np.testing.assert_array_equal(y, x * _num_ranks(i))
 
 
-def test_two_groups_interleaved():
+def test_two_interleaved_groups_meet():
     mesh = make_mesh(NUM_RANKS)
     with (
         jax_ep.Group.open(mesh, "ep", name="a") as a,
@@ -89,7 +89,7 @@ def test_two_groups_interleaved():
                 np.testing.assert_array_equal(y, x * (k + 1) * _num_ranks(ids))
 
 
-def test_ten_programs_in_flight(groups):
+def test_ten_programs_in_flight_give_right_values(groups):
     group = groups(NUM_RANKS)
 
     def fn(x, ids, k):
@@ -105,7 +105,7 @@ def test_ten_programs_in_flight(groups):
 
 
 def test_slices_do_not_wait_for_each_other():
-    """Two slices of one group, each with its own routing and values."""
+    """Two slices of one group have their own routings and values."""
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "ep"))
     with jax_ep.Group.open(mesh, "ep") as group:
         run = on_ranks(lambda x, i: _round_trip(x, i, group), mesh)
@@ -115,8 +115,8 @@ def test_slices_do_not_wait_for_each_other():
 
 
 @pytest.mark.parametrize("num_calls", [10_000])
-def test_many_calls_in_a_row_with_changing_routing(groups, num_calls):
-    """One launch, one call site, 10,000 iterations; every result is checked on the device."""
+def test_many_calls_with_changing_routings_give_right_values(groups, num_calls):
+    """One launch makes 10,000 calls at one call site; every result is checked on the device."""
     group = groups(NUM_RANKS)
 
     def fn(x, key_data):

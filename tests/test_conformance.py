@@ -1,4 +1,4 @@
-"""What every back end must do, on groups of every size; and that the suite sees what is wrong."""
+"""The conformance suite on groups of every size, and the wrong results that it must see."""
 
 import argparse
 import dataclasses
@@ -22,14 +22,14 @@ from jax_ep.testing.conformance.sizes import mix
 from jax_ep.testing.ranks import make_mesh
 
 NUM_RANKS = tuple(range(1, 9))
-# Each check on one size of group in turn; these on others, too, where ranks show.
+# Each check runs on one size of group in turn. These checks depend on ranks, so run on others, too.
 ON_MORE = {
     round_trips.routings_in_one_scan: (1, 8),
     round_trips.runs_give_equal_bits: (8,),
     round_trips.sums_of_negative_zeros_are_positive: (1, 2),
     gradients.combine_is_the_transpose_of_dispatch: (1, 3, 8),
 }
-# How sums travel between GPUs makes no difference to CPU devices.
+# Algorithms of sums make no difference on CPU devices.
 ALIKE = [
     c for c in conformance.CHECKS if c.params.get("algorithm") not in ("low_latency", "two_shot")
 ]
@@ -39,11 +39,11 @@ def _deal():
     adds = [check.run.__module__ == reductions.__name__ for check in ALIKE]
     others = [check for check, is_sum in zip(ALIKE, adds, strict=True) if not is_sum]
     for turn, check in enumerate(others):
-        # One further each time round: neighbours differ in what NUM_RANKS has a multiple of.
+        # Each round shifts by one size, or a parameter that repeats every 8 checks meets one size.
         yield NUM_RANKS[(turn + turn // len(NUM_RANKS)) % len(NUM_RANKS)], check
         for num_ranks in ON_MORE.get(check.run, ()):
             yield num_ranks, check
-    # Over one rank a sum is the identity: there, one of each kind.
+    # A sum over one rank is the identity, so one check of each kind runs there.
     sums = [check for check, is_sum in zip(ALIKE, adds, strict=True) if is_sum]
     for turn, check in enumerate(sums):
         yield NUM_RANKS[1:][turn % (len(NUM_RANKS) - 1)], check
@@ -79,15 +79,15 @@ BY_NAME = {check.name: check for check in conformance.FULL}
 
 
 @pytest.mark.parametrize(("backend", "num_ranks", "check"), CHOSEN.values(), ids=CHOSEN)
-def test_conformance(groups, backend, num_ranks, check):
-    """All checks on the back end `cpu`, THINNED on `xla`, each on a size of group or a few."""
+def test_back_ends_pass_the_suite(groups, backend, num_ranks, check):
+    """`cpu` runs all checks and `xla` the THINNED ones, each on a size of group or a few."""
     _run(check, groups(num_ranks), backend)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("check", conformance.FULL, ids=str)
 @pytest.mark.parametrize("num_ranks", NUM_RANKS)
-def test_full_matrix(groups, backend, num_ranks, check):
+def test_back_ends_pass_the_full_matrix(groups, backend, num_ranks, check):
     _run(check, groups(num_ranks), backend)
 
 
@@ -105,7 +105,7 @@ IN_LAYERS = (
     "gradients[layout=rank,dtype=f32,check_vma=True,outside=True]",
     "gradients[layout=expert,dtype=f32,check_vma=False,outside=False]",
 )
-# Device ids, the shape and the axes of a mesh, those of the group, and what is run there.
+# Device ids, shape and axes of a mesh, axes of the group, and the checks to run there.
 MESHES = {
     "axes_in_another_order": (range(4), {"a": 2, "b": 2}, ("b", "a"), IN_LAYERS),
     "slices": (range(4), {"a": 2, "b": 2}, ("b",), IN_LAYERS),
@@ -120,8 +120,8 @@ MESHES = {
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-def test_other_meshes(backend, mesh):
-    """Axes and devices in another order, and several slices side by side."""
+def test_back_ends_pass_the_suite_on_other_meshes(backend, mesh):
+    """Meshes have axes and devices in another order, and several slices side by side."""
     ids, shape, axes, names = MESHES[mesh]
     devices = np.array(jax.devices())[list(ids)].reshape(tuple(shape.values()))
     with jax_ep.Group.open(Mesh(devices, tuple(shape)), axes, name="other") as group:
@@ -129,8 +129,8 @@ def test_other_meshes(backend, mesh):
             BY_NAME[name](group, backend)
 
 
-def test_several_nodes(backend):
-    """Rows, sums and gradients are those of one node. What counts nodes has its own test."""
+def test_several_nodes_give_the_values_of_one(backend):
+    """Rows, sums and gradients equal those of one node. get_dispatch_layout has its own test."""
     mesh = make_mesh(6)
     with jax_ep.Group.open(mesh, "ep", name="several nodes", ranks_per_node=2) as group:
         BY_NAME[ALL_GRADIENTS](group, backend)
@@ -151,7 +151,7 @@ print(len(sys.argv) - 1, "checks passed")
 
 
 def test_checks_run_in_several_processes():
-    """Over stock collectives: each process feeds and compares its own shards."""
+    """Each process feeds and compares its own shards, on back end `xla`."""
     names = [
         "repeated_expert[layout=expert]",
         "gradients[layout=rank,dtype=f32,check_vma=True,outside=True]",
@@ -218,7 +218,7 @@ def _change(out, **fields):
     return dataclasses.replace(out, **fields)
 
 
-# What is wrong in a result of dispatch or combine, and a check that must see it.
+# Faults in a result of dispatch or combine, and a check that must see each.
 WRONG = {
     "last bit of a sum": ("combine", _last_bit, "round_trip["),
     "a row moved": ("dispatch", lambda o: _change(o, x=jnp.roll(o.x, 1, 0)), "round_trip["),
@@ -295,7 +295,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_the_suite_sees_what_is_wrong(groups, monkeypatch, what):
+def test_the_suite_sees_wrong_results(groups, monkeypatch, what):
     name, spoil, prefix = WRONG[what]
     right = getattr(jax_ep, name)
     monkeypatch.setattr(jax_ep, name, lambda *a, **options: spoil(right(*a, **options)))
@@ -304,8 +304,8 @@ def test_the_suite_sees_what_is_wrong(groups, monkeypatch, what):
         check(groups(2), "cpu")
 
 
-def test_comparison_names_the_place_in_the_whole(groups):
-    """In shards, under a mask, and of NaN."""
+def test_comparison_names_the_place_in_the_whole_array(groups):
+    """The place is right in shards, under a mask, and for NaN."""
     mesh = groups(4).mesh
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("ep"))
     expected = np.arange(24, dtype=np.float32).reshape(4, 6)
@@ -334,7 +334,7 @@ def _args(*line):
     return parser.parse_args(line)
 
 
-def test_command_prints_what_failed(monkeypatch, capsys):
+def test_command_prints_failures(monkeypatch, capsys):
     def broken(group, backend, *, layout):
         assert layout == "rank", "this one is broken"
 
@@ -350,14 +350,14 @@ def test_command_prints_what_failed(monkeypatch, capsys):
     assert lines[-1] == "1 passed, 1 FAILED"
 
 
-def test_command_refuses_what_it_cannot_run():
+def test_command_refuses_bad_arguments():
     with pytest.raises(jax_ep.GroupError, match="conformance: back end 'cuda' is not usable here"):
         run.main(_args("--ranks", "2", "--backend", "cuda"))
     with pytest.raises(jax_ep.ConfigError, match="no check's name holds 'tango'"):
         run.main(_args("--only", "tango"))
 
 
-def test_command():
+def test_command_runs_the_suite():
     command = [sys.executable, "-m", "jax_ep", "conformance", "--ranks", "2"]
     done = subprocess.run(
         [*command, "--only", "subnormals"], capture_output=True, text=True, timeout=200, check=False

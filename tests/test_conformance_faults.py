@@ -1,4 +1,4 @@
-"""The suite sees faults of a back end: each is put into one, and a check must fail of it."""
+"""Faults of back ends: each is planted in a back end, and a check of the suite must fail."""
 
 from functools import partial
 
@@ -15,7 +15,7 @@ from jax_ep._src.ops.pull_rows import call as pull_rows_call
 from jax_ep.testing import conformance
 
 CHECKS = {check.name: check for check in conformance.CHECKS}
-# Where the calls of an operation are looked up.
+# Modules in which the calls of an operation are looked up.
 CALLERS = {
     "dispatch": (dispatch_call,),
     "combine": (combine_call, dispatch_vjp),
@@ -25,18 +25,18 @@ GRADIENTS = "gradients_to_the_bit[layout=expert,dtype=f32,capacity=half,weights_
 
 
 def _next(x):
-    """One unit in the last place away from zero."""
+    """Returns numbers one unit in the last place further from zero."""
     bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
     return jax.lax.bitcast_convert_type(bits + 1, x.dtype)
 
 
 def _fault_of(index, spoil):
-    """Of one of several results."""
+    """Makes a fault in one of several results."""
     return lambda results: tuple(spoil(r) if i == index else r for i, r in enumerate(results))
 
 
 def _backward(rule, spoil):
-    """In the gradients that an operation gives its operands."""
+    """Plants a fault in the gradients that an operation gives its operands."""
 
     def inject(monkeypatch):
         right = rule.bwd
@@ -46,7 +46,7 @@ def _backward(rule, spoil):
 
 
 def _forward(op, spoil_of):
-    """In what a back end computes: `spoil_of` gets the right function and its arguments."""
+    """Plants a fault in a back end: `spoil_of` gets the right function and its arguments."""
 
     def inject(monkeypatch):
         for module in CALLERS[op]:
@@ -57,7 +57,7 @@ def _forward(op, spoil_of):
 
 
 def _fill(index, value):
-    """Rows of a dispatch that hold no token, in one of the arrays that travel."""
+    """Fills rows without a token in one of the arrays that travel."""
 
     def spoil(fn, *args):
         routed = fn(*args)
@@ -71,7 +71,7 @@ def _fill(index, value):
 
 
 def _leak(fn, spec, index, rows, *others):
-    """A row that need not hold a token, taken times zero where it should be left out."""
+    """Adds a row without a token times zero, which combine should leave out."""
     return fn(spec, index, rows, *others) + rows[-1:] * 0
 
 
@@ -90,7 +90,7 @@ def _narrow_ids(monkeypatch):
 
 
 def _narrow_rows(fn, spec, index, rows, **slots):
-    """Of a cached dispatch: what lies beyond the first KiB is lost."""
+    """Loses the bytes of rows beyond the first KiB, in a cached dispatch."""
     return fn(spec, index, rows, **slots).at[:, 1024 // rows.dtype.itemsize :].set(0)
 
 
@@ -161,7 +161,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("what", FAULTS)
-def test_a_fault_is_seen(groups, monkeypatch, what):
+def test_the_suite_sees_every_fault(groups, monkeypatch, what):
     inject, name, message = FAULTS[what]
     inject(monkeypatch)
     with pytest.raises(AssertionError, match=message):

@@ -1,4 +1,4 @@
-"""dispatch: defaults, and forms of its arguments. Its values are in the conformance suite."""
+"""dispatch: defaults, and forms of its arguments. The conformance suite checks its values."""
 
 from functools import partial
 
@@ -14,7 +14,7 @@ from jax_ep.testing.compare import assert_close, assert_same_bits
 from jax_ep.testing.ranks import on_ranks
 
 
-def test_without_weights(groups, layout, backend):
+def test_dispatch_without_weights_returns_none(groups, layout, backend):
     group = groups(2)
     data = make_data(Case(2, layout), "balanced")
 
@@ -42,7 +42,7 @@ def test_default_capacity_is_the_worst_case(groups):
     assert out.num_dropped.sum() == 0
 
 
-def test_wide_ids(groups, layout, backend):
+def test_wide_ids_stay_invalid(groups, layout, backend):
     """int64 ids that do not fit into int32 stay invalid instead of wrapping around."""
     group = groups(2)
     ids = np.array([[[0, 2**32], [3, -1]], [[2**32 + 1, 1], [-(2**33), 2]]], np.int64)
@@ -63,13 +63,13 @@ def test_wide_ids(groups, layout, backend):
     assert np.asarray(out.num_recv).tolist() == [[2], [2]]
     for leaf in jax.tree.leaves(out):
         assert leaf.dtype in (jnp.int32, jnp.float32)
-    # A NumPy constant is wide without x64, too.
+    # A NumPy constant has 64 bits even without x64.
     assert np.asarray(on_ranks(constant, group.mesh)(x).num_invalid).tolist() == [[4], [4]]
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_narrow_weights_travel_as_f32_and_get_gradients_of_their_dtype(groups, dtype):
-    """In every place that takes weights; the values are those of the same weights in f32."""
+    """Values equal those of the same weights in f32, in every argument that takes weights."""
     group = groups(2)
     case = Case(2, "expert")
     data = make_data(case, "masked")

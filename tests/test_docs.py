@@ -1,8 +1,8 @@
-"""What the documents show runs and prints what they say, and their links lead somewhere.
+"""The documents: their code runs and prints what they show, and their links lead somewhere.
 
-The ```python blocks of a page run one after another, as one program. A block prints what the
-```text block right behind it shows, or what the comments behind its top-level `print`s say, or
-nothing; `...` stands for anything.
+The ```python blocks of a page run one after another, as one program. A block must print the
+```text block right after it, or the comments behind its top-level `print`s, or nothing. `...`
+stands for any text.
 """
 
 import argparse
@@ -29,7 +29,7 @@ COMMAND = "python -m jax_ep "
 
 class Block(NamedTuple):
     page: Path
-    line: int  # of its first line
+    line: int  # number of the first line
     language: str
     source: str
     expected: str | None
@@ -55,7 +55,7 @@ COMMANDS = [
 
 
 def _name(value):
-    """The ids of tests."""
+    """Returns the id of a test."""
     path = value.page if isinstance(value, Block) else value
     return str(path.relative_to(ROOT)) if isinstance(path, Path) else str(path)
 
@@ -83,27 +83,27 @@ def _compare(block: Block, got: str) -> None:
 
 @pytest.mark.parametrize("page", PROGRAMS, ids=_name)
 @pytest.mark.usefixtures("groups_end")
-def test_python(page, capsys):
+def test_python_blocks_print_what_pages_show(page, capsys):
     names = {"__name__": "__main__"}
     for block in _blocks(page):
         if block.language == "python":
-            # The newlines give errors the line numbers of the page.
+            # The newlines make errors show the line numbers of the page.
             code = compile("\n" * (block.line - 1) + block.source, page, "exec")
             exec(code, names)
             _compare(block, capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(("block", "command"), COMMANDS, ids=_name)
-def test_commands(block, command, tmp_path):
+def test_commands_are_understood(block, command, tmp_path):
     arguments = shlex.split(command.removeprefix(COMMAND))
-    if arguments[0] == "bench":  # that takes minutes: only whether it is understood
+    if arguments[0] == "bench":  # a run takes minutes, so the test only parses its arguments
         parser = argparse.ArgumentParser(exit_on_error=False)
         bench.add_arguments(parser)
         parser.parse_args(arguments[1:])
         return
     done = subprocess.run(
         [sys.executable, "-m", "jax_ep", *arguments],
-        cwd=tmp_path,  # beside the sources of jax_ep they would be taken for the package
+        cwd=tmp_path,  # next to the sources, Python would import those
         capture_output=True,
         text=True,
         timeout=120,
@@ -147,7 +147,7 @@ def test_readme_layer_is_short():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=_name)
-def test_links(page):
+def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
         path, _, heading = target.partition("#")
         if target.startswith("http"):
@@ -159,6 +159,6 @@ def test_links(page):
 
 
 def _anchors(page: Path) -> set[str]:
-    """What a heading is called in a link: its words in lower case, joined by hyphens."""
+    """Returns the anchors of headings: their words in lower case, joined by hyphens."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}

@@ -1,4 +1,4 @@
-"""`python -m jax_ep info`: what it prints, and which problems it sees on which machine."""
+"""`python -m jax_ep info`: its output, and the problems that it sees on each machine."""
 
 import argparse
 import json
@@ -95,7 +95,7 @@ PROBLEMS = {
 
 
 def test_module_of_another_version_is_found(monkeypatch):
-    """An editable installation whose native code was not compiled again."""
+    """The native code of an editable installation may not have been compiled again."""
 
     def open_group(identity):
         raise AssertionError(identity)
@@ -108,7 +108,7 @@ def test_module_of_another_version_is_found(monkeypatch):
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_problem_is_told_with_its_remedy(name):
+def test_a_problem_is_printed_with_its_remedy(name):
     machine, what, remedy = PROBLEMS[name]
     (problem,) = machine.problems()
     assert what in problem.what
@@ -122,7 +122,7 @@ def test_flag_that_keeps_kernels_apart_is_named(monkeypatch):
 
 
 def test_command_prints_what_is_here_and_succeeds():
-    """Started as a user starts it; the machines of these tests have all that they could use."""
+    """A user's command succeeds: machines of these tests can use everything that they have."""
     command = [sys.executable, "-m", "jax_ep", "info"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -137,8 +137,8 @@ def test_command_prints_what_is_here_and_succeeds():
     assert done.stdout.endswith("everything this machine could use is usable\n")
 
 
-def test_json_holds_what_the_text_says(monkeypatch, capsys):
-    """Also the problem, by which the command fails: a CPU module that cannot be loaded."""
+def test_json_holds_the_facts_of_the_text(monkeypatch, capsys):
+    """JSON holds the problem that makes the command fail: a CPU module that cannot be loaded."""
 
     def load(name):
         raise GroupError(f"back end {name!r}: its native module was not built")

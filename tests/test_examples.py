@@ -1,4 +1,4 @@
-"""The examples run, from their command lines, at a small size."""
+"""The examples, run from their command lines at a small size."""
 
 import importlib
 import re
@@ -37,7 +37,7 @@ def _run(tmp_path, *flags):
 
 
 @pytest.mark.parametrize("devices", ["8", "3"])
-def test_train(tmp_path, devices):
+def test_train_runs(tmp_path, devices):
     flags = [] if devices == "8" else ["--devices", "3", "--experts", "6", "--batch", "9"]
     done = _run(tmp_path, *flags, "--expert-parallel", "4" if devices == "8" else "3")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -48,7 +48,7 @@ def test_train(tmp_path, devices):
     assert (tmp_path / "train.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_train_compare(tmp_path):
+def test_train_trains_alike_on_both_back_ends(tmp_path):
     """Both back ends train the same steps to the same bits."""
     done = _run(tmp_path, "--compare", "xla", "--backend", "cpu")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -63,13 +63,13 @@ def test_train_refuses_impossible_sizes(tmp_path):
 
 
 @pytest.mark.parametrize("devices", ["4", pytest.param("3", marks=pytest.mark.slow)])
-def test_tensor_parallel(devices):
-    """It compares its logits with psum's; the exit status is its verdict."""
+def test_tensor_parallel_agrees_with_psum(devices):
+    """The example compares its logits with psum's; its exit status is the verdict."""
     flags = ["--steps", "2", "--tokens", "8", "--devices", devices]
     command = [sys.executable, EXAMPLES / "05_tensor_parallel.py", *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    # With three, eight heads are dealt to two.
+    # Of three devices, the example deals its eight heads to two.
     assert f"{4 if devices == '4' else 2} x cpu, back end cpu" in done.stdout
     for text in ("held-out loss", "--- generated\n\n\nimport ", "largest difference from psum"):
         assert text in done.stdout
@@ -81,7 +81,7 @@ def _run_processes(*program):
     return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
 
 
-def test_processes():
+def test_processes_runs():
     done = _run_processes()
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("4 ranks, backend='cpu'") == 2
@@ -89,13 +89,13 @@ def test_processes():
 
 
 @pytest.mark.slow
-def test_train_in_two_processes():
-    """Experts are spread over both processes."""
+def test_train_runs_in_two_processes():
+    """The experts are spread over both processes."""
     program = [EXAMPLES / "02_train.py", *SMALL, "--expert-parallel", "4"]
     done = _run_processes(*program, "--compare", "xla", "--backend", "cpu")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("cpu against xla, 2 steps") == 2
-    # XLA's own sums over two processes have no defined order.
+    # XLA's sums over two processes have no defined order.
     assert all(float(p) < 1e-6 for p in re.findall(r"parameters (\S+)\n", done.stdout))
     assert done.stdout.count("losses 0 bits per byte") == 2
 
@@ -107,8 +107,8 @@ def _run_fp8(*flags):
 
 
 @pytest.mark.parametrize(("scales", "scale_bytes"), [("f32", 8), ("e8m0", 2)])
-def test_fp8(scales, scale_bytes):
-    """It compares the two layers and trains both; the exit status is its verdict."""
+def test_fp8_agrees_with_the_plain_layer(scales, scale_bytes):
+    """The example compares two layers and trains both; its exit status is the verdict."""
     done = _run_fp8("--scales", scales)
     assert done.returncode == 0, done.stdout + done.stderr
     for text in ("outputs", "gradient of x", "gradient of router", "apart", "0 in fp8"):
@@ -123,7 +123,7 @@ def test_fp8_refuses_impossible_sizes():
 
 
 def test_comparisons_of_examples_see_every_nan(monkeypatch):
-    """Python's max loses a NaN that is not the first, and jnp.max one of a wide array on CPUs."""
+    """Python's max loses a NaN that is not first; jnp.max loses one in a wide array on CPUs."""
     monkeypatch.syspath_prepend(EXAMPLES)
     common = importlib.import_module("common")
     logits = jnp.ones((64, 256))
@@ -136,10 +136,10 @@ def test_comparisons_of_examples_see_every_nan(monkeypatch):
 
 @pytest.mark.parametrize("scales", ["f32", "e8m0"])
 def test_fp8_gradient_is_exact_where_fp8_is(groups, backend, scales, monkeypatch):
-    """On integers that fp8 holds exactly, results and gradients have the bits of the plain layer.
+    """Integers that fp8 holds exactly give the bits of the plain layer, also in gradients.
 
-    The largest of each block is 7 = 2**-6 * 448, so the scales are powers of two; every product
-    and sum is an integer that f32 holds. The tolerance is zero.
+    The largest number of each block is 7 = 2**-6 * 448, so the scales are powers of two. Every
+    product and sum is an integer that f32 holds, so the tolerance is zero.
     """
     monkeypatch.syspath_prepend(EXAMPLES)
     fp8 = importlib.import_module("03_fp8")
@@ -188,7 +188,7 @@ def test_fp8_gradient_is_exact_where_fp8_is(groups, backend, scales, monkeypatch
     for a, b in zip(*(jax.tree.leaves(results[name]) for name in ("fp8", "plain")), strict=True):
         assert np.any(np.asarray(a))
         assert_same_bits(a, b)
-    # What the backward pass needs is kept as fp8.
+    # The backward pass keeps its residuals as fp8.
     wide = ("float32", (capacity, hidden))
     assert wide in saved["plain"]
     assert wide not in saved["fp8"]

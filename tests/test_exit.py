@@ -1,4 +1,4 @@
-"""How a process ends: one that has lost a peer, and one that still holds groups."""
+"""The end of a process that has lost a peer, or that still holds groups."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ print("said", end=" ")
 @pytest.mark.parametrize(
     ("last", "code"), [("", 0), ("sys.exit(7)", 7), ("raise ValueError('not today')", 1)]
 )
-def test_an_exit_without_teardown_keeps_the_code_and_what_was_said(last, code):
+def test_an_exit_without_teardown_keeps_exit_code_and_output(last, code):
     done = subprocess.run(
         [sys.executable, "-c", LEAVES + last], capture_output=True, text=True, check=False
     )
@@ -45,7 +45,7 @@ sys.exit(7)
 
 
 def test_effects_of_a_step_that_never_ends_are_not_waited_for():
-    """As of jax.debug.print beside a psum of NCCL's, whose peer has gone."""
+    """A jax.debug.print beside an NCCL psum whose peer has gone has such effects."""
     done = subprocess.run([sys.executable, "-c", STUCK], timeout=60, check=False)
     assert done.returncode == 7
 
@@ -68,7 +68,7 @@ x, ids = np.ones((2, 4, 8), np.float32), np.zeros((2, 4, 1), np.int32)
 def send(x, ids):
     return jax_ep.dispatch(x, ids, group=model.group, num_experts=2)
 """
-# What a script of this kind still holds when it ends.
+# Objects that such a script still holds when it ends.
 HELD = {
     "open": "model = Model(x, jax_ep.Group.open(make_mesh(2), 'ep'))",
     "got": "model = Model(x, jax_ep.Group.get(make_mesh(2), 'ep'))",
@@ -109,8 +109,8 @@ except jax_ep.PeerTimeoutError as e:
 
 
 @pytest.mark.parametrize("held", HELD)
-def test_a_script_whose_classes_jax_keeps_ends_in_silence(held):
-    """JAX's registry of pytrees keeps its classes, and they keep its variables."""
+def test_a_script_whose_classes_jax_keeps_ends_without_output(held):
+    """JAX's registry of pytrees keeps the script's classes, which keep the script's variables."""
     done = subprocess.run(
         [sys.executable, "-c", KEEPS + HELD[held] + "\nprint('end')"],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""What fails in a call: who is told, when, and by which exception."""
+"""Failures of calls: the exception, the process that gets it, and the time."""
 
 import copy
 import pickle
@@ -14,8 +14,8 @@ from jax_ep._src.base import errors
 from jax_ep.testing.ranks import make_mesh, on_ranks
 
 
-def test_missing_peer_ends_in_an_exception():
-    """The rank that does not come is named, results are NaN, and a new group works."""
+def test_a_missing_peer_ends_in_an_exception():
+    """The exception names the missing rank, results are NaN, and a new group works."""
     x, ids = np.ones((3, 4, 8), np.float32), np.zeros((3, 4, 1), np.int32)
     group = jax_ep.Group.open(make_mesh(3), "ep", timeout=1.0)
     step = on_ranks(make_echo(group), group.mesh)
@@ -24,7 +24,7 @@ def test_missing_peer_ends_in_an_exception():
 
     group._native_group.handle.skip_rank(1)
     start = time.monotonic()
-    y = step(x, ids)  # in flight: check waits for it
+    y = step(x, ids)  # still in flight, so check waits for it
     with pytest.raises(jax_ep.PeerTimeoutError, match="waited for rank 1") as caught:
         group.check()
     assert time.monotonic() - start < group.timeout + 1.0
@@ -35,7 +35,7 @@ def test_missing_peer_ends_in_an_exception():
     assert (error.op, error.peer, error.expected, error.seen) == ("dispatch", 1, 3, 2)
     assert error.place == "waits in no call of this group"
 
-    # Later launches end at once, and nothing new is traced.
+    # Later launches end at once, and no function can be traced.
     start = time.monotonic()
     assert np.isnan(np.asarray(step(x, ids))).all()
     assert time.monotonic() - start < group.timeout
@@ -49,7 +49,7 @@ def test_missing_peer_ends_in_an_exception():
 
 @pytest.mark.parametrize("in_flight", [0, 3])
 def test_compiled_functions_run_with_the_group_that_is_opened_again(in_flight):
-    """Also where launches of before the end still wait, which belong to the group that failed."""
+    """Older launches that still wait belong to the group that failed, and do no harm."""
     x, ids = np.ones((3, 4, 8), np.float32), np.zeros((3, 4, 1), np.int32)
     group = jax_ep.Group.open(make_mesh(3), "ep", timeout=0.3)
     step = on_ranks(make_echo(group), group.mesh)
@@ -80,8 +80,8 @@ OPERATIONS = {
 
 
 @pytest.mark.parametrize("op", OPERATIONS)
-def test_missing_peer_of_a_sum(op):
-    """The operation is named, and nothing of its results looks like numbers."""
+def test_a_missing_peer_of_a_sum_is_named(op):
+    """The exception names the operation, and all of its results are NaN."""
     group = jax_ep.Group.open(make_mesh(3), "ep", timeout=0.3)
     run = on_ranks(lambda x: OPERATIONS[op](x, group), group.mesh, check_vma=False)
     x = np.ones((3, 3, 8), np.float32)
@@ -95,7 +95,7 @@ def test_missing_peer_of_a_sum(op):
     group.close()
 
 
-def test_leaving_the_block_waits_for_what_is_in_flight():
+def test_leaving_the_block_waits_for_programs_in_flight():
     x, ids = np.ones((3, 4, 8), np.float32), np.zeros((3, 4, 1), np.int32)
     group = jax_ep.Group.open(make_mesh(3), "ep", timeout=0.5)
     step = on_ranks(make_echo(group), group.mesh)
@@ -110,8 +110,8 @@ def test_leaving_the_block_waits_for_what_is_in_flight():
         leave_in_flight()
 
 
-def test_a_failure_is_noted_on_what_the_body_raises():
-    """Results are NaN after it, and what the body makes of them says nothing of the peer."""
+def test_a_failure_is_noted_on_the_exception_of_the_body():
+    """After a failure results are NaN, and the body's own exception would not name the peer."""
     x, ids = np.ones((3, 4, 8), np.float32), np.zeros((3, 4, 1), np.int32)
     group = jax_ep.Group.open(make_mesh(3), "ep", timeout=0.5)
     step = on_ranks(make_echo(group), group.mesh)
@@ -157,8 +157,8 @@ def test_a_body_that_raises_is_not_waited_for_nor_noted_twice():
     assert not hasattr(caught.value, "__notes__")
 
 
-def test_where_a_rank_waits_instead_is_told():
-    """Calls under a cond that differs between ranks do not meet."""
+def test_the_place_where_a_rank_waits_instead_is_named():
+    """Calls under a cond that differs between ranks never meet."""
     group = jax_ep.Group.open(make_mesh(3), "ep", timeout=0.5)
 
     def diverge(x):

@@ -1,4 +1,4 @@
-"""get_dispatch_layout on groups of several nodes; on one it is in the conformance suite."""
+"""get_dispatch_layout on groups of several nodes; the conformance suite has one node."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from jax_ep.testing.ranks import make_mesh
 
 
 @pytest.mark.parametrize(("num_ranks", "ranks_per_node"), [(1, 1), (3, 1), (6, 2), (8, 4), (8, 8)])
-def test_matches_reference(backend, num_ranks, ranks_per_node):
+def test_counts_match_the_reference(backend, num_ranks, ranks_per_node):
     with jax_ep.Group.open(
         make_mesh(num_ranks), "ep", name="nodes", ranks_per_node=ranks_per_node
     ) as group:

@@ -1,4 +1,4 @@
-"""On NVIDIA GPUs: JAX_PLATFORMS=cuda,cpu pytest -m gpu."""
+"""The operations on NVIDIA GPUs: JAX_PLATFORMS=cuda,cpu pytest -m gpu."""
 
 import gc
 import os
@@ -34,7 +34,7 @@ def group():
         yield opened
 
 
-def test_info_tells_why(group):
+def test_info_gives_reasons(group):
     info = group.info()
     assert info.backend == "cuda"
     assert info.backends["cuda"] == info.backends["xla"] == "usable"
@@ -43,7 +43,7 @@ def test_info_tells_why(group):
 
 @pytest.mark.parametrize("backend", COMPLETE)
 @pytest.mark.parametrize("check", conformance.CHECKS, ids=str)
-def test_conformance(group, backend, check):
+def test_back_ends_pass_the_suite(group, backend, check):
     assert check.not_usable(group, backend) is None
     check(group, backend)
 
@@ -51,8 +51,8 @@ def test_conformance(group, backend, check):
 @pytest.mark.parametrize("backend", ["cuda", "xla"])
 @pytest.mark.parametrize("experts_per_rank", [4, 128, 8192], ids=lambda n: f"{n}_experts")
 @pytest.mark.parametrize("num_tokens", [1, 257, 3000])
-def test_get_dispatch_layout(group, backend, num_tokens, experts_per_rank):
-    """Small and large counters, in shared memory and beyond it, in a captured loop."""
+def test_get_dispatch_layout_counts_right(group, backend, num_tokens, experts_per_rank):
+    """Counters are small and large, in shared memory and beyond it, in a captured loop."""
     sizes = {"num_tokens": num_tokens, "num_topk": 4, "experts_per_rank": experts_per_rank}
     get_dispatch_layout(group, backend, **sizes)
 
@@ -65,7 +65,7 @@ def test_too_many_choices_are_refused(group):
 
 
 def test_rows_of_more_than_a_gib_are_refused(group):
-    """Kernels count the bytes of a row in 32 bits: a wider row would be copied in part."""
+    """Kernels count the bytes of a row in 32 bits, so they would copy a part of a wider row."""
     hidden = 2**29 + 8
 
     def call(ids):
@@ -79,7 +79,7 @@ def test_rows_of_more_than_a_gib_are_refused(group):
 
 
 def _echo(group, x, ids, num_sms=None):
-    """Every token comes back once for each rank that it was sent to."""
+    """Brings every token back once for each rank that it was sent to."""
     options = {"group": group, "num_experts": 8 * group.num_ranks, "num_sms": num_sms}
     out = jax_ep.dispatch(x, ids, **options)
     y = jax_ep.combine(out.x, out.handle, num_sms=num_sms)
@@ -89,7 +89,7 @@ def _echo(group, x, ids, num_sms=None):
 
 
 def _random_ids(key, num_tokens, num_topk, num_experts):
-    """A random routing, masked at random; from every rank to every rank, all or none."""
+    """Makes a random routing, masked at random: from every rank to every rank, all or none."""
     key, kind, mask = jax.random.split(key, 3)
     ids = jax.random.randint(key, (num_tokens, num_topk), 0, num_experts)
     share = jnp.array([0.0, 0.1, 0.9, 1.0])[jax.random.randint(kind, (), 0, 4)]
@@ -98,8 +98,8 @@ def _random_ids(key, num_tokens, num_topk, num_experts):
 
 @pytest.mark.parametrize(("num_steps", "delayed"), [(50_000, False), (50_000, True)])
 @pytest.mark.timeout(280)
-def test_many_calls(group, num_steps, delayed):
-    """Random routings in a captured loop, two calls a step; ranks late by turns."""
+def test_many_calls_give_right_values(group, num_steps, delayed):
+    """A captured loop makes two calls a step with random routings; ranks come late by turns."""
 
     def run(x):
         rank = jax.lax.axis_index("ep")
@@ -107,7 +107,7 @@ def test_many_calls(group, num_steps, delayed):
         def step(carry, key):
             x, num_wrong = carry
             if delayed:
-                # A loop that x depends on, so that it ends before the call; long in every 16th.
+                # x depends on this loop, so it ends before the call; it is long in every 16th step.
                 late = jax.random.randint(jax.random.fold_in(key, 99), (), -3000, 200)
                 extra = jax.lax.fori_loop(0, late, lambda i, a: a + i % 2, jnp.int32(0))
                 x = x + jnp.minimum(extra, 0)
@@ -127,7 +127,7 @@ def test_many_calls(group, num_steps, delayed):
 
 
 @pytest.mark.parametrize("num_sms", [1, 3, 64, 1000])
-def test_any_number_of_sms(group, num_sms):
+def test_any_number_of_sms_gives_the_same(group, num_sms):
     x = np.arange(group.num_ranks * 300 * 256, dtype=np.float32).reshape(-1, 300, 256) % 251
     ids = np.random.default_rng(0).integers(-1, 8 * group.num_ranks, (group.num_ranks, 300, 5))
     fn = on_ranks(partial(_echo, group, num_sms=num_sms), group.mesh)
@@ -135,7 +135,7 @@ def test_any_number_of_sms(group, num_sms):
     np.testing.assert_array_equal(y, expected)
 
 
-def test_two_groups_take_turns(group):
+def test_two_groups_that_take_turns_meet(group):
     x = np.ones((group.num_ranks, 16, 64), np.float32)
     ids = np.random.default_rng(0).integers(-1, 8 * group.num_ranks, (group.num_ranks, 16, 3))
     with jax_ep.Group.open(_mesh(), "ep", name="other") as other:
@@ -153,8 +153,8 @@ def test_two_groups_take_turns(group):
 
 
 @pytest.mark.parametrize("num_calls", [1, 200], ids=["one_call", "captured_loop"])
-def test_missing_peer_ends_in_an_exception(group, num_calls):
-    """The rank that does not come is named, results are NaN, and a new group works."""
+def test_a_missing_peer_ends_in_an_exception(group, num_calls):
+    """The exception names the missing rank, results are NaN, and a new group works."""
     if group.num_ranks < 2:
         pytest.skip("needs two GPUs")
     x = np.ones((group.num_ranks, 4, 8), np.float32)
@@ -179,7 +179,7 @@ def test_missing_peer_ends_in_an_exception(group, num_calls):
     ranks = group.num_ranks
     assert (error.op, error.peer, error.expected, error.seen) == ("dispatch", 1, ranks, ranks - 1)
 
-    # Later launches end at once, nothing new is traced, and the devices live.
+    # Later launches end at once, no function can be traced, and the devices still work.
     start = time.monotonic()
     assert np.isnan(np.asarray(step(x, ids))).all()
     assert time.monotonic() - start < failing.timeout
@@ -191,7 +191,7 @@ def test_missing_peer_ends_in_an_exception(group, num_calls):
 
 
 def test_ranks_at_different_calls_are_an_error(group):
-    """One rank dispatches where the other combines: an exception, and the devices live."""
+    """One rank dispatches, the other combines: an exception, and the devices still work."""
     if group.num_ranks < 2:
         pytest.skip("needs two GPUs")
     x = np.ones((group.num_ranks, 4, 8), np.float32)
@@ -220,7 +220,7 @@ def test_ranks_at_different_calls_are_an_error(group):
 
 
 def test_another_device_order_is_an_error(group):
-    """A program over the same devices in another order does not misroute."""
+    """A program over the same devices in another order raises, and does not misroute."""
     if group.num_ranks < 2:
         pytest.skip("needs two GPUs")
     x = np.ones((group.num_ranks, 4, 8), np.float32)
@@ -231,7 +231,7 @@ def test_another_device_order_is_an_error(group):
 
 
 def test_beside_gives_the_same(group):
-    """Value and gradient of a computation beside a dispatch and a combine."""
+    """A computation beside a dispatch and a combine keeps its value and gradient."""
     rng = np.random.default_rng(0)
     ranks, hidden = group.num_ranks, 256
     x = rng.standard_normal((ranks, 512, hidden), np.float32)
@@ -251,16 +251,16 @@ def test_beside_gives_the_same(group):
             values = jax.value_and_grad(partial(loss, overlaps=overlaps), (0, 1))(x, w, ids)
             return jax.tree.map(jnp.atleast_1d, values)
 
-        # By default the matmuls are TF32, or not, as XLA finds faster when it compiles.
+        # By default XLA chooses TF32 or not for matmuls, whichever is faster when it compiles.
         with jax.default_matmul_precision("highest"):
             return on_ranks(both, group.mesh)(x, w, ids)
 
     for got, expected in zip(jax.tree.leaves(run(True)), jax.tree.leaves(run(False)), strict=True):
-        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)  # fused in other ways
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)  # fusions differ
 
 
 def _repeat(group):
-    """A program that XLA captures: the same calls again and again."""
+    """Makes a program that XLA captures: it repeats the same calls."""
 
     def fn(x, ids):
         return jax.lax.scan(lambda x, _: (_echo(group, x, ids)[0], None), x, length=6)[0]
@@ -293,7 +293,7 @@ def test_compiled_functions_run_with_the_group_that_is_opened_again(in_flight):
 
 
 def test_a_program_of_a_group_in_other_memory_raises(monkeypatch):
-    """Captured programs refer to memory: where it is gone, they say so at each launch."""
+    """Captured programs refer to memory. If the memory is gone, every launch raises."""
     num_ranks = len(jax.devices("gpu"))
     x = np.ones((num_ranks, 64, 256), np.float32)
     ids = np.zeros((num_ranks, 64, 1), np.int32)
@@ -310,7 +310,7 @@ def test_a_program_of_a_group_in_other_memory_raises(monkeypatch):
 
 
 def test_the_end_of_a_group_waits_without_pythons_lock():
-    """Its devices may wait for a callback, which wants the lock."""
+    """The devices may wait for a callback, which needs the lock."""
     num_ranks = len(jax.devices("gpu"))
     seen = []
 
@@ -340,7 +340,7 @@ def _interrupt_soon():
 
 @pytest.mark.parametrize("wait", [np.asarray, lambda y: y.block_until_ready()])
 def test_an_interrupt_ends_a_wait_for_a_peer(group, wait):
-    """KeyboardInterrupt comes as usual; the group has failed, and the devices live."""
+    """KeyboardInterrupt comes as usual, the group has failed, and the devices still work."""
     if group.num_ranks < 2:
         pytest.skip("needs two GPUs")
     x = np.ones((group.num_ranks, 4, 8), np.float32)
@@ -367,7 +367,7 @@ def test_an_interrupt_ends_a_wait_for_a_peer(group, wait):
 
 
 def test_an_interrupt_while_nothing_waits_harms_nothing(group):
-    """Calls run while the signal comes, each for microseconds."""
+    """Calls of microseconds run while the signal comes."""
     x = np.ones((group.num_ranks, 4, 8), np.float32)
     ids = np.zeros((group.num_ranks, 4, 1), np.int32)
     step = on_ranks(lambda x, ids: _echo(group, x, ids)[0], group.mesh)

@@ -1,4 +1,4 @@
-"""all_reduce and its relatives on NVIDIA GPUs: JAX_PLATFORMS=cuda,cpu pytest -m gpu."""
+"""The all_reduce family on NVIDIA GPUs: JAX_PLATFORMS=cuda,cpu pytest -m gpu."""
 
 import time
 from functools import partial
@@ -24,13 +24,14 @@ def group():
         yield opened
 
 
-SIZES = (1, 50, 2049, 8192, 40_000, 1_100_000)  # the last: more than is stored at the peers
+SIZES = (1, 50, 2049, 8192, 40_000, 1_100_000)  # the last is read in place
 
 
 def _calls(group):
-    """(size, call): each algorithm on parts of the same vector.
+    """Returns (size, call) for each algorithm on parts of one vector.
 
-    Concatenated, not set in place: XLA of JAX 0.11.2 was seen to crash compiling that in a scan.
+    The parts are concatenated, not set in place: XLA of JAX 0.11.2 crashed when it compiled that in
+    a scan.
     """
     call = partial(jax_ep.all_reduce, group=group, allow_psum=False)
     return [
@@ -42,8 +43,8 @@ def _calls(group):
 
 
 @pytest.mark.timeout(280)
-def test_many_calls_of_random_size_and_algorithm(group):
-    """100,000 in a loop; each result is the next call's operand, whose memory XLA uses again."""
+def test_many_calls_of_random_size_and_algorithm_give_right_sums(group):
+    """A loop makes 100,000 calls. XLA reuses memory: each result is the next call's operand."""
     num_ranks, steps = group.num_ranks, 1000
     calls = _calls(group)
     order = np.random.default_rng(0).integers(0, len(calls), 100)
@@ -70,7 +71,7 @@ def test_many_calls_of_random_size_and_algorithm(group):
     assert np.asarray(num_wrong).tolist() == [0] * num_ranks
 
 
-LARGE = (9 << 20) // 4 + 5  # elements of 4 bytes: more than any algorithm stores at the peers
+LARGE = (9 << 20) // 4 + 5  # elements of 4 bytes, too many to be pushed by any algorithm
 
 
 def _scatter_and_gather(x, **options):
@@ -98,8 +99,8 @@ OVERWRITTEN: dict[str, Any] = {
 
 @pytest.mark.timeout(280)
 @pytest.mark.parametrize("how", OVERWRITTEN)
-def test_operands_that_peers_read_in_place_are_overwritten_behind_the_call(group, how):
-    """Each call's operand lies where the last one's did, which a slower peer may still read."""
+def test_operands_are_not_overwritten_while_peers_read_them(group, how):
+    """Each operand takes the memory of the last one, which a slower peer may still read."""
     num_ranks = group.num_ranks
 
     def run(x):
@@ -120,8 +121,8 @@ def test_operands_that_peers_read_in_place_are_overwritten_behind_the_call(group
     assert np.asarray(num_wrong).tolist() == [0] * num_ranks
 
 
-def test_calls_in_a_row_share_memory(group):
-    """All calls of a captured program, three times over; its input is donated."""
+def test_calls_in_a_row_share_memory_without_harm(group):
+    """A captured program makes all calls three times; its input is donated."""
     calls = _calls(group) * 3
 
     def run(x):
@@ -142,7 +143,7 @@ def test_calls_in_a_row_share_memory(group):
 
 
 def test_algorithms_give_the_same_bits(group):
-    """Around the limits of low_latency and of what is pushed, one element more and less."""
+    """Sizes are one element around the limits of low_latency and of pushed arrays."""
     payloads = (limits.packet_payload, limits.push_payload, limits.two_shot_payload)
     limits_here = [payload(group.num_ranks) for payload in payloads]
     for limit in limits_here:
@@ -161,8 +162,8 @@ def test_algorithms_give_the_same_bits(group):
 
 
 @pytest.mark.parametrize("op", tables.OPS)
-def test_auto_around_the_thresholds_of_the_table(group, op):
-    """One element, or row, more and less: "auto" has the bits of another algorithm."""
+def test_auto_keeps_the_bits_around_the_thresholds_of_the_table(group, op):
+    """One element or row around a threshold, "auto" has the bits of another algorithm."""
     is_norm = op == "all_reduce_residual_rmsnorm"
     unit = 8192 if is_norm else 1
     call = partial(getattr(jax_ep, op), group=group, allow_psum=False)
@@ -182,7 +183,7 @@ def test_auto_around_the_thresholds_of_the_table(group, op):
                 for algorithm in ("auto", "one_shot")
             ]
             group.check(results)
-            if is_norm:  # blocks of other sizes add up its squares
+            if is_norm:  # blocks of other sizes add up squares in another order
                 (normed, got), (of_another, expected) = results
                 assert_close(normed, of_another, tolerance=1e-2)
             else:
@@ -191,9 +192,9 @@ def test_auto_around_the_thresholds_of_the_table(group, op):
 
 
 @pytest.mark.parametrize("dtype", ["int32", "float32", "bfloat16"])
-def test_payloads_that_look_like_flags(dtype):
-    """Every word that the calls' own epochs could be."""
-    first, count = 5000, 256  # of epochs that no call of the group has had
+def test_payloads_that_look_like_flags_are_summed_right(dtype):
+    """The payload holds every word that an epoch of these calls could be."""
+    first, count = 5000, 256  # epochs that no call of the group has had
     with jax_ep.Group.open(make_mesh(len(jax.devices())), "ep", name="flags") as group:
         words = np.arange(first - 8, first + count, dtype=np.uint32).view(jnp.dtype(dtype))
         x = np.stack([np.roll(words, 16 * r) for r in range(group.num_ranks)])
@@ -216,8 +217,8 @@ def test_too_large_for_packets_is_an_error(group):
         on_ranks(call, group.mesh, check_vma=False)(np.ones((group.num_ranks, size), np.float32))
 
 
-def test_epochs_wrap_around():
-    """Of all operations of a group."""
+def test_epochs_wrap_around_without_harm():
+    """The epochs of all operations of a group wrap around."""
     with jax_ep.Group.open(make_mesh(len(jax.devices())), "ep", name="wraps") as group:
         num_ranks = group.num_ranks
 
@@ -241,7 +242,7 @@ def test_epochs_wrap_around():
             assert_same_bits(step(x, ids.astype(np.int32)), expected)
 
 
-# The small are stored at the peers, the large read where they lie.
+# Small arrays are pushed to the peers, large arrays are read in place.
 WAYS = [
     ("low_latency", 5000),
     ("one_shot", 5000),
@@ -253,7 +254,7 @@ WAYS = [
 
 @pytest.mark.parametrize(("algorithm", "size"), WAYS)
 def test_ranks_at_different_calls_are_an_error(algorithm, size):
-    """Calls of one size: nothing but their names tells them apart."""
+    """The calls have one size, so only their names tell them apart."""
     num_ranks = len(jax.devices())
     if num_ranks < 2:
         pytest.skip("needs two GPUs")
@@ -278,7 +279,7 @@ def test_ranks_at_different_calls_are_an_error(algorithm, size):
 
 
 @pytest.mark.parametrize(("algorithm", "size"), WAYS)
-def test_missing_peer_ends_in_an_exception(algorithm, size):
+def test_a_missing_peer_ends_in_an_exception(algorithm, size):
     num_ranks = len(jax.devices())
     if num_ranks < 2:
         pytest.skip("needs two GPUs")
@@ -312,7 +313,7 @@ HALVES = [
 
 @pytest.mark.parametrize(("op", "size"), HALVES)
 def test_failures_name_the_operation(op, size):
-    """Not the kernel, which serves several."""
+    """The exception names the operation, not the kernel, which serves several operations."""
     num_ranks = len(jax.devices())
     if num_ranks < 2:
         pytest.skip("needs two GPUs")

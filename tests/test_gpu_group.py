@@ -1,4 +1,4 @@
-"""Groups on NVIDIA GPUs that open while JAX traces, and executables that are loaded before them."""
+"""Groups on NVIDIA GPUs that open while JAX traces, and executables loaded before their group."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ def _args(mesh):
 
 
 @pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])
-def test_opens_and_opens_again_in_a_shard_map_body(jit):
+def test_a_group_opens_and_opens_again_in_a_shard_map_body(jit):
     """Opening puts arrays on devices and waits for old calls; neither may be traced."""
     mesh = Mesh(np.array(jax.devices("gpu")), ("ep",))
     x, ids = _args(mesh)
@@ -65,7 +65,7 @@ with jax_ep.Group.open(mesh, "ep", name="wanted", backend="cuda"):
 """
 
 
-def test_an_export_says_which_group_it_wants(tmp_path):
+def test_an_export_names_the_group_that_it_wants(tmp_path):
     mesh = Mesh(np.array(jax.devices("gpu")), ("ep",))
     args = jax.device_put(_args(mesh), jax.NamedSharding(mesh, P("ep")))
     file = tmp_path / "export"
@@ -75,7 +75,8 @@ def test_an_export_says_which_group_it_wants(tmp_path):
         file.write_bytes(jax.export.export(step, disabled_checks=checks)(*args).serialize())
     done = subprocess.run(
         [sys.executable, "-c", LOADS, str(file)],
-        env={**os.environ, "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.1"},  # this process has most
+        # This process holds most of the memory.
+        env={**os.environ, "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.1"},
         capture_output=True,
         text=True,
         check=False,

@@ -1,4 +1,4 @@
-"""Roundings and signs of zero that XLA:GPU would drop: JAX_PLATFORMS=cuda,cpu pytest -m gpu."""
+"""Roundings and zero signs that XLA:GPU would drop: JAX_PLATFORMS=cuda,cpu pytest -m gpu."""
 
 from functools import partial
 
@@ -23,7 +23,7 @@ BACKENDS = ("cuda", "xla")
 
 @pytest.fixture(scope="module", params=["one_rank", "all_ranks"])
 def group(request):
-    """Over one rank XLA sees through its collectives."""
+    """Opens a group over one rank: there XLA sees through its collectives."""
     num_ranks = 1 if request.param == "one_rank" else len(jax.devices())
     with jax_ep.Group.open(make_mesh(num_ranks), "ep", name="numbers", timeout=60.0) as opened:
         yield opened
@@ -38,7 +38,7 @@ def _numbers(shape, seed=0):
 @pytest.mark.parametrize("scales", ["f32", "e8m0"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: jnp.dtype(d).name)
 def test_fp8_is_rounded_in_one_program(scales, fp8, dtype):
-    """To the bits that two programs give, subnormals and saturation included."""
+    """One program gives the bits of two programs, subnormals and saturation included."""
     x = _numbers((64, 4096))
     x[:, :4] = [448, -57344, 2.0**-9, -(2.0**-16)]
     x = jnp.asarray(x, dtype)
@@ -48,13 +48,13 @@ def test_fp8_is_rounded_in_one_program(scales, fp8, dtype):
     rows, stored = jax.jit(quantize)(x)
     assert_same_bits(got, np.asarray(jax.jit(dequantize)(rows, stored)))
     blocks = np.asarray(x, np.float32).reshape(64, 32, 128)
-    # Every number is one of fp8 times its scale.
+    # Every number is an fp8 number times its scale.
     scale = np.asarray(stored)
     scale = scale if scales == "f32" else np.exp2(scale.astype(np.float32) - 127)
     on_grid = np.asarray(got).reshape(blocks.shape) / scale[..., None]
     np.testing.assert_allclose(on_grid, on_grid.astype(fp8).astype(np.float32), rtol=1e-6)
     assert not np.array_equal(on_grid * scale[..., None], blocks)
-    if scales == "e8m0":  # products with powers of two are exact, so the conversion alone is seen
+    if scales == "e8m0":  # exact products, so this tests the conversion alone
         largest = float(ml_dtypes.finfo(fp8).max)
         scaled = np.clip(blocks / scale[..., None], -largest, largest).reshape(x.shape)
         assert_same_bits(rows, np.asarray(jax.jit(lambda a: a.astype(fp8))(scaled)))
@@ -76,7 +76,7 @@ def test_a_block_that_is_not_finite_arrives_as_nan(scales, value):
 
 
 def test_dequantize_fp8_takes_every_e8m0_scale():
-    """Subnormal products included, which GPUs keep."""
+    """GPUs keep subnormal products, so they are compared, too."""
     byte = np.arange(256, dtype=np.uint8)[:, None]
     x = np.broadcast_to(np.array([448, -1.75, 2.0**-9, 0], np.float32), (256, 4))
     wide = x * np.exp2(byte.astype(np.float64) - 127)
@@ -93,7 +93,7 @@ def test_dequantize_fp8_takes_every_e8m0_scale():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scales", ["f32", "e8m0"])
 def test_rows_are_rounded_to_fp8_on_the_way(group, backend, scales):
-    """By dispatch_fp8, to what the parts give in programs of their own."""
+    """dispatch_fp8 gives the bits of its parts in separate programs."""
     num_ranks = group.num_ranks
     x = _numbers((num_ranks, 64, 1024))
     ids = np.zeros((num_ranks, 64, 1), np.int32) + np.arange(num_ranks)[:, None, None]
@@ -122,7 +122,7 @@ def test_sums_of_negative_zeros_are_positive(group, backend, check):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("layout", ["rank", "expert"])
 def test_rows_and_biases_are_rounded_before_they_are_added(group, backend, layout, dtype):
-    """Products are not contracted with the sums of combine, and no rounding is dropped."""
+    """XLA contracts no product with a sum of combine, and drops no rounding."""
     num_ranks = group.num_ranks
     rng = np.random.default_rng(3)
     ids = rng.integers(0, 4 * num_ranks, (num_ranks, 32, 4)).astype(np.int32)
@@ -143,7 +143,7 @@ def test_rows_and_biases_are_rounded_before_they_are_added(group, backend, layou
     fused = on_ranks(
         lambda a, b, ids: run(product(a, b), product(a[:32], b[32:64]), ids), group.mesh
     )
-    # By NumPy, which rounds each product.
+    # NumPy rounds each product.
     kind = jnp.dtype(dtype)
     rows = np.multiply(*factors).astype(kind)
     bias = (factors[0, :, :32] * factors[1, :, 32:64]).astype(kind)
@@ -156,15 +156,15 @@ def test_rows_and_biases_are_rounded_before_they_are_added(group, backend, layou
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("hidden", [64, 40_000])  # the latter: without a kernel
-def test_what_the_program_computes_is_rounded_before_a_norm(group, backend, hidden, dtype):
-    """Terms, residual and their sum; the program widens the new residual again."""
+@pytest.mark.parametrize("hidden", [64, 40_000])  # 40,000 elements have no kernel
+def test_operands_are_rounded_before_a_norm(group, backend, hidden, dtype):
+    """Terms, residual and their sum are rounded, though the program widens the new residual."""
     num_ranks = group.num_ranks
     rng = np.random.default_rng(6)
     factors = rng.standard_normal((2, num_ranks, 3, hidden), np.float32)
     onto = np.broadcast_to(rng.standard_normal((2, 1, 3, hidden), np.float32), factors.shape)
     scale = np.ones((num_ranks, hidden), np.float32)
-    # psum takes over on xla; of two terms its order makes no difference.
+    # Back end `xla` uses psum, whose order makes no difference with two terms.
     is_wide = hidden * jnp.dtype(dtype).itemsize > 65536
     options = {"group": group, "backend": backend, "allow_psum": is_wide and backend == "xla"}
     algorithm = "auto" if is_wide else "one_shot"

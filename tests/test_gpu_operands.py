@@ -1,4 +1,4 @@
-"""Where an operand's memory comes from, on NVIDIA GPUs: no origin may cost the context."""
+"""Operands of every origin of memory, on NVIDIA GPUs: none may destroy the CUDA context."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from jax_ep.testing import launch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 
-# Each operation on operands of one origin, compared with the same on arrays that XLA allocated.
+# Each operation runs on operands of one origin, and is compared with arrays that XLA allocated.
 TABLE = """
 from jax_ep.testing.ranks import on_ranks, place
 *origins, large = sys.argv[1:]
@@ -124,7 +124,7 @@ ALLOCATORS = {
 
 
 def _run(num_processes, *argv, environment=None):
-    """What became of each (origin, operation), alike in all processes."""
+    """Runs a program; returns the outcome of each (origin, operation), equal in all processes."""
     found = launch.count_gpus()
     if found < 2:
         pytest.skip("needs two GPUs")
@@ -148,8 +148,8 @@ def _run(num_processes, *argv, environment=None):
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
-def test_origins(num_processes):
-    """Small operands of every origin are carried."""
+def test_small_operands_of_every_origin_are_carried(num_processes):
+    """The custom calls carry small operands of every origin."""
     table, output = _run(num_processes, *ORIGINS, "small")
     assert len(table) == 3 * (len(ORIGINS) + 1)
     assert set(table.values()) == {"carried"}, output
@@ -165,6 +165,6 @@ def test_large_operands_are_carried_or_the_group_fails_with_the_reason(num_proce
 
 @pytest.mark.parametrize("num_processes", [1, 2])
 @pytest.mark.parametrize("allocator", ALLOCATORS)
-def test_allocators(num_processes, allocator):
+def test_operands_of_every_allocator_are_carried(num_processes, allocator):
     table, output = _run(num_processes, "constant", "small", environment=ALLOCATORS[allocator])
     assert set(table.values()) == {"carried"}, output

@@ -129,7 +129,7 @@ def num_gpus():
 
 @pytest.fixture(scope="module")
 def mps(tmp_path_factory):
-    """The environment of programs whose processes share GPUs at the same time."""
+    """Returns the environment of programs whose processes share GPUs at the same time."""
     daemon = shutil.which("nvidia-cuda-mps-control")
     if daemon is None:
         pytest.skip("needs CUDA MPS")
@@ -137,7 +137,7 @@ def mps(tmp_path_factory):
     own = {
         "CUDA_MPS_PIPE_DIRECTORY": place,
         "CUDA_MPS_LOG_DIRECTORY": place,
-        "CUDA_DEVICE_MAX_CONNECTIONS": "2",  # many clients have no room for more each
+        "CUDA_DEVICE_MAX_CONNECTIONS": "2",  # many clients leave no room for more
     }
     environment = {**os.environ, **own}
     subprocess.run([daemon, "-d"], env=environment, check=True, timeout=20)
@@ -166,30 +166,30 @@ def _passed(outputs):
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("every", [20, pytest.param(1, marks=pytest.mark.slow)])
-def test_conformance(num_gpus, every):
+def test_processes_pass_the_suite(num_gpus, every):
     assert _passed(_run(CONFORMANCE, num_gpus, str(every)))
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("room", ["0", "1", "64"])
-def test_conformance_of_staged_operands(num_gpus, room):
-    """Some calls have room, and the others take stock collectives; or all, or none."""
+def test_processes_pass_the_suite_with_staged_operands(num_gpus, room):
+    """Some, all or no calls have room for copies. Other calls take XLA's collectives."""
     environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "JAX_EP_STAGING_MB": room}
     assert _passed(_run(CONFORMANCE, num_gpus, "40", "stages", environment=environment))
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("room", ["0", "1", "64"])
-def test_sums_of_staged_operands(num_gpus, room):
+def test_sums_of_staged_operands_are_right(num_gpus, room):
     environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "JAX_EP_STAGING_MB": room}
     assert _passed(_run(CONFORMANCE, num_gpus, "1", "stages", "sums", environment=environment))
 
 
 @pytest.mark.timeout(300)
-def test_conformance_with_an_allocator_that_hides_memory(num_gpus):
+def test_processes_pass_the_suite_with_unmapped_memory(num_gpus):
     environment = {"XLA_PYTHON_CLIENT_ALLOCATOR": "cuda_async"}
     assert _passed(_run(CONFORMANCE, num_gpus, "60", "stages", environment=environment))
-    # In one process as well.
+    # One process must pass, too.
     alone = START.replace("launch.initialize()", "") + GPUS + CONFORMANCE
     outputs = launch.launch(
         ["-c", alone, "60", "stages"],
@@ -202,14 +202,14 @@ def test_conformance_with_an_allocator_that_hides_memory(num_gpus):
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("per_gpu", [2, 4])
-def test_conformance_of_more_ranks_than_gpus(num_gpus, mps, per_gpu):
+def test_more_ranks_than_gpus_pass_the_suite(num_gpus, mps, per_gpu):
     assert _passed(_run(CONFORMANCE, per_gpu * num_gpus, "20", "shares", environment=mps))
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("per_gpu", [2, 4])
-def test_sums_of_more_ranks_than_gpus(num_gpus, mps, per_gpu):
-    """All operations, algorithms and dtypes."""
+def test_sums_of_more_ranks_than_gpus_are_right(num_gpus, mps, per_gpu):
+    """The test runs all operations, algorithms and dtypes of the family."""
     outputs = _run(
         CONFORMANCE, per_gpu * num_gpus, "1", "shares", "sums", environment=mps, deadline=280.0
     )
@@ -218,11 +218,11 @@ def test_sums_of_more_ranks_than_gpus(num_gpus, mps, per_gpu):
 
 
 def test_slices_inside_a_host_take_the_custom_calls(num_gpus):
-    """Each process says that it is on a host of its own: slices are of one rank."""
+    """Each process claims to be on a host of its own, so each slice has one rank."""
     assert _passed(_run(HOSTS + TRAIN_OVER_HOSTS, num_gpus, "1", "cuda"))
 
 
-def test_slices_of_several_processes_inside_a_host(num_gpus, mps):
+def test_slices_of_several_processes_inside_a_host_meet(num_gpus, mps):
     outputs = _run(HOSTS + TRAIN_OVER_HOSTS, 2 * num_gpus, "2", "cuda", "shares", environment=mps)
     assert _passed(outputs)
 
@@ -233,16 +233,16 @@ def test_opening_again_and_again_leaves_nothing_behind(num_gpus):
     assert _passed(_run(REOPEN, num_gpus, "50", deadline=380.0))
 
 
-def test_constants_of_the_program_are_operands(num_gpus):
+def test_constants_of_the_program_are_carried_as_operands(num_gpus):
     assert _passed(_run(CONSTANTS, num_gpus))
 
 
-def test_many_calls(num_gpus):
+def test_many_calls_give_right_values(num_gpus):
     assert _passed(_run(MANY, num_gpus))
 
 
 @pytest.mark.timeout(300)
-def test_processes_with_several_gpus_each(num_gpus):
+def test_processes_with_several_gpus_each_meet(num_gpus):
     if num_gpus < 4:
         pytest.skip("needs four GPUs")
     assert _passed(_run(CONFORMANCE, 2, "40"))
@@ -254,17 +254,17 @@ def test_no_context_is_made_on_a_gpu_of_another_process(num_gpus):
 
 
 def test_compiled_functions_run_with_the_group_that_is_opened_again(num_gpus):
-    """In the same memory, which captured programs refer to."""
+    """The new group takes the same memory, to which captured programs refer."""
     assert _passed(_run(REOPENED, num_gpus))
 
 
-def test_what_a_process_is_told_behind_its_last_call(num_gpus):
+def test_a_loss_after_the_last_call_is_raised(num_gpus):
     for output in _run(TOLD, num_gpus):
         assert re.search(r"rank 1 waited for rank [^1] until the timeout", output)
 
 
 def test_a_killed_process_is_named(num_gpus):
-    """When the time is up: a GPU does not see a process end."""
+    """The timeout must pass: a GPU does not see a process end."""
     codes = [7] * num_gpus
     codes[1] = -signal.SIGKILL
     outputs = _run(MISSING, num_gpus, "SIGKILL", exit_codes=codes)
@@ -274,7 +274,7 @@ def test_a_killed_process_is_named(num_gpus):
 
 
 @pytest.mark.parametrize("how", ["asarray", "check"])
-def test_an_interrupted_process_ends_and_the_others_are_told(num_gpus, how):
+def test_an_interrupted_process_ends_and_the_others_raise(num_gpus, how):
     codes = [-signal.SIGINT] + [7] * (num_gpus - 1)
     outputs = _run(INTERRUPTED, num_gpus, how, "0", exit_codes=codes, deadline=60.0)
     assert "KeyboardInterrupt" in outputs[0]
@@ -289,7 +289,7 @@ def test_a_process_killed_within_a_program_is_named(num_gpus, step):
     outputs = _run(MIDDLE, num_gpus, *step, exit_codes=codes, deadline=60.0)
     killed = number_behind("killed", outputs[1])
     ways = [" until the timeout"]
-    if "psums" in step:  # nobody may wait in a call then: it is known by the process's end
+    if "psums" in step:  # no rank may wait in a call then, so only the process's end tells
         ways.append(", whose process has ended")
     for output in outputs[:1] + outputs[2:]:
         assert any(f"waited for rank 1{way}" in output for way in ways)

@@ -32,7 +32,7 @@ def _send(group, x, ids, layout="rank"):
 
 
 @pytest.mark.parametrize("layout", ["rank", "expert"])
-def test_a_batch_is_a_loop(layout):
+def test_a_batch_gives_the_bits_of_a_loop(layout):
     mesh = make_mesh(len(jax.devices()))
     with jax_ep.Group.open(mesh, "ep", timeout=60.0) as group:
 

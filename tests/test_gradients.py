@@ -1,4 +1,4 @@
-"""Gradients: types under check_vma, and refusals. Their values are in the conformance suite."""
+"""Gradients: types under check_vma, and refusals. The conformance suite checks values."""
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,8 @@ from jax_ep.testing.compare import assert_same_bits
 from jax_ep.testing.ranks import on_ranks
 
 
-def test_replicated_operands_under_check_vma(groups, backend):
-    """Operands that are equal on all ranks: cast to varying, and their gradient is the sum."""
+def test_replicated_operands_get_summed_gradients(groups, backend):
+    """Operands that are equal on all ranks are cast to varying, and their gradient is summed."""
     group = groups(4)
     x = np.random.default_rng(0).standard_normal((6, 8)).astype(np.float32)
     ids = np.arange(6, dtype=np.int32)[:, None] % 4
@@ -29,7 +29,7 @@ def test_replicated_operands_under_check_vma(groups, backend):
 
 
 def test_results_vary_over_the_group_and_the_operands_only(backend):
-    """Along an axis over which the operands are equal, the results are too, and JAX knows it."""
+    """Results are equal along an axis if the operands are, and JAX's types say so."""
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "ep"))
     with jax_ep.Group.open(mesh, "ep") as group:
 

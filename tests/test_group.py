@@ -1,4 +1,4 @@
-"""Group: identity, meshes, lifetime, and what it tells about itself."""
+"""Group: identity, meshes, lifetime and info."""
 
 import dataclasses
 import os
@@ -32,7 +32,7 @@ IDS = np.arange(8, dtype=np.int32).reshape(2, 4, 1) % 2
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 6, 8])
-def test_meshes_over_the_first_devices(num_ranks, backend):
+def test_groups_open_over_the_first_devices(num_ranks, backend):
     with jax_ep.Group.open(make_mesh(num_ranks), "ep", backend=backend) as group:
         info = group.info()
     assert (info.num_ranks, info.num_slices, info.backend) == (num_ranks, 1, backend)
@@ -40,8 +40,8 @@ def test_meshes_over_the_first_devices(num_ranks, backend):
 
 
 @pytest.mark.parametrize("axis", [("a", "b"), ("b", "a"), "a", "b"])
-def test_tuple_axes_and_other_axes_live(axis, backend, layout):
-    """Ranks run row-major over the axes in the order given; slices are independent."""
+def test_ranks_run_over_tuple_axes_and_slices_are_independent(axis, backend, layout):
+    """Ranks run row-major over the axes in the given order."""
     axes = (axis,) if isinstance(axis, str) else axis
     mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 2), ("a", "other", "b"))
     num_ranks = 2 ** len(axes)
@@ -99,13 +99,13 @@ def test_compiled_code_outlives_its_group():
     np.testing.assert_array_equal(step(X, IDS), X)
     with pytest.raises(jax_ep.GroupError, match=r"dispatch: group .* is closed"):
         on_ranks(make_echo(group), group.mesh)(X, IDS)
-    # The identity is free again, and the old executable does not get in the way.
+    # The identity is free again, in spite of the old executable.
     with jax_ep.Group.open(make_mesh(2), "ep") as second:
         np.testing.assert_array_equal(on_ranks(make_echo(second), second.mesh)(X, IDS), X)
         np.testing.assert_array_equal(step(X, IDS), X)
 
 
-def test_open_and_close_many_times():
+def test_a_group_opens_and_closes_many_times():
     for _ in range(30):
         with jax_ep.Group.open(make_mesh(3), "ep") as group:
             assert group.backend == "cpu"
@@ -122,9 +122,7 @@ def test_open_and_close_many_times():
         ("XLA_PYTHON_CLIENT_PREALLOCATE", "true", config.why_pool_grows, None),
     ],
 )
-def test_what_keeps_gpus_from_reading_in_place_is_named(
-    monkeypatch, variable, value, found, reason
-):
+def test_the_reason_for_staging_is_named(monkeypatch, variable, value, found, reason):
     allocators = ("XLA_PYTHON_CLIENT_ALLOCATOR", "TF_GPU_ALLOCATOR")
     for name in (*allocators, "XLA_PYTHON_CLIENT_PREALLOCATE"):
         monkeypatch.delenv(name, raising=False)
@@ -144,15 +142,15 @@ MODE = "--xla_gpu_command_buffer_scheduling_mode="
         (f"{MODE}CONCURRENT", True),
         (f'--xla_a=1 {MODE}"concurrent"\t--xla_b', True),
         (f"\n{MODE}'Concurrent'\n", True),
-        (f"{MODE}CONCURRENT {MODE}LHS", False),  # the last one counts
+        (f"{MODE}CONCURRENT {MODE}LHS", False),  # the last flag counts
         (f"{MODE}LHS --xla_b {MODE}CONCURRENT", True),
         (f"--xla_a='{MODE}CONCURRENT'", False),
         (f'--xla_a=" \\" {MODE}CONCURRENT"', False),
         (f"{MODE}CONCURRENTLY", False),
     ],
 )
-def test_what_keeps_kernels_apart_is_named(monkeypatch, tmp_path, flags, is_concurrent):
-    """In XLA_FLAGS, or in the file that it names."""
+def test_the_reason_against_kernels_is_named(monkeypatch, tmp_path, flags, is_concurrent):
+    """The flag may stand in XLA_FLAGS, or in the file that XLA_FLAGS names."""
     file = tmp_path / "flags"
     file.write_text(flags)
     for value in (flags, str(file)):
@@ -164,7 +162,7 @@ def test_what_keeps_kernels_apart_is_named(monkeypatch, tmp_path, flags, is_conc
 
 
 def test_flags_are_read_as_xla_reads_them(tmp_path):
-    """The number of devices is a flag that can be seen to act."""
+    """The number of devices shows how XLA reads its flag."""
     name = "--xla_force_host_platform_device_count"
     file = tmp_path / "flags"
     file.write_text(f"\n{name}=2 --xla_dump_to=' {name}=3'\t{name}=\"5\"\n")
@@ -215,8 +213,8 @@ def test_room_for_staged_operands_is_configurable(monkeypatch):
 
 @pytest.mark.parametrize("layout", ["rank", "expert"])
 @pytest.mark.parametrize("staging_bytes", [0, 5000, 1 << 20])
-def test_operands_without_room_take_stock_collectives(layout, staging_bytes):
-    """Where staged, all carry the same values, in whatever mixture of back ends."""
+def test_operands_without_room_take_xlas_collectives(layout, staging_bytes):
+    """If operands are staged, every mixture of back ends gives the same values."""
 
     def run(group):
         def loss(x, ids, weights):
@@ -248,15 +246,15 @@ def test_operands_without_room_take_stock_collectives(layout, staging_bytes):
     jax.tree.map(assert_same_bits, jax.tree.leaves(got), jax.tree.leaves(expected))
 
 
-def test_eager_shard_map(groups, backend):
+def test_operations_run_in_an_eager_shard_map(groups, backend):
     group = groups(2)
     np.testing.assert_array_equal(
         on_ranks(make_echo(group, backend), group.mesh, jit=False)(X, IDS), X
     )
 
 
-def test_handle_crosses_a_jit_border(groups, layout):
-    """Dispatch in one program, combine in another, with the handle as an ordinary argument."""
+def test_a_handle_crosses_a_jit_border(groups, layout):
+    """One program dispatches, another combines and takes the handle as an ordinary argument."""
     group = groups(4)
     case = Case(4, layout)
     data = make_data(case, "balanced")
@@ -265,14 +263,14 @@ def test_handle_crosses_a_jit_border(groups, layout):
     np.testing.assert_array_equal(back(data.rows, out.handle), y)
 
 
-def test_timeouts_may_be_numbers_of_numpy():
+def test_timeouts_accept_numbers_of_numpy():
     with jax_ep.Group.open(make_mesh(2), "ep", timeout=np.float32(2.5)) as group:
         assert type(group.timeout) is float
         assert group.timeout == 2.5
 
 
-def test_program_behind_a_call_gives_the_same_bits_every_time(groups):
-    """XLA flushes subnormals wherever it runs the rest of the program, or two runs would differ."""
+def test_a_program_behind_a_call_gives_equal_bits_every_time(groups):
+    """XLA must flush subnormals on every thread that runs the program, or runs would differ."""
     group = groups(8)
 
     def fn(x, ids):
@@ -289,7 +287,7 @@ def test_program_behind_a_call_gives_the_same_bits_every_time(groups):
 
 
 def test_loading_without_the_group_names_it(tmp_path):
-    """An executable that is compiled while its group is closed says which group it wants."""
+    """An executable that is compiled after its group has closed names the group in its error."""
     group = jax_ep.Group.open(make_mesh(2), "ep", name="gone")
     lowered = on_ranks(make_echo(group), group.mesh).lower(X, IDS)
     group.close()
@@ -324,7 +322,7 @@ def test_debug_mode_raises_bad_ids(backend):
         group.check()
 
 
-def test_debug_mode_from_the_environment(monkeypatch):
+def test_the_environment_turns_debug_mode_on(monkeypatch):
     monkeypatch.setenv("JAX_EP_DEBUG", "1")
     with jax_ep.Group.open(make_mesh(1), "ep") as group:
         assert group.info().debug
@@ -333,8 +331,8 @@ def test_debug_mode_from_the_environment(monkeypatch):
         jax_ep.Group.open(make_mesh(1), "ep")
 
 
-def test_interpreter_exits_cleanly():
-    """With an open group and calls in flight."""
+def test_the_interpreter_exits_cleanly():
+    """The program ends with an open group and calls in flight."""
     code = """
 import jax, numpy as np, jax_ep
 from jax_ep.testing.cases import (

@@ -1,4 +1,4 @@
-"""Group.open and check wherever programs call them: while JAX traces, under other meshes."""
+"""Group.open and check at every place of a program: while JAX traces, under other meshes."""
 
 import contextlib
 from collections.abc import Callable
@@ -24,7 +24,7 @@ OTHER = Mesh(np.array(jax.devices()[2:8]).reshape(2, 3), ("a", "b"))
 EXPLICIT = Mesh(MESH.devices, ("ep",), axis_types=(AxisType.Explicit,))
 MANUAL = Mesh(MESH.devices, ("ep",), axis_types=(AxisType.Manual,))
 
-# What calls a function, on how many arguments does not matter, and maybe several times.
+# Callers of a function with any number of arguments; a caller may call it several times.
 Caller = Callable[[Callable[[], None]], object]
 
 
@@ -99,28 +99,28 @@ def _open_once(mesh, backend, place) -> jax_ep.Group:
 
 @pytest.fixture(scope="module")
 def step():
-    """A compiled function; whatever group of its mesh and axis is open carries it."""
+    """Runs a compiled function with the open group of its mesh and axis."""
     with jax_ep.Group.open(MESH, "ep", backend="cpu") as group:
-        # Not left to jit, which traces again under other settings of JAX.
+        # jit would trace again under other settings of JAX, so the program is compiled here.
         return on_ranks(make_echo(group), MESH).lower(X, IDS).compile()
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_opens_wherever_it_is_called(place, step):
-    """Opens again, what is more: a function that was compiled before runs with the new group."""
+def test_a_group_opens_wherever_it_is_called(place, step):
+    """The group also opens again, and a function that was compiled before runs with it."""
     with _open_once(MESH, "cpu", place):
         assert_same_bits(step(X, IDS), X)
 
 
 @pytest.mark.parametrize("place", ["jit", "shard_map", "disable_jit"])
-def test_stock_collectives_open_wherever_they_are_called(place):
+def test_a_group_on_xla_opens_wherever_it_is_called(place):
     with _open_once(MESH, "xla", place) as group:
         assert_same_bits(on_ranks(make_echo(group), MESH)(X, IDS), X)
 
 
 @pytest.mark.parametrize("mesh", [EXPLICIT, MANUAL], ids=["explicit", "manual"])
 @pytest.mark.parametrize("place", ["set_mesh of another mesh", "shard_map"])
-def test_opens_over_axes_of_every_type(mesh, place, step):
+def test_a_group_opens_over_axes_of_every_type(mesh, place, step):
     with _open_once(mesh, "cpu", place) as group:
         assert group.mesh is mesh
         assert_same_bits(step(X, IDS), X)
@@ -129,7 +129,7 @@ def test_opens_over_axes_of_every_type(mesh, place, step):
 @pytest.mark.parametrize(
     ("context", "jit"), [("argument", False), ("set_mesh", True)], ids=["argument", "set_mesh"]
 )
-def test_operations_over_an_explicit_mesh(context, jit, backend):
+def test_operations_run_over_an_explicit_mesh(context, jit, backend):
     with jax_ep.Group.open(EXPLICIT, "ep", backend=backend) as group:
 
         def fn(x, ids):
@@ -147,8 +147,8 @@ def test_operations_over_an_explicit_mesh(context, jit, backend):
         np.testing.assert_allclose(y, np.broadcast_to(X.sum(0), X.shape), rtol=1e-6)
 
 
-def test_operations_without_jit(groups, layout, backend):
-    """The values and gradients of jax.disable_jit() are those of jit."""
+def test_operations_without_jit_give_the_same_values(groups, layout, backend):
+    """Values and gradients under jax.disable_jit() equal those under jit."""
     group = groups(NUM_RANKS)
 
     def fn(x, ids):
@@ -171,7 +171,7 @@ def test_operations_without_jit(groups, layout, backend):
 
 @pytest.mark.parametrize("place", ["jit", "shard_map of another mesh", "disable_jit"])
 def test_check_waits_wherever_it_is_called(groups, monkeypatch, place):
-    """For the arrays it is given, keys of random numbers as well, and not for tracers of them."""
+    """check waits for the arrays and random keys that it is given, and skips tracers."""
     group, waited = groups(2), []
     block = jax.block_until_ready
     monkeypatch.setattr(

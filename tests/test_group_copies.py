@@ -1,4 +1,4 @@
-"""Copies and pickles of groups, and of what holds them."""
+"""Copies and pickles of groups, and of objects that hold groups."""
 
 import copy
 import dataclasses
@@ -70,7 +70,7 @@ def test_a_closed_group_is_copied_and_its_pickle_finds_the_next_one():
 
 @pytest.mark.parametrize("way", COPIES)
 def test_copies_of_a_handle_lead_back(groups, layout, way):
-    """To the bit, with the arrays copied and the group found by its identity."""
+    """Copies have equal arrays, and find the group by its identity."""
     group, case = groups(4), Case(4, layout)
     data = make_data(case, "skewed")
     send = on_ranks(lambda x, ids, w: dispatch(case, group, "cpu", x, ids, w), group.mesh)
@@ -78,7 +78,7 @@ def test_copies_of_a_handle_lead_back(groups, layout, way):
     back = on_ranks(jax_ep.combine, group.mesh)
     expected = back(data.rows, out.handle)
     assert_same_bits(back(data.rows, COPIES[way](out.handle)), expected)
-    if way != "asdict":  # which makes a dict of the handle as well
+    if way != "asdict":  # asdict makes a dict of the handle, too
         assert_same_bits(back(data.rows, COPIES[way](out).handle), expected)
 
 

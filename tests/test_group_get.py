@@ -1,4 +1,4 @@
-"""Group.get: which mesh it means, when it opens, and what an open group must have."""
+"""Group.get: the mesh that it finds, when it opens a group, and the settings it demands."""
 
 import threading
 from typing import Any
@@ -31,7 +31,7 @@ def closes_what_it_opens():
         registry.open_groups[identity].close()
 
 
-def test_gets_one_group_until_it_is_closed():
+def test_get_returns_one_group_until_it_is_closed():
     group = jax_ep.Group.get(MESH, "ep")
     assert group is jax_ep.Group.get(MESH, "ep")
     assert group is jax_ep.Group.get(MESH)
@@ -46,7 +46,7 @@ def test_gets_one_group_until_it_is_closed():
     assert_same_bits(step(X, IDS), X)
 
 
-def test_finds_what_was_opened_and_leaves_other_names_alone():
+def test_get_finds_open_groups_and_leaves_other_names_alone():
     with (
         jax_ep.Group.open(MESH, "ep", name="other"),
         jax_ep.Group.open(MESH, "ep", timeout=7.0) as group,
@@ -59,7 +59,7 @@ def test_finds_what_was_opened_and_leaves_other_names_alone():
             jax_ep.Group.open(MESH, "ep", name="third")
 
 
-def test_opens_with_the_settings_and_the_defaults():
+def test_get_opens_with_its_settings_and_the_defaults():
     wanted = {
         "timeout": 9.0, "backend": "xla", "num_sms": 24, "ranks_per_node": 1, "debug": True,
     }  # fmt: skip
@@ -92,11 +92,11 @@ def test_other_settings_are_refused_by_name(name, value, has):
             match=rf"Group.get: group {group.identity} is open .*: {name}={has}, wanted {value!r}",
         ):
             jax_ep.Group.get(MESH, "ep", **{name: value})
-        assert jax_ep.Group.get(MESH, "ep") is group  # unharmed
+        assert jax_ep.Group.get(MESH, "ep") is group  # the open group is unharmed
 
 
-def test_a_back_end_is_wanted_alone():
-    """Not beside another one, which "auto" takes for an operation that is faster so."""
+def test_a_named_back_end_must_carry_every_exchange():
+    """Under "auto" another back end may carry an exchange that is faster there."""
     with jax_ep.Group.open(MESH, "ep") as group:
         assert jax_ep.Group.get(MESH, "ep", backend="cpu") is group
         budget = tables.Budget(20, "xla")
@@ -111,7 +111,7 @@ def test_a_back_end_is_wanted_alone():
     ("arguments", "message"),
     [
         ({"mesh": None, "axis": "ep"}, r"Group.get: no mesh is set here: pass mesh=, or"),
-        ({"mesh": WIDE}, r"Group.get: the mesh has the axes \('data', 'ep'\): axis= must say"),
+        ({"mesh": WIDE}, r"Group.get: the mesh has the axes \('data', 'ep'\): axis= must name one"),
         ({"mesh": WIDE, "axis": "tp"}, r"Group.get: axis must name distinct axes of the mesh"),
         ({"mesh": "ep"}, r"Group.get: mesh must be a jax.sharding.Mesh, .* got str"),
         ({"mesh": MESH, "timeout": -1}, r"Group.get: timeout must be positive seconds"),
@@ -127,7 +127,7 @@ def test_a_back_end_is_wanted_alone():
         ),
     ],
 )
-def test_what_cannot_be_meant_is_refused(arguments, message):
+def test_bad_or_unclear_arguments_are_refused(arguments, message):
     is_setting = {"timeout", "backend", "debug"} & set(arguments)
     error = jax_ep.ConfigError if is_setting else jax_ep.GroupError
     with pytest.raises(error, match=message):
@@ -135,12 +135,12 @@ def test_what_cannot_be_meant_is_refused(arguments, message):
 
 
 def _layer(x, ids):
-    """Learns its group where it is called."""
+    """Gets its group when it is called."""
     return make_echo(jax_ep.Group.get(axis="ep"))(x, ids)
 
 
 def _run(mesh=None, *, jit=True):
-    """`mesh`: None is that of jax.set_mesh."""
+    """Runs the layer. `mesh`: None means the mesh of jax.set_mesh."""
     spec = P(("data", "ep"))
     fn = jax.shard_map(
         lambda x, ids: _layer(x[0], ids[0])[None], mesh=mesh, in_specs=spec, out_specs=spec
@@ -164,7 +164,7 @@ def test_a_layer_finds_the_mesh_of_an_eager_shard_map():
 
 
 def test_a_layer_finds_the_open_group_of_the_mesh_under_jit():
-    """There JAX knows the mesh without its devices."""
+    """Under jit, JAX knows the mesh without its devices."""
     with pytest.raises(jax_ep.GroupError, match="is open: pass mesh=, or call it under jax"):
         _run(WIDE)
     with jax_ep.Group.open(WIDE, "data"), jax_ep.Group.open(WIDE, "ep", name="named"):
@@ -197,7 +197,7 @@ def test_a_shard_map_inside_another_mesh_has_its_own():
         _run(WIDE)
 
 
-def test_a_failed_group_is_told_and_not_opened_again():
+def test_a_failed_group_raises_and_is_not_opened_again():
     group = jax_ep.Group.open(MESH, "ep", timeout=0.5)
     group._native_group.handle.skip_rank(1)
     jax.block_until_ready(on_ranks(make_echo(group), MESH)(X, IDS))

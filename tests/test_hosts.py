@@ -1,4 +1,4 @@
-"""Groups over several hosts: the custom calls where each slice lies inside one, stock ones else."""
+"""Groups over several hosts: custom calls if each slice lies in one host, else back end `xla`."""
 
 import re
 import signal
@@ -22,11 +22,11 @@ from jax_ep.testing.ranks import make_mesh
         ([0, 0, 1, 1], [0, 1, 0, 1], [[0, 1]]),
         ([0, 1, 2, 3], [0, 0, 1, 1], [[0, 1], [2, 3]]),
         ([3, 1, 2, 0], [0, 1, 0, 1], [[0, 1], [2, 3]]),
-        ([0, 1, 1, 2, 3, 3], [0, 0, 1, 1, 2, 2], [[0, 1, 2], [3]]),  # by process 1
+        ([0, 1, 1, 2, 3, 3], [0, 0, 1, 1, 2, 2], [[0, 1, 2], [3]]),  # process 1 joins two slices
         ([0, 2, 1, 3, 2, 3], [0, 0, 1, 1, 2, 2], [[0, 1, 2, 3]]),  # the last slice joins two sets
     ],
 )
-def test_neighbourhoods(owners, slices, expected):
+def test_neighbourhoods_join_processes_that_share_slices(owners, slices, expected):
     assert neighbourhoods(owners, slices) == expected
 
 
@@ -49,7 +49,7 @@ sys.stdout.flush()
 os._exit(7)  # jax.distributed would wait for the killed one
 """
 
-# Without a `with` block, and with a psum between processes that share no slice.
+# A program without a `with` block, and with a psum between processes that share no slice.
 KILLED = """
 from jax.sharding import Mesh
 from jax_ep.testing.ranks import on_ranks, place
@@ -115,7 +115,7 @@ def test_a_lost_process_fails_its_neighbours():
 
 
 def test_a_lost_process_is_known_on_its_host():
-    """Also where it shares no slice: a collective of XLA's waits for it."""
+    """Processes that share no slice with it know, too: XLA's collectives wait for it."""
     survivor, killed = run_on_cpus(KILLED, exit_codes=[7, -signal.SIGKILL])
     assert "whose process has ended" in survivor
     raised, at = (number_behind("(?:raised|killed)", o) for o in (survivor, killed))
@@ -124,7 +124,7 @@ def test_a_lost_process_is_known_on_its_host():
 
 @pytest.mark.parametrize("per_host", [1, 2])
 def test_the_first_process_waits_for_the_others_when_it_fails(per_host):
-    """Its end would abort them: they share no slice with it, and may be of another host."""
+    """Its end would abort the others. They share no slice with it, and may be on another host."""
     program = HOSTS.replace("num_hosts, -1", "2, -1") + FAILS
     first, _ = run_on_cpus(program, str(per_host), exit_codes=[1, 7])
     assert "ValueError: not today" in first
@@ -142,7 +142,7 @@ def test_slices_that_span_hosts_take_xla():
     assert "stock collectives" not in second
 
 
-def test_a_fallback_of_auto_is_warned_of_once(monkeypatch):
+def test_auto_warns_of_a_fallback_once(monkeypatch):
     monkeypatch.setattr(
         usability,
         "_cpu",
@@ -167,6 +167,6 @@ def test_a_warning_that_is_an_error_leaves_no_group(monkeypatch):
             jax_ep.Group.open(make_mesh(2), "ep", name="warns")
 
 
-def test_a_wanted_back_end_is_not_warned_of():
+def test_a_named_back_end_warns_of_nothing():
     with jax_ep.Group.open(make_mesh(2), "ep", name="wanted", backend="xla"):
         assert jax.default_backend() == "cpu"

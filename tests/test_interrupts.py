@@ -1,4 +1,4 @@
-"""Ctrl-C: a wait for a peer that does not come ends at once, and nothing else is harmed."""
+"""Ctrl-C ends a wait for a missing peer at once, and harms nothing else."""
 
 import os
 import signal
@@ -17,8 +17,8 @@ from jax_ep.testing.ranks import make_mesh, on_ranks
 
 X, IDS = np.ones((3, 4, 8), np.float32), np.zeros((3, 4, 1), np.int32)
 TIMEOUT = 60.0
-PROMPT = TIMEOUT / 4  # a wait that nobody ends takes the timeout
-GRACE = 0.3  # Interrupts::kGrace
+PROMPT = TIMEOUT / 4  # a wait without an interrupt takes the timeout
+GRACE = 0.3  # equals Interrupts::kGrace
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def group():
 
 @pytest.fixture
 def step(group):
-    """Compiled, and run once."""
+    """Returns a compiled step that has run once."""
     run = on_ranks(make_echo(group), group.mesh)
     group.check(run(X, IDS))
     return run
@@ -72,7 +72,7 @@ def test_an_interrupt_ends_a_wait(group, step, wait):
 
 
 def test_a_second_interrupt_ends_the_next_wait(group, step):
-    """Of another group, in the same program."""
+    """The second wait is of another group in the same program."""
     other = jax_ep.Group.open(make_mesh(3), "ep", name="other", timeout=TIMEOUT)
     second = on_ranks(make_echo(other), other.mesh)
     other.check(second(X, IDS))
@@ -88,7 +88,7 @@ def test_a_second_interrupt_ends_the_next_wait(group, step):
 
 
 def test_an_interrupt_while_nothing_waits_harms_nothing(group, step):
-    """As in a notebook, whose user goes on."""
+    """The user of a notebook goes on after an interrupt."""
 
     def run_for_long():
         for _ in range(10_000):
@@ -105,7 +105,7 @@ def test_an_interrupt_while_nothing_waits_harms_nothing(group, step):
 
 
 def test_a_handler_that_was_set_meanwhile_is_found_by_check(group, step):
-    """As ipykernel sets it for each cell."""
+    """ipykernel sets a handler for each cell."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     group.check()
     group._native_group.handle.skip_rank(1)
@@ -118,7 +118,7 @@ def test_a_handler_that_was_set_meanwhile_is_found_by_check(group, step):
 
 
 def test_a_handler_of_the_program_is_left_alone():
-    """It may want to save something when the step is done."""
+    """The handler may want to save something when the step is done."""
     seen = []
     before = signal.signal(signal.SIGINT, lambda number, frame: seen.append(number))
     try:
@@ -136,7 +136,7 @@ def test_a_handler_of_the_program_is_left_alone():
         signal.signal(signal.SIGINT, before)
 
 
-# --- Whole programs.
+# --- Whole programs
 
 PROGRAM = """
 import os, signal, sys, threading, time
@@ -187,8 +187,8 @@ except KeyboardInterrupt:
     del y, step
 raise KeyboardInterrupt
 """,
-    # The exit of the interpreter would wait for a call that did not yet wait when the signal came.
-    # The nap is longer than an exit takes: Python aborts a process whose callback ends meanwhile.
+    # The interpreter's exit would wait for a call that did not wait yet when the signal came. The
+    # nap is longer than an exit takes: Python aborts a process whose callback ends during the exit.
     "later": """
 with open_group() as group:
     def late(x, ids):
@@ -219,7 +219,7 @@ def run_program(body, **settings):
 
 @pytest.mark.parametrize("end", ENDS)
 def test_an_interrupted_program_ends(end):
-    """Its group would wait for ten minutes."""
+    """The group of the program would wait for ten minutes."""
     done = run_program(ENDS[end])
     assert done.returncode == -signal.SIGINT, done.stderr
     assert "KeyboardInterrupt" in done.stderr
@@ -248,8 +248,8 @@ except jax_ep.PeerTimeoutError:
     assert (done.returncode, done.stdout) == (0, "waited\n"), done.stderr
 
 
-def test_the_interrupt_of_a_forked_child_is_its_own():
-    """The parent's call waits on, and ends well when its last rank comes."""
+def test_an_interrupt_of_a_forked_child_leaves_the_parent_alone():
+    """The parent's call still waits, and succeeds when its last rank comes."""
     body = """
 with open_group() as group:
     def late(x, ids):
@@ -276,7 +276,7 @@ print("passed")
 
 @pytest.mark.parametrize("how", ["asarray", "check"])
 @pytest.mark.parametrize("who", ["0", "1", "01"])
-def test_an_interrupted_process_ends_and_the_others_are_told(how, who):
+def test_an_interrupted_process_ends_and_the_others_raise(how, who):
     codes = [-signal.SIGINT if str(i) in who else 7 for i in range(2)]
     outputs = run_on_cpus(INTERRUPTED, how, who, exit_codes=codes, deadline=60.0)
     for i, output in enumerate(outputs):

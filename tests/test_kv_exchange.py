@@ -1,4 +1,4 @@
-"""What processes say while a group opens: threads in their place, and a store of the test's own."""
+"""Messages of processes that open a group. Threads play the processes, and a dict the store."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,13 +15,13 @@ from jax_ep._src.processes.rendezvous import meet_processes
 
 
 class Store:
-    """As JAX's key-value store."""
+    """Stands for JAX's key-value store."""
 
     def __init__(self):
         self.values = {}
 
     def key_value_dir_get(self, folder):
-        found = list(self.values.items())  # at once: other threads add to it
+        found = list(self.values.items())  # a copy, because other threads add to the dict
         return [(key, text) for key, text in found if key.startswith(f"{folder}/")]
 
     def key_value_set(self, key, text, *, allow_overwrite):
@@ -31,7 +31,7 @@ class Store:
 
 @pytest.fixture
 def converse(monkeypatch):
-    """converse(process, timeout): that process's part in a new opening by the owners."""
+    """converse(process, timeout): returns a process's part in a new opening by the owners."""
     store = Store()
     monkeypatch.setattr(kv_exchange.jax_compat, "distributed_client", lambda: store)
 
@@ -44,13 +44,13 @@ def converse(monkeypatch):
 
 
 def _at_once(*calls):
-    """What the calls return, or raise, side by side."""
+    """Runs the calls in threads; returns their results or exceptions."""
     with ThreadPoolExecutor(len(calls)) as pool:
         futures = [pool.submit(*call) for call in calls]
         return [future.exception() or future.result() for future in futures]
 
 
-def test_what_was_said_in_another_opening_is_not_heard(converse):
+def test_messages_of_another_opening_are_not_heard(converse):
     first = [converse(p) for p in range(3)]
     assert _at_once(*[(c.gather, "x", i) for i, c in enumerate(first)]) == [{0: 0, 1: 1, 2: 2}] * 3
     early = [converse(p, timeout=0.2) for p in range(2)]
@@ -63,14 +63,14 @@ def test_what_was_said_in_another_opening_is_not_heard(converse):
     assert len(converse.store.values) == 3
 
 
-def test_what_each_writes_does_not_grow_with_their_number(converse):
+def test_the_text_of_a_process_does_not_grow_with_their_number(converse):
     parts = [converse(p, owners=range(100)) for p in range(100)]
     said = dict.fromkeys(range(100), 0)
     assert _at_once(*[(c.gather, "x", 0) for c in parts]) == [said] * 100
     assert max(map(len, converse.store.values.values())) < 300
 
 
-def test_what_others_have_said_is_heard_without_waiting_for_all(converse):
+def test_messages_are_heard_without_waiting_for_all(converse):
     parts = [converse(p) for p in range(3)]
     _at_once(*[(c.gather, "x", p) for p, c in enumerate(parts)])
     assert parts[0].heard("y") == {}
@@ -95,7 +95,7 @@ def test_the_end_of_an_opening_is_heard_from_within_the_next(converse):
         with pytest.raises(GroupError, match=r"^Group\.open: process 1 failed: no room$") as caught:
             c.gather("y", 0)
         assert c.end(caught.value) is caught.value
-    # A success as well.
+    # The end of a successful opening is heard, too.
     second = [converse(p) for p in range(3)]
     _at_once(*[(c.gather, "x", 0) for c in second])
     slow, *fast = [(c.gather, "y", p) for p, c in enumerate(second)]
@@ -109,7 +109,7 @@ def test_the_end_of_an_opening_is_heard_from_within_the_next(converse):
     assert slow[0](*slow[1:]) == {0: 0, 1: 1, 2: 2}
 
 
-def test_a_failure_before_the_first_word_is_told(converse):
+def test_a_failure_before_the_first_message_is_heard(converse):
     parts = [converse(p) for p in range(3)]
     error = MemoryError("Group.open: no room")
     calls = [(parts[0].gather, "x", 0), (parts[1].end, error), (parts[2].gather, "x", 2)]
@@ -117,16 +117,16 @@ def test_a_failure_before_the_first_word_is_told(converse):
     assert own is error
     assert str(first) == str(last) == "Group.open: process 1 failed: no room"
     interrupt = KeyboardInterrupt()
-    assert converse(1).end(interrupt) is interrupt  # and waits for nobody
+    assert converse(1).end(interrupt) is interrupt  # end() waits for nobody
 
 
-def test_a_failure_is_told_though_the_next_opening_has_begun(converse):
-    """Those who have looked before, and look again only now, do not take part in that one."""
+def test_a_failure_is_heard_although_the_next_opening_has_begun(converse):
+    """Processes that look again only now still take part in the opening that has failed."""
     for _ in range(5):
         parts = [converse(p) for p in range(3)]
 
         def fails_and_begins_again(part, again):
-            time.sleep(0.15)  # by now the others look seldom
+            time.sleep(0.15)  # by then the others look less often
             part.end(MemoryError("no room"))
             again.gather("x", 1)
 
@@ -137,7 +137,7 @@ def test_a_failure_is_told_though_the_next_opening_has_begun(converse):
         assert "did not open the same group" in str(late)
 
 
-def test_a_process_that_falls_silent_is_a_peer_that_did_not_come(converse):
+def test_a_process_that_falls_silent_is_named_as_missing(converse):
     parts = [converse(p, timeout=0.5 if p == 0 else 20.0) for p in range(3)]
     _at_once(*[(c.gather, "x", 0) for c in parts])
 
@@ -152,7 +152,7 @@ def test_a_process_that_falls_silent_is_a_peer_that_did_not_come(converse):
         assert (error.expected, error.seen, error.is_lost) == (6, 4, False)
 
 
-def test_a_peer_that_failed_is_behind_its_not_coming(converse):
+def test_the_failure_of_a_missing_peer_is_raised(converse):
     parts = [converse(p) for p in range(3)]
     _at_once(*[(c.gather, "x", 0) for c in parts])
     parts[2].end(MemoryError("no room"))
@@ -162,9 +162,9 @@ def test_a_peer_that_failed_is_behind_its_not_coming(converse):
 
 
 @pytest.mark.parametrize("default", [100, 50])
-def test_a_timeout_beyond_the_heartbeat_of_jax_is_warned_of(converse, monkeypatch, default):
-    """The default of this JAX; what it was told is kept by nobody who could be asked."""
-    assert jax_compat.default_heartbeat_timeout() == 100.0  # of all versions so far
+def test_a_timeout_beyond_the_heartbeat_of_jax_warns(converse, monkeypatch, default):
+    """The warning names JAX's default: nobody can ask JAX for the timeout that it was given."""
+    assert jax_compat.default_heartbeat_timeout() == 100.0  # the default of all versions so far
 
     def initialize(self, address=None, heartbeat_timeout_seconds=default):
         pass

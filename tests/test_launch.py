@@ -1,4 +1,4 @@
-"""launch: programs of several processes, those that fail, and those that hang."""
+"""launch: programs of several processes that succeed, fail or hang."""
 
 import os
 import signal
@@ -36,7 +36,7 @@ print("process", jax.process_index(), "is done")
 
 
 def test_processes_find_each_other():
-    """And each compares its own shards: only the last process sees the wrong last row."""
+    """Each process compares its own shards, so only the last process sees the wrong last row."""
     first, second = launch.launch(
         ["-c", PSUM], num_processes=2, num_devices=2, deadline=120, environment=CPU
     )
@@ -66,7 +66,7 @@ def test_nothing_outlives_a_terminated_launcher(tmp_path):
             os.kill(pid, 0)
 
 
-def test_one_that_fails_ends_all():
+def test_a_process_that_fails_ends_all():
     code = """
 import os, time
 if os.environ["JAX_EP_PROCESS_ID"] == "1":
@@ -86,7 +86,7 @@ time.sleep(1000)
 
 
 def _ends(pid):
-    """Whether a process is gone, or a zombie that nobody collects, within seconds."""
+    """Returns whether a process ends within seconds; a zombie that nobody collects has ended."""
     for _ in range(100):
         try:
             state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -111,8 +111,8 @@ print("has ended")
 """
 
 
-def test_one_that_hangs_shows_where():
-    """All of its threads' tracebacks, and its children are gone with it."""
+def test_a_process_that_hangs_shows_where():
+    """The output has tracebacks of all of its threads, and its children end with it."""
     with pytest.raises(LaunchError) as caught:
         launch.launch(["-c", HANG], num_processes=2, deadline=2)
     message = str(caught.value)
@@ -134,12 +134,12 @@ print(child.pid)
     assert _ends(int(output))
 
 
-def test_initialize_outside_of_a_launch():
+def test_initialize_outside_of_a_launch_is_refused():
     with pytest.raises(ConfigError, match=r"JAX_EP_COORDINATOR, .* must be set"):
         launch.initialize()
 
 
-def test_counts_the_gpus_that_are_visible(monkeypatch, tmp_path):
+def test_launch_counts_the_visible_gpus(monkeypatch, tmp_path):
     tool = tmp_path / "nvidia-smi"
     tool.write_text('#!/bin/sh\nfor i in 0 1 2 3; do echo "GPU $i: X (UUID: GPU-$i)"; done\n')
     tool.chmod(0o755)

@@ -54,14 +54,14 @@ def test_private_names_of_jax_stay_in_one_file(module):
             assert module == "_src.base.jax_compat", f"{module} imports {name}"
 
 
-def test_the_public_names_are_those_of_all():
+def test_public_names_are_those_in_all():
     visible = {name for name in dir(jax_ep) if not name.startswith("_")}
     assert visible - {"bench", "reference", "testing"} == set(jax_ep.__all__)
     for name in jax_ep.__all__:
         assert getattr(jax_ep, name).__module__ == "jax_ep"
 
 
-# Public functions that are no operations on arrays.
+# Public functions that are not operations on arrays.
 HELPERS = {
     "overlap": "computes what its caller's function does",
     "export_safety_checks": "a list for jax.export",
@@ -92,9 +92,9 @@ STEMLESS = {
     "quantize_fp8": "plain JAX",
     "reduce_scatter": "the kernels of all_reduce, which keep a part",
 }
-NOT_PUBLIC = {"pull_rows"}  # for gradients and handles
+NOT_PUBLIC = {"pull_rows"}  # gradients and handles use it
 NO_GRADIENT = {"get_dispatch_layout"}
-TESTED_ELSEWHERE = {"all_reduce_residual_rmsnorm"}  # beside the sum, in test_all_reduce.py
+TESTED_ELSEWHERE = {"all_reduce_residual_rmsnorm"}  # with the sum, in test_all_reduce.py
 STEMS = sorted(set(OPERATIONS) - set(STEMLESS) | NOT_PUBLIC)
 TESTS = Path(__file__).parent
 NATIVE_OPS = TESTS.parent / "xla_ffi" / "ops"
@@ -102,7 +102,7 @@ OPS = PACKAGE / "_src" / "ops"
 
 
 @pytest.mark.parametrize("stem", STEMS)
-def test_one_op_one_stem(stem):
+def test_an_operation_has_one_stem_everywhere(stem):
     """The Python folder, the native folder and the test of each operation share its name."""
     files = {"call", "stock"}
     if stem not in NOT_PUBLIC:
@@ -126,7 +126,7 @@ def test_every_folder_is_an_operation():
 
 
 NATIVE = Path(__file__).parent.parent / "xla_ffi"
-# What a folder's files may include, besides the standard library.
+# Headers and folders that each folder's files may include, besides the standard library.
 MAY_INCLUDE = {
     "core": {"core"},
     "runtime": {

@@ -23,12 +23,12 @@ def test_enums_have_the_same_members(backend):
     assert sorted(found) == ["Algorithm", "Fill", "Layout", "Movement"]
     for name, members in found.items():
         kind: type[options.Option] = getattr(options, name)
-        # A custom call is never asked for the stock collective.
+        # No custom call gets the option for XLA's collective.
         assert members == {m.name: m.code for m in kind if m is not options.Algorithm.PSUM}
 
 
 @pytest.mark.parametrize("backend", MODULES)
-def test_rules_of_every_back_end_are_those_of_the_handlers(backend):
+def test_rules_equal_those_of_the_handlers(backend):
     found = _load(backend).limits()
     assert found["ROW_BYTES_MULTIPLE"] == config.ROW_BYTES_MULTIPLE
     assert found["MAX_BIASES"] == config.MAX_BIASES
@@ -51,7 +51,7 @@ def test_limits_are_read_by_name():
 
 
 def test_payloads_shrink_as_ranks_are_added():
-    """All ranks share the room of packets; that of pushes grows up to four ranks."""
+    """All ranks share the room for packets. The room for pushes grows up to four ranks."""
     for num_ranks in (1, 2, 3, 4, 8, 12, 31, 32):
         packets = limits.packet_payload(num_ranks)
         assert packets % limits.PACKET_GROUP_PAYLOAD == 0

@@ -1,4 +1,4 @@
-"""Executables that are loaded before their group is open, in a process that has opened none."""
+"""Executables that are loaded in a process that has opened no group."""
 
 import re
 import subprocess
@@ -73,7 +73,7 @@ def _run(program, *argv):
 
 
 @pytest.mark.parametrize("how", ["export", "serialized"])
-def test_an_executable_says_which_group_it_wants(tmp_path, how):
+def test_an_executable_names_the_group_that_it_wants(tmp_path, how):
     identity = _run(PROGRAM + WRITES, tmp_path / "file", how).strip()
     said = _run(PROGRAM + LOADS, tmp_path / "file", how)
     assert re.search(rf"jax_ep: group {identity} is not open", said)
@@ -87,7 +87,7 @@ def test_import_makes_no_backend():
 def test_a_module_that_cannot_be_registered_leaves_jax_alone():
     code = """
 import sys
-sys.modules["jax_ep._jax_ep_cpu"] = None  # what import of it meets
+sys.modules["jax_ep._jax_ep_cpu"] = None  # importing it raises ImportError
 import jax, jax_ep
 print(jax.numpy.arange(3).sum())
 with jax_ep.Group.open(jax.make_mesh((1,), ("ep",)), "ep") as group:

@@ -1,4 +1,4 @@
-"""The native parts that know neither XLA nor Python, plain and with sanitizers."""
+"""Tests of the native parts without XLA and Python, plain and with sanitizers."""
 
 import os
 import shlex
@@ -18,7 +18,7 @@ CHECKS = [
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_native(check):
+def test_native_tests_pass(check):
     compiler = shlex.split(os.environ.get("CXX") or "g++")[0]
     if shutil.which(compiler) is None:
         pytest.skip(f"{compiler} is not installed")

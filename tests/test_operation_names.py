@@ -1,4 +1,4 @@
-"""Errors name the public operation, whichever exchange it runs."""
+"""Names in errors: the public operation, whatever exchange it runs."""
 
 import jax
 import jax.numpy as jnp
@@ -45,12 +45,12 @@ def combine_weights(x, handle, backend):
     return jax_ep.combine_weights(w, handle, backend=backend)
 
 
-# Layout of the handle, and what runs along it.
+# Layout of the handle, and the operation that runs along it.
 EXCHANGES = {
     "dispatch": ("rank", along),
     "dispatch, expert": ("expert", along),
     "combine": ("rank", combine),
-    "combine, expert": ("expert", combine_weighted),  # the weights go to the rows first
+    "combine, expert": ("expert", combine_weighted),  # the weights move to the rows first
     "combine_weights": ("rank", combine_weights),
     "combine_weights, expert": ("expert", combine_weights),
 }
@@ -67,7 +67,7 @@ CASES = (*EXCHANGES, *(f"{op}, routed" for op in ROUTINGS), *SUMS)
 
 
 def make_call(case, group, backend="cpu", mesh=None):
-    """x of all ranks to the result of one operation, and x; what it needs has been made."""
+    """Returns a step from x to the result of one operation, and x. Handles are made before."""
     mesh = mesh or group.mesh
     rng = np.random.default_rng(0)
     x = rng.standard_normal((NUM_RANKS, TOKENS, HIDDEN)).astype(np.float32)
@@ -91,7 +91,7 @@ def make_call(case, group, backend="cpu", mesh=None):
 
 
 def timeout_of(group, run):
-    """What a group says when rank 1 does not come."""
+    """Returns the error of a group when rank 1 does not come."""
     group._native_group.handle.skip_rank(1)
     with pytest.raises(jax_ep.PeerTimeoutError, match="waited for rank 1") as caught:
         group.check(run())
@@ -100,7 +100,7 @@ def timeout_of(group, run):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_timeouts(case):
+def test_timeouts_name_the_operation(case):
     group = jax_ep.Group.open(make_mesh(NUM_RANKS), "ep", timeout=0.3)
     call, x = make_call(case, group)
     jax.block_until_ready(call(x))
@@ -108,8 +108,8 @@ def test_timeouts(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_timeouts_of_gradients(case):
-    """The backward pass is told from the forward one, and an exchange from its transpose."""
+def test_timeouts_of_gradients_name_the_operation(case):
+    """Names distinguish the backward pass from the forward pass, whatever exchange it runs."""
     group = jax_ep.Group.open(make_mesh(NUM_RANKS), "ep", timeout=0.3)
     call, x = make_call(case, group)
     y, back = jax.vjp(call, x)
@@ -119,7 +119,7 @@ def test_timeouts_of_gradients(case):
     assert str(error).startswith(f"{error.op}: rank ")
 
 
-def test_timeouts_under_vmap():
+def test_timeouts_under_vmap_name_the_operation():
     """jax.jacrev is a batch of backward passes."""
     group = jax_ep.Group.open(make_mesh(NUM_RANKS), "ep", timeout=0.3)
     call, x = make_call("combine, expert", group)
@@ -130,7 +130,7 @@ def test_timeouts_under_vmap():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_another_mesh(groups, backend, case):
+def test_errors_about_another_mesh_name_the_operation(groups, backend, case):
     group = groups(NUM_RANKS)
     backwards = Mesh(group.mesh.devices[::-1], group.axes)
     call, x = make_call(case, group, backend, mesh=backwards)
@@ -140,7 +140,7 @@ def test_another_mesh(groups, backend, case):
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c not in SUMS])
-def test_second_derivatives(groups, backend, case):
+def test_errors_about_second_derivatives_name_the_operation(groups, backend, case):
     call, x = make_call(case, groups(NUM_RANKS), backend)
     op = case.partition(",")[0]
 

@@ -47,7 +47,7 @@ def test_value_and_gradient_are_those_of_the_function(group, check_vma):
         np.testing.assert_array_equal(got, expected)
 
 
-def test_several_results(group):
+def test_several_results_keep_their_structure(group):
     x = np.arange(R * 4.0, dtype=np.float32).reshape(R, 4)
     fn = jax_ep.overlap(lambda x: {"a": x + 1, "b": (x * 2,)})
     got = on_ranks(fn, group.mesh)(x)

@@ -1,4 +1,4 @@
-"""The plan under made-up routings: what must hold whatever the ids are."""
+"""Properties of the plan that must hold for all ids, under random routings."""
 
 import functools
 

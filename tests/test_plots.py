@@ -1,4 +1,4 @@
-"""Plots: which lines they have, and what their axes say."""
+"""Plots: their lines, and the words on their axes."""
 
 import pytest
 from matplotlib.figure import Figure
@@ -16,7 +16,7 @@ def _record(tokens, us, **facts):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The axes of the figures that were saved."""
+    """Returns the axes of the figures that were saved."""
     axes = []
     save = Figure.savefig
 
@@ -38,7 +38,7 @@ def test_the_fastest_of_each_side_is_drawn(tmp_path, drawn):
         _record(128, 50.0, sms=20),
         _record(512, 90.0, sms=8),
         _record(512, 95.0, sms=20),
-        _record(128, 40.0, backend="xla"),  # ours, but of no custom call
+        _record(128, 40.0, backend="xla"),  # jax_ep on back end `xla`
         _record(128, 70.0, contender="all_gather", backend="xla"),
         _record(512, 140.0, contender="all_gather", backend="xla"),
         _record(512, 900.0, contender="ragged_all_to_all", backend="xla"),
@@ -59,7 +59,7 @@ def test_the_fastest_of_each_side_is_drawn(tmp_path, drawn):
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_one_panel_for_each_operation(tmp_path, drawn):
+def test_each_operation_has_a_panel(tmp_path, drawn):
     sums = {"layout": None, "algorithm": "one_shot"}
     records = [_record(tokens, 4.0, op="all_reduce", **sums) for tokens in (64, 256)]
     records += [_record(64, 5.0, op="all_gather", **sums)]
@@ -68,7 +68,7 @@ def test_one_panel_for_each_operation(tmp_path, drawn):
     assert [label.get_text() for label in drawn[0].get_xticklabels()] == ["1 KiB", "4 KiB"]
 
 
-def test_names_of_places_are_apart(tmp_path, drawn):
+def test_crowded_names_on_an_axis_are_left_out(tmp_path, drawn):
     records = [_record(tokens, 4.0) for tokens in (128, 512, 2048, 8192, 16384)]
     plot_tokens(records, tmp_path / "plot.png")
     names = [label.get_text() for label in drawn[0].get_xticklabels()]

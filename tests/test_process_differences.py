@@ -1,11 +1,11 @@
-"""Processes that differ in what does not matter: their calls meet all the same."""
+"""Processes that differ in details that must not matter: their calls still meet."""
 
 import re
 
 import pytest
 from process_programs import run_on_cpus
 
-# What one process does otherwise, before its first call and between two.
+# Code that only one process runs, before its first call and between two calls.
 DIFFERENCES = """
 how, folder = sys.argv[1:]
 if how == "cache" and me == 0:  # JAX writes the caches of process 0 alone
@@ -82,7 +82,7 @@ def _run(how, folder, **options):
 
 
 @pytest.mark.parametrize("how", ["line", "locations", "clear", "text", "alone"])
-def test_calls_meet(how, tmp_path):
+def test_calls_of_different_processes_meet(how, tmp_path):
     _run(how, tmp_path)
 
 
@@ -90,7 +90,7 @@ def test_calls_meet_with_one_device_a_process(tmp_path):
     _run("clear", tmp_path, processes=3, devices=1)
 
 
-def test_calls_meet_where_one_process_has_a_warm_compilation_cache(tmp_path):
+def test_calls_meet_if_one_process_has_a_warm_compilation_cache(tmp_path):
     _run("cache", tmp_path)
     assert any(tmp_path.iterdir())
     _run("cache", tmp_path)
@@ -110,7 +110,7 @@ except jax_ep.PeerTimeoutError as e:
 """
 
 
-def test_where_a_rank_waits_instead_is_told():
+def test_the_place_where_a_rank_waits_instead_is_named():
     outputs = run_on_cpus(OTHERS, exit_codes=[7, 7])
     places = ["rank [23] waits in all_reduce, launch 2", "rank [01] waits in dispatch, launch 2"]
     told = [place for place in places if any(re.search(place, output) for output in outputs)]

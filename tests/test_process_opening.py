@@ -1,4 +1,4 @@
-"""How groups over several processes open, on one host, and how that fails."""
+"""Openings of groups over several processes on one host, and their failures."""
 
 import re
 import signal
@@ -68,7 +68,7 @@ try:
 except jax_ep.GroupError as e:
     print(e)
 print("waited", time.monotonic() - start < 3.0)
-if me == 0:  # in vain; the next time the other one comes
+if me == 0:  # this opening fails; the other process comes to the next one
     try:
         jax_ep.Group.open(mesh, "ep", name="late", timeout=1.0)
     except jax_ep.GroupError as e:
@@ -324,14 +324,14 @@ def test_a_process_that_does_not_come_is_named():
 
 @pytest.mark.timeout(300)
 def test_a_failure_to_open_is_raised_in_every_process():
-    """At once and with its reason, at every stage; nothing is left, and the next opening works."""
+    """Processes raise at once, with the reason, at every stage, and the next opening works."""
     for output in run_on_cpus(LOCAL_FAILURES, processes=3):
         assert output.count("told of") == 6
         assert output.endswith("passed\n")
 
 
 def test_openings_that_follow_one_another_do_not_mix():
-    """The fastest process is already in the next one, or has failed, while others leave."""
+    """The fastest process is in the next opening, or has failed, while others leave this one."""
     assert all(output.endswith("passed\n") for output in run_on_cpus(HURRIES, processes=3))
 
 
@@ -340,7 +340,7 @@ def test_openings_that_follow_one_another_do_not_mix():
     [("opening", 3.0, "until the timeout: expected 6 ranks, got 4"), ("self-test", 20.0, "ended")],
 )
 def test_a_process_that_dies_while_the_group_opens_is_named(stage, timeout, how):
-    """At once where its ranks are waited for by the ranks of the others."""
+    """Processes raise at once if their ranks wait for its ranks."""
     codes = [7, -signal.SIGKILL, 7]
     for output in run_on_cpus(DIES, stage, str(timeout), processes=3, exit_codes=codes)[::2]:
         assert re.search(rf"waited for rank [23],? .*{how}", output)
@@ -351,16 +351,16 @@ def test_memory_is_shared_or_every_process_knows_why_not():
     assert all(output.endswith("passed\n") for output in run_on_cpus(SHARES, processes=3))
 
 
-def test_strangers_at_the_sockets_delay_nobody():
-    """They call as soon as a process listens, take all the room there is, and say nothing."""
+def test_strangers_at_the_sockets_delay_no_process():
+    """Strangers call as soon as a process listens, take all its room, and say nothing."""
     assert all(output.endswith("passed\n") for output in run_on_cpus(STRANGERS, processes=3))
 
 
 def test_a_connection_that_cannot_be_made_leaves_xla():
-    """At once, in all processes, and with the reason of the one that has failed."""
+    """All processes fall back at once, with the reason of the process that has failed."""
     for output in run_on_cpus(UNCONNECTED, processes=3):
         assert (
-            "xla process 1: no connection between the processes: who listens for process 0 is of "
+            "xla process 1: no connection between the processes: the listener for process 0 is of "
             "another user" in output.splitlines()
         )
 

@@ -153,7 +153,7 @@ _ALL = {"marks": [pytest.mark.slow, pytest.mark.timeout(1500)]}
     ],
 )
 @pytest.mark.timeout(300)
-def test_conformance(processes, devices, backend, every):
+def test_processes_pass_the_suite(processes, devices, backend, every):
     deadline = 1400.0 if every == 1 else 280.0
     sizes = {"processes": processes, "devices": devices, "deadline": deadline}
     for output in run_on_cpus(CONFORMANCE, backend, str(every), **sizes):
@@ -206,16 +206,16 @@ print("passed")
 """
 
 
-def test_independent_calls_mixed_with_psums():
+def test_independent_calls_mixed_with_psums_meet():
     assert all(output.endswith("passed\n") for output in run_on_cpus(INDEPENDENT, devices=4))
 
 
-def test_batches():
-    """The calls of a batch find their peers in the other process, and so do those of stages."""
+def test_calls_of_a_batch_meet():
+    """Calls of a batch, and of pipeline stages, find their peers in the other process."""
     assert all(output.endswith("passed\n") for output in run_on_cpus(BATCHES))
 
 
-def test_groups_over_a_part_of_the_processes():
+def test_groups_open_over_a_part_of_the_processes():
     outputs = run_on_cpus(SUBSETS, processes=4)
     for process, output in enumerate(outputs):
         own, other = ("[0, 1]", "[2, 3]") if process < 2 else ("[2, 3]", "[0, 1]")
@@ -229,7 +229,7 @@ def test_slices_that_cross_processes_keep_to_themselves():
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_a_killed_process_is_named_at_once(processes):
-    """And the others leave with codes of their own, though JAX would wait for it."""
+    """The other processes exit with their own codes, though JAX would wait for the killed one."""
     codes = [7] * processes
     codes[1] = -signal.SIGKILL
     outputs = run_on_cpus(MISSING, "SIGKILL", processes=processes, exit_codes=codes)
@@ -240,11 +240,11 @@ def test_a_killed_process_is_named_at_once(processes):
 
 @pytest.mark.parametrize("step", [["calls"], ["calls", "psums"], ["psums"]], ids="-".join)
 def test_a_process_killed_within_a_program_is_named(step):
-    """Also where the step has collectives of XLA's, which fail in their own way or wait."""
+    """The step may have XLA's collectives, which fail with their own message, or wait."""
     survivor, killed = run_on_cpus(MIDDLE, *step, exit_codes=[7, -signal.SIGKILL])
     assert "waited for rank 2, whose process has ended" in survivor
     raised, at = (number_behind("(?:raised|killed)", o) for o in (survivor, killed))
-    # At once, unless all wait in a collective of XLA's: then a timeout later.
+    # Processes raise at once, or after a timeout if all of them wait in XLA's collective.
     assert 0 < raised - at < (4.0 if "psums" in step else 2.0)
 
 
@@ -257,7 +257,7 @@ def test_an_exception_of_one_process_ends_all_with_codes_of_their_own(process):
     assert f"waited for rank {2 * process}" in outputs[1 - process]
 
 
-def test_who_waits_is_told_while_a_collective_of_xla_still_waits():
+def test_a_loss_is_raised_while_a_collective_of_xla_still_waits():
     early, late = run_on_cpus(LATE, exit_codes=[7, 7])
     assert re.search(r"dispatch: rank [01] waited for rank [23] until the timeout", early)
     assert number_behind("waited", early) < 3.0
@@ -277,5 +277,5 @@ def test_compiled_functions_run_with_the_group_that_is_opened_again():
 
 
 def test_a_forked_child_leaves_the_group_to_its_parent():
-    """It is told that it cannot use the group; however it ends then, the parents do not feel it."""
+    """The child cannot use the group, and nothing that it does then harms the parents."""
     assert all(output.endswith("passed\n") for output in run_on_cpus(FORKS))

@@ -1,4 +1,4 @@
-"""pull_rows: single rows of the peers' arrays, of every type, in and out of range."""
+"""pull_rows: single rows of the peers' arrays, of every dtype, in and out of range."""
 
 from functools import partial
 
@@ -14,7 +14,7 @@ from jax_ep.testing.ranks import on_ranks
 
 @pytest.mark.parametrize("dtype", ["u1", "i4", "f4", jnp.bfloat16, jnp.float8_e5m2, "?"], ids=str)
 @pytest.mark.parametrize("width", [1, 3, 40])
-def test_values(groups, backend, dtype, width):
+def test_rows_of_every_dtype_are_pulled(groups, backend, dtype, width):
     group = groups(4)
     rng = np.random.default_rng(0)
     dtype = np.dtype(dtype)
@@ -32,7 +32,7 @@ def test_values(groups, backend, dtype, width):
 
 
 def test_indices_out_of_range_give_zeros(groups):
-    """The host twin reads nothing outside, whatever a handle was altered to."""
+    """The host implementation reads nothing outside the arrays, even for an altered handle."""
     group = groups(2)
     rows = np.ones((2, 3, 4), np.float32)
     index = np.array([[-2, 6, 2**31 - 1, -(2**31), 5]] * 2, np.int32)

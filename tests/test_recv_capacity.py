@@ -1,4 +1,4 @@
-"""recv_capacity: enough when it says so, and never more than the worst case."""
+"""recv_capacity: enough rows for the worst case, and never more than its bound."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from jax_ep.testing import routing as routings
 @pytest.mark.parametrize("routing", routings.BY_NAME)
 @pytest.mark.parametrize("layout", ["rank", "expert"])
 @pytest.mark.parametrize("alignment", [1, 8])
-def test_worst_case_never_drops(routing, layout, alignment):
+def test_the_worst_case_never_drops(routing, layout, alignment):
     alignment = 1 if layout == "rank" else alignment
     sizes = {"num_tokens": 7, "num_topk": 5, "num_experts": 12, "num_ranks": 4}
     capacity = jax_ep.recv_capacity(
@@ -27,14 +27,14 @@ def test_worst_case_never_drops(routing, layout, alignment):
     assert tight == capacity
 
 
-def test_values():
+def test_balance_scales_the_expected_rows():
     sizes = {"num_tokens": 4096, "num_topk": 8, "num_experts": 256, "num_ranks": 8}
     assert jax_ep.recv_capacity(**sizes, balance=None) == 4096 * 8 * 8
     assert jax_ep.recv_capacity(**sizes, balance=1.25) == 4096 * 8 * 1.25
     assert jax_ep.recv_capacity(**sizes, balance=np.float32(1.25)) == 4096 * 8 * 1.25
     assert jax_ep.recv_capacity(**sizes, balance=1.0, expert_alignment=128) == 36864
     assert jax_ep.recv_capacity(**sizes, layout="rank", balance=None) == 4096 * 8
-    # 5.29 of 8 ranks are reached by a token on average
+    # A token reaches 5.29 of 8 ranks on average.
     rank = jax_ep.recv_capacity(**sizes, layout="rank", balance=1.0)
     assert rank == pytest.approx(4096 * 5.29, rel=1e-2)
 
@@ -55,7 +55,7 @@ def test_values():
         ({"layout": "flat"}, "layout must be one of 'rank', 'expert', got 'flat'"),
     ],
 )
-def test_bad_input(change, message):
+def test_bad_input_is_refused_by_name(change, message):
     sizes = {"num_tokens": 8, "num_topk": 2, "num_experts": 8, "num_ranks": 4} | change
     with pytest.raises(jax_ep.ConfigError, match=f"recv_capacity: {message}"):
         jax_ep.recv_capacity(**sizes)

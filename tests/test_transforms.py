@@ -1,4 +1,4 @@
-"""JAX's transforms and program forms, by value."""
+"""JAX's transforms and control flow: values and gradients stay the same."""
 
 import re
 
@@ -27,7 +27,7 @@ def _args(data):
 
 
 def _step(case, group, backend):
-    """(x, ids, weights, rows) -> combined, on one rank."""
+    """Makes (x, ids, weights, rows) -> combined, on one rank."""
 
     def step(x, ids, weights, rows):
         out = dispatch(case, group, backend, x, ids, weights)
@@ -38,8 +38,8 @@ def _step(case, group, backend):
 
 
 @pytest.mark.parametrize("check_vma", [True, False], ids=["vma", "no_vma"])
-def test_cond_while_and_scan(groups, layout, backend, check_vma):
-    """Inside each, with operands that do not change, and with a predicate equal on all ranks."""
+def test_cond_while_and_scan_give_the_same_values(groups, layout, backend, check_vma):
+    """Operands do not change in the loops, and the predicate is equal on all ranks."""
     group, case = groups(NUM_RANKS), _case(layout)
     step, data = _step(case, group, backend), make_data(case, "skewed")
 
@@ -61,8 +61,8 @@ def test_cond_while_and_scan(groups, layout, backend, check_vma):
 
 
 @pytest.mark.parametrize("outside", [True, False], ids=["outside", "inside"])
-def test_value_and_grad(groups, layout, backend, outside):
-    """The value is the forward's, to the bit; the gradient that of jax.grad alone."""
+def test_value_and_grad_equals_the_two_apart(groups, layout, backend, outside):
+    """The value has the bits of the forward pass; the gradient equals that of jax.grad alone."""
     group, case = groups(NUM_RANKS), Case(NUM_RANKS, layout, dtype="f32")
     data = make_data(case, "balanced")
     step = _step(case, group, backend)
@@ -88,7 +88,7 @@ def test_value_and_grad(groups, layout, backend, outside):
     ids=["saved", "recomputed"],
 )
 def test_remat_policy_saves_communication(groups, layout, policy, num_dispatches):
-    """With the policy the backward pass makes no second forward exchange, without it it does."""
+    """The backward pass repeats the forward exchange without the policy, but not with it."""
     group, case = groups(NUM_RANKS), Case(NUM_RANKS, layout, dtype="f32")
     data = make_data(case, "balanced")
 
@@ -110,8 +110,8 @@ def test_remat_policy_saves_communication(groups, layout, policy, num_dispatches
     np.testing.assert_allclose(grad(*args), plain(*args), rtol=1e-5, atol=1e-6)
 
 
-def test_export_round_trip(groups, layout):
-    """Serialised, loaded and called; the group is found by its identity."""
+def test_an_export_finds_its_group(groups, layout):
+    """An export that is serialised and loaded finds its group by identity when it is called."""
     case = _case(layout)
     data = make_data(case, "skewed")
     mesh = make_mesh(NUM_RANKS)
@@ -132,7 +132,7 @@ def test_export_round_trip(groups, layout):
         assert_combined(case, data, plan_of(case, data.topk_idx), y)
 
 
-def test_export_needs_the_safety_checks(groups):
+def test_export_without_the_safety_checks_is_refused(groups):
     group = groups(NUM_RANKS)
     case = _case("rank")
     fn = on_ranks(_step(case, group, "cpu"), group.mesh)
@@ -141,7 +141,7 @@ def test_export_needs_the_safety_checks(groups):
         jax.export.export(fn)(*args)
 
 
-def test_ahead_of_time_and_serialised_executable(groups, layout):
+def test_a_serialised_executable_gives_the_same_values(groups, layout):
     case = _case(layout)
     data = make_data(case, "skewed")
     group = groups(NUM_RANKS)
@@ -156,8 +156,8 @@ def test_ahead_of_time_and_serialised_executable(groups, layout):
     assert_combined(case, data, plan_of(case, data.topk_idx), again(*args))
 
 
-def test_donated_operands(groups, layout, backend):
-    """Peers read the operands of a call, so its results never share their memory."""
+def test_donated_operands_are_not_overwritten(groups, layout, backend):
+    """Peers read the operands of a call, so no result takes the memory of an operand."""
     case = Case(NUM_RANKS, "rank", recv_capacity=12)  # rows of the same shape as x
     case = case if layout == "rank" else Case(NUM_RANKS, layout, recv_capacity=12)
     group = groups(NUM_RANKS)
@@ -179,7 +179,7 @@ def test_donated_operands(groups, layout, backend):
 
 
 def test_forward_mode_is_refused(groups, layout):
-    """By JAX itself, as for every function with a reverse rule of its own."""
+    """JAX refuses it, as for every function with its own reverse rule."""
     group, case = groups(NUM_RANKS), Case(NUM_RANKS, layout, dtype="f32")
     data = make_data(case, "balanced")
 

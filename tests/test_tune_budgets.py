@@ -1,4 +1,4 @@
-"""How `tune` picks SMs by operation and layout from measured times, and what it writes."""
+"""`tune`: picks SMs by exchange and layout from measured times, and writes them."""
 
 import json
 from argparse import Namespace
@@ -17,13 +17,13 @@ R = 2
 @pytest.mark.parametrize(
     ("us", "expected"),
     [
-        # Within 3 % of the fastest, the smallest.
+        # The smallest number within 3 % of the fastest wins.
         ({16: 104.0, 20: 103.0, 48: 100.0, 64: 101.0, "xla": 200.0}, {"sms": 20}),
         ({16: 103.1, 20: 103.1, 48: 100.0, 64: 99.9, "xla": 200.0}, {"sms": 48}),
         ({64: 100.0, 8: 300.0, "xla": 200.0}, {"sms": 64}),
-        # More is no help.
+        # More SMs do not help.
         ({8: 100.0, 16: 120.0, 64: 140.0, "xla": 200.0}, {"sms": 8}),
-        # No slower than xla.
+        # The pick is no slower than `xla`. If `xla` is the fastest, it takes the exchange.
         ({20: 102.0, 24: 101.0, 48: 100.0, "xla": 101.5}, {"sms": 24}),
         ({20: 102.0, 24: 101.0, 48: 100.0, "xla": 100.0}, {"sms": 48}),
         ({20: 102.0, 24: 104.0, 48: 100.0, "xla": 99.9}, {"sms": 20, "backend": "xla"}),
@@ -32,13 +32,13 @@ R = 2
         ({20: 549.0, 48: 260.0, 64: 253.0, "xla": 3000.0}, {"sms": 48}),
     ],
 )
-def test_tune_picks(us, expected):
+def test_tune_picks_the_smallest_number_near_the_fastest(us, expected):
     assert tune.pick_budget(us) == expected
     assert tune.pick_budget(dict(reversed(us.items()))) == expected
 
 
 def test_tune_writes_what_groups_read(monkeypatch, tmp_path, write_tables):
-    """All of it but for the GPUs: measured, picked, written beside the other part, and read."""
+    """Times are measured, picked, written beside the other part, and read, without GPUs."""
     path = write_tables(("cpu", R, OLD | {"commit": "older"}), ("b", 2, plain(1)))
     original_open, original_session = jax_ep.Group.open, tune.Session
 
@@ -55,7 +55,7 @@ def test_tune_writes_what_groups_read(monkeypatch, tmp_path, write_tables):
     seen = []
 
     def rows_with_times(self, point, budgets, progress):
-        """Times that one can say the choice of: xla is faster at combine alone."""
+        """Makes times with an obvious choice: `xla` is faster only at combine."""
         rows = rows_of(self, point, budgets, progress)
         for row in rows:
             seen.append((row.record.op, row.record.layout, row.record.backend, row.record.sms))
@@ -97,11 +97,11 @@ def test_tune_writes_what_groups_read(monkeypatch, tmp_path, write_tables):
         }
         assert f"JAX_EP_TUNING={path}, cpu, {R} ranks: " in info.budgets_from
         assert "commit newer" in info.budgets_from
-    tables = {t["device"]: t for t in json.loads(path.read_text())["tables"]}
-    assert (tables["cpu"]["ops"], tables["cpu"]["commit"]) == (OLD["ops"], "older")
-    assert tables["b"]["budgets"] == plain(1)["budgets"]
+    written = {t["device"]: t for t in json.loads(path.read_text())["tables"]}
+    assert (written["cpu"]["ops"], written["cpu"]["commit"]) == (OLD["ops"], "older")
+    assert written["b"]["budgets"] == plain(1)["budgets"]
     medians = {"8": 50.0, "16": 40.5, "24": 40.0, "xla": 39.0}
-    assert tables["cpu"]["measured"]["combine"]["expert"] == medians
+    assert written["cpu"]["measured"]["combine"]["expert"] == medians
     (records,) = (tmp_path / "records").glob("*-dispatch-cached_dispatch-combine.jsonl")
     assert len(records.read_text().splitlines()) == len(seen)
 
@@ -112,7 +112,7 @@ def test_tune_keeps_the_part_that_it_does_not_measure(tmp_path):
     tune._write(path, own | plain(1) | {"measured": {"combine": {"rank": {"8": 1.0}}}})
     tune._write(path, own | OLD | {"commit": "c", "measured": {"all_reduce": {"8": {}}}})
     tune._write(path, own | plain(11) | {"measured": {"combine": {"rank": {"8": 2.0}}}})
-    assert len(path.read_text().splitlines()) == 3  # one for the table
+    assert len(path.read_text().splitlines()) == 3  # the table is one line
     (entry,) = json.loads(path.read_text())["tables"]
     assert entry == own | OLD | plain(11) | {
         "commit": "c",

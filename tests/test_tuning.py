@@ -1,4 +1,4 @@
-"""Which algorithm "auto" takes, and the tables that say so."""
+"""The algorithms that "auto" takes, and their tables."""
 
 import json
 import math
@@ -29,13 +29,13 @@ def _text(steps, device="any", num_ranks=1):
 
 
 def test_a_table_of_fewer_ranks_gives_way_to_one_of_more():
-    """That of two H100 is not for eight of them."""
+    """A table of two H100 does not serve eight of them."""
     two, eight = (tables.load("NVIDIA H100 80GB HBM3", n) for n in (2, 8))
     assert eight == tables.load("no such device", 8)
     assert two != tables.load("no such device", 2)
 
 
-def test_the_table_chooses(monkeypatch, tmp_path):
+def test_the_table_chooses_by_bytes(monkeypatch, tmp_path):
     table = tables.load("no such device", 2)
     ours = [Algorithm.LOW_LATENCY, Algorithm.ONE_SHOT, Algorithm.TWO_SHOT]
     for op in tables.OPS:
@@ -49,8 +49,8 @@ def test_the_table_chooses(monkeypatch, tmp_path):
         assert tables.pick(group.tuning, "all_reduce", 5, ours) is Algorithm.TWO_SHOT
 
 
-def test_groups_that_a_file_says_nothing_of_go_by_the_package(monkeypatch, tmp_path):
-    """What was measured for eight of a kind is for eight of that kind."""
+def test_groups_without_an_entry_in_the_file_take_the_packages(monkeypatch, tmp_path):
+    """An entry for eight devices of a kind serves only eight devices of that kind."""
     cases = [("a", 8), ("a", 4), ("a", 16), ("b", 8), ("NVIDIA H100 80GB HBM3", 2)]
     package = {case: tables.load(*case) for case in cases}
     path = tmp_path / "table.json"
@@ -63,7 +63,7 @@ def test_groups_that_a_file_says_nothing_of_go_by_the_package(monkeypatch, tmp_p
 
 
 def _auto(op, x, has_packets=True):
-    """What "auto" takes on two H100, whatever there is here."""
+    """Returns the algorithm of "auto" on two H100, whatever devices there are here."""
     group = SimpleNamespace(
         num_ranks=2,
         spec=SimpleNamespace(staging_bytes=None, has_packets=has_packets),
@@ -78,8 +78,8 @@ def _auto(op, x, has_packets=True):
 
 
 @pytest.mark.parametrize("op", tables.OPS)
-def test_auto_at_the_thresholds_of_the_table(op):
-    """By the bytes that were measured: those of an operand, without the padding of its packets."""
+def test_auto_changes_at_the_thresholds_of_the_table(op):
+    """Thresholds count the bytes of an operand, as measured, without the padding of packets."""
     unit = (8192,) if op == "all_reduce_residual_rmsnorm" else ()
     steps = tables.load("NVIDIA H100 80GB HBM3", 2)[op]
     assert len(steps) > 1
@@ -90,15 +90,15 @@ def test_auto_at_the_thresholds_of_the_table(op):
         assert found == [step.algorithm, step.algorithm, next_step.algorithm]
 
 
-def test_auto_takes_what_has_room():
-    """Rows of one element fill a group of packets each."""
+def test_auto_takes_an_algorithm_that_has_room():
+    """Each row of one element fills a whole packet group."""
     op = "all_reduce_residual_rmsnorm"
     most = limits.packet_payload(2) // limits.PACKET_GROUP_PAYLOAD
     for rows, algorithm in ((most, Algorithm.LOW_LATENCY), (most + 1, Algorithm.ONE_SHOT)):
         assert _auto(op, jax.ShapeDtypeStruct((rows, 8), jnp.bfloat16)) is algorithm
 
 
-def test_auto_sends_no_packets_where_they_may_arrive_in_parts():
+def test_auto_sends_no_packets_that_may_arrive_in_parts():
     x = jax.ShapeDtypeStruct((8, 8), jnp.bfloat16)
     for op in ("all_reduce", "all_reduce_residual_rmsnorm"):
         assert _auto(op, x) is Algorithm.LOW_LATENCY
@@ -132,8 +132,8 @@ def test_tune_measures_on_gpus_only(tmp_path):
         tune.main(args)
 
 
-def test_tune_keeps_what_is_fastest(tmp_path):
-    """And what it writes can be loaded, beside entries of other devices."""
+def test_tune_keeps_the_fastest_algorithm(tmp_path):
+    """The file that it writes can be loaded, and keeps entries of other devices."""
     found = {
         1: {"low_latency": 1.0, "one_shot": 2.0, "psum": 3.0},
         4: {"low_latency": 2.0, "one_shot": 3.0, "psum": 3.0},
@@ -149,8 +149,8 @@ def test_tune_keeps_what_is_fastest(tmp_path):
     assert len(json.loads(path.read_text())["tables"]) == 3
 
 
-def test_tune_measures_what_bench_does(groups, tmp_path, monkeypatch):
-    """The same records, of every algorithm at every size that holds a row; their medians count."""
+def test_tune_measures_like_bench(groups, tmp_path, monkeypatch):
+    """It takes medians of bench's records, for every algorithm and every size that holds a row."""
     group = groups(2)
     monkeypatch.setattr(reduce, "_STEPS", 2)
     monkeypatch.setattr(reduce, "HIDDEN", 512)

@@ -1,4 +1,4 @@
-"""Sockets between the processes of a host: threads in their place, and strangers that call."""
+"""Sockets between the processes of a host. Threads play the processes, and strangers call."""
 
 import fcntl
 import os
@@ -18,7 +18,7 @@ TIMEOUT = 60.0
 
 
 class Process:
-    """One of several that connect."""
+    """A thread that plays one of several processes that connect."""
 
     def __init__(self, index, num_processes):
         self.index = index
@@ -58,7 +58,7 @@ def _connect_all(processes):
 
 
 def _strangers(stack, address, count, say=b""):
-    """As many as there is room for, up to `count`."""
+    """Connects up to `count` strangers, as many as there is room for."""
     for _ in range(count):
         stranger = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
         stranger.setblocking(False)
@@ -70,8 +70,8 @@ def _strangers(stack, address, count, say=b""):
 
 
 @pytest.mark.parametrize("count", [5, 1000])
-def test_strangers_that_say_nothing_delay_nobody(processes, count):
-    """Also where they take all the room that a listener has: callers try again."""
+def test_silent_strangers_delay_no_process(processes, count):
+    """If strangers take all the room of a listener, callers try again."""
     with ExitStack() as stack:
         for process in processes:
             _strangers(stack, process.address, count)
@@ -80,7 +80,7 @@ def test_strangers_that_say_nothing_delay_nobody(processes, count):
         assert time.monotonic() - start < TIMEOUT / 4
 
 
-def test_strangers_that_say_something_are_not_taken_for_processes(processes):
+def test_talking_strangers_are_not_taken_for_processes(processes):
     hello = struct.Struct(f"!i{unix_links.TOKEN_BYTES}s")
     with ExitStack() as stack:
         for process in processes:
@@ -96,7 +96,7 @@ def test_links_pass_bytes_and_descriptors_that_no_started_program_gets(processes
 
     def swap(process):
         held: list[Any] = []
-        own = os.memfd_create("own", 0)  # inheritable
+        own = os.memfd_create("own", 0)  # an inheritable descriptor
         try:
             links = process.links
             got = unix_links.swap(links, [process.index], [own], held, timeout=TIMEOUT)
@@ -119,7 +119,7 @@ def test_links_pass_bytes_and_descriptors_that_no_started_program_gets(processes
     assert got == [{1: [1], 2: [2]}, {0: [0], 2: [2]}, {0: [0], 1: [1]}]
 
 
-def test_who_listens_late_is_called_again(processes):
+def test_a_late_listener_is_called_again(processes):
     address = processes[0].address
     processes[0].listener.close()
     with ThreadPoolExecutor(3) as pool:
@@ -133,8 +133,8 @@ def test_who_listens_late_is_called_again(processes):
 
 
 @pytest.mark.parametrize("is_in_vain", [False, True])
-def test_who_does_not_come_is_named(processes, is_in_vain):
-    """When the time is up, or as soon as it is known that nobody will come."""
+def test_a_missing_process_is_named(processes, is_in_vain):
+    """The error comes when the time is up, or as soon as another process has given up."""
     first, second, _ = processes
     timeout = TIMEOUT if is_in_vain else 0.5
     start = time.monotonic()
@@ -149,8 +149,8 @@ def test_who_does_not_come_is_named(processes, is_in_vain):
     assert time.monotonic() - start < TIMEOUT / 4
 
 
-def test_a_stranger_that_goes_on_calling_keeps_nobody_away(processes):
-    """More of them than there is room for, and each stays: the oldest is hung up on."""
+def test_a_stranger_that_calls_on_keeps_no_process_away(processes):
+    """More callers stay than there is room for, so the listener hangs up on the oldest."""
     with ExitStack() as stack, ThreadPoolExecutor(4) as pool:
         is_over: list[bool] = []
 

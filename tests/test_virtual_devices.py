@@ -37,7 +37,7 @@ def _run(environment):
     return done.stdout.splitlines()
 
 
-def test_comes_in_time_after_the_import_and_too_late_after_the_first_device():
+def test_a_call_is_in_time_after_the_import_and_too_late_after_the_first_device():
     count, error = _run({})
     assert count == "3"
     assert error.startswith("virtual_devices: num_devices=4 comes too late")
@@ -45,13 +45,13 @@ def test_comes_in_time_after_the_import_and_too_late_after_the_first_device():
 
 
 def test_number_of_the_environment_is_kept(tmp_path):
-    """Also one in a file of flags, which takes no flag behind its name."""
+    """A number in a file of flags is kept, too; no flag may follow the name of the file."""
     flags = tmp_path / "flags"
     flags.write_text("--xla_force_host_platform_device_count=5")
     count, *_ = _run({"XLA_FLAGS": str(flags)})
     assert count == "5"
 
 
-def test_refuses_what_is_no_number_of_devices():
+def test_other_values_are_refused_as_number_of_devices():
     with pytest.raises(ConfigError, match="num_devices must be at least 1, got 0"):
         virtual_devices(0)

@@ -1,4 +1,4 @@
-"""jax.vmap: values and gradients are those of a loop over the elements, to the bit."""
+"""jax.vmap: values and gradients have the bits of a loop over the elements."""
 
 import re
 from functools import cache, partial
@@ -16,7 +16,7 @@ from jax_ep.testing.compare import assert_close, assert_same_bits
 from jax_ep.testing.ranks import make_mesh, on_ranks
 
 NUM_RANKS, NUM_EXPERTS, BATCH, TOKENS, TOPK, HIDDEN = 2, 4, 3, 4, 2, 16
-# Which of x, ids, weights and rows have a batch.
+# Choices of the operands among x, ids, weights and rows that have a batch.
 AXES = {
     "all": (0, 0, 0, 0),
     "x": (0, None, None, None),
@@ -27,7 +27,7 @@ AXES = {
 
 
 def make_args(batch=(BATCH,), seed=0):
-    """x, ids, weights, rows of all ranks: [ranks, *batch, ...]."""
+    """Makes x, ids, weights and rows of all ranks: [ranks, *batch, ...]."""
     rng = np.random.default_rng(seed)
     lead = (NUM_RANKS, *batch)
     x = rng.standard_normal((*lead, TOKENS, HIDDEN)).astype(np.float32)
@@ -56,7 +56,7 @@ def send(group, layout, backend, x, ids, weights, **options):
 
 
 def make_step(group, layout, backend):
-    """Every operation of a layer, on one rank: its results as a pytree."""
+    """Makes a step with every operation of a layer on one rank; it returns a pytree."""
 
     def step(x, ids, weights, rows):
         out = send(group, layout, backend, x, ids, weights)
@@ -84,7 +84,7 @@ def make_step(group, layout, backend):
 
 
 def loop(fn, axes=(0, 0, 0, 0), size=BATCH):
-    """What jax.vmap(fn, axes) is, of axes 0 and None: one element after the other."""
+    """Returns jax.vmap(fn, axes) as a loop over the elements; axes are 0 or None."""
 
     def run(*args):
         each = [
@@ -110,12 +110,12 @@ def one_by_one(fn, args, axes=None, size=BATCH, at=1):
 
 
 def without_batch(args, axes):
-    """Of the operands that have no batch, one element."""
+    """Takes one element of each operand that has no batch."""
     return [a if axis == 0 else a[:, 0] for a, axis in zip(args, axes, strict=True)]
 
 
 def make_loss(group, layout, backend):
-    """A layer with all gradients, on one rank."""
+    """Makes a layer with all gradients, on one rank."""
 
     def loss(x, ids, weights, rows):
         out = send(group, layout, backend, jnp.sin(x), ids, weights)
@@ -152,19 +152,19 @@ def assert_same(got, expected):
 
 
 def assert_same_grads(got, expected, layout):
-    """Of x, weights and rows. In the expert layout XLA orders the sum of combine's weights."""
+    """Compares gradients of x, weights and rows. XLA orders the sum of combine's weights."""
     x, weights, rows = zip(got, expected, strict=True)
     assert_same_bits(x[0], np.asarray(x[1]), what="x")
     assert_same_bits(rows[0], np.asarray(rows[1]), what="rows")
     assert_close(weights[0], np.asarray(weights[1]), tolerance=0 if layout == "rank" else 1e-5)
 
 
-# XLA takes long to compile what the back end `xla` is, and its batches are JAX's.
+# XLA takes long to compile back end `xla`, whose batches are JAX's own.
 @pytest.mark.parametrize(
     ("backend", "batched"), [*(("cpu", b) for b in AXES), ("xla", "all"), ("xla", "x")]
 )
-def test_values_inside_shard_map(groups, compiled, layout, backend, batched):
-    """Every result of every operation, whichever operand has the batch."""
+def test_values_inside_shard_map_equal_a_loop(groups, compiled, layout, backend, batched):
+    """Every result of every operation is compared, whatever operand has the batch."""
     group, axes = groups(NUM_RANKS), AXES[batched]
     step = make_step(group, layout, backend)
     args = without_batch(make_args(), axes)
@@ -173,8 +173,8 @@ def test_values_inside_shard_map(groups, compiled, layout, backend, batched):
 
 
 @pytest.mark.parametrize(("backend", "check_vma"), [("cpu", True), ("cpu", False), ("xla", True)])
-def test_gradients_inside_shard_map(groups, compiled, layout, backend, check_vma):
-    """The batch of gradients, and the gradient of a batch."""
+def test_gradients_inside_shard_map_equal_a_loop(groups, compiled, layout, backend, check_vma):
+    """The test takes the batch of gradients, and the gradient of a batch."""
     group = groups(NUM_RANKS)
     loss, args = make_loss(group, layout, backend), make_args()
     place = partial(on_ranks, mesh=group.mesh, check_vma=check_vma)
@@ -185,8 +185,8 @@ def test_gradients_inside_shard_map(groups, compiled, layout, backend, check_vma
     assert_same_grads(place(whole)(*args), expected, layout)
 
 
-def test_gradients_of_operands_without_batch(groups, layout):
-    """They are the sum over the batch, whose order is XLA's."""
+def test_gradients_of_operands_without_batch_are_summed(groups, layout):
+    """These gradients are sums over the batch, in XLA's order."""
     group = groups(NUM_RANKS)
     loss, axes = make_loss(group, layout, "cpu"), (None, 0, None, None)
     args = without_batch(make_args(), axes)
@@ -199,8 +199,8 @@ def test_gradients_of_operands_without_batch(groups, layout):
 
 
 @pytest.mark.parametrize("of_handle", [0, None], ids=["handles", "handle"])
-def test_along_handles(groups, layout, of_handle):
-    """What is sent has a batch, and the handle has one or not."""
+def test_rows_along_a_handle_equal_a_loop(groups, layout, of_handle):
+    """The rows have a batch, and the handle has one or not."""
     group = groups(NUM_RANKS)
 
     def run(mapped, x, ids, weights, rows):
@@ -226,7 +226,7 @@ def test_along_handles(groups, layout, of_handle):
 
 
 @pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])
-def test_outside_shard_map(groups, jit):
+def test_a_batch_around_shard_map_equals_a_loop(groups, jit):
     group = groups(NUM_RANKS)
     step, (x, ids, _, _) = make_echo(group, "cpu"), make_args()
     ids = ids[..., :1] % NUM_RANKS
@@ -240,11 +240,11 @@ def test_outside_shard_map(groups, jit):
         ("rank", "cpu", True),
         ("expert", "cpu", True),
         ("expert", "cpu", False),
-        ("rank", "xla", False),  # JAX's own indexing does not go through with True
+        ("rank", "xla", False),  # JAX's own indexing fails with True
     ],
 )
-def test_a_pipeline_over_an_axis_of_the_mesh(layout, backend, check_vma):
-    """Each stage has its part of the batch, and ranks of one stage meet one another only."""
+def test_a_pipeline_over_an_axis_of_the_mesh_equals_a_loop(layout, backend, check_vma):
+    """Each stage has its part of the batch, and ranks meet only in their stage."""
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("stage", "ep"))
     x, ids, weights, rows = (a.swapaxes(0, 1) for a in make_args((4,)))  # [batch, rank, ...]
     args = x, ids, weights, rows
@@ -275,7 +275,7 @@ def test_a_pipeline_over_an_axis_of_the_mesh(layout, backend, check_vma):
 
 
 def test_a_pipeline_needs_the_mesh_of_the_group(backend):
-    """Stages and ranks in another device order: found while lowering, under the public name."""
+    """Another device order raises an error while lowering, with the public name."""
     devices = np.array(jax.devices()[:4]).reshape(2, 2)
     args = make_args((4,))
     with jax_ep.Group.open(Mesh(devices, ("stage", "ep")), "ep", name="order") as group:
@@ -290,7 +290,7 @@ def test_a_pipeline_needs_the_mesh_of_the_group(backend):
             jax.jit(jax.vmap(mapped, in_axes=1, spmd_axis_name="stage"))(*args)
 
 
-def test_other_axes_than_the_first(groups, compiled):
+def test_batches_along_any_axis_equal_a_loop(groups, compiled):
     group = groups(NUM_RANKS)
     step, args = make_step(group, "rank", "cpu"), make_args()
     last = [np.moveaxis(a, 1, -1) for a in args]
@@ -300,7 +300,7 @@ def test_other_axes_than_the_first(groups, compiled):
 
 
 def make_routed_echo(group, layout):
-    """(x, ids) to what comes back: a step that is compiled soon."""
+    """Makes a step from (x, ids) to the rows that come back; it compiles fast."""
 
     def echo(x, ids):
         out = send(group, layout, "cpu", x, ids, None)
@@ -309,8 +309,8 @@ def make_routed_echo(group, layout):
     return echo
 
 
-def test_batches_of_batches(groups, compiled, layout):
-    """Also where the outer and the inner one have different operands."""
+def test_batches_of_batches_equal_a_loop(groups, compiled, layout):
+    """The outer and the inner batch may have different operands."""
     group, one = groups(NUM_RANKS), compiled(make_routed_echo, layout)
     step, (x, ids, _, _) = make_routed_echo(group, layout), make_args((2, BATCH))
     got = on_ranks(jax.vmap(jax.vmap(step)), group.mesh)(x, ids)
@@ -324,8 +324,8 @@ def test_batches_of_batches(groups, compiled, layout):
     assert_same(got, expected)
 
 
-def test_an_empty_batch(groups, layout, backend):
-    """Results of the right shapes and dtypes, and gradients; nothing is called."""
+def test_an_empty_batch_gives_empty_results(groups, layout, backend):
+    """Results and gradients have the right shapes and dtypes, without a custom call."""
     group = groups(NUM_RANKS)
     args, full = make_args((0,)), make_args((1,))
     for make in (make_step, make_grad):
@@ -337,8 +337,8 @@ def test_an_empty_batch(groups, layout, backend):
         assert "custom_call @jax_ep" not in mapped.lower(*args).as_text()
 
 
-def test_loops_of_batches(groups, compiled, layout):
-    """Within scan, and as lax.map has it: a scan over batches, and a rest."""
+def test_loops_of_batches_equal_a_loop(groups, compiled, layout):
+    """Batches run in scan, and in lax.map: a scan over batches, and a rest."""
     group, one = groups(NUM_RANKS), compiled(make_routed_echo, layout)
     step, (x, ids, _, _) = make_routed_echo(group, layout), make_args((2, BATCH))
 
@@ -354,7 +354,7 @@ def test_loops_of_batches(groups, compiled, layout):
         assert_same(on_ranks(lambda *a, f=mapped: f(a), group.mesh)(x, ids), expected)
 
 
-def test_jacobians(groups, layout):
+def test_jacobians_equal_a_loop(groups, layout):
     """jax.jacrev is a batch of backward passes."""
     group = groups(NUM_RANKS)
     x, ids, weights, _ = (a[:, 0] for a in make_args())
@@ -378,7 +378,7 @@ def test_jacobians(groups, layout):
 
 
 def test_each_element_is_a_call_of_its_own(groups):
-    """In order, with a name of its own in the program."""
+    """The calls run in order, and each has its own name in the program."""
     group = groups(NUM_RANKS)
     fn = on_ranks(jax.vmap(make_step(group, "expert", "cpu")), group.mesh)
     text = fn.lower(*make_args()).as_text()

@@ -1,4 +1,4 @@
-"""settle: what ends a wait for results."""
+"""settle: the events that end a wait for results."""
 
 import time
 
@@ -16,7 +16,7 @@ def _run(*, failure=None, loss=None, timeout=0.3):
     return settle([jnp.ones(3)], failure=lambda: failure, loss=lambda: loss, timeout=timeout)
 
 
-def test_results_that_are_there_are_good_whatever_happened():
+def test_ready_results_are_good_whatever_happened():
     _run(failure=FAILED, loss=LOST)
 
 
@@ -30,7 +30,7 @@ def test_results_that_are_there_are_good_whatever_happened():
     ids=["failure", "loss", "both"],
 )
 def test_results_that_do_not_come_are_not_waited_for(monkeypatch, known, expected, least):
-    """As behind a collective of NCCL's, whose peer has gone."""
+    """Results behind an NCCL collective whose peer has gone never come."""
     monkeypatch.setattr(jax_compat, "is_ready", lambda array: False)
     start = time.monotonic()
     with pytest.raises(GroupError, match=expected):
@@ -46,7 +46,7 @@ def test_results_are_waited_for_while_nothing_is_known(monkeypatch):
 
 
 @pytest.mark.parametrize("loss", [None, LOST])
-def test_what_jax_raises_is_blamed_on_a_loss(monkeypatch, loss):
+def test_an_exception_of_jax_is_blamed_on_a_loss(monkeypatch, loss):
     def raise_of_gloo(arrays):
         raise RuntimeError("Gloo: connection closed")
 

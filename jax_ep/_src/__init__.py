@@ -1,1 +1,1 @@
-"""Everything behind the public names of jax_ep. Floors: base, processes, group, ops, opening."""
+"""The code behind the public names of jax_ep. Floors: base, processes, group, ops, opening."""

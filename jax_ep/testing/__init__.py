@@ -1,8 +1,9 @@
-"""Tools for testing on top of jax_ep: what every back end must do, and what that is made of.
+"""Tools for tests of jax_ep and of programs on top of it.
 
-`conformance` holds the checks; `cases` one problem in both ways, on a group and by the reference;
-`routing` named routings; `compare` and `ranks` comparison and placement for programs of one or
-several processes; `launch` starts such programs; `virtual_devices` makes several devices of a CPU.
+`conformance` holds the checks that every back end must pass. `cases` computes one problem on a
+group and by the reference. `routing` holds named routings. `compare` and `ranks` compare and place
+arrays in programs of one or several processes. `launch` starts programs of several processes.
+`virtual_devices` gives a program several CPU devices.
 """
 
 from jax_ep.testing.ranks import virtual_devices as virtual_devices

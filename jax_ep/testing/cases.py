@@ -1,4 +1,4 @@
-"""One problem, two ways: the operations on a group's mesh, and the reference."""
+"""Problems that are computed in two ways: by the operations on a group, and by the reference."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,16 +23,16 @@ class Case:
     Attributes:
       num_ranks: ranks of the group.
       layout: "rank" or "expert".
-      num_tokens: of each rank.
+      num_tokens: tokens of each rank.
       num_topk: choices of each token.
       experts_per_rank: num_experts / num_ranks.
       hidden: elements of a row.
-      dtype: of the rows, a key of DTYPES.
-      recv_capacity: rows; None: the worst case, in which nothing is dropped.
+      dtype: dtype of the rows, a key of DTYPES.
+      recv_capacity: rows that a rank can receive; None: the worst case, so no row is dropped.
       expert_alignment: as in dispatch.
       fill: as in dispatch.
-      num_biases: of combine.
-      weights_at: of combine: None, "rows" or "tokens".
+      num_biases: number of biases of combine.
+      weights_at: place of the weights of combine: None, "rows" or "tokens".
     """
 
     num_ranks: int
@@ -76,26 +76,26 @@ class Case:
 
 @dataclass(frozen=True)
 class Data:
-    """Arrays [R, ...] of a case, of all ranks, on the host."""
+    """Arrays [R, ...] of a case for all ranks, on the host."""
 
     topk_idx: Any
     topk_weights: Any
     x: Any
-    rows: Any  # what the experts made
+    rows: Any  # results of the experts
     biases: tuple[Any, ...]
 
     def operands(self) -> tuple[Any, ...]:
-        """The arguments of `round_trip`."""
+        """Returns the arguments of the function that `round_trip` makes."""
         return self.x, self.topk_idx, self.topk_weights, self.rows, self.biases
 
 
 def make_topk_idx(case: Case, routing: str, seed: int = 0) -> Any:
-    """Makes the ids [R, T, K] int32 of a routing by its name, as `make_data` does."""
+    """Returns the ids [R, T, K] int32 that `make_data` makes for a routing."""
     return _route(case, routing, np.random.default_rng(seed))
 
 
 def make_data(case: Case, routing: str, seed: int = 0) -> Data:
-    """Makes normal rows and uniform weights, the same in every process."""
+    """Makes normal rows and uniform weights, equal in every process."""
     rng = np.random.default_rng(seed)
     tokens = (case.num_ranks, case.num_tokens)
 
@@ -117,7 +117,7 @@ def _route(case: Case, routing: str, rng: np.random.Generator) -> Any:
 
 
 def plan_of(case: Case, topk_idx: Any) -> reference.Plan:
-    """Plans a routing [R, T, K] by the reference."""
+    """Returns the reference's plan for ids [R, T, K]."""
     return reference.make_plan(
         topk_idx,
         num_experts=case.num_experts,
@@ -130,7 +130,7 @@ def plan_of(case: Case, topk_idx: Any) -> reference.Plan:
 def dispatch(
     case: Case, group: jax_ep.Group, backend: str, x: Any, *routing: Any, **options: Any
 ) -> jax_ep.Dispatched:
-    """Dispatches on one rank; `routing` is topk_idx, and topk_weights if wanted."""
+    """Runs one rank's dispatch of a case; `routing`: topk_idx, and topk_weights if wanted."""
     return jax_ep.dispatch(
         x,
         *routing,
@@ -148,7 +148,10 @@ def dispatch(
 def round_trip(
     case: Case, group: jax_ep.Group, backend: str, check_vma: bool = True
 ) -> Callable[..., Any]:
-    """Makes (x, topk_idx, topk_weights, rows, biases) -> (Dispatched, combined), compiled."""
+    """Makes (x, topk_idx, topk_weights, rows, biases) -> (Dispatched, combined).
+
+    JAX compiles the function at its first call.
+    """
 
     def run(x: Any, topk_idx: Any, topk_weights: Any, rows: Any, biases: Any) -> Any:
         out = dispatch(case, group, backend, x, topk_idx, topk_weights)
@@ -160,7 +163,10 @@ def round_trip(
 
 
 def assert_dispatched(case: Case, data: Data, out: jax_ep.Dispatched) -> reference.Plan:
-    """Compares every field of a dispatch to the bit, except rows of x that `fill` leaves open."""
+    """Asserts every field of a dispatch to the bit, except rows of x that `fill` leaves undefined.
+
+    Returns: the reference's plan.
+    """
     plan = plan_of(case, data.topk_idx)
     is_rank_layout = case.layout == "rank"
     expected = {
@@ -189,7 +195,7 @@ def assert_dispatched(case: Case, data: Data, out: jax_ep.Dispatched) -> referen
 
 
 def defined_rows(case: Case, plan: reference.Plan) -> Any:
-    """Tells the rows, [R, C] bool, that `fill` defines; the others may hold anything."""
+    """Returns [R, C] bool, the rows that `fill` defines; other rows may hold anything."""
     is_defined = plan.recv_src >= 0
     if case.fill in ("zeros", "padding"):
         is_defined |= np.arange(case.capacity) < plan.num_recv[:, None]
@@ -199,7 +205,7 @@ def defined_rows(case: Case, plan: reference.Plan) -> Any:
 
 
 def assert_combined(case: Case, data: Data, plan: reference.Plan, y: Any) -> None:
-    """Compares the result that `round_trip` combined, to the bit."""
+    """Asserts the combined rows of `round_trip` to the bit."""
     weights = None
     if case.weights_at is not None:
         weights = reference.dispatch_weights(plan, data.topk_weights)

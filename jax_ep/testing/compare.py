@@ -1,4 +1,4 @@
-"""Comparison by value of the parts of an array that this process can see."""
+"""Comparison of the parts of an array that this process can see, by value."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,8 +12,8 @@ Index = tuple[Any, ...]
 def shards(x: Any) -> Iterator[tuple[Index, Any]]:
     """Yields (index into the whole array, values) of each addressable shard.
 
-    A NumPy array is one shard. In a program of several processes, each one sees its own devices'
-    shards of a jax.Array.
+    A NumPy array is one shard. In a program of several processes, each process sees the shards of a
+    jax.Array on its own devices.
     """
     if isinstance(x, jax.Array):
         for shard in x.addressable_shards:
@@ -25,14 +25,15 @@ def shards(x: Any) -> Iterator[tuple[Index, Any]]:
 def assert_same_bits(
     got: Any, expected: Any, *, what: str = "arrays", where: Any = None, nan_bits: bool = False
 ) -> None:
-    """Requires equal shape, dtype and values in every addressable shard; +0 and -0 differ.
+    """Asserts equal shape, dtype and values in every addressable shard. +0 and -0 differ.
 
     Args:
-      got: a jax.Array, which other processes may hold parts of, or a NumPy array.
-      expected: the whole of it.
-      what: the name in the message.
-      where: bool, of expected's shape or its leading part; elsewhere any value passes.
-      nan_bits: False: any NaN equals any other.
+      got: a NumPy array, or a jax.Array of which other processes may hold parts.
+      expected: the whole array.
+      what: name of the array in the message.
+      where: bool, with the shape of expected or its leading axes; other elements may have any
+        value.
+      nan_bits: whether the bits of NaNs are compared; False: all NaNs are equal.
 
     Raises: AssertionError, with the place of the first difference.
     """
@@ -50,7 +51,7 @@ def assert_same_bits(
 
 
 def assert_close(got: Any, expected: Any, *, tolerance: float, what: str = "arrays") -> None:
-    """Requires equal shape and dtype, and values within tolerance * max(1, |largest|).
+    """Asserts equal shape and dtype, and differences of at most tolerance * max(1, |largest|).
 
     Raises: AssertionError, with the place of the first difference.
     """

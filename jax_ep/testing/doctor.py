@@ -1,4 +1,4 @@
-"""The `info` command: what is built, what is usable here, and what to do about the rest."""
+"""The `info` command: prints what is built and usable here, and remedies for the rest."""
 
 import argparse
 import json
@@ -24,11 +24,11 @@ _CUDA_PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 
 
 class Problem(NamedTuple):
-    """One thing that this machine could use and cannot.
+    """A problem: this machine has something that jax_ep cannot use.
 
     Attributes:
       what: the fact.
-      remedy: the one thing to do about it.
+      remedy: the step that solves the problem.
     """
 
     what: str
@@ -37,20 +37,20 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class Findings:
-    """What there is.
+    """The state of an installation on this machine.
 
     Attributes:
-      versions: of Python packages and of Python.
-      modules: of each back end with a native module: what it was built with; or under "missing"
-        why it cannot be had.
+      versions: versions of Python and of Python packages.
+      modules: facts about the build of each back end's native module; or, under "missing", the
+        reason why there is no module.
       num_gpus: NVIDIA GPUs that the environment leaves to this program.
       has_compiler: whether a CUDA compiler is installed.
       has_plugin: whether JAX's CUDA wheels are installed.
-      platform: of JAX's devices.
-      num_devices: how many of these.
+      platform: platform of JAX's devices.
+      num_devices: number of JAX's devices.
       group: `GroupInfo`, as a dict, of a group over all devices; None: it does not open.
-      failure: why it does not.
-      is_mismatched: whether that is since the native module is of another version than this code.
+      failure: why the group does not open, or None.
+      is_mismatched: whether it fails because the native module has another version than this code.
     """
 
     versions: dict[str, str]
@@ -65,7 +65,7 @@ class Findings:
     is_mismatched: bool = False
 
     def problems(self) -> Iterator[Problem]:
-        """Whatever this machine could use and cannot; none on a CPU without CUDA."""
+        """Yields the problems of this machine; a CPU without CUDA has none."""
         cpu, cuda = (self.modules[name].get("missing") for name in ("cpu", "cuda"))
         if cpu is not None:
             yield Problem(
@@ -107,18 +107,18 @@ class Findings:
 
 
 def examine() -> Findings:
-    """Looks, and opens a group over all devices, which tests itself. Collective."""
+    """Examines the machine, and opens a group over all devices, which tests itself. Collective."""
     virtual_devices(8)
     group, failure, is_mismatched = None, None, False
     try:
         mesh = jax.sharding.Mesh(np.array(jax.devices()), ("ep",))
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a fall-back is a problem, which is told below
+            warnings.simplefilter("ignore")  # a fallback is a problem, which is yielded below
             with jax_ep.Group.open(mesh, "ep") as opened:
                 group = asdict(opened.info())
     except JaxEpError as e:
         failure = str(e)
-    except (AttributeError, TypeError) as e:  # from a module that lacks a function, or a parameter
+    except (AttributeError, TypeError) as e:  # a module lacks a function or a parameter
         failure, is_mismatched = f"{type(e).__name__}: {str(e).splitlines()[0]}", True
     platforms = jax.config.jax_platforms or "cuda"  # by default JAX takes what it finds
     return Findings(
@@ -157,17 +157,17 @@ def _module(name: str) -> dict[str, Any]:
 def _is_installed(name: str) -> bool:
     try:
         return find_spec(name) is not None
-    except ModuleNotFoundError:  # the package that it would lie in
+    except ModuleNotFoundError:  # the package that would hold it
         return False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command line of `info`."""
-    parser.add_argument("--json", action="store_true", help="all of it as one JSON object")
+    """Adds the arguments of the `info` command."""
+    parser.add_argument("--json", action="store_true", help="print the findings as one JSON object")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Prints what was found; 1 if this machine could use something that it cannot, else 0."""
+    """Prints the findings; returns 1 if there is a problem, else 0."""
     found = examine()
     problems = list(found.problems())
     if args.json:

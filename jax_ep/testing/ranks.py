@@ -1,4 +1,4 @@
-"""Running a per-rank function on stacked arrays [R, ...], as the reference has them."""
+"""Runs a per-rank function on stacked arrays [R, ...], the form of the reference."""
 
 import os
 from collections.abc import Callable
@@ -18,23 +18,23 @@ _COUNT_FLAG = "--xla_force_host_platform_device_count"
 
 
 def virtual_devices(num_devices: int = 8) -> None:
-    """Makes JAX's CPU client start with several devices, each with a thread to wait in.
+    """Makes JAX's CPU client start with several devices, and with a thread to wait for each.
 
-    Works after `import jax`, until JAX makes its backend: at the first `jax.devices()`, array or
-    compiled function. A number that `JAX_NUM_CPU_DEVICES` or `XLA_FLAGS` gives is kept. GPUs stay
-    as they are, so programs call this wherever they run. Not collective.
+    Call it after `import jax`, before JAX makes its backend: at the first `jax.devices()`, array or
+    compiled function. A number from `JAX_NUM_CPU_DEVICES` or `XLA_FLAGS` is kept. GPUs stay as they
+    are, so programs may call it on every platform. Not collective.
 
     Args:
-      num_devices: how many.
+      num_devices: number of CPU devices.
 
-    Raises: ConfigError when JAX has made its backend already, with fewer CPU devices.
+    Raises: ConfigError if JAX has already made its backend, with fewer CPU devices.
     """
     check = StaticChecks("virtual_devices")
     num_devices = check.integer(num_devices, minimum=1, name="num_devices")
     if not jax_compat.has_backends():
         if jax.config.jax_num_cpu_devices < 0 and xla_flag(_COUNT_FLAG) is None:
             jax.config.update("jax_num_cpu_devices", num_devices)
-        # JAX has an option for the devices, but for the threads only a variable.
+        # JAX has an option for the devices, but only an environment variable for the threads.
         threads = virtual_devices_environment(num_devices)["PJRT_NPROC"]
         os.environ.setdefault("PJRT_NPROC", threads)
     elif jax.default_backend() == "cpu" and jax.local_device_count() < num_devices:
@@ -46,7 +46,7 @@ def virtual_devices(num_devices: int = 8) -> None:
 
 
 def make_mesh(num_ranks: int, axis: str = "ep") -> Mesh:
-    """A mesh over the first devices of the program."""
+    """Returns a mesh over the first devices of the program."""
     return Mesh(np.array(jax.devices()[:num_ranks]), (axis,))
 
 
@@ -58,17 +58,18 @@ def on_ranks(
     check_vma: bool = True,
     jit: bool = True,
 ) -> Any:
-    """Makes `fn`, which sees one rank's arrays, take and give stacked ones.
+    """Makes a function of stacked arrays from `fn`, a function of one rank's arrays.
 
     Args:
-      fn: arrays to a pytree of arrays, each without the rank axis.
-      mesh: where it runs.
-      axes: of the mesh; flattened, they are the rank axis. None: all. Along others all is equal.
+      fn: function from arrays to a pytree of arrays, each without the rank axis.
+      mesh: the mesh on which the function runs.
+      axes: axes of the mesh that are the rank axis when flattened; None: all axes. Arrays are equal
+        along the other axes.
       check_vma: as in jax.shard_map.
-      jit: whether to compile.
+      jit: whether to compile the function.
 
     Returns:
-      The same function over arrays with a leading rank axis; compiled, it has `lower`.
+      `fn` for arrays with a leading rank axis; a compiled function has `lower`.
     """
     spec = PartitionSpec(tuple(mesh.axis_names) if axes is None else axes)
 
@@ -81,7 +82,10 @@ def on_ranks(
 
 
 def place(arrays: Any, mesh: Mesh, axes: tuple[str, ...] | None = None) -> Any:
-    """Puts a pytree of arrays [R, ...], known to every process, on the mesh, one row per rank."""
+    """Places a pytree of arrays [R, ...] on the mesh, one row per rank.
+
+    Every process passes the whole arrays.
+    """
     spec = PartitionSpec(tuple(mesh.axis_names) if axes is None else axes)
     sharding = NamedSharding(mesh, spec)
 
@@ -95,6 +99,6 @@ def place(arrays: Any, mesh: Mesh, axes: tuple[str, ...] | None = None) -> Any:
 def on_group(
     fn: Callable[..., Any], group: jax_ep.Group, *, check_vma: bool = True
 ) -> Callable[..., Any]:
-    """`on_ranks` over a group's mesh and axes, for arguments that every process has in whole."""
+    """Applies `on_ranks` over a group's mesh and axes; every process passes the whole arrays."""
     mapped = on_ranks(fn, group.mesh, axes=group.axes, check_vma=check_vma)
     return lambda *arrays: mapped(*place(arrays, group.mesh, group.axes))

@@ -1,4 +1,4 @@
-"""Routings by name, so that a failing test names the routing."""
+"""Routings with names, so that a failing test says which routing broke."""
 
 from collections.abc import Callable
 
@@ -9,24 +9,24 @@ Ids = npt.NDArray[np.int32]
 
 
 def _choose(rng: np.random.Generator, scores: npt.NDArray[np.float64], num_topk: int) -> Ids:
-    """The top choices of random scores, distinct within a token."""
+    """Returns the top choices of noisy scores, distinct within a token."""
     noisy = scores + rng.gumbel(size=scores.shape)
     return np.argsort(-noisy, axis=-1)[..., :num_topk].astype(np.int32)
 
 
 def balanced(rng: np.random.Generator, shape: tuple[int, int, int], num_experts: int) -> Ids:
-    """Every expert is equally likely."""
+    """Makes every expert equally likely."""
     return _choose(rng, np.zeros((*shape[:2], num_experts)), shape[2])
 
 
 def skewed(rng: np.random.Generator, shape: tuple[int, int, int], num_experts: int) -> Ids:
-    """A few experts take most of the tokens."""
+    """Sends most tokens to a few experts."""
     popularity = -1.5 * np.log1p(np.arange(num_experts))
     return _choose(rng, np.broadcast_to(popularity, (*shape[:2], num_experts)), shape[2])
 
 
 def all_to_one_rank(rng: np.random.Generator, shape: tuple[int, int, int], num_experts: int) -> Ids:
-    """Every choice is an expert of the last rank; those that find no expert there are -1."""
+    """Sends every choice to the last rank; choices beyond the number of its experts are -1."""
     num_ranks, num_tokens, num_topk = shape
     num_local = num_experts // num_ranks
     ids = np.full(shape, -1, np.int32)
@@ -37,7 +37,7 @@ def all_to_one_rank(rng: np.random.Generator, shape: tuple[int, int, int], num_e
 
 
 def masked(rng: np.random.Generator, shape: tuple[int, int, int], num_experts: int) -> Ids:
-    """Some choices and some whole tokens are -1."""
+    """Masks some choices and some whole tokens with -1."""
     ids = balanced(rng, shape, num_experts)
     ids[rng.random(shape) < 0.3] = -1
     ids[rng.random(shape[:2]) < 0.2] = -1
@@ -45,7 +45,7 @@ def masked(rng: np.random.Generator, shape: tuple[int, int, int], num_experts: i
 
 
 def one_empty_rank(rng: np.random.Generator, shape: tuple[int, int, int], num_experts: int) -> Ids:
-    """Rank 0 sends nothing, and, with more than one rank, receives nothing."""
+    """Lets rank 0 send nothing, and receive nothing if there are other ranks."""
     ids = balanced(rng, shape, num_experts)
     ids[0] = -1
     if shape[0] > 1:
@@ -54,12 +54,12 @@ def one_empty_rank(rng: np.random.Generator, shape: tuple[int, int, int], num_ex
 
 
 def all_empty(rng: np.random.Generator, shape: tuple[int, int, int], num_experts: int) -> Ids:
-    """Nobody sends anything."""
+    """Lets no rank send anything."""
     return np.full(shape, -1, np.int32)
 
 
 def invalid_ids(rng: np.random.Generator, shape: tuple[int, int, int], num_experts: int) -> Ids:
-    """Some ids name no expert."""
+    """Makes some ids invalid."""
     ids = balanced(rng, shape, num_experts)
     ids[rng.random(shape) < 0.1] = num_experts
     ids[rng.random(shape) < 0.1] = -7

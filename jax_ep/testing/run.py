@@ -1,4 +1,4 @@
-"""The `conformance` command: the checks on this machine's devices, as a table."""
+"""The `conformance` command: runs the checks on this machine's devices, and prints a table."""
 
 import argparse
 import sys
@@ -20,7 +20,7 @@ _WIDTH = 14
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command line of `conformance`."""
+    """Adds the arguments of the `conformance` command."""
     add = parser.add_argument
     add("--backend", nargs="+", choices=BACKENDS, help="default: every one that is usable")
     add("--ranks", type=int, help="use the first of jax.devices(); default: all, 8 on CPU")
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Runs the checks, prints a line for each; the number of failures."""
+    """Runs the checks and prints a line for each; returns the number of failures."""
     checks = [c for c in (conformance.FULL if args.full else conformance.CHECKS)
               if args.only in c.name]  # fmt: skip
     if not checks:
@@ -62,7 +62,7 @@ def _choose(wanted: list[str] | None, group: jax_ep.Group) -> list[str]:
 
 
 def _run(check: conformance.Check, group: jax_ep.Group, backend: str) -> tuple[str, str]:
-    """The result, and what the table says of it."""
+    """Runs a check; returns its result and its cell in the table."""
     if check.not_usable(group, backend):
         return _NOT_USABLE, "-"
     start = time.perf_counter()

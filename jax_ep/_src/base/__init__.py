@@ -1,1 +1,1 @@
-"""Facts and tools that know nothing of groups: settings, errors, specifications, JAX's versions."""
+"""Facts and tools that know no open group: settings, errors, specifications, JAX's versions."""

@@ -14,7 +14,7 @@ _Choice = TypeVar("_Choice", bound=Option)
 
 
 class StaticChecks:
-    """The checks of one public function, whose name its errors begin with."""
+    """The checks of one public function. Their errors begin with its name."""
 
     def __init__(self, op: str):
         self.op = op
@@ -22,7 +22,7 @@ class StaticChecks:
     def choice(
         self, kind: type[_Choice], value: Any, *, name: str, also: Sequence[str] = ()
     ) -> _Choice:
-        """The option that an argument names; `also`: words that the caller takes besides."""
+        """Returns the option that an argument names; `also` lists words that the caller handles."""
         for option in kind:
             if isinstance(value, str) and option == value:
                 return option
@@ -30,7 +30,7 @@ class StaticChecks:
         raise ConfigError(f"{self.op}: {name} must be one of {words}, got {value!r}")
 
     def integer(self, value: Any, *, minimum: int, name: str) -> int:
-        """A static integer."""
+        """Returns a static integer."""
         is_index = hasattr(value, "__index__") and not isinstance(value, (bool, jax.Array))
         if not is_index:
             raise ConfigError(f"{self.op}: {name} must be a static integer, got {value!r}")
@@ -40,7 +40,7 @@ class StaticChecks:
         return number
 
     def positive_number(self, value: Any, *, name: str, or_zero: bool = False) -> float:
-        """A static, finite number of Python's or NumPy's; `or_zero`: zero will do."""
+        """Returns a static, finite number of Python or NumPy; `or_zero` allows zero."""
         number = to_number(value)
         is_in_range = 0 < number < math.inf or (or_zero and number == 0)
         if not is_in_range:
@@ -50,17 +50,20 @@ class StaticChecks:
 
 
 def to_number(value: Any) -> float:
-    """A static number of Python's or NumPy's; NaN for what is none, or beyond every float."""
+    """Returns a static number of Python or NumPy as a float; NaN for anything else.
+
+    An int that is too large for a float gives NaN, too.
+    """
     is_number = isinstance(value, (int, float, np.integer, np.floating))
     if not is_number or isinstance(value, bool):
         return math.nan
     try:
         return float(value)
-    except OverflowError:  # an int of Python's
+    except OverflowError:  # an int that is too large
         return math.nan
 
 
 def alternatives(names: Sequence[str]) -> str:
-    """As in "bfloat16, float16 or float32"."""
+    """Joins names as in "bfloat16, float16 or float32"."""
     *others, last = names
     return f"{', '.join(others)} or {last}" if others else last

@@ -3,11 +3,12 @@
 Environment variables:
   JAX_EP_DEBUG: "1" turns debug mode on (`Group.open(debug=...)` overrides it); read when a group
     opens.
-  JAX_EP_STAGING_MB: MiB that a GPU sets aside for copies of operands that its peers have not
-    mapped; by default 8 where most are mapped, and 256 where none is; read when a group opens.
+  JAX_EP_STAGING_MB: MiB that each GPU reserves for copies of operands that its peers have not
+    mapped. The default is 8 if most operands are mapped, and 256 if none is. Read when a group
+    opens.
   JAX_EP_TUNING: a file of tables that `python -m jax_ep tune` has written; read when a group opens.
-  JAX_EP_COORDINATOR, JAX_EP_NUM_PROCESSES, JAX_EP_PROCESS_ID: what `jax_ep.testing.launch` tells
-    the processes that it starts.
+  JAX_EP_COORDINATOR, JAX_EP_NUM_PROCESSES, JAX_EP_PROCESS_ID: the place of a process in its
+    program; `jax_ep.testing.launch` sets them for the processes that it starts.
 """
 
 import os
@@ -33,9 +34,9 @@ MAX_INDEX = 2**31 - 1
 
 
 def why_no_kernel_exchange(num_ranks: int) -> str | None:
-    """What keeps kernels of a group from meeting, as far as is known without the devices, or None.
+    """Returns why the kernels of a group cannot meet, or None. Looks at no device.
 
-    Options that a program is compiled with (`jax.jit(compiler_options=)`) are not known.
+    Options that a program is compiled with (`jax.jit(compiler_options=)`) are not known here.
     """
     if num_ranks > limits.MAX_CUDA_RANKS:
         return f"its kernels take at most {limits.MAX_CUDA_RANKS} ranks, got {num_ranks}"
@@ -46,9 +47,10 @@ def why_no_kernel_exchange(num_ranks: int) -> str | None:
 
 
 def xla_flag(name: str) -> str | None:
-    """The value that XLA_FLAGS gives to a flag; the last one counts.
+    """Returns the value that XLA_FLAGS gives to a flag; the last one counts.
 
-    As xla/parse_flags_from_env.cc reads it: flags, or else the name of a file of flags.
+    Parses like xla/parse_flags_from_env.cc: the variable holds flags, or the name of a file of
+    flags.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if flags.strip() and not flags.lstrip().startswith("-"):
@@ -64,17 +66,17 @@ def xla_flag(name: str) -> str | None:
 
 
 def virtual_devices_environment(num_devices: int) -> dict[str, str]:
-    """Environment variables that give a process virtual CPU devices, and threads to wait in.
+    """Returns environment variables that give a process virtual CPU devices and enough threads.
 
-    JAX's CPU client has as many threads as there are cores. With fewer than these, many launches in
-    flight hang, those of stock collectives too.
+    JAX's CPU client has as many threads as the machine has cores. With fewer threads than these
+    variables ask for, many launches in flight hang, even those of XLA's collectives.
     """
     threads = max(16, 2 * num_devices)
     return {"JAX_NUM_CPU_DEVICES": str(num_devices), "PJRT_NPROC": str(threads)}
 
 
 def why_staged() -> str | None:
-    """What in XLA's environment variables keeps GPUs from reading operands in place, or None."""
+    """Returns how XLA's environment variables keep GPUs from reading operands in place, or None."""
     for name in ("XLA_PYTHON_CLIENT_ALLOCATOR", "TF_GPU_ALLOCATOR"):
         allocator = os.environ.get(name, "").lower()
         if allocator in ("platform", "vmm"):
@@ -85,9 +87,9 @@ def why_staged() -> str | None:
 
 
 def why_pool_grows() -> str | None:
-    """What in XLA's environment variables makes it allocate memory later on, or None.
+    """Returns how XLA's environment variables make it allocate memory later on, or None.
 
-    Between processes one allocation of each device is mapped: the pool that XLA begins with.
+    Processes map one allocation of each device: the pool that XLA begins with.
     """
     name = "XLA_PYTHON_CLIENT_PREALLOCATE"
     if os.environ.get(name, "true").lower() in ("false", "0"):
@@ -96,7 +98,7 @@ def why_pool_grows() -> str | None:
 
 
 def staging_bytes_from_environment() -> tuple[int, int]:
-    """Room for staged operands on each GPU: where most are read in place, and where none is."""
+    """Returns bytes for staged operands on each GPU: if most are read in place, and if none is."""
     value = os.environ.get("JAX_EP_STAGING_MB")
     if value is None:
         return DEFAULT_SPARE_STAGING_MB << 20, DEFAULT_STAGING_MB << 20
@@ -108,19 +110,19 @@ def staging_bytes_from_environment() -> tuple[int, int]:
 
 
 def tuning_file_from_environment() -> str | None:
-    """The file of tables that come before the package's."""
+    """Returns the file whose tables take precedence over the package's, or None."""
     return os.environ.get("JAX_EP_TUNING") or None
 
 
 def cuda_compiler() -> str | None:
-    """The CUDA compiler that an installation would take, from CUDA_HOME or the PATH."""
+    """Returns the CUDA compiler that an installation would take, from CUDA_HOME or the PATH."""
     home = os.environ.get("CUDA_HOME")
     found = home and shutil.which("nvcc", path=str(Path(home) / "bin"))
     return found or shutil.which("nvcc")
 
 
 def debug_from_environment() -> bool:
-    """Whether JAX_EP_DEBUG asks for debug mode."""
+    """Returns whether JAX_EP_DEBUG asks for debug mode."""
     value = os.environ.get("JAX_EP_DEBUG", "0")
     if value not in ("", "0", "1"):
         raise ConfigError(f"JAX_EP_DEBUG must be '0' or '1', got {value!r}")
@@ -129,12 +131,12 @@ def debug_from_environment() -> bool:
 
 @dataclass(frozen=True)
 class ProcessPlace:
-    """One process of a program of several.
+    """The place of one process in a program of several processes.
 
     Attributes:
       coordinator: host:port of JAX's coordination service.
-      num_processes: of the program.
-      process_id: from 0.
+      num_processes: processes of the program.
+      process_id: index of the process, from 0.
     """
 
     coordinator: str
@@ -142,16 +144,18 @@ class ProcessPlace:
     process_id: int
 
     def to_environment(self) -> dict[str, str]:
-        """The variables that say it."""
+        """Returns the environment variables that hold the place."""
         values = (self.coordinator, str(self.num_processes), str(self.process_id))
         return dict(zip(_PLACE_VARIABLES, values, strict=True))
 
     @classmethod
     def from_environment(cls) -> "ProcessPlace":
-        """That of this process; ConfigError names a variable that is missing."""
+        """Returns the place of this process; a ConfigError names the variables that are missing."""
         missing = [name for name in _PLACE_VARIABLES if name not in os.environ]
         if missing:
-            raise ConfigError(f"launch: {', '.join(missing)} must be set: start it with launch")
+            raise ConfigError(
+                f"launch: {', '.join(missing)} must be set: start the program with launch"
+            )
         coordinator, num_processes, process_id = (os.environ[n] for n in _PLACE_VARIABLES)
         return cls(coordinator, int(num_processes), int(process_id))
 

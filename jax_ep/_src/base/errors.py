@@ -1,6 +1,6 @@
-"""Every exception that jax_ep raises.
+"""The exceptions that jax_ep raises.
 
-Messages name the operation, the argument, what was expected and what came.
+Messages name the operation, the argument, the expected value and the value that came.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ class JaxEpError(Exception):
     """Base of all exceptions of this package. They can be pickled and copied."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Exception's own way calls the class with the message, which need not be its argument.
+        # Exception.__reduce__ calls the class with the message, which may not be its argument.
         return _restore, (type(self), self.args), self.__dict__
 
 
@@ -50,10 +50,10 @@ class PeerTimeoutError(JaxEpError, RuntimeError):
       op: the public operation that waited; in its backward pass "dispatch (gradient)" and the like.
       rank: the rank that waited.
       peer: the rank that did not come.
-      expected: how many ranks the call needs.
-      seen: how many had come when the time was up.
-      is_lost: whether the process of the peer has ended, as far as is known.
-      place: where the peer is instead, as far as is known, else "".
+      expected: number of ranks that the call needs.
+      seen: number of ranks that had come when the time was up.
+      is_lost: whether the process of the peer is known to have ended.
+      place: where the peer is instead, if that is known, else "".
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class PeerTimeoutError(JaxEpError, RuntimeError):
         self.place = place
 
     def to_plain(self) -> dict[str, Any]:
-        """The arguments that make the same exception elsewhere, as JSON has them."""
+        """Returns the arguments that make the same exception elsewhere, in JSON's types."""
         names = ("op", "rank", "peer", "expected", "seen", "is_lost", "place")
         return {name: getattr(self, name) for name in names}
 
@@ -89,7 +89,7 @@ class PeerTimeoutError(JaxEpError, RuntimeError):
 class ProgramError(JaxEpError, RuntimeError):
     """A program failed in JAX, not in the group: a callback raised, a device ran out of memory.
 
-    `__cause__` is what JAX raised. The group stays usable.
+    `__cause__` is the exception that JAX raised. The group stays usable.
     """
 
 
@@ -102,9 +102,9 @@ def _restore(kind: type[JaxEpError], args: tuple[Any, ...]) -> JaxEpError:
 
 
 def error_of(record: dict[str, Any]) -> JaxEpError:
-    """What a native group has written down of its first failure, as an exception.
+    """Returns the exception for the record that a native group keeps of its first failure.
 
-    The keys, besides `kind`, are the attributes of PeerTimeoutError.
+    The keys of the record are `kind` and the attributes of PeerTimeoutError.
     """
     record = {"place": "", **record}
     kind = record.pop("kind")
@@ -131,15 +131,15 @@ def error_of(record: dict[str, Any]) -> JaxEpError:
     if kind == "not_mapped":
         return GroupError(
             f"{op}: peers cannot read an operand of rank {peer} where it lies, and it is larger "
-            "than the room for copies (JAX_EP_STAGING_MB): it is a constant of the program, or "
-            "memory of another library or allocator"
+            "than the room for copies (JAX_EP_STAGING_MB): the operand is a constant of the "
+            "program, or memory of another library or allocator"
         )
     return GroupError(f"{op}: rank {rank} arrived twice at one call: {record}")
 
 
 def program_error(op: str, cause: Exception) -> ProgramError:
-    """What JAX has raised for a program, as an exception; the caller raises it from `cause`."""
-    # The message of a callback that has raised ends in its exception, behind a traceback.
+    """Returns a ProgramError for an exception of JAX; the caller raises it from `cause`."""
+    # If a callback raised, JAX's message ends in the callback's exception, after a traceback.
     lines = str(cause).split("\n")
     last = next((line for line in reversed(lines) if line.strip()), type(cause).__name__)
     return ProgramError(f"{op}: a program failed in JAX, not in the group: {last}")

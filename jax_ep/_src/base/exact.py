@@ -1,8 +1,8 @@
-"""Values that stay what the program says, whatever the compiler makes of the code around them.
+"""Floating-point steps whose values XLA must not change when it compiles the code around them.
 
-XLA drops a rounding whose result is widened again, contracts a product and a sum to one rounding,
-and takes 0 + x for x, which loses the sign of a zero. Its barriers are gone before it has done all
-of that. What lies between two operations on integers it leaves alone.
+XLA drops a rounding whose result is widened again. It contracts a product and a sum to one
+rounding. It replaces 0 + x by x, which loses the sign of a zero. XLA removes its optimization
+barriers before the last of these changes. It leaves alone a step between two integer operations.
 """
 
 from typing import Any
@@ -13,13 +13,13 @@ import jax.numpy as jnp
 
 @jax.custom_jvp
 def kept(x: jax.Array) -> jax.Array:
-    """`x`, rounded to its dtype, and not fused into the sums that follow.
+    """Returns `x` rounded to its dtype, and keeps XLA from fusing it into the sums that follow.
 
-    One NaN becomes another one. A function that changes no value would be taken away again.
+    One NaN becomes another NaN, because XLA would remove a function that changes no value.
     """
     bits = _as_bits(x)
     ones = _word(bits, ~0)  # a NaN in every dtype that we add or round to
-    if x.dtype == jnp.float8_e4m3fn:  # has one NaN of each sign
+    if x.dtype == jnp.float8_e4m3fn:  # a dtype with one NaN of each sign
         changed = jnp.where(bits == ones, ones >> 1, bits)
     else:
         changed = jnp.minimum(bits, ones - 1)
@@ -32,10 +32,11 @@ def _kept_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def rounded(x: jax.Array, dtype: Any) -> jax.Array:
-    """A sum, as a result of ours, rounded as `kept`; the program behind it is simplified by itself.
+    """Returns a sum rounded like `kept`, behind a barrier as the result of an operation.
 
-    As behind a custom call: else the gradients of a training step were seen to differ by a bit. So
-    they were, with JAX 0.10, where a sum that needs no rounding went through `kept`.
+    The barrier makes XLA simplify the program that follows by itself, as behind a custom call.
+    Without it, gradients of a training step differed by a bit. They also differed with JAX 0.10
+    when a sum that needs no rounding went through `kept`.
     """
     narrow = x.astype(dtype)
     result: jax.Array = jax.lax.optimization_barrier(
@@ -45,7 +46,7 @@ def rounded(x: jax.Array, dtype: Any) -> jax.Array:
 
 
 def positive_zeros(x: jax.Array) -> jax.Array:
-    """`x` with +0 for -0: of a sum, what it is if it begins with +0. It has no gradient."""
+    """Returns `x` with +0 for -0, as a sum that begins with +0 would give it. Has no gradient."""
     bits = _as_bits(x)
     negative_zero = _word(bits, 1 << (8 * x.dtype.itemsize - 1))
     changed = jnp.where(bits == negative_zero, _word(bits, 0), bits)
@@ -58,5 +59,5 @@ def _as_bits(x: jax.Array) -> jax.Array:
 
 
 def _word(bits: jax.Array, value: int) -> jax.Array:
-    """One of the type of `bits`."""
+    """Returns an integer of the type of `bits`."""
     return jnp.asarray(value % (1 << (8 * bits.dtype.itemsize)), bits.dtype)

@@ -1,4 +1,4 @@
-"""What dispatch returns: the received rows, and the handle that leads back."""
+"""Results of dispatch: the received rows, and the handle that leads back."""
 
 from dataclasses import dataclass, field
 
@@ -12,8 +12,8 @@ from jax_ep._src.base.spec import RowIndex
 class DispatchHandle:
     """The routing of one dispatch on one rank, as arrays. A pytree: save it, rematerialise it.
 
-    Not to be edited: where two rows claim to be the same choice of a token, one of them may hold
-    anything after a dispatch along the handle on the `cuda` back end.
+    Do not edit the arrays. If two rows claim to be the same choice of a token, a dispatch along
+    the handle on the `cuda` back end may leave anything in one of them.
 
     `T` = tokens of each rank, `C` = recv_capacity, `K` = num_topk, `R` = num_ranks, -1 = none.
 
@@ -21,7 +21,7 @@ class DispatchHandle:
       recv_src: [C] int32, source rank * T + token of each received row.
       recv_k: expert layout: [C] int32, which of the token's K choices the row is; else None.
       send_row: [T, R] (rank layout) or [T, K] (expert layout) int32, the row that a token became
-        at the destination; -1 where nothing was sent, or it was dropped.
+        at the destination; -1 if nothing was sent, or if the row was dropped.
       send_rank: expert layout: [T, K] int32, the destination of each choice; else None (it is the
         column of send_row).
       group_sizes: [num_local_experts] int32, as in Dispatched.
@@ -46,23 +46,23 @@ class DispatchHandle:
     group: str = field(metadata={"static": True})
 
     def index(self) -> RowIndex:
-        """The arrays that combine needs."""
+        """Returns the arrays that combine needs."""
         return RowIndex(self.send_rank, self.send_row, self.recv_src, self.recv_k)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Dispatched:
-    """What one rank received. A pytree; absent fields are None.
+    """The rows that one rank received, and their routing. A pytree; absent fields are None.
 
     `C` = recv_capacity, `L` = num_local_experts, `K` = num_topk.
 
     Attributes:
-      x: [C, hidden], the rows; which of the unused ones are zero is dispatch's `fill`.
+      x: [C, hidden], the rows. The `fill` of dispatch says which unused rows are zero.
       scales: [C, S], the scales of fp8 rows, filled like x.
-      payload: [C, P], what travelled along, filled like x.
+      payload: [C, P], the payload that travelled with the rows, filled like x.
       topk_idx: rank layout: [C, K] int32, local expert ids, -1 = an expert of another rank. None
-        in the expert layout, and for a dispatch along a handle.
+        in the expert layout, and after a dispatch along a handle.
       weights: rank layout: [C, K], expert layout: [C]; f32, 0 where there is no choice.
       group_sizes: [L] int32, rows per local expert; expert layout: rounded up to the alignment.
       num_recv: [1] int32, rows in use, alignment padding included.

@@ -1,6 +1,6 @@
-"""Every name of JAX that is private, or differs between the supported versions (0.10.2 to 0.12).
+"""Names of JAX that are private, or differ between the supported versions (0.10.2 to 0.12).
 
-Nothing else in the package imports jax._src, jax.extend or jax.interpreters.
+No other module of the package imports jax._src, jax.extend or jax.interpreters.
 """
 
 import ctypes
@@ -52,34 +52,35 @@ __all__ = [
 
 
 def has_backends() -> bool:
-    """Whether JAX has made its backends, and so read its environment."""
+    """Returns whether JAX has made its backends; it then has read its environment."""
     return bool(xla_bridge.backends_are_initialized())
 
 
 def manual_axes() -> dict[str, int]:
-    """Names and sizes of the mesh axes that are manual here: those of the enclosing shard_map."""
+    """Returns names and sizes of the mesh axes that the enclosing shard_map makes manual."""
     mesh = jax.sharding.get_abstract_mesh()
     manual = set(getattr(mesh, "manual_axes", ()))
     return {name: size for name, size in mesh.shape.items() if name in manual}
 
 
 def automatic_axes() -> dict[str, int]:
-    """The other axes of that mesh, of size greater than one."""
+    """Returns names and sizes of the mesh axes that are not manual and longer than one."""
     mesh = jax.sharding.get_abstract_mesh()
     manual = set(getattr(mesh, "manual_axes", ()))
     return {name: size for name, size in mesh.shape.items() if name not in manual and size > 1}
 
 
 class AmbientMeshes(NamedTuple):
-    """The mesh of the place that the caller is in, as far as it is known.
+    """The meshes that surround the caller, as far as they are known.
 
-    JAX traces the body of a jax.shard_map with the abstract mesh alone. Devices are known where
-    nobody jits it, or jax.set_mesh is around it, which JAX compares with the mesh of a shard_map.
+    JAX traces the body of a jax.shard_map with the abstract mesh alone. The devices are known if
+    no jit surrounds the shard_map, or if jax.set_mesh does: JAX compares its mesh with the mesh of
+    the shard_map.
 
     Attributes:
-      abstract: its axes; empty where there is none.
+      abstract: the innermost mesh without its devices; empty if there is none.
       known: meshes with devices, the innermost first.
-      around: the mesh of a `with mesh:`, which another one's shard_map may stand in.
+      around: the mesh of a `with mesh:`; a shard_map inside it may have another mesh.
     """
 
     abstract: jax.sharding.AbstractMesh
@@ -88,7 +89,7 @@ class AmbientMeshes(NamedTuple):
 
 
 def ambient_meshes() -> AmbientMeshes:
-    """As the caller finds them."""
+    """Returns the meshes that surround the caller."""
     found: list[Any] = []
     trace = core.trace_ctx.trace
     while trace is not None:
@@ -106,10 +107,10 @@ def ambient_meshes() -> AmbientMeshes:
 
 @contextmanager
 def clean_context() -> Iterator[None]:
-    """Computes in its body as at the top of a program, wherever the caller is.
+    """Runs its body as at the top of a program, wherever the caller is.
 
-    That is while JAX traces a function, inside jax.shard_map, under another mesh, without jit, or
-    where transfers are forbidden.
+    The caller may be inside a function that JAX traces, inside jax.shard_map, under another mesh,
+    under disable_jit, or under a transfer guard.
     """
     with (
         core.eval_context(),
@@ -122,7 +123,7 @@ def clean_context() -> Iterator[None]:
 
 
 def varying_axes(aval: Any) -> frozenset[str]:
-    """The axes over which a value is typed as varying; empty under check_vma=False."""
+    """Returns the axes over which a value is typed as varying; none under check_vma=False."""
     manual = getattr(aval, "manual_axis_type", None)
     return frozenset() if manual is None else frozenset(manual.varying)
 
@@ -130,8 +131,8 @@ def varying_axes(aval: Any) -> frozenset[str]:
 def vary_alike(arrays: Sequence[jax.Array], axes: Sequence[str]) -> tuple[jax.Array, ...]:
     """Types all arrays as varying over `axes` and over every axis that one of them varies over.
 
-    An ffi_call checks nothing by itself, and a custom_vjp refuses the cotangent of an operand that
-    is typed invariant, so operands are cast before either.
+    Operands are cast before an ffi_call, which checks nothing by itself. They are cast before a
+    custom_vjp, which refuses the cotangent of an operand that is typed invariant.
     """
     target = frozenset(axes).union(*(varying_axes(jax.typeof(a)) for a in arrays))
 
@@ -144,7 +145,7 @@ def vary_alike(arrays: Sequence[jax.Array], axes: Sequence[str]) -> tuple[jax.Ar
 
 
 def on_device_memory(array: Any) -> Any:
-    """An array that a computation takes; one in host memory is copied to the device."""
+    """Returns an array in device memory; copies an array that lies in host memory."""
     space = getattr(jax.typeof(array), "memory_space", jax.memory.Space.Device)
     if space is not jax.memory.Space.Host:
         return array
@@ -152,10 +153,11 @@ def on_device_memory(array: Any) -> Any:
 
 
 def can_register_types(platform: str) -> bool:
-    """Whether XLA takes an FFI type of a platform at once, as it wants types before targets.
+    """Returns whether XLA takes an FFI type of a platform at once.
 
-    What is registered before there is a backend waits in JAX, which hands types over last: XLA then
-    refuses the targets, and JAX has no backend. On the CPU nothing needs to wait.
+    XLA wants types before targets. Before there is a backend, JAX holds registrations back and
+    hands types over last: XLA then refuses the targets, and JAX has no backend. On the CPU no
+    registration needs to wait.
     """
     register = getattr(getattr(xla_client, "_xla", None), "register_custom_type", None)
     if platform == "cpu" and register is not None:
@@ -168,32 +170,32 @@ def _platform_of(xla_name: str) -> str:
 
 
 def when_plugins_begin(callback: Callable[[], None]) -> None:
-    """Calls back when JAX has found its plugins (GPUs), or now; not at all where there are none."""
+    """Calls back when JAX has found its plugins (GPUs), or now; never if there are none."""
     xla_bridge.register_plugin_callbacks(lambda c_api: callback())
 
 
 def distributed_client() -> Any:
-    """The client of jax.distributed's key-value store; None where it was not initialised."""
+    """Returns the client of jax.distributed's key-value store; None if it was not initialised."""
     return distributed.global_state.client
 
 
 def default_heartbeat_timeout() -> float:
-    """Seconds after which JAX aborts processes that wait for a lost one, unless it was told others.
+    """Returns JAX's default of heartbeat_timeout_seconds.
 
-    JAX hands what jax.distributed.initialize was told to the client and the service, in C++, and
-    neither they nor JAX's state can be asked for it.
+    After this time JAX aborts processes that wait for a lost one. The program may have passed
+    another value to jax.distributed.initialize. JAX hands it to C++ and keeps no copy to read.
     """
     arguments = inspect.signature(distributed.State.initialize).parameters
     return float(arguments["heartbeat_timeout_seconds"].default)
 
 
 def abandon_runtime() -> None:
-    """Keeps JAX from waiting for all processes when this one exits, and so for those that are gone.
+    """Keeps JAX from waiting for all processes, lost ones included, when this process exits.
 
-    Neither the client nor the service is destroyed: that would wait, too. Nor are the devices'
-    clients and what they have made: a collective whose peer has gone may still be under way. For
-    the same reason nobody waits for effects. In a forked child threads would be waited for that it
-    does not have, the compiler's among them.
+    The client and the service of jax.distributed are not destroyed: their destructors would wait.
+    The clients of the devices and their arrays are not destroyed: a collective whose peer has gone
+    may still run. For the same reason nobody waits for effects. JAX's thread pool is not destroyed:
+    in a forked child its destructor would wait for threads that the child does not have.
     """
     tokens = dispatch.runtime_tokens
     held = [*tokens.current_tokens.values(), *tokens.output_runtime_tokens.values()]
@@ -212,17 +214,17 @@ def abandon_runtime() -> None:
 
 
 def is_gone(array: jax.Array, error: BaseException) -> bool:
-    """Whether a look at an array raised this error because another thread deletes or donates it.
+    """Returns whether a look at an array raised this error because the array is deleted or donated.
 
-    While a program takes a donated array over, JAX already refuses a look at it and does not yet
-    call it deleted: only the words tell.
+    While a program takes over a donated array, JAX already refuses a look at the array, but does
+    not yet call it deleted. Only the words of the error tell.
     """
     return array.is_deleted() or "deleted or donated buffer" in str(error)
 
 
 def is_ready(array: jax.Array) -> bool:
-    """Whether block_until_ready would not wait, in this process: also for a deleted array."""
-    if array.is_deleted():  # JAX 0.10 ends the process when it is asked
+    """Returns whether block_until_ready would not wait in this process, as for a deleted array."""
+    if array.is_deleted():  # is_ready() of JAX 0.10 would end the process
         return True
     try:
         found: bool = array.is_ready()  # type: ignore[attr-defined]
@@ -234,16 +236,16 @@ def is_ready(array: jax.Array) -> bool:
 
 
 def plain_array(array: jax.Array) -> jax.Array | None:
-    """The array itself; for a key array, the one that holds its bits. None: it has been deleted."""
+    """Returns the array, or the array that holds the bits of a key array; None: it is deleted."""
     if not jax.numpy.issubdtype(array.dtype, jax.dtypes.prng_key):
         return array
     return None if array.is_deleted() else jax.random.key_data(array)
 
 
 def wait_for_effects() -> list[Exception]:
-    """Waits for the effects of this thread, as jax.effects_barrier; returns what they failed with.
+    """Waits for the effects of this thread; returns their failures.
 
-    Until 0.11 the barrier stops at the first failure, and keeps it for the next time.
+    jax.effects_barrier up to JAX 0.11 stops at the first failure, and raises it again next time.
     """
     problems: list[Exception] = []
     tokens = dispatch.runtime_tokens
@@ -257,7 +259,7 @@ def wait_for_effects() -> list[Exception]:
 
 
 class _ExcusedToken:
-    """A token of unordered effects that somebody may wait for, and that never raises."""
+    """A token of unordered effects whose wait never raises."""
 
     def __init__(self, token: Any):
         self._token = token
@@ -268,17 +270,20 @@ class _ExcusedToken:
 
 
 def excuse_effects() -> None:
-    """From now on no failure is raised for the effects of this thread. Waits for nothing."""
+    """Makes JAX raise no failure for the effects that this thread has had. Does not wait."""
     tokens = dispatch.runtime_tokens
-    # A program with ordered effects takes the token of the last one as an operand, and would fail.
+    # A later program with ordered effects would take the failed token as an operand, and fail.
     tokens.current_tokens.clear()
     for device, token in tokens.output_runtime_tokens.items():
         tokens.output_runtime_tokens[device] = _ExcusedToken(token)
 
 
 def on_second_stream(fn: Callable[P, T]) -> Callable[P, T]:
-    """`fn`, whose kernels XLA:GPU launches on a second compute stream. Ignored elsewhere."""
-    # compute_on2 took the place of compute_on in 0.11, and then its name.
+    """Returns `fn`, whose kernels XLA:GPU launches on a second compute stream.
+
+    Other platforms ignore the stream.
+    """
+    # JAX 0.11 put compute_on2 in the place of compute_on; later it was renamed to compute_on.
     annotate = getattr(compute_on_module, "compute_on2", compute_on_module.compute_on)
     on_stream: Callable[P, T] = annotate(
         fn, compute_type="gpu_stream:1", out_memory_spaces=jax.memory.Space.Device
@@ -289,9 +294,9 @@ def on_second_stream(fn: Callable[P, T]) -> Callable[P, T]:
 def result_aval(
     shape: Sequence[int], dtype: Any, operands: Sequence[Any], *, varying: Any = None
 ) -> Any:
-    """A result of a primitive.
+    """Returns the abstract value of a primitive's result.
 
-    It varies over the axes `varying`; None: over every axis that one of `operands` varies over.
+    The result varies over the axes `varying`; None: over every axis of one of `operands`.
     """
     first = operands[0]
     if varying is None:
@@ -303,14 +308,14 @@ def result_aval(
 
 
 def lowering_mesh(ctx: Any) -> "jax.sharding.Mesh | None":
-    """The mesh that a primitive is being lowered for, where JAX knows its devices by then."""
+    """Returns the mesh that a primitive is lowered for; None if JAX does not know its devices."""
     mesh = getattr(ctx.module_context.axis_context, "mesh", None)
     return mesh if isinstance(mesh, jax.sharding.Mesh) else None
 
 
 def number_in_program(ctx: Any) -> int:
-    """Index of a call in its program, in the order of lowering: 0 for the first."""
-    # The contexts of one module share this dictionary, and nothing else of ours is in it.
+    """Returns the index of a call in its program, in the order of lowering: 0 for the first."""
+    # The contexts of one module share this dictionary. jax_ep keeps nothing else in it.
     shared = ctx.module_context.cached_primitive_lowerings
     number: int = next(shared.setdefault("jax_ep.number_in_program", itertools.count()))
     return number

@@ -1,7 +1,7 @@
-"""Limits of the kernels, as the native code has them (xla_ffi/core/limits.def).
+"""Limits of the kernels, read from the native code (xla_ffi/core/limits.def).
 
-`limits.MAX_TOPK` reads kMaxTopk. The CPU module knows the limits of all back ends; the first
-question imports it.
+`limits.MAX_TOPK` reads kMaxTopk. The CPU module knows the limits of all back ends. The first access
+imports it.
 """
 
 from types import ModuleType
@@ -19,19 +19,25 @@ def __getattr__(name: str) -> int:
 
 
 def packet_payload(num_ranks: int) -> int:
-    """Bytes that one rank can send to another in one low-latency call."""
+    """Returns the bytes that one rank can send to another in one low-latency call."""
     size: int = _native().packet_payload(num_ranks)
     return size
 
 
 def push_payload(num_ranks: int) -> int:
-    """Bytes that one rank can push to another in a one-shot; more is read where it lies."""
+    """Returns the bytes that one rank can push to another in a one-shot.
+
+    Peers read a larger operand in place.
+    """
     size: int = _native().push_payload(num_ranks)
     return size
 
 
 def two_shot_payload(num_ranks: int) -> int:
-    """Bytes that one rank can push in a two-shot: a chunk for each rank, and one of the sum."""
+    """Returns the bytes that one rank can push in a two-shot.
+
+    The room holds a chunk for each rank, and a chunk of the sum.
+    """
     size: int = _native().two_shot_payload(num_ranks)
     return size
 

@@ -1,7 +1,7 @@
-"""The native modules: loading them, and registering their handlers with JAX.
+"""Native modules: functions that load them, and register their handlers with JAX.
 
-They are registered as early as possible, so that an executable which is loaded before its group is
-open says which group it wants. Nothing here makes a backend of JAX.
+Handlers are registered as early as possible: an executable that is loaded before its group is open
+then says which group it wants. No function here creates a JAX backend.
 """
 
 import importlib
@@ -25,7 +25,7 @@ _JAX_PLATFORM = {"cpu": "cpu", "cuda": "CUDA"}
 
 
 def load(backend: str) -> ModuleType:
-    """The native module of a back end; GroupError says why it cannot be had."""
+    """Returns the native module of a back end; a GroupError says why there is none."""
     try:
         return importlib.import_module(_MODULES[backend])
     except ImportError as e:
@@ -37,9 +37,10 @@ def load(backend: str) -> ModuleType:
 
 
 def builds(platforms: Collection[str]) -> dict[str, str]:
-    """Builds of the modules for these platforms; processes of a group must agree.
+    """Returns the builds of the modules for these platforms. Processes of a group must agree.
 
-    They share memory as it is, and messages in it. A module that cannot be loaded counts as none.
+    The processes share structs and messages in memory, so their layouts must be equal. A module
+    that cannot be loaded counts as "none".
     """
     found = {}
     for backend in ("cpu", "cuda") if "gpu" in platforms else ("cpu",):
@@ -69,25 +70,25 @@ def register(backend: str) -> ModuleType:
 
 
 def register_early() -> None:
-    """When the package is imported: the CPU's now, the GPUs' when JAX has found its plugin."""
+    """Registers the CPU module at once, and the CUDA module when JAX has found its plugin."""
     _register_quietly("cpu")
     jax_compat.when_plugins_begin(lambda: _register_quietly("cuda"))
 
 
 def _register_quietly(backend: str) -> None:
     if jax_compat.can_register_types(_JAX_PLATFORM[backend]):
-        # Group.open does it again, and tells; JAX without groups must not fail by it.
+        # A program without groups must not fail here. Group.open registers again, and raises.
         with suppress(Exception):
             register(backend)
 
 
 def targets(backend: str) -> list[str]:
-    """Names of the operations that a back end's module holds."""
+    """Returns the names of the operations that the module of a back end holds."""
     return sorted(name.removeprefix("jax_ep.") for name in load(backend).registrations())
 
 
 def cuda_device_of(device: jax.Device) -> int:
-    """What CUDA calls a GPU of this process. JAX may count those it was given from 0."""
+    """Returns CUDA's number of a GPU of this process. JAX may number its GPUs from 0."""
     buffer = jax.device_put(np.zeros(1, np.float32), device)
     found: int = load("cuda").device_of(buffer.unsafe_buffer_pointer())
     return found

@@ -1,4 +1,4 @@
-"""The operations, a row each. Other lists of them are derived from this one."""
+"""The operations, one row each. Other lists of operations are derived from this one."""
 
 from typing import NamedTuple
 
@@ -7,8 +7,8 @@ class Operation(NamedTuple):
     """One public operation.
 
     Attributes:
-      name: as callers write it, and as errors name it.
-      checkpoint_name: what jax.ad_checkpoint.checkpoint_name calls its results; None: nothing
+      name: name of the public function; errors use it, too.
+      checkpoint_name: name of its results for jax.ad_checkpoint.checkpoint_name; None: nothing
         crosses between ranks.
       has_algorithms: whether a table says which algorithm carries it.
     """
@@ -19,7 +19,7 @@ class Operation(NamedTuple):
 
     @property
     def is_local(self) -> bool:
-        """Whether a rank computes it without the others."""
+        """Returns whether a rank computes the operation without the other ranks."""
         return self.checkpoint_name is None
 
 

@@ -1,4 +1,4 @@
-"""Options that are words: what callers write, and the numbers that native code has for them."""
+"""Options that callers write as words, and the numbers that native code has for them."""
 
 import enum
 from typing import Literal
@@ -9,19 +9,19 @@ class Option(enum.StrEnum):
 
     @property
     def code(self) -> int:
-        """The number that stands for it in xla_ffi."""
+        """Returns the number that stands for the option in xla_ffi."""
         return list(type(self)).index(self)
 
 
 class Layout(Option):
-    """How received rows are arranged; codes as in xla_ffi/core/types.h."""
+    """Arrangements of received rows; codes as in xla_ffi/core/types.h."""
 
     RANK = "rank"
     EXPERT = "expert"
 
 
 class Fill(Option):
-    """Which rows without a token are zeroed; codes as in xla_ffi/core/types.h."""
+    """Choices of the rows without a token that are zeroed; codes as in xla_ffi/core/types.h."""
 
     ZEROS = "zeros"
     PADDING = "padding"
@@ -29,7 +29,7 @@ class Fill(Option):
 
 
 class Movement(Option):
-    """What becomes of all ranks' arrays; codes as in xla_ffi/ops/all_reduce/all_reduce.h."""
+    """Collectives over all ranks' arrays; codes as in xla_ffi/ops/all_reduce/all_reduce.h."""
 
     ALL_REDUCE = "all_reduce"
     REDUCE_SCATTER = "reduce_scatter"
@@ -37,23 +37,23 @@ class Movement(Option):
 
 
 class Algorithm(Option):
-    """How sums travel between GPUs; codes as in xla_ffi/ops/all_reduce/all_reduce.h."""
+    """Algorithms for sums between GPUs; codes as in xla_ffi/ops/all_reduce/all_reduce.h."""
 
     LOW_LATENCY = "low_latency"
     ONE_SHOT = "one_shot"
     TWO_SHOT = "two_shot"
-    PSUM = "psum"  # the stock collective, which native code never sees
+    PSUM = "psum"  # XLA's collective; native code never sees this option
 
 
 class Scales(Option):
-    """How the scales of fp8 rows are stored."""
+    """Storage formats of the scales of fp8 rows."""
 
     F32 = "f32"
     E8M0 = "e8m0"
 
 
-# The same words as types of public arguments: editors complete them, and a str from a
-# configuration needs no cast. A wrong word is an error when it is traced.
+# Types of public arguments with the same words: editors complete them, and a str from a
+# configuration needs no cast. A wrong word raises an error while the function is traced.
 LayoutName = Literal["rank", "expert"] | str
 FillName = Literal["zeros", "padding", "none"] | str
 ScalesName = Literal["f32", "e8m0"] | str

@@ -1,4 +1,4 @@
-"""What jax.checkpoint and jax.export must be told."""
+"""Policies and checks to pass to jax.checkpoint and jax.export."""
 
 from typing import Any
 
@@ -10,16 +10,15 @@ from jax_ep._src.base.operations import OPERATIONS
 
 
 def save_communication_policy(*names: str) -> Any:
-    """A policy for `jax.checkpoint` that keeps what has crossed between ranks.
+    """Returns a policy for `jax.checkpoint` that keeps the arrays that have crossed between ranks.
 
-    With it the backward pass recomputes everything but dispatch, combine, and all_reduce and its
-    relatives.
+    The backward pass then recomputes everything but dispatch, combine, and the all_reduce family.
 
     Args:
       names: further `checkpoint_name`s to keep.
 
     Returns:
-      What `jax.checkpoint(layer, policy=...)` takes.
+      A policy for `jax.checkpoint(layer, policy=...)`.
 
     Collective: no.
     """
@@ -29,10 +28,10 @@ def save_communication_policy(*names: str) -> Any:
 
 
 def export_safety_checks() -> list[jax.export.DisabledSafetyCheck]:
-    """The checks that `jax.export.export(disabled_checks=...)` must leave out: our custom calls.
+    """Returns the safety checks of `jax.export` that refuse jax_ep's custom calls.
 
-    A loaded export finds its group by the identity among those that are open, and says by name
-    which one is missing.
+    Pass them to `jax.export.export(disabled_checks=...)`. A loaded export looks for its group
+    among the open groups by identity. If the group is not open, the error names it.
 
     Returns:
       One check for each custom call of the back ends that are built.

@@ -1,4 +1,4 @@
-"""The only mutable state of a process: groups open, modules registered, what was told."""
+"""The only mutable state of a process: open groups, registered modules, failures told."""
 
 import os
 import threading
@@ -14,33 +14,34 @@ if TYPE_CHECKING:
     from jax_ep._src.group.group import Group
 
 open_groups: "dict[str, Group]" = {}
-# All that have not been deleted, closed ones as well.
+# Groups that have not been deleted, closed groups included.
 groups: "weakref.WeakSet[Group]" = weakref.WeakSet()
 registered_backends: set[str] = set()
-# Arrays whose failure some check() has raised: JAX raises it at every look.
+# Arrays whose failure some check() has raised. JAX raises the failure again at every look.
 told_failures: "list[weakref.ref[jax.Array]]" = []
-# By identity: of two threads that want one group, the second finds what the first has opened.
+# Locks by identity. If two threads open one group, the second finds what the first has opened.
 _opening: dict[str, AbstractContextManager[Any]] = {}
-os.register_at_fork(after_in_child=_opening.clear)  # whoever held one is not there
-joins_at_exit: int | None = None  # the pid of a process of several, not of its forked children
-interrupts_survived: int | None = None  # None: nobody watches them
+os.register_at_fork(after_in_child=_opening.clear)  # a thread that held a lock is not there
+joins_at_exit: int | None = None  # pid of a process of several; a forked child has another pid
+interrupts_survived: int | None = None  # None: nobody watches interrupts
 
 
 def opening(identity: str) -> AbstractContextManager[Any]:
-    """For one thread at a time. Threads that open different groups do not wait for one another.
+    """Returns the lock that one thread at a time holds while it opens a group.
 
-    Other processes may open these in another order.
+    Threads that open different groups do not wait for one another: other processes may open the
+    groups in another order.
     """
     return _opening.setdefault(identity, threading.RLock())
 
 
 def find_group(identity: str, *, op: str) -> "Group":
-    """The open group of an identity, as a handle carries it."""
+    """Returns the open group for the identity that a handle carries."""
     return _find(identity, f"{op}: the handle's group {identity} is not open")
 
 
 def load_group(identity: str) -> "Group":
-    """The open group of an identity, as a pickle carries it."""
+    """Returns the open group for the identity that a pickle carries."""
     return _find(
         identity,
         f"pickle: group {identity} is not open in this process: open it first, over the same "

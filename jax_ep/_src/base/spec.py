@@ -1,6 +1,6 @@
-"""The static facts of an operation, and what the back ends hand to one another.
+"""Static facts of an operation, and the arrays that back ends hand to one another.
 
-All of it is hashable or arrays: nothing here refers to an open group.
+Every object here is hashable or a tuple of arrays. None refers to an open group.
 """
 
 import math
@@ -20,10 +20,10 @@ class MeshPosition(NamedTuple):
     """One device of a group's mesh.
 
     Attributes:
-      device: its id; CUDA's number of it where the native group of GPUs is told.
-      slice: of the mesh's other axes.
-      rank: in the slice.
-      place: in the row-major order of the mesh.
+      device: id of the device; CUDA's number of the device for a native group of GPUs.
+      slice: index along the mesh axes that are not the group's.
+      rank: rank in the slice.
+      place: index in the row-major order of the mesh.
     """
 
     device: int
@@ -33,7 +33,7 @@ class MeshPosition(NamedTuple):
 
 
 class Usability(NamedTuple):
-    """What a back end can do for a group: the public operations, and the reason in words."""
+    """The public operations that a back end can carry for a group, and the reason in words."""
 
     ops: frozenset[str]
     reason: str
@@ -41,15 +41,15 @@ class Usability(NamedTuple):
 
 @dataclass(frozen=True)
 class GroupSpec:
-    """A group, as compiled code knows it.
+    """The facts of a group that compiled code knows.
 
     Attributes:
-      identity: name and fingerprint; how a loaded executable finds the group.
-      axes: the axes that the ranks run along.
+      identity: name and fingerprint; a loaded executable finds its group by them.
+      axes: mesh axes along which the ranks run.
       mesh_axes: name and size of every axis of the mesh.
       device_ids: device ids in the row-major order of the mesh.
-      staging_bytes: room for the operands of a call where they are staged; None: they are not.
-      has_packets: whether 16 bytes arrive at once at a peer, which algorithm low_latency needs.
+      staging_bytes: room for the operands of one call if operands are staged; None: they are not.
+      has_packets: whether 16 bytes arrive at a peer at once; algorithm low_latency needs that.
     """
 
     identity: str
@@ -61,12 +61,12 @@ class GroupSpec:
 
     @property
     def num_ranks(self) -> int:
-        """Ranks of one slice."""
+        """Number of ranks in one slice."""
         sizes = dict(self.mesh_axes)
         return math.prod(sizes[a] for a in self.axes)
 
     def positions(self) -> list[MeshPosition]:
-        """In the row-major order of the mesh."""
+        """Returns the positions in the row-major order of the mesh."""
         sizes = dict(self.mesh_axes)
         others = tuple(name for name in sizes if name not in self.axes)
         positions = []
@@ -79,7 +79,10 @@ class GroupSpec:
         return positions
 
     def can_stage(self, *operands: jax.Array | None, scratch_bytes: int = 0) -> bool:
-        """Whether a call that peers read so much of is carried by the custom calls."""
+        """Returns whether custom calls can carry a call whose peers read these operands.
+
+        `scratch_bytes`: bytes that peers read beside the operands.
+        """
         if self.staging_bytes is None:
             return True
         sizes = [scratch_bytes, *(a.size * a.dtype.itemsize for a in operands if a is not None)]
@@ -87,14 +90,17 @@ class GroupSpec:
         return sum(-(-size // unit) * unit for size in sizes) <= self.staging_bytes
 
     def rank_of(self, device_id: int) -> int:
-        """The rank of a device."""
+        """Returns the rank of a device."""
         return self.positions()[self.device_ids.index(device_id)].rank
 
     def position(self) -> jax.Array:
-        """[1] int32: where this device stands in the mesh, row-major. Inside shard_map."""
+        """Returns [1] int32, the row-major position of this device in the mesh.
+
+        Call it inside shard_map.
+        """
         place = jnp.zeros((1,), jnp.int32)
         for name, size in self.mesh_axes:
-            # The program's mesh may lack an axis of size one.
+            # The mesh of the program may lack an axis of size one.
             if size > 1:
                 place = place * size + jax.lax.axis_index(name).astype(jnp.int32)
         return place
@@ -109,7 +115,7 @@ def _row_major(index: dict[str, int], sizes: dict[str, int], axes: tuple[str, ..
 
 @dataclass(frozen=True)
 class CallSpec:
-    """The static facts of one pull_rows; equal on all ranks. `op` as in ExchangeSpec."""
+    """The static facts of one pull_rows; equal on all ranks. `op`: as in ExchangeSpec."""
 
     group: GroupSpec
     backend: str
@@ -118,19 +124,19 @@ class CallSpec:
 
 
 def gradient_of(op: str) -> str:
-    """What errors call the backward pass of a public operation."""
+    """Returns the name of the backward pass of a public operation in errors."""
     return f"{op.removesuffix(_GRADIENT)}{_GRADIENT}"
 
 
 class Route(NamedTuple):
-    """How an exchange is carried: the back end, and the SMs that it uses where it is `cuda`."""
+    """The back end that carries an exchange, and the SMs that it uses if it is `cuda`."""
 
     backend: str
     num_sms: int
 
 
 class Routes(NamedTuple):
-    """The routes of all exchanges in one layout; those of pull_rows are a cached dispatch's."""
+    """The routes of all exchanges in one layout; pull_rows takes the route of a cached dispatch."""
 
     dispatch: Route
     cached_dispatch: Route
@@ -139,9 +145,10 @@ class Routes(NamedTuple):
 
 @dataclass(frozen=True)
 class ExchangeSpec:
-    """What a dispatch and a combine have; their gradients run other exchanges of these routes.
+    """The static facts that a dispatch and a combine share.
 
-    `op` is the public operation, as errors name it: other exchanges may carry it.
+    Their gradients run other exchanges of `routes`. `op` is the name of the public operation in
+    errors; another exchange may carry it.
     """
 
     group: GroupSpec
@@ -151,15 +158,15 @@ class ExchangeSpec:
     op: str
 
     def of_gradient(self) -> Self:
-        """The same for the backward pass."""
+        """Returns this spec for the backward pass."""
         return replace(self, op=gradient_of(self.op))
 
     def to_route(self) -> "RouteSpec":
-        """The combine along the same routing."""
+        """Returns the spec of the combine along the same routing."""
         return RouteSpec(self.group, self.routes, self.layout, self.recv_capacity, self.op)
 
     def to_pull(self) -> CallSpec:
-        """The pull_rows along the same routing."""
+        """Returns the spec of the pull_rows along the same routing."""
         return CallSpec(self.group, *self.routes.cached_dispatch, self.op)
 
 
@@ -173,17 +180,17 @@ class DispatchSpec(ExchangeSpec):
 
     @property
     def backend(self) -> str:
-        """That carries the dispatch."""
+        """The back end that carries the dispatch."""
         return self.routes.dispatch.backend
 
     @property
     def num_sms(self) -> int:
-        """Of the dispatch."""
+        """The number of SMs that the dispatch uses."""
         return self.routes.dispatch.num_sms
 
     @property
     def num_local_experts(self) -> int:
-        """Experts of one rank."""
+        """Number of experts on one rank."""
         return self.num_experts // self.group.num_ranks
 
 
@@ -193,12 +200,12 @@ class RouteSpec(ExchangeSpec):
 
     @property
     def backend(self) -> str:
-        """That carries the combine."""
+        """The back end that carries the combine."""
         return self.routes.combine.backend
 
     @property
     def num_sms(self) -> int:
-        """Of the combine."""
+        """The number of SMs that the combine uses."""
         return self.routes.combine.num_sms
 
 
@@ -206,7 +213,7 @@ class RouteSpec(ExchangeSpec):
 class ReduceSpec:
     """The static facts of one all_reduce, reduce_scatter or all_gather; equal on all ranks.
 
-    `op`: as in ExchangeSpec. `is_typed`: check_vma is on.
+    `op`: as in ExchangeSpec. `is_typed`: whether check_vma is on.
     """
 
     group: GroupSpec
@@ -217,7 +224,7 @@ class ReduceSpec:
     is_typed: bool = False
 
     def is_carried(self, x: jax.Array) -> bool:
-        """Whether the custom calls can carry an operand, by this algorithm."""
+        """Returns whether the custom calls can carry an operand by this algorithm."""
         if self.backend != "cuda" or self.group.staging_bytes is None:
             return True
         num_bytes = x.size * x.dtype.itemsize
@@ -233,7 +240,7 @@ class ReduceSpec:
 
 
 class DispatchResults(NamedTuple):
-    """What a back end's dispatch gives, on one rank. `C` = recv_capacity, `L` = local experts."""
+    """Results of a back end's dispatch on one rank. `C` = recv_capacity, `L` = local experts."""
 
     group_sizes: jax.Array  # [L]
     num_recv: jax.Array  # [1]
@@ -248,9 +255,9 @@ class DispatchResults(NamedTuple):
 
 
 class RowIndex(NamedTuple):
-    """Where the rows of a dispatch are, from both ends."""
+    """Places of the rows of a dispatch, as sender and receiver know them."""
 
     send_rank: jax.Array | None  # expert layout: [num_tokens, num_topk] destination, -1 = none
     send_row: jax.Array
     recv_src: jax.Array
-    recv_k: jax.Array | None  # expert layout: [C] which choice of its token a row is
+    recv_k: jax.Array | None  # expert layout: [C] index of each row among its token's choices

@@ -1,6 +1,6 @@
-"""What was measured and not computed: algorithms by bytes, and SMs by operation and layout.
+"""Tables of measured choices: algorithms by bytes, and SMs by exchange and layout.
 
-The package's own tables are in tables.json; `python -m jax_ep tune` writes others.
+The package's own tables are in tables.json. `python -m jax_ep tune` writes others.
 """
 
 import json
@@ -23,22 +23,22 @@ _ANY_DEVICE = "any"
 
 @dataclass(frozen=True)
 class Step:
-    """Up to `bytes` from each rank, `algorithm`; None: however many."""
+    """A row of a table: `algorithm` serves up to `bytes` from each rank; None: any number."""
 
     bytes: int | None
     algorithm: Algorithm
 
 
-# Of one device kind and number of ranks, by operation; each list ends with what is unlimited.
+# Steps by operation, for one device kind and number of ranks. The last step of each is unlimited.
 Table = Mapping[str, Sequence[Step]]
 
 
 class Budget(NamedTuple):
-    """What one exchange in one layout uses.
+    """The resources that one exchange in one layout uses.
 
     Attributes:
-      sms: of a GPU, on the `cuda` back end.
-      backend: the one that "auto" takes in place of the group's; None: the group's.
+      sms: SMs of a GPU, on the `cuda` back end.
+      backend: back end that "auto" takes in place of the group's; None: the group's.
     """
 
     sms: int
@@ -50,15 +50,15 @@ class Budgets:
     """The budgets of a group.
 
     Attributes:
-      of: by exchange and layout, all of them.
-      source: where they come from, in words.
+      of: the budget of every exchange and layout.
+      source: their origin in words.
     """
 
     of: Mapping[str, Mapping[Layout, Budget]]
     source: str
 
     def to_plain(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """As JSON has it."""
+        """Returns the budgets in JSON's types."""
         return {
             exchange: {layout.value: _plain_budget(b) for layout, b in layouts.items()}
             for exchange, layouts in self.of.items()
@@ -67,7 +67,7 @@ class Budgets:
 
 @dataclass(frozen=True)
 class _Entry:
-    """What a file says of one device kind and number of ranks, in either part."""
+    """The entry of a file for one device kind and number of ranks; either part may be absent."""
 
     file: str
     device: str
@@ -77,7 +77,7 @@ class _Entry:
 
 
 def pick(table: Table, op: str, num_bytes: int, allowed: Sequence[Algorithm]) -> Algorithm | None:
-    """The table's choice among the allowed ones; None if it has none for so many bytes."""
+    """Returns the table's choice among `allowed`; None if the table allows none at this size."""
     for step in table[op]:
         if (step.bytes is None or num_bytes <= step.bytes) and step.algorithm in allowed:
             return step.algorithm
@@ -85,10 +85,11 @@ def pick(table: Table, op: str, num_bytes: int, allowed: Sequence[Algorithm]) ->
 
 
 def load(device_kind: str, num_ranks: int) -> Table:
-    """The table of algorithms for a group: of its device kind and size, or else of any device.
+    """Returns the table of algorithms for a group.
 
-    The latter: of its size or the next smaller. Entries of the file that JAX_EP_TUNING names come
-    first, where it has one that fits.
+    The best entry has the group's device kind and size. The next best is for any device, and has
+    the group's size or the next smaller one. If the file that JAX_EP_TUNING names has an entry
+    that fits, it is used before the package's.
 
     Raises: ConfigError for a file of JAX_EP_TUNING that cannot be used.
     """
@@ -98,13 +99,13 @@ def load(device_kind: str, num_ranks: int) -> Table:
 def load_budgets(
     device_kind: str, num_ranks: int, *, num_sms: int | None = None, is_auto: bool = True
 ) -> Budgets:
-    """The budgets of a group, found like its table of algorithms.
+    """Returns the budgets of a group, found like its table of algorithms.
 
     Args:
-      device_kind: of its devices.
-      num_ranks: of one slice.
-      num_sms: what Group.open was told: then all have it, and no back end but the group's.
-      is_auto: whether "auto" chose the group's back end; one that was named is not overruled.
+      device_kind: kind of the group's devices.
+      num_ranks: ranks of one slice.
+      num_sms: argument of Group.open. If given, every exchange uses it and the group's back end.
+      is_auto: whether "auto" chose the group's back end. Budgets do not overrule a named back end.
 
     Raises: ConfigError for a file of JAX_EP_TUNING that cannot be used.
     """
@@ -119,7 +120,7 @@ def load_budgets(
 
 
 def to_plain(table: Table) -> dict[str, list[list[Any]]]:
-    """As JSON has it."""
+    """Returns the table in JSON's types."""
     return {op: [[s.bytes, s.algorithm.value] for s in table[op]] for op in table}
 
 
@@ -136,7 +137,7 @@ def _map(
 
 
 def _files() -> list[list[_Entry]]:
-    """Of the environment's file and of the package's, the entries of each."""
+    """Returns the entries of JAX_EP_TUNING's file, if there is one, then the package's."""
     text = resources.files("jax_ep._src.base").joinpath("tables.json").read_text()
     files = [_parse(text, "the package's table")]
     path = config.tuning_file_from_environment()
@@ -158,7 +159,7 @@ def _first(
     device_kind: str,
     num_ranks: int,
 ) -> tuple[_Entry, _Part]:
-    """The part of the entry that serves a group, from the first file that has one."""
+    """Returns the entry that serves a group, and its part, from the first file that has one."""
     for entries in files:
         parts = [(entry, part) for entry in entries if (part := part_of(entry)) is not None]
         own = [p for p in parts if (p[0].device, p[0].num_ranks) == (device_kind, num_ranks)]
@@ -192,7 +193,7 @@ def _entry(plain: Any, file: str) -> _Entry:
     if not _is_whole(num_ranks):
         raise TypeError(f"num_ranks must be a whole number, got {num_ranks!r}")
     budgets = plain.get("budgets")
-    # Files of before there were budgets have `ops` alone; a file of budgets alone is one, too.
+    # Older files have `ops` alone. A file may also have `budgets` alone.
     ops = plain["ops"] if budgets is None else plain.get("ops")
     return _Entry(
         file=file,
@@ -235,5 +236,5 @@ def _plain_budget(budget: Budget) -> dict[str, Any]:
 
 
 def _is_whole(value: Any) -> bool:
-    # Not isinstance: true is no number.
+    # isinstance would let true pass as a number.
     return type(value) is int and value >= 0

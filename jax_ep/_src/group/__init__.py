@@ -1,1 +1,1 @@
-"""Group: the ranks that exchange rows, what they own and what they fail with."""
+"""Group: the ranks that exchange rows, with their settings, memory and failures."""

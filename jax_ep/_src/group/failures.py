@@ -1,4 +1,4 @@
-"""Failures of a group, and peers that its end, and the interpreter's, must not wait for."""
+"""Failures of a group. After one, the group's end and the interpreter's exit wait for no peer."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from jax_ep._src.processes.wait import cause_of
 
 
 class Failures:
-    """The failures of one group, as far as this process knows. Nothing here waits."""
+    """The failures of one group, as far as this process knows them. No method waits."""
 
     def __init__(
         self,
@@ -29,14 +29,14 @@ class Failures:
         spec: GroupSpec,
         rendezvous: Rendezvous,
     ):
-        self.native: NativeGroup | None = None  # once it is open
+        self.native: NativeGroup | None = None  # set once it is open
         self._owners = [d.process_index for d in mesh.devices.flat]
         self._spec = spec
         self._rendezvous = rendezvous
         self._bad_routings: Counter[str] = Counter()
 
     def add_bad_routing(self, op: str, rank: Any, num_invalid: Any, num_repeated: Any) -> None:
-        """Keeps what debug mode found in one routing until it is told."""
+        """Keeps the findings of debug mode in one routing until they are raised."""
         if int(num_invalid) or int(num_repeated):
             line = (
                 f"{op}: topk_idx of rank {int(rank)} holds {int(num_invalid)} ids outside "
@@ -45,7 +45,10 @@ class Failures:
             self._bad_routings[line] += 1
 
     def raise_known(self, problems: Sequence[Exception] = ()) -> None:
-        """Raises the group's own failure, or else what JAX raised; whatever that was, behind it."""
+        """Raises the group's own failure, or else a ProgramError for JAX's exceptions.
+
+        The exceptions of JAX become the cause.
+        """
         failure = self.recorded()
         if not problems:
             if failure is not None:
@@ -55,7 +58,7 @@ class Failures:
         raise failure or program_error("Group.check", cause) from cause
 
     def recorded(self) -> JaxEpError | None:
-        """The first failure, or else the bad routings, which are told once."""
+        """Returns the first failure, or else the bad routings, which are returned only once."""
         failure = self.failure()
         if failure is not None or not self._bad_routings:
             return failure
@@ -67,7 +70,7 @@ class Failures:
         return RoutingError(message)
 
     def failure(self) -> JaxEpError | None:
-        """The record of the custom calls."""
+        """Returns the failure that the custom calls have recorded, or None."""
         record = None if self.native is None else self.native.handle.error()
         if record is None:
             return None
@@ -77,7 +80,7 @@ class Failures:
         return failure
 
     def loss(self) -> JaxEpError | None:
-        """A process that has ended, though no custom call has waited for it."""
+        """Returns an error for a process that has ended, even if no custom call waits for it."""
         process = self._rendezvous.lost_process()
         if process is None:
             return None
@@ -92,7 +95,7 @@ class Failures:
         return PeerTimeoutError("Group.check", here[0], there[0], num_ranks, num_seen, is_lost=True)
 
     def _leave_alone(self) -> None:
-        """A peer may be lost, or will be: no end waits for it, the interpreter's or the group's."""
+        """Keeps the interpreter's exit and the group's end from waiting for lost peers."""
         self._rendezvous.leave_alone_at_exit()
         if self.native is not None and not self._rendezvous.is_alone:
             self.native.abandon()

@@ -1,4 +1,4 @@
-"""Group: the ranks that exchange rows, and everything they own."""
+"""Group: the ranks that exchange rows, and everything that they own."""
 
 import atexit
 import os
@@ -25,26 +25,26 @@ from jax_ep._src.processes.wait import arrays_in, excuse_failures, live_arrays, 
 class Group:
     """The ranks along one or more mesh axes that exchange rows with each other.
 
-    Open one with `Group.open`, use it as a context manager, pass it to the operations as `group=`.
-    `Group.get` finds it again, or opens it where it is needed. `copy.copy` and `copy.deepcopy` give
-    the group itself; a pickle of it finds the open group of the same identity where it is loaded.
-    One group covers all slices of the mesh along the other axes. Compiled functions keep what they
-    need alive: they may run after `close()`, but nothing new can be traced with a closed group.
+    Open a group with `Group.open`, use it as a context manager, and pass it to the operations as
+    `group=`. `Group.get` finds the open group again, or opens it. `copy.copy` and `copy.deepcopy`
+    return the group itself. A loaded pickle finds the open group of the same identity. One group
+    covers all slices of the mesh along the other axes. Compiled functions keep the memory that
+    they need alive: they may run after `close()`, but no function can be traced with a closed
+    group.
 
     Attributes:
-      mesh: as it was opened over.
-      axes: the mesh axes that the ranks run along.
-      name: tells apart groups over the same mesh and axes.
+      mesh: the mesh that the group was opened over.
+      axes: mesh axes along which the ranks run.
+      name: name that tells apart groups over the same mesh and axes.
       num_ranks: ranks of one slice.
       ranks_per_node: ranks of one node.
-      num_sms: SMs that all dispatches and combines use on GPUs unless they say otherwise; None:
-        `budgets` say it by operation and layout.
+      num_sms: SMs that every dispatch and combine uses on GPUs unless the call says otherwise;
+        None: `budgets` give the number by exchange and layout.
       backend: the back end in use.
       timeout: seconds that a rank waits for its peers.
       debug: whether routings are checked on the device.
       identity: name and fingerprint, equal in every process.
-      spec, backends, tuning, budgets: for the operations; `info()` tells what a user wants to know
-        of them.
+      spec, backends, tuning, budgets: facts for the operations; `info()` describes them to users.
     """
 
     mesh: jax.sharding.Mesh
@@ -68,7 +68,7 @@ class Group:
         settings: Settings,
         rendezvous: Rendezvous,
     ):
-        """Not for users, who call `Group.open` or `Group.get`."""
+        """Makes a group that is not open yet. Users call `Group.open` or `Group.get`."""
         self.mesh = mesh
         self.axes = arguments.axes
         self.name = arguments.name
@@ -106,34 +106,37 @@ class Group:
 
         Args:
           mesh: the mesh that the program's `jax.shard_map` uses, devices included.
-          axis: the axis, or axes, that the ranks run along; rank = row-major index over them.
-          name: tells apart groups over the same mesh and axes; default: the axes, joined by "_".
-          backend: "auto", "cpu" (host twins), "cuda" (kernels) or "xla" (stock collectives). What
-            "auto" chose, and why, is in `info()`. With it, and without num_sms, `xla` carries an
-            operation in a layout of which the table of this device says that it is faster so.
-          timeout: seconds that a call of the custom calls waits for a rank before the group fails.
-            The `xla` back end waits as XLA's collectives do. Default: 60; at most a day. Over
+          axis: the axis or axes along which the ranks run; rank = row-major index over them.
+          name: name that tells apart groups over the same mesh and axes; default: the axes, joined
+            by "_".
+          backend: "auto", "cpu" (host implementation), "cuda" (kernels) or "xla" (XLA's
+            collectives). `info()` says what "auto" chose, and why. With "auto" and without
+            num_sms, `xla` carries the exchanges for which the table of this device says that `xla`
+            is faster, by layout.
+          timeout: seconds that a custom call waits for a rank before the group fails. Calls on the
+            `xla` back end wait as long as XLA's collectives do. Default: 60; at most a day. Over
             several processes it should be below JAX's heartbeat timeout.
-          num_sms: SMs that every dispatch and combine of the `cuda` back end uses unless it says
-            otherwise; default: what a table says of this device and number of ranks, by operation
-            and layout, from 16 to 64 in the package's (`info().budgets`). Fewer leave more to
-            compute that runs beside it. all_reduce and its relatives take up to 64.
+          num_sms: SMs that every dispatch and combine of the `cuda` back end uses unless the call
+            says otherwise. Default: the number in the table for this device and number of ranks,
+            by exchange and layout, from 16 to 64 in the package's table (`info().budgets`). Fewer
+            SMs leave more to computation that runs at the same time. The all_reduce family takes
+            up to 64.
           ranks_per_node: ranks of one node, consecutive; default: all.
-          debug: counts bad ids of every routing and raises them in `check()`; default: the
-            environment variable JAX_EP_DEBUG.
+          debug: whether the group counts bad ids of every routing and raises them in `check()`;
+            default: the environment variable JAX_EP_DEBUG.
 
         Returns:
           The open group, after a self-test that moved data between every pair of ranks.
 
-        Collective: every process of the mesh opens it, with the same arguments.
-        Raises: ConfigError; GroupError, also where the processes disagree or run different builds,
-          or one does not come within `timeout`; PeerTimeoutError where one that came is lost. What
-          fails in one process is raised in all of them.
-        Warns: where "auto" falls back to stock collectives on CPUs or GPUs, with the reason; the
-          first process of the mesh does.
+        Collective: every process of the mesh opens the group, with the same arguments.
+        Raises: ConfigError; GroupError, also if the processes disagree or run different builds, or
+          if a process does not come within `timeout`; PeerTimeoutError if a process that came is
+          lost. If one process fails, all processes raise.
+        Warns: if "auto" falls back to XLA's collectives on CPUs or GPUs. The first process of the
+          mesh warns, with the reason.
         Source: DeepEP's Buffer (DeepSeek, 2025), with the mesh in the place of a process group.
         """
-        from jax_ep._src.opening.open import open_group  # stands above the operations
+        from jax_ep._src.opening.open import open_group  # a floor above the operations
 
         return open_group(
             cls,
@@ -160,41 +163,40 @@ class Group:
         ranks_per_node: int | None = None,
         debug: bool | None = None,
     ) -> Self:
-        """The open group over a mesh and axis; opens it where there is none, or none any more.
+        """Returns the open group over a mesh and axis, or opens it if there is none.
 
-        For layers that learn their mesh when they are called, for cells of a notebook that run
-        twice, for models that outlive a group. It may be called while JAX traces, also in the body
-        of a `jax.shard_map`. Whoever closes the group closes it for all who have it.
+        Use it in layers that learn their mesh when they are called, in cells of a notebook that
+        run twice, and in models that outlive a group. It may be called while JAX traces, also in
+        the body of a `jax.shard_map`. A caller that closes the group closes it for all callers.
 
         Args:
-          mesh: as for `Group.open`. None: that of `jax.set_mesh`, or of the enclosing
-            `jax.shard_map`. Under jit the latter is known without its devices, as every
-            `AbstractMesh` is: then it is the mesh of `jax.set_mesh`, or else that of the open
-            groups, which has the same axes and sizes.
+          mesh: as for `Group.open`. None: the mesh of `jax.set_mesh`, or of the enclosing
+            `jax.shard_map`. Under jit, JAX knows the mesh of a `jax.shard_map` only without its
+            devices, as an `AbstractMesh`. An `AbstractMesh` stands for the mesh of `jax.set_mesh`,
+            or else for the mesh of an open group, with the same axes and sizes.
           axis: as for `Group.open`. None: the only axis of the mesh.
           name: as for `Group.open`. A group of another name is another group, and left alone.
-          backend: what the group must have in use; "auto": whatever it has.
-          timeout: what it must have been opened with; None: whatever it was.
-          num_sms: the same.
-          ranks_per_node: the same.
-          debug: the same.
+          backend: back end that the group must use; "auto": any.
+          timeout: timeout that the group must have; None: any.
+          num_sms: num_sms that the group must have; None: any.
+          ranks_per_node: ranks_per_node that the group must have; None: any.
+          debug: debug mode that the group must have; None: any.
 
-        A group that is opened has these settings, and the defaults of `Group.open` for those that
-        are "auto" or None; what an earlier group had, which was closed, does not matter.
+        If the call opens the group, these are its settings, and `Group.open`'s defaults replace
+        "auto" and None. The settings of an earlier group that was closed do not matter.
 
         Returns:
           The open group: the same object until it is closed.
 
-        Collective where it opens: every process of the mesh calls it, at the same place among its
-        calls of `Group.open` and `Group.get`, so all have closed the group before, or none has. A
-        process that takes a traced function out of JAX's caches does not run what is in it: over
-        several processes get the group outside of jit. Else: no.
-        Raises: GroupError where the open group has other settings, or another process opened it
-          (in a forked child), and where there is no mesh, or more than one that it may be; what
-          the open group has failed with, which then is to be closed; when it opens, as
-          `Group.open`.
+        Collective: if it opens the group, every process of the mesh calls it, at the same place
+          among its calls of `Group.open` and `Group.get`. So all processes must have closed the
+          group before, or none. Else: no. A process that takes a traced function out of JAX's
+          caches does not run a `Group.get` in it. Over several processes call it outside of jit.
+        Raises: GroupError if the open group has other settings, if another process opened it (in a
+          forked child), if no mesh fits, or if several do; the failure of an open group that has
+          failed, which the caller should then close; if it opens the group, as `Group.open`.
         """
-        from jax_ep._src.opening.open import get_group  # stands above the operations
+        from jax_ep._src.opening.open import get_group  # a floor above the operations
 
         return get_group(
             cls,
@@ -210,20 +212,20 @@ class Group:
 
     @property
     def identity(self) -> str:
-        """Name and fingerprint: what compiled code and handles carry, equal in every process."""
+        """The name and fingerprint that compiled code and handles carry, equal in every process."""
         return self.spec.identity
 
     def close(self) -> None:
-        """Ends the group. Compiled functions that use it may still run; idempotent.
+        """Ends the group. Compiled functions that use it may still run. Idempotent.
 
-        Collective: no; over several processes the others may go on, but not with what this one's
-        ranks take part in.
+        Collective: no. Over several processes the other processes may go on, but not with calls in
+        which ranks of this process take part.
         """
         if not self._is_open:
             return
         self._is_open = False
         registry.open_groups.pop(self.identity, None)
-        if self._is_inherited():  # the parent uses it, and its threads are not here
+        if self._is_inherited():  # the parent still uses the group, and its threads are not here
             if self._native_group is not None:
                 self._native_group.abandon()
             return
@@ -232,7 +234,7 @@ class Group:
         self._rendezvous.close()
 
     def _is_inherited(self) -> bool:
-        """Whether this is a forked child of the process that opened the group."""
+        """Returns whether this process is a forked child of the one that opened the group."""
         return os.getpid() != self._pid
 
     def _require_own_process(self, op: str) -> None:
@@ -243,19 +245,19 @@ class Group:
             )
 
     def require_usable(self, op: str) -> None:
-        """Raises what the group has failed with, and in a forked child."""
+        """Raises the failure of the group, if it has failed. Raises in a forked child."""
         self._require_own_process(op)
         failure = self._failures.failure()
         if failure is not None:
             raise failure
 
     def discard(self) -> None:
-        """After a failure to open: all is freed now, not with the exception that refers to it."""
+        """Frees everything at once after a failure to open: its exception refers to the group."""
         self.close()
         self.hold(None)
 
     def hold(self, native: NativeGroup | None) -> None:
-        """The native half from now on; None: whoever else holds it keeps it alive."""
+        """Sets the native half. None drops it: executables that hold it keep it alive."""
         self._native_group = self._failures.native = native
 
     def __enter__(self) -> Self:
@@ -274,30 +276,30 @@ class Group:
                 self.check()
                 return
             if isinstance(error, Exception | KeyboardInterrupt):
-                # The others may wait in their calls for what this process does no more.
+                # Other processes may wait for calls that this process does not make any more.
                 self._rendezvous.leave_alone_at_exit()
                 self._failures.loss()
                 excuse_failures(error, self._devices())
             if (failure := self._failures.recorded()) is not None and str(failure) != str(error):
-                # It may be why: a failed call gives NaNs.
+                # The failure may be the reason for the error: a failed call returns NaN.
                 error.add_note(f"group {self.identity}: {type(failure).__name__}: {failure}")
         finally:
             self.close()
 
     def __copy__(self) -> Self:
-        """There is one group of an identity: a copy of a model has the model's group."""
+        """Returns the group itself: an identity has one group, so a copied model shares it."""
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """As an identity: what loads it has opened its own group, or gets a GroupError."""
+        """Pickles the identity. The loading process must have opened the group, or it raises."""
         return type(self)._load, (self.identity,)
 
     @classmethod
     def _load(cls, identity: str) -> "Group":
-        """The open group of an identity, as a pickle carries it."""
+        """Returns the open group for the identity that a pickle carries."""
         return registry.load_group(identity)
 
     def __repr__(self) -> str:
@@ -305,26 +307,27 @@ class Group:
         return f"Group({self.identity}, {self.num_ranks} ranks, backend={self.backend!r}{state})"
 
     def info(self) -> GroupInfo:
-        """Who is in the group and what it runs on. Collective: no."""
+        """Describes the ranks of the group and what they run on. Collective: no."""
         return info.describe(self, self._native_group)
 
     def check(self, *results: Any) -> None:
-        """Raises what went wrong on a device: a peer that did not come, a bad routing.
+        """Raises the failure of a device: a peer that did not come, or a bad routing.
 
-        A device never raises by itself: an error on one device would leave the others waiting in
-        XLA's collectives until the process is aborted. It ends its call with NaN instead, and the
-        record is raised here, when the `with` block ends, and at the next trace.
+        A device never raises by itself: an error on one device would leave the other devices
+        waiting in XLA's collectives until the process is aborted. Instead the device ends its call
+        with NaN and records the failure. `check` raises it; so do the end of the `with` block and
+        the next trace.
 
         Args:
-          *results: arrays, or pytrees of them, of the launches to look at; they are waited for.
-            Without any, every live array on the group's devices is.
+          *results: arrays, or pytrees of arrays, from the launches to check. `check` waits for
+            them. Without arguments it waits for every live array on the group's devices.
 
-        A deleted or donated array is nothing to wait for.
+        Deleted and donated arrays are skipped.
 
         Collective: no.
-        Raises: PeerTimeoutError, GroupError, at every call from then on; RoutingError (debug mode),
-          once; ProgramError, from what JAX raised, where a program failed otherwise: at every call
-          that is given its results, once at those without any.
+        Raises: PeerTimeoutError or GroupError, again at every later call; RoutingError (debug
+          mode), once; ProgramError, from JAX's exception, if a program failed otherwise: at every
+          call that gets results of the program, and once at calls without arguments.
         """
         self._require_own_process("Group.check")
         with jax_compat.clean_context():
@@ -335,11 +338,11 @@ class Group:
         interrupts.survive()
 
     def wait_for_results(self, *results: Any) -> None:
-        """The same for results alone: what programs before have failed with is left to others."""
+        """Checks these results only; failures of earlier programs stay for other calls."""
         self._failures.raise_known(self._wait(arrays_in(results)))
 
     def _wait(self, arrays: list[jax.Array]) -> list[Exception]:
-        """What JAX raises for the arrays."""
+        """Waits for arrays; returns the exceptions that JAX raises for them."""
         if self._rendezvous.is_alone:
             return wait(arrays)
         return settle(
@@ -347,7 +350,7 @@ class Group:
         )
 
     def watch_interrupts(self) -> None:
-        """Or watches them again, where somebody has set a handler since."""
+        """Watches interrupts, again if another handler was set meanwhile."""
         if self._native_group is not None:
             interrupts.watch()
 
@@ -355,17 +358,17 @@ class Group:
         return set(self.mesh.devices.flat)
 
     def let_go_at_exit(self) -> None:
-        """At the exit of the interpreter, behind all that asks how the group is.
+        """Drops the native half at the exit of the interpreter, after every use of the group.
 
-        The module of native objects reports those that are left when Python has ended. Some are:
-        JAX's registry of pytrees, which is no part of Python, keeps classes of a script, they keep
-        the script's variables, and a group is one of them.
+        nanobind reports native objects that are left when Python has ended. A group may be left:
+        JAX's registry of pytrees, which is not Python memory, keeps the classes of a script. The
+        classes keep the script's variables, and the group is one of them.
         """
         self._rendezvous.asks_for_others = None
         self.hold(None)
 
     def leave_alone_now(self) -> None:
-        """At the exit of the interpreter, which would wait for the other processes."""
+        """Keeps the interpreter, which exits now, from waiting for the other processes."""
         self._rendezvous.leave_alone_now()
 
     def require_traceable(self, op: str) -> None:
@@ -377,7 +380,7 @@ class Group:
         require_mesh_of(self.spec, op)
 
     def report_bad_routing(self, op: str, rank: Any, num_invalid: Any, num_repeated: Any) -> None:
-        """Keeps what debug mode found in one routing until `check()`."""
+        """Keeps the findings of debug mode in one routing until `check()`."""
         self._failures.add_bad_routing(op, rank, num_invalid, num_repeated)
 
 
@@ -387,4 +390,4 @@ def _let_go_at_exit() -> None:
 
 
 atexit.register(_let_go_at_exit)
-atexit.register(interrupts.end_program)  # before the other
+atexit.register(interrupts.end_program)  # atexit calls it before _let_go_at_exit

@@ -1,4 +1,4 @@
-"""What a group tells about itself."""
+"""The description that a group gives of itself."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,26 +11,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GroupInfo:
-    """What `Group.info()` tells.
+    """The result of `Group.info()`.
 
     Attributes:
-      identity: what compiled code carries; equal in every process.
-      axes: the mesh axes that the ranks run along.
+      identity: name and fingerprint that compiled code carries; equal in every process.
+      axes: mesh axes along which the ranks run.
       num_ranks: ranks of one slice.
       num_slices: independent copies of the group along the mesh's other axes.
       ranks_per_node: ranks that share memory at full speed.
       backend: the back end in use.
       backends: every back end, and why it is or is not usable here.
-      staging: why, and up to how much, operands are copied to where peers can read them, and what
-        is done with larger ones; None: peers read operands in place.
+      staging: why operands are copied to memory that peers can read, the largest size of a copy,
+        and the fate of larger operands; None: peers read operands in place.
       devices: one line per device, in mesh order.
       timeout: seconds that a rank waits for its peers.
-      num_sms: SMs that all dispatches and combines use on GPUs unless they say otherwise, as
-        `Group.open` was told; None: `budgets` by operation and layout.
-      budgets: by operation and layout the SMs in use on the `cuda` back end, or "xla" where "auto"
-        takes that back end. "cached_dispatch" is a dispatch along a handle, and what moves single
-        numbers; a gradient has the budget of the operation that it is.
-      budgets_from: where they come from.
+      num_sms: the argument of `Group.open`: SMs that every dispatch and combine uses on GPUs
+        unless the call says otherwise; None: `budgets` give the number.
+      budgets: SMs in use on the `cuda` back end by exchange and layout, or "xla" if "auto" takes
+        that back end. "cached_dispatch" is a dispatch along a handle, or a move of single numbers.
+        A gradient has the budget of the exchange that it runs.
+      budgets_from: origin of the budgets.
       debug: whether routings are checked on the device.
     """
 
@@ -51,7 +51,7 @@ class GroupInfo:
 
 
 def describe(group: "Group", native: NativeGroup | None) -> GroupInfo:
-    """`native`: the native half of the group, if it has one."""
+    """Describes a group. `native`: the native half of the group, if it has one."""
     return GroupInfo(
         identity=group.identity,
         axes=group.axes,

@@ -1,4 +1,4 @@
-"""What a group is opened with: the caller's arguments, and what its processes agree on."""
+"""Inputs to the opening of a group: the caller's arguments, and settings that processes share."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ from jax_ep._src.base.spec import GroupSpec, Usability
 
 
 class OpenArguments(NamedTuple):
-    """Arguments that need no look at the environment. The names are those of Group's fields."""
+    """Arguments that do not depend on the environment. The names equal those of Group's fields."""
 
     axes: tuple[str, ...]
     name: str
@@ -19,7 +19,7 @@ class OpenArguments(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What the processes agree on. The names are those of Group's fields."""
+    """Settings on which the processes agree. The names equal those of Group's fields."""
 
     backend: str
     debug: bool

@@ -1,4 +1,4 @@
-"""The jax.shard_map that an operation is traced in: that of its group's mesh, all axes manual."""
+"""Checks of the jax.shard_map around an operation: the group's mesh, with all axes manual."""
 
 from jax_ep._src.base import jax_compat
 from jax_ep._src.base.errors import GroupError
@@ -8,7 +8,7 @@ from jax_ep._src.base.spec import GroupSpec
 def require_mesh_of(spec: GroupSpec, op: str) -> None:
     """Raises GroupError unless the axes here are those of the group's mesh.
 
-    Their devices are compared when the program is lowered (check_mesh).
+    The devices of the two meshes are compared when the program is lowered (check_mesh).
     """
     manual = jax_compat.manual_axes()
     missing = [a for a in spec.axes if a not in manual]

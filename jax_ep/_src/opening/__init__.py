@@ -1,1 +1,1 @@
-"""Opening a group: its arguments, what its processes agree on, its native half, its self-test."""
+"""The opening of a group: arguments, agreement of processes, native half and self-test."""

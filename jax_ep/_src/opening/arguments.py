@@ -25,7 +25,10 @@ def check_arguments(
     debug: bool | None,
     op: str,
 ) -> OpenArguments:
-    """Raises ConfigError or GroupError."""
+    """Checks the arguments of `op`, and returns them with their defaults.
+
+    Raises: ConfigError, GroupError.
+    """
     check = StaticChecks(op)
     axes = _check_mesh(mesh, axis, op)
     if backend not in ("auto", *config.BACKENDS):
@@ -65,7 +68,7 @@ def check_arguments(
 
 
 def _check_mesh(mesh: jax.sharding.Mesh, axis: Any, op: str) -> tuple[str, ...]:
-    """The axes of the group, as a tuple."""
+    """Returns the axes of the group as a tuple."""
     if not isinstance(mesh, jax.sharding.Mesh):
         raise GroupError(
             f"{op}: mesh must be a jax.sharding.Mesh with devices, got {type(mesh).__name__}"
@@ -74,7 +77,7 @@ def _check_mesh(mesh: jax.sharding.Mesh, axis: Any, op: str) -> tuple[str, ...]:
 
 
 def check_axis(mesh: Any, axis: Any, *, op: str) -> tuple[str, ...]:
-    """The axes of the group, as a tuple, of a mesh with or without devices."""
+    """Returns the axes of the group as a tuple; the mesh may have no devices."""
     axes = tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
     if not axes or not set(axes) <= set(mesh.axis_names) or len(set(axes)) != len(axes):
         raise GroupError(

@@ -1,4 +1,4 @@
-"""What `Group.get` looks for: which mesh and axis are meant, and the settings wanted."""
+"""Lookups for `Group.get`: the mesh, the axis, and the settings that an open group must have."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ _WHAT_TO_DO = "pass mesh=, or call it under jax.set_mesh(mesh)"
 
 
 def find_mesh(mesh: Any, axis: Axis, name: str | None) -> jax.sharding.Mesh:
-    """The mesh with devices; GroupError where none is known, or more than one."""
+    """Returns the mesh with its devices; raises GroupError unless exactly one fits."""
     if isinstance(mesh, jax.sharding.Mesh):
         return mesh
     abstract, known, around = jax_compat.ambient_meshes()
@@ -55,19 +55,19 @@ def find_mesh(mesh: Any, axis: Axis, name: str | None) -> jax.sharding.Mesh:
 
 
 def find_axis(mesh: Any, axis: Axis) -> str | tuple[str, ...]:
-    """The axis or axes of a group; None is the only axis of the mesh."""
+    """Returns the axis or axes of a group; None means the only axis of the mesh."""
     if axis is not None:
         return axis
     if len(mesh.axis_names) != 1:
         raise GroupError(
-            f"Group.get: the mesh has the axes {tuple(mesh.axis_names)}: axis= must say which"
+            f"Group.get: the mesh has the axes {tuple(mesh.axis_names)}: axis= must name one"
         )
     only: str = mesh.axis_names[0]
     return only
 
 
 def require_settings(group: Group, *, backend: str | None, **wanted: Any) -> None:
-    """Raises GroupError unless an open group has what is wanted; None: whatever it has."""
+    """Raises GroupError unless an open group has the wanted settings; None accepts any."""
     has = {"backend": group.backend, **{name: getattr(group, name) for name in wanted}}
     differing = {
         name: value

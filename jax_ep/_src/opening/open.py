@@ -1,4 +1,4 @@
-"""The bodies of `Group.open` and `Group.get`."""
+"""Bodies of `Group.open` and `Group.get`."""
 
 import warnings
 from contextlib import ExitStack
@@ -24,7 +24,7 @@ _TO_CALLER = 5  # frames from a warning here to the caller of Group.open or Grou
 def open_group(
     kind: type[_Group], mesh: jax.sharding.Mesh, axis: str | tuple[str, ...], **options: Any
 ) -> _Group:
-    """`options`: the other arguments of Group.open, all of them."""
+    """Opens a group. `options`: all other arguments of Group.open."""
     arguments = check_arguments(mesh, axis, op="Group.open", **options)
     with registry.opening(arguments.spec.identity):
         return _open(kind, mesh, arguments, **options)
@@ -38,7 +38,7 @@ def get_group(
     timeout: float | None,
     **options: Any,
 ) -> _Group:
-    """`options`: the other arguments of Group.get, all of them."""
+    """Finds or opens a group. `options`: all other arguments of Group.get."""
     found = lookup.find_mesh(mesh, axis, options["name"])
     arguments = check_arguments(
         found,
@@ -97,7 +97,7 @@ def _open(
                 _open_native(group, rendezvous, own, is_wanted=backend == settings.backend)
         group.watch_interrupts()
         registry.open_groups[identity] = group
-        # In the self-test ranks wait for one another where nobody can tell them of a failure.
+        # Ranks wait for one another in the self-test, where no news of a failure reaches them.
         rendezvous.gather("native half", None)
         self_test.run(group, rendezvous)
         rendezvous.gather("self-test", None)
@@ -108,7 +108,7 @@ def _open(
 
 
 def _open_native(group: Group, rendezvous: Rendezvous, backend: str, *, is_wanted: bool) -> None:
-    """`is_wanted`: the caller has named the back end, and takes no other."""
+    """Opens the native half. `is_wanted`: whether the caller has named this back end."""
     opening = NativeOpening(group.mesh, group.spec, rendezvous, group.timeout)
     opened = opening.open_cpu() if backend == "cpu" else opening.open_cuda()
     if not isinstance(opened, str):
@@ -126,9 +126,9 @@ def _open_native(group: Group, rendezvous: Rendezvous, backend: str, *, is_wante
 
 
 def _warn_of_fallback(group: Group, rendezvous: Rendezvous) -> None:
-    """Warns in one process: the reason is the same in all of them.
+    """Warns in one process: the reason is equal in all processes.
 
-    Where warnings are errors, the group is not opened, in any process.
+    If the program turns warnings into errors, no process opens the group.
     """
     why_not = usability.why_no_custom_calls(group.mesh, group.backends)
     if why_not is None:

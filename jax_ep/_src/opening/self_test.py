@@ -1,4 +1,4 @@
-"""The self-test of a group that opens: data moves between every pair of ranks and is compared."""
+"""The self-test of a new group: data moves between every pair of ranks, and is compared."""
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,10 @@ from jax_ep._src.processes.rendezvous import Rendezvous
 
 
 def run(group: Group, rendezvous: Rendezvous) -> None:
-    """Every rank pulls one number from every rank; GroupError names the first wrong pair.
+    """Pulls one number from every rank to every rank; a GroupError names the first wrong pair.
 
-    All processes run the program, or none does: JAX numbers the launches of a program in each
-    process, and a number that differs keeps ranks on CPU devices from meeting ever after.
+    All processes run the program, or none does. JAX numbers the launches of a program in each
+    process: if the numbers differed, ranks on CPU devices could never meet again.
     """
     num_ranks = group.num_ranks
     num_sms = group.budgets.of["cached_dispatch"][Layout.RANK].sms
@@ -30,7 +30,7 @@ def run(group: Group, rendezvous: Rendezvous) -> None:
         index = peers * num_ranks + rank
         return pull_rows(spec, index, mine)
 
-    # The types of axes are the program's business.
+    # A mesh with default axis types: the axes of the group's mesh may have any type.
     mesh = Mesh(group.mesh.devices, group.mesh.axis_names)
     partition = PartitionSpec(tuple(mesh.axis_names))
     test = jax.shard_map(

@@ -1,4 +1,4 @@
-"""What the processes of a group settle before it opens: back end, tables, budgets."""
+"""Agreement of a group's processes before it opens: back end, tables, budgets."""
 
 import jax
 
@@ -16,12 +16,15 @@ def agree_on_settings(
     backend: str,
     debug: bool | None,
 ) -> Settings:
-    """Collective. Raises GroupError where the processes disagree; connects them."""
+    """Connects the processes and returns their settings. Collective.
+
+    Raises: GroupError if the processes disagree.
+    """
     debug = config.debug_from_environment() if debug is None else debug
     kind = mesh.devices.flat[0].device_kind, arguments.num_ranks
     tuning = tables.load(*kind)
     budgets = tables.load_budgets(*kind, num_sms=arguments.num_sms, is_auto=backend == "auto")
-    # In front of all else: other builds may have other settings.
+    # Builds are compared first: another build may have other settings.
     rendezvous.agree("builds", native_modules.builds({d.platform for d in mesh.devices.flat}))
     rendezvous.agree(
         "settings",

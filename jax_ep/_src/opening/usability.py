@@ -1,4 +1,4 @@
-"""Which back ends there are, which operations each can do for a group, and why not the others."""
+"""Usability of each back end for a group: the operations that it can carry, and the reason."""
 
 import jax
 
@@ -15,9 +15,9 @@ _NO_OPS: frozenset[str] = frozenset()
 def resolve(
     mesh: jax.sharding.Mesh, num_ranks: int, requested: str, why_not_linked: str | None
 ) -> tuple[str, dict[str, Usability]]:
-    """The back end of a group over `mesh`, and of each one what it can do here, and why.
+    """Returns the back end of a group over `mesh`, and the usability of each back end.
 
-    `why_not_linked`: why the processes of the mesh cannot reach one another, if they cannot.
+    `why_not_linked`: why the processes of the mesh cannot reach one another, or None.
     """
     found = {
         "cpu": _cpu(mesh, why_not_linked),
@@ -37,18 +37,18 @@ def resolve(
 def without_exchange(
     found: dict[str, Usability], backend: str, why_not: str
 ) -> dict[str, Usability]:
-    """What is left when a back end turns out to be of no use between the ranks."""
+    """Returns `found` with a back end that cannot exchange data between the ranks."""
     return {**found, backend: _local_only(why_not)}
 
 
 def why_no_custom_calls(mesh: jax.sharding.Mesh, found: dict[str, Usability]) -> str | None:
-    """Why a mesh of devices that have custom calls is left to `xla`; None: it is not."""
+    """Returns why a mesh of CPUs or GPUs takes back end `xla`; None if custom calls carry it."""
     own = {"cpu": "cpu", "gpu": "cuda"}.get(mesh.devices.flat[0].platform)
     return None if own is None or is_complete(found[own]) else found[own].reason
 
 
 def is_complete(usability: Usability) -> bool:
-    """Whether a back end can do everything."""
+    """Returns whether a back end can carry every operation."""
     return usability.ops >= _OPS
 
 

@@ -1,1 +1,1 @@
-"""The operations, a folder each: public function, gradient, custom call, stock collectives."""
+"""The operations, one folder each: public function, gradient, custom call, stock version."""

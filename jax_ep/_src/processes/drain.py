@@ -1,4 +1,4 @@
-"""Waiting for the end of what was launched, where its results may be held by nobody."""
+"""Waits for the end of launched programs, even if nobody holds their results."""
 
 import time
 from collections.abc import Sequence
@@ -14,11 +14,12 @@ _PAUSE_S = 2e-3
 
 
 def drain(devices: Sequence[jax.Device], *, timeout: float) -> bool:
-    """Waits until all that was launched on devices of this process has ended.
+    """Waits until all programs launched on devices of this process have ended.
 
-    XLA runs the programs of a device in turn, and on CPU devices those of several devices too.
+    XLA runs the programs of one device in turn. On CPU devices it also runs programs of several
+    devices in turn.
 
-    Returns: whether it has, within `timeout` seconds.
+    Returns: whether all programs have ended within `timeout` seconds.
     """
     mesh = Mesh(np.array(devices), ("devices",))
     zeros = np.zeros(len(devices), np.int32)

@@ -11,10 +11,11 @@ _END_S, _POLL_S = 2.0, 0.01
 
 
 def watch() -> None:
-    """From now on Ctrl-C ends calls that wait for their peers. Any thread; cheap when repeated.
+    """Makes Ctrl-C end calls that wait for their peers. Any thread may call it, again and again.
 
-    Only where Ctrl-C raises KeyboardInterrupt: a handler of the program's own may want something
-    else. `signal.signal` takes the place of what this installs, until it is called again.
+    A program that has its own SIGINT handler keeps it: the function acts only if Ctrl-C raises
+    KeyboardInterrupt. A later `signal.signal` replaces the handler that this function installs,
+    until `watch` is called again.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         native_modules.load("cpu").watch_interrupts()
@@ -23,16 +24,17 @@ def watch() -> None:
 
 
 def survive() -> None:
-    """The program goes on after all interrupts so far: they do not end it."""
+    """Notes that the program has survived all interrupts so far."""
     if registry.interrupts_survived is not None:
         registry.interrupts_survived = native_modules.load("cpu").num_interrupts()
 
 
 def end_program() -> None:
-    """At the exit of the interpreter: if an interrupt ends the program, nothing is waited for.
+    """Ends all waits when the interpreter exits because of an interrupt.
 
-    Calls that wait end, and those that begin to. Where something has been in flight, JAX's clients
-    are not destroyed: they would wait for it, and have been seen to crash when it ends meanwhile.
+    Calls that wait for peers end, and so do calls that begin to wait. If programs are in flight,
+    JAX's clients are not destroyed: they would wait for the programs, and they have crashed when
+    a program ended meanwhile.
     """
     if registry.interrupts_survived is None:
         return

@@ -1,10 +1,11 @@
-"""What the processes that open a group say to one another, through JAX's key-value store.
+"""Messages through JAX's key-value store between the processes that open a group.
 
-Each process has one key for a group, and writes there all that it says of an opening. An opening is
-known by the tickets that its processes drew for it: what was said in another one, however that
-ended, is never taken for this one's, and no process counts anything. Each writes a digest of them
-all, so what is read grows with the number of processes alone. Beside it stays the opening before,
-for those who have yet to read how it ended.
+Each process has one key for a group, and writes all its messages of an opening there. Each process
+draws a ticket for an opening, and the tickets of all processes identify the opening. So no message
+of another opening, however that one ended, is taken for a message of this one, and no process has
+to count openings. Each process writes a digest of all tickets, so the text to read grows only with
+the number of processes. The key also holds the previous opening, for processes that have yet to
+read how it ended.
 """
 
 import hashlib
@@ -24,20 +25,20 @@ _FIRST_POLL_S, _LAST_POLL_S = 0.001, 0.05
 
 
 class _Said(TypedDict):
-    """What one process says in one opening of a group."""
+    """The words of one process in one opening of a group."""
 
-    ticket: str  # drawn for it
-    name: str  # of the tickets of all, as far as this one has seen them; "" when it gave up
-    waits: bool  # for other processes to come
-    said: dict[str, Any]  # by topic
+    ticket: str  # drawn for this opening
+    name: str  # digest of all tickets that the process has seen; "" after it gave up
+    waits: bool  # whether the process waits for others to come
+    said: dict[str, Any]  # messages by topic
     failure: dict[str, Any] | None
 
 
 class KvExchange:
-    """One process's part in one opening."""
+    """The part of one process in one opening."""
 
     def __init__(self, identity: str, owners: Sequence[int], *, timeout: float):
-        """`owners`: the process of each device, in the order of the mesh."""
+        """Draws a ticket. `owners`: the process of each device, in the order of the mesh."""
         self._client = jax_compat.distributed_client()
         if self._client is None:
             raise GroupError(
@@ -52,18 +53,20 @@ class KvExchange:
         self._now = _Said(ticket=ticket, name="", waits=True, said={}, failure=None)
         self._before: list[_Said] = []
         self._has_begun = False
-        self._is_told = False  # of another process's failure
+        self._is_told = False  # whether another process's failure was raised here
 
     def gather(self, topic: str, message: Any) -> dict[int, Any]:
-        """What each process says about a topic, as JSON; once for each topic. Collective.
+        """Returns each process's message about a topic, as JSON. Collective.
+
+        Each topic may be gathered once.
 
         Raises:
           GroupError: a process did not come to this opening, or has failed in it, and why.
-          PeerTimeoutError: one that had come says nothing within the timeout.
+          PeerTimeoutError: a process that had come says nothing within the timeout.
         """
         if not self._has_begun:
             self._begin()
-        # Others may still be reading the topic before this one; all have read those before that.
+        # Other processes may still read the last topic. All have read the topics before it.
         kept = list(self._now["said"].items())[-1:]
         self._now["said"] = {**dict(kept), topic: message}
         self._write()
@@ -81,9 +84,9 @@ class KvExchange:
         raise self._silence(topic, said)
 
     def heard(self, topic: str) -> dict[int, Any]:
-        """Words about a topic, of those that have come to it already. Not collective.
+        """Returns the messages about a topic that have come already. Not collective.
 
-        Raises: GroupError, PeerTimeoutError: one has failed in this opening.
+        Raises: GroupError, PeerTimeoutError: a process has failed in this opening.
         """
         openings = self._openings()
         failure = _failure_in(openings)
@@ -94,19 +97,19 @@ class KvExchange:
         return {p: topics[topic] for p, topics in told.items() if topic in topics}
 
     def end(self, error: BaseException) -> BaseException:
-        """Tells the others that the opening has failed here. Not collective.
+        """Tells the other processes that the opening has failed here. Not collective.
 
-        Returns what this process is to raise: `error`, unless another one's failure is behind it.
+        Returns the exception to raise here: `error`, unless another process's failure caused it.
         """
         if self._is_told:
             return error
         if not self._has_begun:
             if not isinstance(error, Exception):
-                return error  # somebody wants to get out: no waiting
-            self._begin()  # or the others could not know which opening this is about
+                return error  # an interrupt or an exit: do not wait
+            self._begin()  # the others must know which opening has failed
         timeout = None
         if isinstance(error, PeerTimeoutError):
-            # A peer that has failed did not come either.
+            # The peer may be missing because a process has failed.
             cause = _failure_in(self._openings())
             if isinstance(cause, GroupError):
                 return cause
@@ -118,15 +121,15 @@ class KvExchange:
         return error
 
     def _begin(self) -> None:
-        """Until all processes have drawn a ticket, and each has seen those of all."""
+        """Waits until all processes have drawn tickets, and each has seen the tickets of all."""
         self._has_begun = True
         others = [p for p in self._processes if p != self._me]
         self._before = self._read().get(self._me, [])[:1]
         have_come: set[int] = set()
         late = others
         for _ in self._rounds():
-            # First whether all others are, or were, where this one is: one that has failed since
-            # may already have drawn its next ticket.
+            # Check first whether all others have, or had, the same digest: a process that has
+            # failed since may already have drawn its next ticket.
             found = self._read()
             names = {p: [o["name"] for o in found.get(p, [])] for p in others}
             late = [p for p in others if self._now["name"] not in names[p]]
@@ -140,7 +143,7 @@ class KvExchange:
             if name != self._now["name"]:
                 self._now["name"] = name
                 self._write()
-        # Whoever still comes does not meet this opening.
+        # Processes that come later must not join this opening.
         self._now["name"], self._now["waits"] = "", False
         self._write()
         absent = next((p for p in others if p not in have_come), late[0])
@@ -158,11 +161,11 @@ class KvExchange:
             expected=len(self._owners),
             seen=sum(process in said for process in self._owners),
         )
-        error.add_note(f"process {missing} told nothing of its {topic}")
+        error.add_note(f"process {missing} said nothing about {topic}")
         return error
 
     def _openings(self) -> dict[int, _Said | None]:
-        """What each process says in this opening; None: it has gone on to others."""
+        """Returns each process's words in this opening; None: it has gone on to another one."""
         found = self._read()
         name = self._now["name"]
         return {
@@ -171,9 +174,9 @@ class KvExchange:
         }
 
     def _rounds(self) -> Iterator[None]:
-        """Of looking what the others have written, until the timeout."""
+        """Yields once for each look at the store, with pauses, until the timeout."""
         deadline = time.monotonic() + self._timeout
-        # Each look reads what all have written.
+        # A look reads the text of all processes, so more processes look less often.
         last_pause = _LAST_POLL_S * max(1.0, len(self._processes) / 16)
         pause = _FIRST_POLL_S
         while (remaining := deadline - time.monotonic()) > 0:
@@ -183,7 +186,7 @@ class KvExchange:
         yield
 
     def _read(self) -> dict[int, list[_Said]]:
-        """What all processes have written: the newest opening, and the one before."""
+        """Returns the words of all processes: in the newest opening, and in the one before."""
         try:
             found = self._client.key_value_dir_get(self._place)
         except jax.errors.JaxRuntimeError as e:
@@ -207,7 +210,7 @@ def _unreachable(e: Exception) -> GroupError:
 
 
 def _failure_in(openings: Mapping[int, _Said | None]) -> JaxEpError | None:
-    """What another process has raised, as it is raised here."""
+    """Returns another process's failure as the exception to raise here, or None."""
     timeout = None
     for process, opening in openings.items():
         failure = None if opening is None else opening["failure"]

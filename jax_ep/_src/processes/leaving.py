@@ -1,9 +1,9 @@
 """The exit of one process of several: with JAX's own shutdown, or without it.
 
-JAX's shutdown waits for all processes, and the end of process 0 aborts those that wait there. So
-nobody may go into it when another process has left without it, and a process that would leave
-without it must not, when all others are in it already. Each says in JAX's key-value store what it
-does.
+JAX's shutdown waits for all processes, and the end of process 0 aborts the processes that wait in
+it. So a process must not enter the shutdown if another one has left without it. A process must not
+leave without the shutdown if all others wait in it already. Each process announces in JAX's
+key-value store which way it takes.
 """
 
 import atexit
@@ -17,27 +17,27 @@ import jax
 
 from jax_ep._src.base import jax_compat, native_modules, registry
 
-# Folders of the store, with a key for each process; apart from what processes say to open a group.
+# Folders of the store with a key for each process, apart from the keys of openings.
 _WAITS = "jax_ep_exits/in_shutdown"
 _GONE = "jax_ep_exits/without_shutdown"
 _LAST_S, _POLL_S, _SECOND_LOOK_S = 5.0, 0.05, 0.2
 
 
 def join_at_exit() -> None:
-    """From now on this process joins JAX's shutdown only if no other one has left without it."""
+    """Makes this process join JAX's shutdown only if no other one has left without it."""
     registry.joins_at_exit = os.getpid()
 
 
 def leave(native: ModuleType, has_others: Callable[[], bool]) -> None:
-    """Has this process end without JAX's shutdown, unless all others wait there.
+    """Makes this process end without JAX's shutdown, unless all others wait in it.
 
-    Process 0 leaves last, or after a while. `has_others`: whether one is still there, as far as is
-    known.
+    Process 0 leaves last, or after a while. `has_others` tells whether another process is still
+    there, as far as is known.
     """
     if jax_compat.distributed_client() is None or _all_others_wait():
         return
     _say(_GONE)
-    if _all_others_wait():  # the last of them came meanwhile; if it has heard this, it leaves, too
+    if _all_others_wait():  # the last one came meanwhile; if it has read this key, it leaves, too
         time.sleep(_SECOND_LOOK_S)
         if _all_others_wait():
             return
@@ -66,12 +66,12 @@ def _all_others_wait() -> bool:
 
 
 def _say(folder: str) -> None:
-    with suppress(jax.errors.JaxRuntimeError):  # said before, or process 0 has gone
+    with suppress(jax.errors.JaxRuntimeError):  # the key exists, or process 0 has gone
         jax_compat.distributed_client().key_value_set(f"{folder}/{jax.process_index()}", "")
 
 
 def _said(folder: str) -> set[int]:
-    """The processes that have; none where process 0 has gone."""
+    """Returns the processes with a key in a folder; none if process 0 has gone."""
     try:
         found = jax_compat.distributed_client().key_value_dir_get(folder)
     except jax.errors.JaxRuntimeError:
@@ -79,5 +79,5 @@ def _said(folder: str) -> set[int]:
     return {int(key.rpartition("/")[2]) for key, _ in found}
 
 
-# What is registered later comes earlier: JAX's shutdown is behind this, what leaves before it.
+# atexit calls later registrations first: `leave` runs before `_join`, and JAX's shutdown after it.
 atexit.register(_join)

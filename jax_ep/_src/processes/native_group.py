@@ -1,4 +1,4 @@
-"""NativeOpening the native half of a group: who sits where, and what memory the ranks share."""
+"""Opening of the native half of a group: positions of the ranks, and shared memory."""
 
 import math
 import os
@@ -21,14 +21,15 @@ _STILL_RUNS = "a program that was launched before it was closed still runs"
 
 
 class NativeGroup(NamedTuple):
-    """What was opened.
+    """An opened native group.
 
     Attributes:
       handle: the native object.
-      backend: whose it is.
+      backend: back end of the native object.
       why_staged: why operands are copied before peers read them; None: they are read in place.
-      staging_bytes: of one call, then; the back end cannot carry more.
-      has_packets: whether 16 bytes arrive at once at a peer.
+      staging_bytes: room for the operands of one call if they are copied; the back end cannot
+        carry more.
+      has_packets: whether 16 bytes arrive at a peer at once.
     """
 
     handle: Any
@@ -38,7 +39,7 @@ class NativeGroup(NamedTuple):
     has_packets: bool = True
 
     def abandon(self) -> None:
-        """The group's end does not wait for the devices: after a loss, or in a forked child."""
+        """Makes the end of the group not wait for devices: after a loss, or in a forked child."""
         if self.backend == "cuda":
             self.handle.abandon()
 
@@ -48,7 +49,7 @@ class NativeGroup(NamedTuple):
 
 
 class NativeOpening:
-    """One process's part in opening a group; collective over the processes of the mesh."""
+    """The part of one process in opening a group; collective over the processes of the mesh."""
 
     def __init__(
         self,
@@ -66,12 +67,12 @@ class NativeOpening:
         devices = list(mesh.devices.flat)
         positions = [p for p in spec.positions() if devices[p.place].process_index in near]
         slices = sorted({p.slice for p in positions})
-        # What this process has to do with: positions of others are in its slices, or in theirs.
+        # Positions of this process and its neighbours. The native group numbers only their slices.
         self._positions = [p._replace(slice=slices.index(p.slice)) for p in positions]
         self._devices = [devices[p.place] for p in positions]
 
     def open_cpu(self) -> NativeGroup:
-        """Over CPU devices."""
+        """Opens the group over CPU devices."""
         if native_modules.load("cpu").has_closed_group(self._spec.identity) and not self._drain():
             raise GroupError(f"Group.open: {_STILL_RUNS}")
         handle = self._open("cpu", self._positions, **self._processes())
@@ -80,7 +81,7 @@ class NativeOpening:
         return NativeGroup(handle, "cpu")
 
     def open_cuda(self) -> NativeGroup | str:
-        """Over GPUs; or why the processes cannot map one another's memory."""
+        """Opens the group over GPUs; or returns why processes cannot map one another's memory."""
         opened = self._open_or_reopen_cuda()
         if isinstance(opened, str):
             return opened
@@ -107,10 +108,10 @@ class NativeOpening:
         return group if why_not is None else why_not
 
     def _reopen_cuda(self, why_staged: str | None, spare: int, most: int) -> NativeGroup | None:
-        """The group as it was before it was closed, in the memory that captured programs refer to.
+        """Reopens a closed group in its old memory, to which captured programs refer.
 
-        None where no executable holds it in one of the processes, or where it was open in another
-        way: the programs compiled with it then raise at their next launch.
+        Returns None if in one of the processes no executable holds the group, or if it was open
+        with other settings. Programs compiled with the old group then raise at their next launch.
         """
         native = native_modules.register("cuda")
         closed = native.find_closed_group(self._spec.identity)
@@ -121,7 +122,7 @@ class NativeOpening:
         )
         if not all(self._rendezvous.gather("closed group", is_usable).values()):
             return None
-        # Whoever clears signals must be sure that no call of a peer is under way.
+        # A process may clear signals only when no call of a peer is under way.
         if self._first_problem("end of old calls", "" if self._drain() else _STILL_RUNS):
             return None
         problem = ""
@@ -143,12 +144,12 @@ class NativeOpening:
         return self._rendezvous.first_problem(topic, problem)
 
     def _drain(self) -> bool:
-        """Whether what was launched on the mesh's devices of this process has ended in time."""
+        """Waits for programs on the mesh's devices of this process; returns whether all ended."""
         devices = [d for d in self._devices if _is_here(d)]
         return drain(devices, timeout=self._timeout)
 
     def _find_pools(self, group: NativeGroup) -> str | None:
-        """Lets peers read XLA's memory in place; the group is closed where they cannot."""
+        """Lets peers read XLA's memory in place; closes the group and says why if they cannot."""
         if self._rendezvous.crosses_processes:
             return self._share(group, with_pools=True)[1]
         problem = ""
@@ -163,7 +164,10 @@ class NativeOpening:
         return found
 
     def _share(self, group: NativeGroup, *, with_pools: bool) -> tuple[NativeGroup, str | None]:
-        """The group, closed if its memory cannot be shared, and why."""
+        """Shares the group's memory between processes; closes the group if that fails.
+
+        Returns the group, and why its memory cannot be shared, or None.
+        """
         try:
             why_not = _share_devices(
                 self._rendezvous, group.handle, self._devices, with_pools=with_pools
@@ -208,7 +212,7 @@ class NativeOpening:
             raise GroupError(f"Group.open: back end {backend!r}: {e}") from e
 
     def _processes(self) -> dict[str, Any]:
-        """What the CPU's native group must know of them; it takes the sockets over."""
+        """Returns the arguments about processes for a CPU group, which takes over the sockets."""
         if not self._rendezvous.neighbours:
             return {}
         return {
@@ -228,15 +232,15 @@ def _is_here(device: jax.Device) -> bool:
 def _share_devices(
     rendezvous: Rendezvous, native: Any, devices: Sequence[jax.Device], *, with_pools: bool
 ) -> str | None:
-    """Maps the group's memory on the GPUs of all neighbours into each of them, and XLA's.
+    """Maps the group's memory, and XLA's, on the GPUs of all neighbours into each process.
 
     Args:
-      rendezvous: of all processes of the mesh, which take part.
-      native: the group.
-      devices: of its positions, in their order.
-      with_pools: whether XLA's memory is mapped, as the native group was opened for.
+      rendezvous: the rendezvous of all processes of the mesh; every process takes part.
+      native: the native group.
+      devices: the devices of its positions, in their order.
+      with_pools: whether XLA's memory is mapped; the native group must be opened for that.
 
-    Returns why that cannot be done, the same in all processes, or None.
+    Returns None, or why the memory cannot be mapped; the answer is equal in all processes.
     """
     topic = "pools" if with_pools else "signals"
     numbers = []
@@ -285,7 +289,7 @@ def _swap(
             rendezvous.links, numbers, own, held, timeout=rendezvous.sockets_timeout
         )
     except OSError:
-        # The others need not wait for the rest, and nobody may take it for another message.
+        # Nobody should wait for the rest of this message, or take it for another message.
         for link in rendezvous.links:
             with suppress(OSError):
                 link.socket.shutdown(socket.SHUT_RDWR)

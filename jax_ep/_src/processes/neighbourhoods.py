@@ -1,18 +1,18 @@
-"""Which processes of a mesh have to reach one another."""
+"""Sets of processes of a mesh that have to reach one another."""
 
 from collections.abc import Sequence
 
 
 def neighbourhoods(owners: Sequence[int], slices: Sequence[int]) -> list[list[int]]:
-    """The processes whose slices hang together, for each such set; the same in every process.
+    """Returns sets of processes that slices connect; the result is equal in every process.
 
-    Ranks exchange inside a slice only, so processes meet that share one, and those that share
-    another one with either of them. A mesh of many hosts falls into neighbourhoods of one host
-    each where no slice leaves its host.
+    Ranks exchange data only inside a slice. So two processes are neighbours if they share a slice,
+    or if a chain of shared slices connects them. If no slice leaves its host, a mesh of many hosts
+    has separate neighbourhoods on each host.
 
     Args:
       owners: the process of each position of the mesh.
-      slices: the slice of each.
+      slices: the slice of each position of the mesh.
     """
     of_slice: dict[int, set[int]] = {}
     for owner, slice_ in zip(owners, slices, strict=True):

@@ -1,6 +1,6 @@
-"""How the processes of a group find each other, through JAX's distributed runtime.
+"""The rendezvous of the processes of a group, through JAX's distributed runtime.
 
-No XLA collective carries these messages: a group may be of a part of the processes, and NCCL
+No XLA collective carries its messages: a group may span only some of the processes, and NCCL
 refuses two ranks on one GPU.
 """
 
@@ -22,30 +22,33 @@ from jax_ep._src.processes import leaving, unix_links
 from jax_ep._src.processes.kv_exchange import KvExchange
 from jax_ep._src.processes.neighbourhoods import neighbourhoods
 
-_SOCKETS_PART = 0.5  # of the timeout: who waits at a socket must give up before who waits for it
+# Part of the timeout. A process at a socket must give up before processes give up waiting for it.
+_SOCKETS_PART = 0.5
 
 
 class Rendezvous:
-    """The processes of one group; it may be of one process alone.
+    """The processes of one group, or its one process.
 
-    The group is opened in the body of a `with`: what one process raises there, all raise. Every
-    method is collective over the processes unless it says otherwise.
+    The group is opened in the body of a `with`. If one process raises there, all processes raise.
+    Every method is collective over the processes unless it says otherwise.
 
     Attributes:
-      processes: their indices in JAX.
-      is_alone: whether there is none but this.
-      neighbours: those that share slices with this one, or with its neighbours; links go to them.
-      crosses_processes: whether any slice of the mesh does; the same in all processes.
-      links: to the others, after `connect`, until somebody takes them over.
-      why_not_linked: or why there are none.
-      asks_for_others: of whoever took them over: whether another process is still there.
-      timeout: seconds to wait for one another.
+      processes: indices of the processes in JAX.
+      is_alone: whether this process is the only one.
+      neighbours: processes that share slices with this one, or with its neighbours; links go to
+        them.
+      crosses_processes: whether a slice of the mesh spans processes; equal in all processes.
+      links: links to the neighbours, after `connect`, until another object takes them over.
+      why_not_linked: why there are no links, or None.
+      asks_for_others: function of the object that took the links over: whether another process
+        is still there.
+      timeout: seconds that processes wait for one another.
     """
 
     def __init__(
         self, identity: str, owners: Sequence[int], slices: Sequence[int], *, timeout: float
     ):
-        """`owners` and `slices`: of each device, in the order of the mesh."""
+        """`owners`, `slices`: process and slice of each device, in the order of the mesh."""
         me = jax.process_index()
         self.processes = sorted(set(owners))
         self.is_alone = self.processes == [me]
@@ -60,7 +63,7 @@ class Rendezvous:
         self.timeout = timeout
         self._leaves_alone = False
         self._pid = os.getpid()
-        self._watched: dict[int, int] = {}  # by process of this host, a descriptor of it
+        self._watched: dict[int, int] = {}  # a descriptor for each process of this host
         self._has_other_hosts = False
         self._kv_exchange = None if self.is_alone else KvExchange(identity, owners, timeout=timeout)
         if not self.is_alone:
@@ -80,7 +83,7 @@ class Rendezvous:
             return
         raised = error
         if self._kv_exchange is not None:
-            with suppress(GroupError):  # nobody hears it
+            with suppress(GroupError):  # the key-value store cannot be reached
                 raised = self._kv_exchange.end(error)
         self._leaves_alone = False
         if isinstance(raised, PeerTimeoutError):
@@ -92,9 +95,9 @@ class Rendezvous:
             raise raised from error
 
     def gather(self, topic: str, message: Any) -> dict[int, Any]:
-        """What each process says about a topic, as JSON; once for each topic.
+        """Returns each process's message about a topic, as JSON. Each topic may be gathered once.
 
-        Raises: as KvExchange.gather.
+        Raises: as KvExchange.gather does.
         """
         if self._kv_exchange is None:
             return {jax.process_index(): message}
@@ -110,19 +113,19 @@ class Rendezvous:
                 raise GroupError(f"Group.open: the processes disagree about {name}: {listed}")
 
     def first_problem(self, topic: str, problem: str, *, is_echo: bool = False) -> str | None:
-        """Of all processes; the same answer in each of them.
+        """Returns the first problem of all processes, or None; equal in all processes.
 
-        `is_echo`: another process's problem is behind this one's, and comes before it.
+        `is_echo`: whether another process's problem causes this one. Causes precede echoes.
         """
         said = self.gather(topic, [is_echo, problem])
         return _first({p: said[p][1] for p in sorted(said, key=lambda p: said[p][0])})
 
     def connect(self, *, reads_memory: bool) -> None:
-        """Links this process to its neighbours, or says in all processes why not.
+        """Links this process to its neighbours, or sets `why_not_linked` in all processes.
 
-        `reads_memory`: only if each can read its neighbours' memory.
+        `reads_memory`: whether each process must be able to read its neighbours' memory.
 
-        All processes of the host are watched from then on, neighbours or not.
+        This process then watches all processes of its host, neighbours or not.
         """
         if self.is_alone:
             return
@@ -182,7 +185,7 @@ class Rendezvous:
                     self._watched[process] = watch
 
     def _why_apart(self, hosts: Mapping[int, str]) -> str | None:
-        """Why a slice is not of one host, if one is not."""
+        """Returns which slice spans hosts, or None."""
         for processes in self._neighbourhoods:
             theirs = {p: hosts[p] for p in processes}
             if len(set(theirs.values())) > 1:
@@ -191,14 +194,14 @@ class Rendezvous:
 
     @property
     def sockets_timeout(self) -> float:
-        """Seconds to wait for one another at sockets, between two things said to all."""
+        """Seconds that processes wait for one another at sockets, between two gathers."""
         return _SOCKETS_PART * self.timeout
 
     def close(self) -> None:
-        """Closes the sockets that nobody has taken over. Not collective."""
+        """Closes the sockets that no other object has taken over. Not collective."""
         atexit.unregister(self._end_child)
         if self._leaves_alone:
-            return  # this process asks at exit who is still there
+            return  # at exit this process asks who is still there
         self._close_links()
         for watch in self._watched.values():
             os.close(watch)
@@ -210,15 +213,16 @@ class Rendezvous:
         self.links = []
 
     def hand_over(self) -> None:
-        """From now on somebody else closes the sockets. Not collective."""
+        """Gives up the sockets: another object closes them from now on. Not collective."""
         for link in self.links:
             link.socket.detach()
         self.links = []
 
     def has_others(self) -> bool:
-        """Whether another process is still there, as far as is known. Not collective.
+        """Returns whether another process is still there, as far as is known. Not collective.
 
-        Processes of other hosts count as being there, and neighbours until they close their links.
+        A process of another host always counts as there. A neighbour counts until it closes its
+        link.
         """
         asks = self.asks_for_others
         if self._has_other_hosts or (
@@ -229,34 +233,34 @@ class Rendezvous:
         return any(not unix_links.has_ended(self._watched[process]) for process in strangers)
 
     def lost_process(self) -> int | None:
-        """One that has ended, if that is known. Not collective."""
+        """Returns a process that is known to have ended, or None. Not collective."""
         ended = (p for p, watch in self._watched.items() if unix_links.has_ended(watch))
         return next(ended, None)
 
     def leave_alone_at_exit(self) -> None:
-        """After a peer was lost: the interpreter's exit does not wait for all processes of JAX.
+        """Keeps the interpreter's exit from waiting for lost processes. Not collective.
 
-        JAX's own shutdown would wait for those that are gone until their heartbeats are missed, and
-        abort the process. Not collective.
+        JAX's own shutdown would wait for lost processes until their heartbeats are missed, and
+        then abort this process.
         """
         if not self.is_alone and not self._leaves_alone:
             self._leaves_alone = True
             atexit.register(self._leave, native_modules.load("cpu"))
 
     def _end_child(self) -> None:
-        """In a forked child: its interpreter's exit must not end this process's part in JAX.
+        """Keeps the exit of a forked child from ending the part of its parent in JAX.
 
-        JAX's own would say so to the other processes over the parent's connections, and wait for
-        threads that the child does not have.
+        JAX's own shutdown would announce the end to the other processes over the parent's
+        connections. It would also wait for threads that the child does not have.
         """
         if os.getpid() == self._pid:
             return
         jax_compat.abandon_runtime()
-        with suppress(GroupError):  # no module, no teardown of its own
+        with suppress(GroupError):  # a module that cannot be loaded has no teardown
             native_modules.load("cpu").exit_without_teardown()
 
     def leave_alone_now(self) -> None:
-        """The same when the interpreter exits already."""
+        """Leaves without waiting for lost processes while the interpreter exits already."""
         if not self.is_alone:
             self._leaves_alone = True
             self._leave(native_modules.load("cpu"))
@@ -266,12 +270,12 @@ class Rendezvous:
             leaving.leave(native, self.has_others)
 
     def _has_failed_link(self) -> bool:
-        """Whether another process has no connection, and says so. Not collective."""
+        """Returns whether another process has said that a connection failed. Not collective."""
         said = {} if self._kv_exchange is None else self._kv_exchange.heard("links")
         return any(problem for _, problem in said.values())
 
     def _first_unreadable(self) -> str | None:
-        """Each process reads a random number out of its neighbours' memory."""
+        """Reads a random number out of each neighbour's memory; returns the first problem."""
         number = ctypes.c_uint64(secrets.randbits(64))
         problem = ""
         try:
@@ -304,9 +308,10 @@ def meet_processes(
     timeout: float,
     stacklevel: int,
 ) -> Rendezvous:
-    """The processes of a mesh, which are about to open a group. Waits for none of them.
+    """Returns the rendezvous of a mesh's processes, which open a group. Waits for no process.
 
-    `slices`: of each device, in the order of the mesh. `stacklevel`: of a warning in here.
+    `slices`: the slice of each device, in the order of the mesh. `stacklevel`: of the warning
+    about a long timeout.
     """
     owners = [d.process_index for d in mesh.devices.flat]
     me = jax.process_index()
@@ -321,7 +326,7 @@ def meet_processes(
         warnings.warn(
             f"Group.open: timeout={timeout:g} s: JAX aborts processes that wait for a lost one "
             f"after heartbeat_timeout_seconds ({heartbeat:g} by default; JAX does not tell what "
-            "jax.distributed.initialize was told): only below it they get an exception",
+            "jax.distributed.initialize was given); with a shorter timeout they get an exception",
             stacklevel=stacklevel,
         )
     return rendezvous

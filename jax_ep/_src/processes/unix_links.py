@@ -1,6 +1,7 @@
-"""Sockets between the processes of one host, and descriptors that pass over them.
+"""Sockets between the processes of one host. File descriptors pass over them.
 
-Not multiprocessing.connection: it unpickles what a stranger sends, and waits without a limit.
+multiprocessing.connection would not do: it unpickles messages of strangers, and waits without a
+limit.
 """
 
 import hmac
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 TOKEN_BYTES = 32
 _HELLO = struct.Struct(f"!i{TOKEN_BYTES}s")  # process, the other side's token
 _HELLO_S = 5.0
-_RETRY_S, _LOOK_S = 0.01, 0.2  # between two calls in vain; between two looks at the others
+_RETRY_S, _LOOK_S = 0.01, 0.2  # between two failed calls; between two looks for other failures
 _CREDENTIALS = struct.Struct("iii")  # pid, uid, gid; SO_PEERCRED
 _LENGTH = struct.Struct("!I")
 _MAX_DESCRIPTORS = 128  # in one message
@@ -30,9 +31,9 @@ class Link(NamedTuple):
     """A connected stream socket to another process of this host.
 
     Attributes:
-      process: its index in JAX.
-      pid: as this process sees it.
-      socket: both sides have shown that they are of this user, and of this group.
+      process: index of the other process in JAX.
+      pid: pid of the other process, as this process sees it.
+      socket: the socket; both sides have shown that they belong to this user and this group.
     """
 
     process: int
@@ -41,9 +42,9 @@ class Link(NamedTuple):
 
 
 def listen(num_processes: int) -> tuple[socket.socket, str]:
-    """A socket that so many processes of this host, and strangers, can connect to; its address.
+    """Returns a listening socket and its address; its backlog has room for strangers, too.
 
-    In the abstract namespace: there is no file, and nothing is left behind.
+    The address is in the abstract namespace: no file is made, so no file is left behind.
     """
     address = f"jax_ep-{secrets.token_hex(16)}"
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -66,18 +67,18 @@ def connect(
     links: list[Link],
     is_in_vain: Callable[[], bool],
 ) -> None:
-    """Connects each pair of processes: calls those before this one, is called by those behind it.
+    """Connects this process to the others. In each pair the process of higher index calls.
 
     Args:
-      listener: of this process.
-      process: this one.
-      token: what callers must show.
-      others: address and token of each of the others.
-      timeout: seconds for all of them.
-      links: gets the links, even when it raises.
-      is_in_vain: asked now and then while others are waited for: whether one of them has given up.
+      listener: socket of this process.
+      process: index of this process.
+      token: token that callers must show.
+      others: address and token of each other process.
+      timeout: seconds for all connections together.
+      links: gets the links, even when the function raises.
+      is_in_vain: tells whether another process has given up; called now and then during the wait.
 
-    Raises: TimeoutError where another process did not answer or call, or has given up; OSError.
+    Raises: TimeoutError if another process did not answer or call, or has given up; OSError.
     """
     deadline = time.monotonic() + timeout
     next_look = time.monotonic() + _LOOK_S
@@ -100,7 +101,7 @@ def connect(
                 raise TimeoutError(f"processes {missing} could not be reached, or did not call")
             if now > next_look:
                 if is_in_vain():
-                    raise TimeoutError(f"processes {missing} are waited for in vain")
+                    raise TimeoutError(f"waited for processes {missing} in vain: one has given up")
                 next_look = time.monotonic() + _LOOK_S
             pause = _RETRY_S if to_call else _LOOK_S
             for link in callers.admit(min(pause, deadline - now)):
@@ -119,10 +120,11 @@ def swap(
     *,
     timeout: float,
 ) -> dict[int, tuple[Any, list[int]]]:
-    """What each other process sends to all: something that JSON holds, and descriptors.
+    """Sends a JSON message and descriptors to all other processes, and returns theirs.
 
-    `timeout`: seconds for all of them. `held` gets all descriptors that were received, even when it
-    raises OSError; the caller closes them. No program that this process starts gets them.
+    `timeout`: seconds for all messages together. `held` gets all received descriptors, even when
+    the function raises OSError; the caller closes them. Programs that this process starts do not
+    inherit them.
     """
     deadline = time.monotonic() + timeout
     text = json.dumps(message).encode()
@@ -145,7 +147,7 @@ def swap(
 
 
 def any_is_open(links: Sequence[Link]) -> bool:
-    """Whether another process is still there, as far as is known."""
+    """Returns whether another process is still there, as far as is known."""
     for link in links:
         try:
             if link.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
@@ -158,7 +160,7 @@ def any_is_open(links: Sequence[Link]) -> bool:
 
 
 def watch_process(pid: int) -> int | None:
-    """A descriptor for `has_ended`; None where the system has none."""
+    """Returns a descriptor for `has_ended`; None if the system has none."""
     try:
         return os.pidfd_open(pid)
     except OSError:
@@ -166,33 +168,36 @@ def watch_process(pid: int) -> int | None:
 
 
 def has_ended(watch: int) -> bool:
-    """Whether a process is no more, or waits to be reaped."""
+    """Returns whether a process has ended; it may still wait to be reaped."""
     poll = select.poll()
     poll.register(watch, select.POLLIN)
     return bool(poll.poll(0))
 
 
 def host() -> str:
-    """Equal in processes that reach each other's sockets and see each other's pids."""
+    """Returns a name that is equal in processes that share a host, its sockets and its pids."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     spaces = [os.readlink(f"/proc/self/ns/{space}") for space in ("net", "pid", "user")]
     return " ".join([boot, *spaces])
 
 
 def _pid_of_own_user(link: socket.socket) -> int | None:
-    """Of the process at the other end; None if it is of another user."""
+    """Returns the pid of the process at the other end; None if it belongs to another user."""
     raw = link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     pid, uid, _ = _CREDENTIALS.unpack(raw)
     return int(pid) if uid == os.geteuid() else None
 
 
 def _room_for_callers(num_processes: int) -> int:
-    """Room for callers that nobody has listened to yet: each process, and some strangers."""
+    """Returns room for callers that wait to be heard: each process, and some strangers."""
     return 4 * num_processes + 64
 
 
 def _call(process: int, address: str, hello: bytes) -> Link | None:
-    """None: not now. Its backlog is full of strangers, or it listens no more."""
+    """Calls another process; returns None if its backlog is full, or if it has stopped listening.
+
+    Strangers may fill the backlog.
+    """
     with ExitStack() as stack:
         link = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
         link.setblocking(False)
@@ -200,7 +205,7 @@ def _call(process: int, address: str, hello: bytes) -> Link | None:
             link.connect("\0" + address)
             pid = _pid_of_own_user(link)
             if pid is None:
-                raise PermissionError(f"who listens for process {process} is of another user")
+                raise PermissionError(f"the listener for process {process} is of another user")
             link.sendall(hello)  # into an empty buffer
         except (BlockingIOError, ConnectionError):
             return None
@@ -210,7 +215,7 @@ def _call(process: int, address: str, hello: bytes) -> Link | None:
 
 
 class _Caller(NamedTuple):
-    """Somebody of this user who has not yet said all of its hello, until the deadline."""
+    """A caller of this user that has not yet sent its whole hello; it has until the deadline."""
 
     pid: int
     heard: bytearray
@@ -218,13 +223,13 @@ class _Caller(NamedTuple):
 
 
 class _Callers:
-    """Whoever connects to a listener, until it has said who it is.
+    """Callers that have connected to a listener, but have not yet shown the token.
 
-    Anyone on this host may connect and say nothing, so none of them is waited for alone.
+    Any process of this host may connect and stay silent, so no caller is waited for alone.
     """
 
     def __init__(self, listener: socket.socket, token: bytes, *, room: int):
-        """`token`: what a caller must show. `room`: for so many; a new one displaces the oldest."""
+        """`token`: token that a caller must show. `room`: limit; then the oldest caller must go."""
         listener.setblocking(False)
         self._listener = listener
         self._token = token
@@ -232,7 +237,7 @@ class _Callers:
         self._silent: dict[socket.socket, _Caller] = {}  # the oldest first
 
     def admit(self, pause: float) -> list[Link]:
-        """Those that have shown the token since the last call; waits for any, at most `pause`."""
+        """Returns links to callers that have shown the token; waits at most `pause` seconds."""
         poll = select.poll()
         for waited in (self._listener, *self._silent):
             poll.register(waited, select.POLLIN)
@@ -244,12 +249,12 @@ class _Callers:
         return [link for link in heard if link is not None]
 
     def close(self) -> None:
-        """Hangs up on those that are still silent."""
+        """Hangs up on callers that are still silent."""
         for caller in list(self._silent):
             self._forget(caller)
 
     def _accept(self) -> None:
-        for _ in range(self._room):  # more may come for ever
+        for _ in range(self._room):  # a limit, because callers may come for ever
             try:
                 caller, _ = self._listener.accept()
             except BlockingIOError:
@@ -289,14 +294,15 @@ class _Callers:
 
 
 def _wait_until(link: socket.socket, deadline: float) -> None:
-    """What is done with the socket from now on raises TimeoutError when the time is up."""
+    """Makes operations on the socket raise TimeoutError after the deadline."""
     link.settimeout(max(0.001, deadline - time.monotonic()))
 
 
 def _receive_descriptors(link: socket.socket, size: int) -> tuple[bytes, list[int], bool]:
-    """At most so many bytes, descriptors beside them, and whether these are all.
+    """Returns at most `size` bytes, the descriptors with them, and whether none was cut off.
 
-    Closed in programs that are started, which socket.recv_fds cannot do: it drops its flags.
+    Programs that this process starts do not inherit the descriptors. socket.recv_fds cannot ask
+    for that: it drops its flags.
     """
     found = array("i")
     room = socket.CMSG_LEN(_MAX_DESCRIPTORS * found.itemsize)
@@ -308,7 +314,7 @@ def _receive_descriptors(link: socket.socket, size: int) -> tuple[bytes, list[in
 
 
 def _receive(link: socket.socket, size: int) -> bytes:
-    """Exactly so many bytes."""
+    """Returns exactly `size` bytes."""
     data = b""
     while len(data) < size:
         part = link.recv(size - len(data))

@@ -1,4 +1,4 @@
-"""Waiting for results that may never come, or that are deleted while somebody waits for them."""
+"""Waits for results that may never come, or that are deleted during the wait."""
 
 import time
 import weakref
@@ -11,21 +11,22 @@ from jax_ep._src.base import jax_compat, registry
 from jax_ep._src.base.errors import JaxEpError
 
 _LOOK_S = 0.05
-GRACE_S = 0.5  # what a program that goes on may take to end, and a failure to be known
-# Between two looks at results: a part of what was waited for already.
+# Time for a program to end after its group has failed, and for a failure to become known.
+GRACE_S = 0.5
+# Pause between two looks at results: a part of the time waited so far, within limits.
 _PART, _MIN_PAUSE_S, _MAX_PAUSE_S = 0.02, 20e-6, 2e-3
 
 
 def arrays_in(results: Any) -> list[jax.Array]:
-    """The arrays of a pytree; of a key array, the array that holds its bits."""
+    """Returns the arrays of a pytree; for a key array, the array that holds its bits."""
     leaves = [leaf for leaf in jax.tree.leaves(results) if isinstance(leaf, jax.Array)]
     return [leaf for leaf in map(jax_compat.plain_array, leaves) if leaf is not None]
 
 
 def live_arrays(devices: Collection[jax.Device]) -> list[jax.Array]:
-    """Live arrays on some of the devices, without those whose failure has been told already.
+    """Returns live arrays on some of the devices, without arrays whose failure was told already.
 
-    Another thread may delete or donate any of them at any time.
+    Another thread may delete or donate any array at any time.
     """
     told = [array for ref in registry.told_failures if (array := ref()) is not None]
     known = {id(array) for array in told}
@@ -33,15 +34,15 @@ def live_arrays(devices: Collection[jax.Device]) -> list[jax.Array]:
     return [
         array
         for array in jax.live_arrays()
-        # Not array.devices(), which raises for an array that has been deleted.
+        # array.devices() would raise for an array that has been deleted.
         if id(array) not in known and wanted & array.sharding.device_set
     ]
 
 
 def wait(arrays: Collection[jax.Array]) -> list[Exception]:
-    """Waits for all arrays; returns what JAX raises for them.
+    """Waits for all arrays; returns the exceptions that JAX raises for them.
 
-    A deleted or donated array is nothing to wait for. A failure counts as told from now on.
+    Deleted and donated arrays are skipped. A returned failure counts as told from now on.
     """
     try:
         jax.block_until_ready(list(arrays))
@@ -68,25 +69,25 @@ def settle(
     loss: Callable[[], JaxEpError | None],
     timeout: float,
 ) -> list[Exception]:
-    """Waits as `wait` does, in programs of several processes: for no longer than makes sense.
+    """Waits like `wait` in a program of several processes, but not for results that cannot come.
 
-    A custom call ends when its group fails. The psum behind it, whose peer has gone, does not, or
-    fails in words of its own.
+    A custom call ends when its group fails. A later psum whose peer has gone may never end, or
+    fails with its own message.
 
     Args:
-      arrays: what to wait for.
-      failure: what the group has recorded, if it has failed.
-      loss: that a process of the group has ended, if one has. It may end when it is done, while
-        this one still computes: it is blamed for results that have failed, and for those that are
-        late.
+      arrays: arrays to wait for.
+      failure: returns the failure that the group has recorded, or None.
+      loss: returns an error for a process of the group that has ended, or None. A process may end
+        when its work is done, while this process still computes. So the loss is blamed only for
+        results that have failed, or are late.
       timeout: seconds from a loss until results are late.
 
-    Raises: what `failure` or `loss` tells.
+    Raises: the exception that `failure` or `loss` returns.
     """
     begin = looked = time.monotonic()
     since: dict[str, float] = {}
-    # Not in block_until_ready, which cannot be called back; and a thread that is in it when the
-    # interpreter ends would abort the process.
+    # block_until_ready cannot be interrupted. A thread that is still in it when the interpreter
+    # ends would abort the process.
     while not all(jax_compat.is_ready(array) for array in arrays):
         now = time.monotonic()
         time.sleep(min(max(_PART * (now - begin), _MIN_PAUSE_S), _MAX_PAUSE_S))
@@ -107,7 +108,7 @@ def settle(
 
 
 def cause_of(problems: Collection[Exception]) -> Exception:
-    """One exception for all problems: ranks that fail alike say the same."""
+    """Returns one exception for all problems. Ranks that fail alike raise equal exceptions."""
     different = list({(type(p), str(p)): p for p in problems}.values())
     if len(different) == 1:
         return different[0]
@@ -115,10 +116,11 @@ def cause_of(problems: Collection[Exception]) -> Exception:
 
 
 def excuse_failures(error: BaseException, devices: Collection[jax.Device]) -> None:
-    """Counts the failures behind an exception of JAX's that leaves a program's block as told.
+    """Counts the failures behind JAX's exception as told when the exception leaves a `with` block.
 
-    JAX keeps a failure in every result and in the tokens of the thread's last effects, and raises
-    it at every look at one of them. Waits for nothing: programs that still run are excused, too.
+    JAX keeps a failure in every result, and in the tokens of the thread's last effects. It raises
+    the failure at every look at one of them. The function waits for nothing: programs that still
+    run are excused, too.
     """
     if not any(isinstance(e, jax.errors.JaxRuntimeError) for e in _chain(error)):
         return
@@ -131,7 +133,7 @@ def excuse_failures(error: BaseException, devices: Collection[jax.Device]) -> No
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception and all that are behind it."""
+    """Yields an exception, its causes, its contexts, and the members of groups."""
     seen: list[BaseException] = []
     waiting = [error]
     while waiting:

@@ -1,8 +1,8 @@
-"""What every back end must do, as named checks: call each with a group and a back end.
+"""Named checks that every back end must pass. Call each check with a group and a back end.
 
-`CHECKS` takes a minute or two for a back end on a small machine; `FULL` holds it and many more
-combinations of sizes. Arguments and the reference are made on the host, alike in every process, and
-each process compares the shards that it has.
+`CHECKS` takes a minute or two for a back end on a small machine. `FULL` adds many more combinations
+of sizes. Every process makes the same arguments and the reference's results on the host, and
+compares the shards on its own devices.
 """
 
 from jax_ep.testing.conformance import (

@@ -15,13 +15,13 @@ class Check:
     """One claim with its parameters; call it with a group and the name of a back end.
 
     Attributes:
-      run: (group, backend, **params); raises AssertionError.
-      ops: the public operations that the back end must have.
+      run: function of (group, backend, **params) that raises AssertionError.
+      ops: public operations that the back end must have.
       params: plain data.
-      num_staged: bytes of its operands that peers read, which need room if they are staged.
-      uses_stock: whether it runs JAX's own collectives too, which NCCL refuses to ranks that share
-        a GPU.
-      exempt: (back end, platform) for which the claim is known not to hold, and the reason.
+      num_staged: bytes of operands that peers read; they need room if operands are staged.
+      uses_stock: whether the check also runs JAX's own collectives; NCCL refuses ranks that share a
+        GPU.
+      exempt: (back end, platform) for which the claim is known not to hold, and why.
     """
 
     run: Callable[..., None]
@@ -33,7 +33,7 @@ class Check:
 
     @property
     def name(self) -> str:
-        """The claim and its parameters; unique."""
+        """The unique name of the check: its claim and its parameters."""
         given = ",".join(f"{k}={v}" for k, v in self.params.items() if v is not None)
         return f"{self.run.__name__}[{given}]"
 
@@ -41,26 +41,26 @@ class Check:
         return self.name
 
     def __call__(self, group: jax_ep.Group, backend: str) -> None:
-        """Runs it on all ranks of the group; every process of the mesh calls it.
+        """Runs the check on all ranks of the group; every process of the mesh calls it.
 
-        Raises: AssertionError where this process sees a wrong value; what the operations raise.
+        Raises: AssertionError if this process sees a wrong value; the operations' exceptions.
         """
         self.run(group, backend, **self.params)
 
     def not_usable(self, group: jax_ep.Group, backend: str) -> str | None:
-        """Returns why the claim does not apply to the back end on this group, or None."""
+        """Returns why the check cannot run on this group and back end, or None."""
         found = group.backends[backend]
         if not self.ops <= found.ops:
             return found.reason
         room = group.spec.staging_bytes
         if backend == "cuda" and room is not None and room < self.num_staged:
-            return f"{self.num_staged} bytes have no room among staged operands, {room}"
+            return f"{self.num_staged} bytes do not fit into the {room} bytes for staged operands"
         return self.exempt.get((backend, group.mesh.devices.flat[0].platform))
 
 
 @contextmanager
 def noted(note: str) -> Iterator[None]:
-    """Adds to an error of the block what it was about."""
+    """Adds a note to an exception that leaves the block."""
     try:
         yield
     except Exception as error:

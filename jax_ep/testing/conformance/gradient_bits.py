@@ -1,8 +1,8 @@
-"""Gradients that are moves or ordered sums: to the bit, at cotangents with NaN where no token is.
+"""Checks of gradients that are moves or ordered sums, to the bit.
 
-The gradient of combine's weights is the exception: its dot product is summed in the order that XLA
-or the back end likes, so it is held to a tolerance, and to zero where there is no token. The
-gradient of a bias is the cotangent itself: the check sees that it is passed on.
+Cotangents are NaN in rows without a token. The gradient of combine's weights is an exception: XLA
+or the back end chooses the order of its dot product. So the check allows a tolerance, but demands
+zero for rows without a token. The gradient of a bias is the cotangent itself.
 """
 
 from dataclasses import dataclass
@@ -27,18 +27,18 @@ _WEIGHT_TOLERANCE = 1e-5
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _Given:
-    """Arrays [R, ...] of all ranks. What belongs to no token is NaN, but for x and the ids."""
+    """Arrays [R, ...] of all ranks. Elements without a token are NaN, except in x and the ids."""
 
     topk_idx: Any
     topk_weights: Any
     x: Any
     rows: Any
-    at_rows: Any  # weights, as dispatch returns them
+    at_rows: Any  # weights in the form that dispatch returns
     bias: Any
-    x_bar: Any  # the cotangents: of the received rows,
-    at_rows_bar: Any  # of the received weights,
-    y_bar: Any  # of what combine gives,
-    topk_weights_bar: Any  # of what combine_weights gives
+    x_bar: Any  # cotangent of the received rows
+    at_rows_bar: Any  # cotangent of the received weights
+    y_bar: Any  # cotangent of the result of combine
+    topk_weights_bar: Any  # cotangent of the result of combine_weights
 
 
 def gradients_to_the_bit(
@@ -50,7 +50,7 @@ def gradients_to_the_bit(
     capacity: str,
     weights_at: str | None,
 ) -> None:
-    """Of every operand of dispatch, with and without a handle, combine and combine_weights."""
+    """Compares gradients of dispatch, with and without a handle, combine and combine_weights."""
     alignment = 3 if layout == "expert" else 1
     case = make_case(
         group,
@@ -76,7 +76,7 @@ def gradients_to_the_bit(
 
 
 def _gradients(case: Case, group: jax_ep.Group, backend: str, given: _Given) -> dict[str, Any]:
-    """By jax.vjp, on one rank."""
+    """Computes the gradients of one rank by jax.vjp."""
 
     def routed(x: Any, weights: Any) -> Any:
         out = dispatch(case, group, backend, x, given.topk_idx, weights)
@@ -122,7 +122,7 @@ def _expected(case: Case, plan: reference.Plan, given: _Given) -> dict[str, Any]
 
 
 def _weights(case: Case, plan: reference.Plan, given: _Given) -> Any:
-    """Of combine, at the rows."""
+    """Returns the weights of combine at the rows."""
     if case.weights_at == "tokens":
         return reference.dispatch_weights(plan, given.topk_weights)
     return given.at_rows if case.weights_at == "rows" else None
@@ -160,7 +160,7 @@ def _make_given(case: Case, plan: reference.Plan, topk_idx: Any) -> _Given:
         x_bar=normal((*rows, case.hidden), has_token, kind),
         at_rows_bar=normal(at_rows.shape, at_rows),
         y_bar=normal((*tokens, case.hidden), is_sent, kind),
-        # In the rank layout a row of weights goes to a rank as a whole, choices elsewhere included.
+        # In the rank layout a whole row of weights goes to a rank, with choices of other ranks.
         topk_weights_bar=normal(topk_idx.shape, is_sent if case.layout == "rank" else is_choice),
     )
 

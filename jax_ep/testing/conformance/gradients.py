@@ -1,4 +1,4 @@
-"""Gradients: adjointness, and values against jax.grad of the reference."""
+"""Checks of gradients: adjointness, and values against jax.grad of the reference."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,17 +19,17 @@ from jax_ep.testing.conformance.check import ROUND_TRIP, Check, noted
 from jax_ep.testing.conformance.sizes import LAYOUTS, make_case, seed_of
 from jax_ep.testing.ranks import on_group, on_ranks, place
 
-# XLA orders the sum in the gradient of a weight, and rounds where the reference does not.
+# XLA chooses the order of the sum in a weight's gradient, and rounds where the reference does not.
 _TOLERANCES = {"f32": 1e-5, "f16": 4e-3, "bf16": 3e-2}
 
 
 def combine_is_the_transpose_of_dispatch(
     group: jax_ep.Group, backend: str, *, layout: str, capacity: str
 ) -> None:
-    """<dispatch(x), y> == <x, combine(y)>, exactly: small integers make every sum exact.
+    """Asserts <dispatch(x), y> == <x, combine(y)>; small integers make every sum exact.
 
-    Each rank's shares of both sides are compared with those of the reference, whose totals are
-    equal: so the totals are, though no process may see all of them.
+    Each rank compares its shares of both sides with the shares of the reference, whose totals are
+    equal. So the totals are equal, although no process may see all of them.
     """
     case = make_case(group, layout=layout, capacity=capacity, dtype="f32")
     fn = compile_round_trip(case, group, backend)
@@ -70,7 +70,7 @@ def gradients(
     check_vma: bool,
     outside: bool,
 ) -> None:
-    """Of x and the weights through both operations, taken inside or outside shard_map."""
+    """Compares gradients of x and the weights through both operations, in or around shard_map."""
     alignment = 4 if layout == "expert" else 1
     case = make_case(
         group, layout=layout, dtype=dtype, expert_alignment=alignment, capacity="short"
@@ -95,7 +95,7 @@ def gradients(
 
 
 def _loss(layout: str, rows: Any, weights: Any, back: Callable[..., Any], scale: Any) -> jax.Array:
-    """Something nonlinear between the operations and behind them."""
+    """Computes a loss that is nonlinear between the operations and behind them."""
     made = jnp.sin(rows.astype(jnp.float32)).astype(rows.dtype)
     if layout == "rank":
         made = (made.astype(jnp.float32) * weights.sum(-1, keepdims=True)).astype(rows.dtype)
@@ -110,7 +110,7 @@ def _combine(handle: jax_ep.DispatchHandle, backend: str, rows: Any, weights: An
 def gradients_of_combine(
     group: jax_ep.Group, backend: str, *, layout: str, weights_at: str | None
 ) -> None:
-    """Of rows, weights in both forms, and biases; unused rows may hold NaN."""
+    """Compares gradients of rows, weights in both forms, and biases; unused rows hold NaN."""
     alignment = 2 if layout == "expert" else 1
     case = make_case(group, layout=layout, dtype="f32", expert_alignment=alignment, capacity="half")
     data = make_data(case, "skewed", seed_of("skewed"))
@@ -144,7 +144,7 @@ def gradients_of_combine(
 
 
 def gradients_along_a_handle(group: jax_ep.Group, backend: str, *, layout: str) -> None:
-    """Of rows that take the way of others."""
+    """Compares gradients of rows that travel along the handle of an earlier dispatch."""
     case = make_case(group, layout=layout, dtype="f32", capacity="half")
     data, other = make_data(case, "masked"), make_data(case, "masked", seed=1)
     plan = plan_of(case, data.topk_idx)
@@ -164,7 +164,7 @@ def gradients_along_a_handle(group: jax_ep.Group, backend: str, *, layout: str) 
 def gradients_through_layers(
     group: jax_ep.Group, backend: str, *, layout: str, check_vma: bool
 ) -> None:
-    """Layers under scan and checkpoint, each with a routing of its own."""
+    """Compares gradients of layers under scan and checkpoint, each with its own routing."""
     case = make_case(group, layout=layout, dtype="f32", capacity="short")
     layers = [make_data(case, r) for r in ("balanced", "skewed", "masked")]
     ids = np.stack([data.topk_idx for data in layers], axis=1)
@@ -200,7 +200,7 @@ def _grad(
     check_vma: bool,
     outside: bool,
 ) -> Any:
-    """Gradients [R, ...] of the sum over ranks of a loss of one rank."""
+    """Computes gradients [R, ...] of a rank's loss, summed over the ranks."""
     if not outside:
         return on_group(jax.grad(loss, argnums), group, check_vma=check_vma)(*operands)
     losses = on_ranks(loss, group.mesh, axes=group.axes, check_vma=check_vma)
@@ -209,7 +209,7 @@ def _grad(
 
 
 def _reference_grad(loss: Callable[..., Any], operands: tuple[Any, ...]) -> Any:
-    """On the host, where every process has the arrays of all ranks."""
+    """Computes gradients on the host, where every process has the arrays of all ranks."""
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         argnums = tuple(range(len(operands)))
         return jax.jit(jax.grad(loss, argnums))(*jax.tree.map(jnp.asarray, operands))

@@ -1,4 +1,4 @@
-"""What travels along a handle, and beside rows: other rows, fp8 pairs, payloads."""
+"""Checks of dispatches along a handle, of fp8 pairs, and of payloads."""
 
 import itertools
 from typing import Any
@@ -24,7 +24,7 @@ _COUNTS = ("group_sizes", "num_recv", "num_dropped", "num_invalid")
 def other_rows_along_a_handle(
     group: jax_ep.Group, backend: str, *, layout: str, capacity: str
 ) -> None:
-    """They go where the first ones went, and everything else stays."""
+    """Sends other rows along a handle: they go where the first rows went, and counts stay."""
     case = make_case(group, layout=layout, capacity=capacity)
 
     def fn(x: Any, ids: Any, other: Any) -> Any:
@@ -60,7 +60,7 @@ def _assert_handle(plan: reference.Plan, handle: jax_ep.DispatchHandle) -> None:
 def fp8_pair_and_payload(
     group: jax_ep.Group, backend: str, *, layout: str, fp8: str, scales: str, fill: str
 ) -> None:
-    """Every bit of fp8 rows, scales and payload arrives, routed and along a handle."""
+    """Compares every bit of fp8 rows, scales and payload, routed and along a handle."""
     alignment = 4 if layout == "expert" else 1
     case = make_case(group, layout=layout, expert_alignment=alignment, fill=fill)
     data = make_data(case, "skewed")
@@ -79,7 +79,7 @@ def fp8_pair_and_payload(
 
     plan = plan_of(case, data.topk_idx)
     routed, along = on_group(fn, group)(sent, data.topk_idx)
-    # Along a handle, everything else is zero.
+    # A dispatch along a handle fills all other rows with zeros.
     for form, out, where in (("routed", routed, defined_rows(case, plan)), ("along", along, None)):
         for name, rows in sent.items():
             assert_same_bits(
@@ -94,7 +94,7 @@ def fp8_pair_and_payload(
 def dispatch_fp8(
     group: jax_ep.Group, backend: str, *, layout: str, scales: str, dtype: str
 ) -> None:
-    """Values: quantise and dequantise around a dispatch. Gradient: that of dispatch."""
+    """Compares values with quantise, dispatch and dequantise, and gradients with dispatch's."""
     case = make_case(group, layout=layout, dtype=dtype, row_bytes=1024)
     data = make_data(case, "balanced")
     block = case.hidden // 2
@@ -131,7 +131,7 @@ def dispatch_fp8(
 
 
 def other_widths_along_a_handle(group: jax_ep.Group, backend: str, *, layout: str) -> None:
-    """Rows of other dtypes and sizes, and fp8 pairs, take the way of the first ones."""
+    """Sends rows of other dtypes and sizes, and fp8 pairs, along the handle of the first rows."""
     alignment = 3 if layout == "expert" else 1
     case = make_case(group, layout=layout, expert_alignment=alignment, capacity="half")
     data = make_data(case, "masked")
@@ -159,7 +159,7 @@ def other_widths_along_a_handle(group: jax_ep.Group, backend: str, *, layout: st
 
 
 def _moved(plan: reference.Plan, sent: Any) -> Any:
-    """As bits, which NumPy does not change."""
+    """Dispatches the bits of rows by the reference: NumPy does not change bits."""
     return reference.dispatch(plan, sent.view(f"u{sent.dtype.itemsize}")).view(sent.dtype)
 
 

@@ -1,4 +1,4 @@
-"""get_dispatch_layout against the reference."""
+"""Checks of get_dispatch_layout against the reference."""
 
 from dataclasses import fields
 from typing import Any
@@ -20,7 +20,7 @@ _NUM_STEPS = 3
 def get_dispatch_layout(
     group: jax_ep.Group, backend: str, *, num_tokens: int, num_topk: int, experts_per_rank: int
 ) -> None:
-    """Every count and the mask, for every named routing, three calls in one scan."""
+    """Compares every count and the mask for every named routing, in three calls of one scan."""
     num_experts = experts_per_rank * group.num_ranks
 
     def shift(ids: Any, step: Any, xp: Any) -> Any:

@@ -1,4 +1,4 @@
-"""all_reduce, its halves and its fusion: values to the bit, and gradients equal to psum's."""
+"""Checks of the all_reduce family: values to the bit, and gradients equal to JAX's."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -22,9 +22,9 @@ DTYPES: dict[str, Any] = {
     "i32": np.int32,
 }
 ALGORITHMS = ("low_latency", "one_shot", "two_shot")
-# Around a vector of 16 bytes, a warp's vectors, a block's and several blocks'.
+# Sizes around a vector of 16 bytes, the vectors of a warp, of a block and of several blocks.
 SIZES = (1, 3, 4, 5, 8, 9, 255, 257, 4096, 4099, 40_000)
-# What JAX has in their place.
+# JAX's own collectives.
 _STOCK: dict[str, Callable[..., Any]] = {
     "all_reduce": jax.lax.psum,
     "reduce_scatter": jax.lax.psum_scatter,
@@ -37,10 +37,10 @@ _NORM_TOLERANCES = {"bf16": 1e-2, "f16": 1e-3, "f32": 2e-6}
 
 
 def sums(group: jax_ep.Group, backend: str, *, op: str, dtype: str, algorithm: str) -> None:
-    """All sizes in one program: its calls use the same memory in turns."""
+    """Compares all sizes in one program, whose calls use the same memory in turns."""
     ours, reference_of = getattr(jax_ep, op), getattr(reference, op)
     arrays = [_random(group, dtype, op, size, seed=size) for size in SIZES]
-    # What peers on GPUs have no room for they read where it lies, or a copy of it.
+    # An array that a GPU has no room to receive is read in place by peers, or from a copy.
     if backend == "cuda" and algorithm in _PAYLOADS:
         elements = _PAYLOADS[algorithm](group.num_ranks) // np.dtype(DTYPES[dtype]).itemsize
         large = _random(group, dtype, op, elements + 1, seed=2)
@@ -59,12 +59,12 @@ def sums(group: jax_ep.Group, backend: str, *, op: str, dtype: str, algorithm: s
     for x, got in zip(arrays, results, strict=True):
         with noted(f"shape {x.shape}"):
             assert_same_bits(got, reference_of(x), what=op)
-    # Also for whoever widens it in the same program: it has been rounded.
+    # The result must be rounded even if the same program widens it.
     assert_same_bits(wide, reference_of(arrays[-1]).astype(np.float32), what=f"{op}, widened")
 
 
 def special_values(group: jax_ep.Group, backend: str, *, dtype: str, algorithm: str) -> None:
-    """Zeros with signs, infinities, NaNs, subnormals, and words that look like small epochs."""
+    """Compares sums of signed zeros, infinities, NaNs, subnormals and words like small epochs."""
     kind = np.dtype(DTYPES[dtype])
     bits = np.dtype(f"u{kind.itemsize}")
     words = np.arange(64, dtype=np.uint32).view(bits)
@@ -74,7 +74,7 @@ def special_values(group: jax_ep.Group, backend: str, *, dtype: str, algorithm: 
     if kind.kind != "i":
         extra = np.array([np.inf, -np.inf, np.nan, 0.0, -0.0, 1.0], np.float32).astype(kind)
         values = np.concatenate([values, extra])
-        if backend == "xla":  # which flushes subnormals on CPUs
+        if backend == "xla":  # XLA flushes subnormals on CPUs
             wide = np.abs(values.astype(np.float32))
             values = values[~((wide > 0) & (wide < 2.0 ** (-14 if dtype == "f16" else -126)))]
     num_ranks = group.num_ranks
@@ -89,7 +89,7 @@ def special_values(group: jax_ep.Group, backend: str, *, dtype: str, algorithm: 
 
 
 def norms(group: jax_ep.Group, backend: str, *, dtype: str, algorithm: str) -> None:
-    """Row sizes around a vector and a block; scales in both dtypes."""
+    """Compares rows with sizes around a vector and a block, and scales of both dtypes."""
     rng = np.random.default_rng(3)
     for rows, hidden in _NORM_SHAPES:
         shape = (group.num_ranks, rows, hidden)
@@ -112,7 +112,7 @@ def norms(group: jax_ep.Group, backend: str, *, dtype: str, algorithm: str) -> N
         expected = reference.all_reduce_residual_rmsnorm(x, residual, scale, eps=1e-3)
         with noted(f"{rows} rows of {hidden}"):
             assert_same_bits(new_residual, expected[1], what="new_residual")
-            # Also for whoever widens it in the same program: it has been rounded.
+            # The result must be rounded even if the same program widens it.
             assert_same_bits(wide, expected[1].astype(np.float32), what="new_residual, widened")
             assert_close(normed, expected[0], tolerance=_NORM_TOLERANCES[dtype], what="normed")
             for (_, own), (_, other) in zip(shards(normed), shards(of_rank_0), strict=True):
@@ -122,7 +122,7 @@ def norms(group: jax_ep.Group, backend: str, *, dtype: str, algorithm: str) -> N
 def reduction_gradients(
     group: jax_ep.Group, backend: str, *, op: str, check_vma: bool, outside: bool
 ) -> None:
-    """Those of JAX's own collectives; small integers make every sum exact."""
+    """Compares gradients with those of JAX's own collectives; small integers make sums exact."""
     ours, stock = getattr(jax_ep, op), _STOCK[op]
     x = np.random.default_rng(4).integers(-3, 4, _shape(group, op, (6, 5))).astype(np.float32)
     grads = [
@@ -137,7 +137,7 @@ def reduction_gradients(
 
 
 def norm_gradients(group: jax_ep.Group, backend: str, *, check_vma: bool, outside: bool) -> None:
-    """Those of the operations one by one."""
+    """Compares gradients with those of the operations one by one."""
     rng = np.random.default_rng(5)
     ranks = group.num_ranks
     x, residual = rng.standard_normal((2, ranks, 4, 24)).astype(np.float32)
@@ -170,7 +170,7 @@ def norm_gradients(group: jax_ep.Group, backend: str, *, check_vma: bool, outsid
 def _gradient(
     group: jax_ep.Group, call: Callable[..., Any], *, check_vma: bool, outside: bool
 ) -> Callable[..., Any]:
-    """By each operand, of a sum of squares, taken around shard_map, or inside it."""
+    """Returns the gradients of a sum of squares by each operand, taken around or in shard_map."""
 
     def loss(*operands: Any) -> Any:
         y = call(*operands)
@@ -191,7 +191,7 @@ def _gradient(
 
 
 def _shape(group: jax_ep.Group, op: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Of what all ranks bring."""
+    """Returns the shape of the operands of all ranks."""
     ranks = (group.num_ranks,) * (2 if op == "reduce_scatter" else 1)
     return (*ranks, *shape)
 
@@ -220,7 +220,7 @@ def _checks() -> Iterator[Check]:
     for dtype in _NORM_TOLERANCES:
         for algorithm in ALGORITHMS[:2]:
             params = {"dtype": dtype, "algorithm": algorithm}
-            # low_latency reads nothing of the peers.
+            # With low_latency no rank reads operands of its peers.
             largest = max(rows * hidden for rows, hidden in _NORM_SHAPES)
             num_staged = 0 if algorithm == "low_latency" else 4 * largest
             ops = frozenset({_NORM_OP, "all_gather"})

@@ -1,4 +1,4 @@
-"""dispatch and combine against the reference, to the bit."""
+"""Checks of dispatch and combine against the reference, to the bit."""
 
 from dataclasses import replace
 from typing import Any
@@ -42,7 +42,7 @@ def round_trip(
     check_vma: bool = True,
     **params: Any,
 ) -> None:
-    """Every field of the dispatch and the combined rows, for every named routing."""
+    """Compares every field of the dispatch, and the combined rows, for every named routing."""
     case = make_case(group, capacity=capacity, **params)
     fn = compile_round_trip(case, group, backend, check_vma)
     for routing in routings.BY_NAME:
@@ -51,7 +51,7 @@ def round_trip(
             out, y = fn(*data.operands())
             plan = assert_dispatched(case, data, out)
             assert_combined(case, data, plan, y)
-            # A capacity that is not what its name says would test nothing.
+            # A capacity that does not do what its name says would test nothing.
             dropped = int(plan.num_dropped.sum())
             if capacity in ("ample", "beyond"):
                 assert dropped == 0, dropped
@@ -64,7 +64,7 @@ def _needed(case: Case, data: Data) -> int:
 
 
 def repeated_expert(group: jax_ep.Group, backend: str, *, layout: str) -> None:
-    """One expert twice in a token, a caller's error, has a defined result all the same."""
+    """Names an expert twice in a token: a caller's error, but with a defined result."""
     case = make_case(group, layout=layout)
     data = make_data(case, "balanced")
     data.topk_idx[:, ::2, 1] = data.topk_idx[:, ::2, 0]
@@ -72,7 +72,7 @@ def repeated_expert(group: jax_ep.Group, backend: str, *, layout: str) -> None:
 
 
 def nan_and_inf_reach_their_token_only(group: jax_ep.Group, backend: str, *, layout: str) -> None:
-    """They are rows like others to combine."""
+    """Puts NaN and infinity into rows; combine treats them like other rows."""
     case = make_case(group, layout=layout, dtype="f32")
     data = make_data(case, "balanced")
     plan = plan_of(case, data.topk_idx)
@@ -86,7 +86,7 @@ def nan_and_inf_reach_their_token_only(group: jax_ep.Group, backend: str, *, lay
 def garbage_does_not_leak(
     group: jax_ep.Group, backend: str, *, layout: str, weights_at: str | None, capacity: str
 ) -> None:
-    """NaN in rows that hold no token is not seen by combine."""
+    """Puts NaN into rows without a token; combine must not read them."""
     case = make_case(group, layout=layout, capacity=capacity, weights_at=weights_at)
     fn = compile_round_trip(case, group, backend)
     for routing in ("masked", "skewed", "all_empty"):
@@ -101,7 +101,7 @@ def garbage_does_not_leak(
 def payload_bits_pass_unchanged(
     group: jax_ep.Group, backend: str, *, layout: str, dtype: str
 ) -> None:
-    """NaN payloads, infinities, negative zeros and subnormals are moved, not computed with."""
+    """Dispatches every pattern of bits; rows are moved, not computed with."""
     case = make_case(group, layout=layout, dtype=dtype, row_bytes=512)
     data = make_data(case, "balanced")
     bits = f"u{data.x.dtype.itemsize}"
@@ -117,7 +117,7 @@ def payload_bits_pass_unchanged(
 
 
 def subnormals_are_kept(group: jax_ep.Group, backend: str, *, layout: str, dtype: str) -> None:
-    """In the sums of combine."""
+    """Combines rows of subnormals, whose sums must not become zero."""
     case = make_case(group, layout=layout, dtype=dtype)
     data = make_data(case, "balanced")
     tiny = float(jnp.finfo(DTYPES[dtype]).tiny) / 4  # type: ignore[no-untyped-call]
@@ -129,7 +129,7 @@ def subnormals_are_kept(group: jax_ep.Group, backend: str, *, layout: str, dtype
 def sums_of_negative_zeros_are_positive(
     group: jax_ep.Group, backend: str, *, layout: str, dtype: str, weights_at: str | None
 ) -> None:
-    """Sums begin with +0. One that is rounded to -0 stays so. In gradients, too."""
+    """Adds negative zeros: sums begin with +0, in gradients too. A sum rounded to -0 stays -0."""
     case = make_case(
         group, layout=layout, dtype=dtype, weights_at=weights_at, num_topk=2, num_biases=1
     )
@@ -157,7 +157,7 @@ def sums_of_negative_zeros_are_positive(
 
 
 def _mostly_negative_zeros(like: Any) -> Any:
-    """Beside them, numbers of both signs, among them such as a weight makes a zero of f16."""
+    """Makes rows of -0 and a few other numbers; times a weight, some of them are zero in f16."""
     rng = np.random.default_rng(6)
     others = rng.choice([-1.0, 1.0, -(2.0**-24), 2.0**-24, 0.0], like.shape)
     return np.where(rng.random(like.shape) < 0.8, -0.0, others).astype(like.dtype)
@@ -166,7 +166,7 @@ def _mostly_negative_zeros(like: Any) -> Any:
 def runs_give_equal_bits(
     group: jax_ep.Group, backend: str, *, layout: str, weights_at: str | None, num_runs: int
 ) -> None:
-    """No order of arrival shows."""
+    """Repeats a run: the order in which rows arrive must not show in the results."""
     case = make_case(group, layout=layout, weights_at=weights_at, num_topk=8, row_bytes=1040)
     operands = make_data(case, "skewed").operands()
     fn = compile_round_trip(case, group, backend)
@@ -182,7 +182,7 @@ def _as_bytes(results: Any) -> list[bytes]:
 def routings_in_one_scan(
     group: jax_ep.Group, backend: str, *, layout: str, capacity: str, check_vma: bool
 ) -> None:
-    """Many calls in a row, each with another routing, each on what the last one made."""
+    """Makes many calls in a row, each with another routing, and each on the last one's result."""
     weights_at = None if layout == "rank" else "rows"
     case = make_case(
         group, layout=layout, dtype="f32", capacity=capacity, weights_at=weights_at, row_bytes=64
@@ -243,7 +243,7 @@ def _round_trips(*, full: bool) -> list[Check]:
 
 
 def _special() -> list[Check]:
-    # Enough products to show a contracted multiply-add, in f32, where it would be visible.
+    # Many products in f32 show whether a multiply-add was contracted.
     many = {"layout": "expert", "dtype": "f32", "num_topk": 8, "row_bytes": 4080}
     found = [Check(round_trip, ROUND_TRIP, {**many, "weights_at": "rows"})]
     for aligned in ({"layout": "rank"}, {"layout": "expert", "expert_alignment": 32}):

@@ -1,4 +1,4 @@
-"""The sizes that checks run on, and how few of them hold many combinations."""
+"""Sizes of the checks, and small sets of them that hold many combinations."""
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +34,7 @@ VALUES: dict[str, Params] = {
     },
 }
 
-# In their place in the full matrix.
+# Values that replace those of VALUES in the full matrix.
 MORE_VALUES: Params = {
     "capacity": (*_SIZES["capacity"], "beyond"),
     "expert_alignment": (1, 2, 3, 4, 16, 32),
@@ -50,21 +50,22 @@ def make_case(
     capacity: str = "ample",
     **fields: Any,
 ) -> Case:
-    """A case by plain data.
+    """Makes a case from plain data.
 
     Args:
-      group: gives the number of ranks.
+      group: the group, which gives the number of ranks.
       dtype: a key of DTYPES.
-      num_topk: as many experts, and at least four, are on each rank, so that all may go to one.
-      row_bytes: default: hidden 24.
-      capacity: "ample": the worst case's; "beyond": more than that; "exact": what the busiest rank
-        of the skewed routing needs; "short": one row less; "half": half of it; "one": one row,
-        which is also less than an alignment.
-      **fields: of Case.
+      num_topk: choices of a token. Each rank has as many experts, and at least four, so that all
+        choices may go to one rank.
+      row_bytes: bytes of a row; default: hidden 24.
+      capacity: "ample": the worst case; "beyond": more rows than that; "exact": the rows of the
+        busiest rank in the skewed routing; "short": one row less than "exact"; "half": half of
+        "exact"; "one": one row, which may be less than an alignment.
+      **fields: other fields of Case.
     """
     hidden = 24 if row_bytes is None else row_bytes // np.dtype(DTYPES[dtype]).itemsize
     num_tokens, num_experts = 12, num_topk
-    if (row_bytes or 0) >= _BIG_ROW_BYTES:  # the worst case's rows must fit into a small machine
+    if (row_bytes or 0) >= _BIG_ROW_BYTES:  # the rows of the worst case must fit into memory
         num_tokens, num_experts = 2, -(-num_topk // group.num_ranks)
     case = Case(
         num_ranks=group.num_ranks,
@@ -86,22 +87,22 @@ def make_case(
 
 
 def seed_of(routing: str) -> int:
-    """Of the data that the checks give a routing."""
+    """Returns the seed of the data that the checks give a routing."""
     return list(routings.BY_NAME).index(routing)
 
 
 def mix(values: Mapping[str, Sequence[Any]], *, crossed: Sequence[str] = ()) -> list[Params]:
-    """Few combinations of parameters that hold many.
+    """Chooses few combinations of parameters that cover all pairs of values.
 
     Args:
-      values: of each parameter.
-      crossed: every combination of these parameters occurs.
+      values: the values of each parameter.
+      crossed: parameters of which every combination occurs.
 
     Returns:
-      Combinations in which, besides, every value of every parameter meets every value of every
-      other one.
+      Combinations in which every value of every parameter also meets every value of every other
+      parameter.
     """
-    # A dict, since a set has another order in every process.
+    # A dict keeps its order, but a set has another order in every process.
     open_pairs = {
         (first, second): None
         for a, b in itertools.combinations(values, 2)
@@ -136,5 +137,5 @@ def mix(values: Mapping[str, Sequence[Any]], *, crossed: Sequence[str] = ()) -> 
 
 
 def _pairs(values: Mapping[str, Sequence[Any]], row: Params) -> Iterator[tuple[Any, Any]]:
-    """The pairs of a combination, in the order of `values`."""
+    """Returns the pairs of a combination, in the order of `values`."""
     return itertools.combinations(((name, row[name]) for name in values if name in row), 2)

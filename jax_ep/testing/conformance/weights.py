@@ -1,4 +1,4 @@
-"""Weights: signs, NaN and infinity in them, and their way back to the tokens."""
+"""Checks of weights: negative, NaN and infinite weights, and their way back to the tokens."""
 
 from typing import Any
 
@@ -24,10 +24,10 @@ from jax_ep.testing.ranks import on_group
 
 
 def combine_weights(group: jax_ep.Group, backend: str, *, layout: str, capacity: str) -> None:
-    """What was kept comes back as it went; other weights as the reference has it.
+    """Brings dispatched weights, and other weights, back to their tokens.
 
-    Of those that went, what was dropped, masked or invalid is zero. The others are NaN in rows
-    without a token.
+    A dispatched weight comes back unchanged, or as zero if its choice was dropped, masked or
+    invalid. Other weights, NaN in rows without a token, come back as in the reference.
     """
     case = make_case(group, layout=layout, capacity=capacity)
 
@@ -54,7 +54,7 @@ def combine_weights(group: jax_ep.Group, backend: str, *, layout: str, capacity:
 
 
 def _kept_weights(case: Case, plan: reference.Plan, data: Data) -> Any:
-    """topk_weights where the choice has a row, else zero."""
+    """Returns topk_weights, with zero for choices without a row."""
     is_expert = (data.topk_idx >= 0) & (data.topk_idx < case.num_experts)
     row = plan.send_row
     if case.layout == "rank":
@@ -66,7 +66,7 @@ def _kept_weights(case: Case, plan: reference.Plan, data: Data) -> Any:
 def special_weights(
     group: jax_ep.Group, backend: str, *, layout: str, weights_at: str | None
 ) -> None:
-    """Negative, infinite and NaN ones reach their own rows, and the sums of their own tokens."""
+    """Passes negative, infinite and NaN weights; each reaches only its own row and token."""
     case = make_case(group, layout=layout, dtype="f32", capacity="half", weights_at=weights_at)
     fn = compile_round_trip(case, group, backend)
     for routing in ("masked", "skewed", "invalid_ids"):
@@ -75,13 +75,13 @@ def special_weights(
             weights = data.topk_weights
             weights -= 0.5
             weights[:, 1], weights[:, 2], weights[:, 3] = np.inf, np.nan, -0.0
-            # A choice that has no expert has no weight either.
+            # A choice without an expert has no weight, so NaN there must not spread.
             weights[(data.topk_idx < 0) | (data.topk_idx >= case.num_experts)] = np.nan
             plan = plan_of(case, data.topk_idx)
             data.rows[plan.recv_src < 0] = np.nan
             out, y = fn(*data.operands())
             assert_dispatched(case, data, out)
-            with np.errstate(invalid="ignore"):  # infinities of both signs, and times zero
+            with np.errstate(invalid="ignore"):  # inf - inf, and inf times zero
                 assert_combined(case, data, plan, y)
             sent = reference.dispatch_weights(plan, weights)
             assert np.isnan(sent).any()

@@ -1,4 +1,4 @@
-"""Programs with x64 on: ids of 64 bits, and the same results as without."""
+"""Checks of programs with x64 on: ids of 64 bits, and results equal to those with x64 off."""
 
 import re
 from collections.abc import Callable
@@ -29,13 +29,13 @@ from jax_ep.testing.ranks import on_group
 
 
 def with_x64(group: jax_ep.Group, backend: str, *, layout: str, weights_at: str | None) -> None:
-    """Ids beyond 32 bits stay invalid, payloads of 64 bits travel, f64 is refused by name."""
+    """Passes ids beyond 32 bits (invalid), payloads of 64 bits (moved) and f64 (refused)."""
     case = make_case(
         group, layout=layout, dtype="f32", capacity="short", row_bytes=64, weights_at=weights_at
     )
     data = make_data(case, "masked", seed_of("masked"))
     ids = data.topk_idx.astype(np.int64)
-    ids[:, ::3, 0] += 2**32  # the same ids to whoever looks at 32 bits
+    ids[:, ::3, 0] += 2**32  # the low 32 bits are unchanged
     ids[:, ::4, 1] -= 2**33
     data = replace(data, topk_idx=ids)
     payload = np.random.default_rng(8).standard_normal((*ids.shape[:2], 3))
@@ -65,7 +65,7 @@ def with_x64(group: jax_ep.Group, backend: str, *, layout: str, weights_at: str 
 def gradients_with_x64(
     group: jax_ep.Group, backend: str, *, layout: str, weights_at: str | None
 ) -> None:
-    """They are those of the operands' dtypes, to the bit."""
+    """Compares gradients to the bit; they have the operands' dtypes."""
     with jax.enable_x64(True):
         gradients_to_the_bit(
             group, backend, layout=layout, dtype="f32", capacity="half", weights_at=weights_at
@@ -75,7 +75,7 @@ def gradients_with_x64(
 def _refused(
     case: Case, group: jax_ep.Group, backend: str, operands: tuple[Any, Any]
 ) -> dict[str, Callable[[], Any]]:
-    """Calls with one operand of f64, by what their messages begin with."""
+    """Returns calls with one operand of f64; the keys are the beginnings of their messages."""
     x, ids = operands
     handle = dispatch(case, group, backend, x, ids).handle
     wide_x = x.astype(jnp.float64)

@@ -1,1 +1,1 @@
-"""all_reduce, reduce_scatter and all_gather: arrays of all ranks, added up or side by side."""
+"""all_reduce, reduce_scatter and all_gather: add up or gather the arrays of all ranks."""

@@ -1,4 +1,4 @@
-"""all_reduce, reduce_scatter, all_gather: arrays of all ranks, added up or side by side."""
+"""all_reduce, reduce_scatter, all_gather: add up or gather the arrays of all ranks."""
 
 from typing import Any
 
@@ -21,35 +21,38 @@ def all_reduce(
     allow_psum: bool = True,
     backend: BackendName | None = None,
 ) -> Any:
-    """The sum over the ranks of a group, on every rank: `lax.psum` over its axes.
+    """Adds up arrays over the ranks of a group, on every rank: `lax.psum` over its axes.
 
     The sum is taken in f32 (int32 in its own type, wrapping around) in the order of the ranks,
-    beginning with rank 0's element, and rounded once: its bits are the same on every rank, for
-    every size, algorithm and back end. Where psum takes over, that ends: its order is XLA's.
+    beginning with rank 0's element, and rounded once. Its bits are equal on every rank, for every
+    size, algorithm and back end. `psum` does not promise that: XLA chooses its order.
 
     Args:
       x: an array or a Python number, or a pytree of them, of any shape. bf16, f16, f32, int32;
-        others by psum. Each array is a call of its own; a number comes back as a multiple of it
-        that is known while tracing, as of psum.
+        other dtypes go by psum. Each array is a call of its own. A number gives its multiple, which
+        is known while tracing, as with psum.
       group: the ranks.
-      algorithm: how the arrays travel between GPUs. "low_latency": every rank stores its array
-        at every other, each 12 bytes with a flag; up to 3 MiB over the number of ranks.
-        "one_shot": the same without flags in the words, up to 4 MiB, less for more than 4 ranks;
-        larger arrays every rank reads where they lie. "two_shot": every rank adds a part and
-        passes it on; stored up to 8 MiB (2 ranks: 4, 3: 6), read where it lies beyond. "psum": the
-        stock collective. "auto": by a table, measured for two H100 or H200; else by thresholds that
-        were not, until `python -m jax_ep tune --out FILE` has measured them and JAX_EP_TUNING
-        names the file when the group opens. On CPUs all of ours are the same.
+      algorithm: transport of arrays between GPUs. "low_latency": each rank writes its array to
+        every peer in 16-byte packets (12 bytes of data, 4 of flag); up to 3 MiB divided by the
+        number of ranks. "one_shot": each rank writes its array to every peer without flags between
+        the data, up to 4 MiB, less for more than 4 ranks; every rank reads larger arrays in place.
+        "two_shot": each rank adds up one part and passes its sum on; it writes up to 8 MiB (2
+        ranks: 4, 3 ranks: 6) to its peers, and larger arrays are read in place. "psum": XLA's
+        collective. "auto": chosen by a table that was measured for two H100 or H200; for other
+        devices by thresholds that were not measured. `python -m jax_ep tune --out FILE` measures
+        them; set JAX_EP_TUNING to the file before the group opens. On CPUs all algorithms but
+        "psum" are the same.
       allow_psum: whether "auto" may choose psum: for arrays that it is faster for, for other
-        dtypes, for empty arrays, and on the back end `xla`. False: those of ours only, or an error.
+        dtypes, for empty arrays, and on the back end `xla`. False: one of jax_ep's algorithms, or
+        an error.
       backend: None (the group's), "cpu", "cuda" (GPU groups) or "xla".
 
     Returns:
-      Arrays of the same shapes and dtypes (bool: int32, as psum), that vary over the group's axes
-      no longer.
+      Arrays of the same shapes and dtypes (bool becomes int32, as with psum). They no longer vary
+      over the group's axes.
 
     Collective: yes.
-    Gradient: that of `lax.psum`, with check_vma on and off.
+    Gradient: as with `lax.psum`, with check_vma on and off.
     Raises: ConfigError, DTypeError, GroupError while tracing; PeerTimeoutError, GroupError from
       `group.check()`.
     Source: NCCL's LL protocol (NVIDIA, 2017) for low_latency; vLLM's custom all-reduce (2024) for
@@ -86,14 +89,14 @@ def reduce_scatter(
     allow_psum: bool = True,
     backend: BackendName | None = None,
 ) -> Any:
-    """This rank's part of the sum over the ranks: `lax.psum_scatter` over the group's axes.
+    """Returns this rank's part of the sum over the ranks: `lax.psum_scatter` over the group's axes.
 
     Args:
-      x: [num_ranks, ...]; tiled: [num_ranks * n, ...]; or a pytree of such. Part r goes to rank r.
-        Numerics and dtypes as in `all_reduce`.
+      x: [num_ranks, ...]; tiled: [num_ranks * n, ...]; or a pytree of such arrays. Part r goes to
+        rank r. Numerics and dtypes as in `all_reduce`.
       group: the ranks.
-      tiled: whether the ranks' parts are one behind the other along the first axis, or along an
-        axis of their own.
+      tiled: whether the parts are joined along the first axis; False: the parts have an axis of
+        their own.
       algorithm: as in `all_reduce`, by the bytes of one part; there is no two-shot.
       allow_psum: whether "auto" may choose `lax.psum_scatter`, as in `all_reduce`.
       backend: as in `all_reduce`.
@@ -102,7 +105,7 @@ def reduce_scatter(
       [...]; tiled: [n, ...].
 
     Collective: yes.
-    Gradient: all_gather of the cotangent.
+    Gradient: the all_gather of the cotangent.
     Raises: ShapeError; as in `all_reduce`.
     Source: as in `all_reduce`.
     """
@@ -128,7 +131,7 @@ def reduce_scatter(
 
 
 def _parts(array: jax.Array, num_ranks: int, *, tiled: bool) -> jax.Array:
-    """[num_ranks, ...]: a part for each rank."""
+    """Returns [num_ranks, ...], one part for each rank."""
     rest = array.shape[0] % num_ranks if tiled and array.ndim else 0
     if array.ndim == 0 or rest or not (tiled or array.shape[0] == num_ranks):
         expected = "a multiple of num_ranks" if tiled else "num_ranks"
@@ -149,14 +152,13 @@ def all_gather(
     allow_psum: bool = True,
     backend: BackendName | None = None,
 ) -> Any:
-    """The arrays of all ranks, on every rank: `lax.all_gather` over the group's axes.
+    """Gathers the arrays of all ranks on every rank: `lax.all_gather` over the group's axes.
 
     Args:
-      x: [...], or a pytree of such. Any dtype of whole bytes, and keys of `jax.random.key`; others
-        by `lax.all_gather`.
+      x: [...], or a pytree of such arrays. Any dtype of whole bytes, and keys of `jax.random.key`;
+        other dtypes go by `lax.all_gather`.
       group: the ranks.
-      tiled: whether the ranks' arrays are put one behind the other along the first axis, or along
-        a new one.
+      tiled: whether the arrays are joined along the first axis; False: along a new axis.
       algorithm: as in `all_reduce`, by the bytes of one rank; there is no two-shot.
       allow_psum: whether "auto" may choose `lax.all_gather`, as in `all_reduce`.
       backend: as in `all_reduce`.
@@ -165,7 +167,7 @@ def all_gather(
       [num_ranks, ...]; tiled: [num_ranks * n, ...] of [n, ...].
 
     Collective: yes.
-    Gradient: reduce_scatter of the cotangent; for dtypes that it does not take,
+    Gradient: the reduce_scatter of the cotangent; for dtypes that it does not take,
       `lax.psum_scatter`.
     Raises: ShapeError; as in `all_reduce`.
     Source: as in `all_reduce`.
@@ -176,7 +178,7 @@ def all_gather(
     def gather(leaf: Any) -> jax.Array:
         array = leaf if _is_key(leaf) else _array(check, leaf)
         if tiled and array.ndim == 0:
-            raise ShapeError(f"{check.op}: tiled, x must have an axis, got shape ()")
+            raise ShapeError(f"{check.op}: with tiled=True, x must have an axis, got shape ()")
         if _is_key(array):
             words = gather(jax.random.key_data(array))
             return jax.random.wrap_key_data(words, impl=jax.random.key_impl(array))
@@ -188,7 +190,7 @@ def all_gather(
             algorithm=algorithm,
             allow_psum=allow_psum,
             backend=backend,
-            # What is no whole bytes XLA packs as it likes.
+            # XLA packs dtypes that are not whole bytes as it likes.
             dtypes=None if _is_whole_bytes(array.dtype) else choice.SUM_DTYPES,
             movement=Movement.ALL_GATHER,
         )
@@ -206,7 +208,7 @@ def _array(check: Checks, leaf: Any) -> jax.Array:
         leaf = check.array(leaf, name="x")
     if _is_key(leaf):
         raise DTypeError(f"{check.op}: x must be numbers, got random keys, {leaf.dtype.name}")
-    # A weak type would stay one on some back ends only.
+    # Without this conversion the result would have a weak type on some back ends only.
     return jax.lax.convert_element_type(leaf, jnp.asarray(leaf).dtype)
 
 

@@ -1,4 +1,4 @@
-"""The custom call of all_reduce; xla_ffi/ops/all_reduce/all_reduce_ffi.h is its other side."""
+"""The custom call of all_reduce; xla_ffi/ops/all_reduce/all_reduce_ffi.h declares its handler."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -39,9 +39,11 @@ def _batch(
     num_ranks: int,
     **parameters: Any,
 ) -> tuple[Sequence[Any], Sequence[int]]:
-    """The elements of a batch are elements like others; a rank's axis stays in front of them.
+    """Carries a batch in one call.
 
-    But a batch may be too large for what was chosen for one of it.
+    The axis of the batch becomes an axis of the array, behind the axis of the ranks. If the batch
+    is too large for low_latency, one_shot takes its place. If the batch is too large for staging,
+    each element is a call.
     """
     position, x = operands
     before = int(movement is Movement.REDUCE_SCATTER)
@@ -68,13 +70,12 @@ _bind = make_primitive(
 
 
 def all_reduce(spec: ReduceSpec, x: jax.Array) -> jax.Array:
-    """Adds up an array of any shape, at least one element, or moves it.
+    """Adds up or gathers an array of any shape with at least one element.
 
-    The custom call carries it, or stock collectives in the same order of sums where peers could
-    not read the operand.
+    If peers cannot read the operand, XLA's collectives carry it, with sums in the same order.
 
-    Returns the sum over the ranks; or, of a scatter of [num_ranks, ...], this rank's part of it;
-    or, of a gather, [num_ranks, ...].
+    Returns: the sum over the ranks; for a scatter of [num_ranks, ...], this rank's part of the
+      sum; for a gather, [num_ranks, ...].
     """
     if spec.backend == "xla" or not spec.is_carried(x):
         return stock.all_reduce(spec, x)

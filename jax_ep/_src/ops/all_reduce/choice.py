@@ -1,4 +1,4 @@
-"""The algorithm that carries a call of the all_reduce family."""
+"""The choice of the algorithm that carries a call of the all_reduce family."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -32,20 +32,20 @@ def make_spec(
     padding: int = 0,
     kernel: str | None = None,
 ) -> ReduceSpec:
-    """The call's static facts, with the algorithm chosen; equal on all ranks.
+    """Chooses the algorithm and returns the static facts of the call; equal on all ranks.
 
     Args:
-      check: of the public operation.
-      group: the ranks, or what was passed in their place.
+      check: checks of the public operation.
+      group: the group that the caller passed, not yet checked.
       x: the operand.
-      num_bytes: that come from each rank.
-      algorithm: "auto", or one by name.
-      allow_psum: whether "auto" may choose the stock collective.
-      backend: the caller's, or None.
-      dtypes: what the custom call takes; None: anything.
-      movement: what becomes of the operands.
-      padding: bytes that packets have to carry beside them.
-      kernel: whose table and limits are meant; None: the operation's own.
+      num_bytes: bytes that come from each rank.
+      algorithm: "auto", or the name of an algorithm.
+      allow_psum: whether "auto" may choose XLA's collective.
+      backend: the back end that the caller passed, or None.
+      dtypes: dtypes that the custom call takes; None: any.
+      movement: the collective.
+      padding: bytes that packets have to carry besides the operand.
+      kernel: operation whose table and limits apply; None: the public operation.
 
     Raises: GroupError, ConfigError, DTypeError.
     """
@@ -74,7 +74,7 @@ def make_spec(
         return spec(chosen)
     wanted = check.choice(Algorithm, algorithm, name="algorithm", also=("auto",))
     if wanted is Algorithm.TWO_SHOT and check.op != "all_reduce":
-        raise ConfigError(f"{check.op}: algorithm must not be 'two_shot'; there is none")
+        raise ConfigError(f"{check.op}: algorithm must not be 'two_shot': only all_reduce has it")
     if wanted is Algorithm.PSUM and not allow_psum:
         raise ConfigError(f"{check.op}: allow_psum=False forbids algorithm='psum'")
     if wanted is not Algorithm.PSUM:
@@ -82,7 +82,7 @@ def make_spec(
         if wanted is Algorithm.LOW_LATENCY and not group.spec.has_packets:
             raise ConfigError(
                 f"{check.op}: algorithm={algorithm!r} needs GPUs with native atomics between them "
-                "(NVLink): elsewhere the 16 bytes of a packet may arrive in parts"
+                "(NVLink): without them the 16 bytes of a packet may arrive in parts"
             )
         most = _carried(group, spec(wanted), x, kernel, padding)[wanted]
         if most < num_bytes:
@@ -105,7 +105,7 @@ def choose(
     dtypes: Sequence[Any] | None,
     padding: int,
 ) -> Algorithm:
-    """What "auto" stands for; `spec` names the back end. Otherwise as in make_spec."""
+    """Returns the algorithm for "auto". `spec` names the back end; the rest is as in make_spec."""
     is_known = dtypes is None or x.dtype in [jnp.dtype(d) for d in dtypes]
     if allow_psum and (not is_known or x.size == 0 or spec.backend == "xla"):
         return Algorithm.PSUM
@@ -131,22 +131,23 @@ def _require_operand(check: Checks, x: jax.Array, dtypes: Sequence[Any] | None) 
     if dtypes is not None:
         check.dtype(x, dtypes, name="x, for all algorithms but psum,")
     if x.size == 0:
-        raise ConfigError(
-            f"{check.op}: psum alone takes an x without elements, got shape {x.shape}"
-        )
+        raise ConfigError(f"{check.op}: only psum takes an x without elements, got shape {x.shape}")
 
 
 def _carried(
     group: Group, spec: ReduceSpec, x: jax.Array, kernel: str, padding: int
 ) -> dict[Algorithm, int]:
-    """Bytes from each rank that an algorithm can carry, -1 for none; the last for the largest."""
+    """Returns the bytes from each rank that each algorithm can carry; -1: it cannot be used.
+
+    The last algorithm is for the largest arrays.
+    """
     most = limits.packet_payload(group.num_ranks) - padding if group.spec.has_packets else -1
     packets = {Algorithm.LOW_LATENCY: most}
     if spec.backend != "cuda":
-        # Packets have their limit everywhere: a program that runs here runs there.
+        # Packets have the GPUs' limit on CPUs, too: a program that runs on CPUs runs on GPUs.
         return packets | dict.fromkeys((Algorithm.ONE_SHOT, Algorithm.TWO_SHOT), _UNLIMITED)
     pushed = -1 if kernel == "all_reduce_residual_rmsnorm" else limits.push_payload(group.num_ranks)
-    # A large two-shot reads results of peers, which are never staged.
+    # A large two-shot reads results of its peers in place, and results are never staged.
     pulls = group.spec.staging_bytes is None
     two_shot = _UNLIMITED if pulls else limits.two_shot_payload(group.num_ranks)
     return packets | {

@@ -1,4 +1,4 @@
-"""The all_reduce family from stock collectives, with sums in our order or in JAX's."""
+"""The all_reduce family from XLA's collectives, with sums in jax_ep's order or in XLA's."""
 
 import functools
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from jax_ep._src.ops.common.check_mesh import check_mesh
 
 
 def all_reduce(spec: ReduceSpec, x: jax.Array) -> jax.Array:
-    """The contract of the custom call: sums in the order of the ranks."""
+    """Computes the results of the custom call, with sums in the order of the ranks."""
     axes = spec.group.axes
     x = _check_mesh(spec, x)
     if spec.movement is Movement.ALL_GATHER:
@@ -21,7 +21,7 @@ def all_reduce(spec: ReduceSpec, x: jax.Array) -> jax.Array:
         return gathered
     if spec.movement is Movement.REDUCE_SCATTER:
         return _sum(jax.lax.all_to_all(x, axes, split_axis=0, concat_axis=0))
-    # Not all_gather, whose result is typed as varying: a sum of bits with zeros is exact.
+    # The result of all_gather is typed as varying, so psum gathers: bits plus zeros are exact.
     bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
     places = jnp.arange(spec.group.num_ranks, dtype=jnp.int32).reshape(-1, *(1 for _ in x.shape))
     placed = jnp.where(places == jax.lax.axis_index(axes), bits, jnp.zeros((), bits.dtype))
@@ -29,7 +29,7 @@ def all_reduce(spec: ReduceSpec, x: jax.Array) -> jax.Array:
 
 
 def jax_collective(spec: ReduceSpec, x: jax.Array) -> jax.Array:
-    """What JAX has: any dtype and size, its own order of the sum, its own gradient."""
+    """Runs JAX's collective: any dtype and size, XLA's order of the sum, JAX's gradient."""
     assert spec.algorithm is Algorithm.PSUM
     collectives: dict[Movement, Callable[..., jax.Array]] = {
         Movement.ALL_REDUCE: jax.lax.psum,
@@ -40,10 +40,10 @@ def jax_collective(spec: ReduceSpec, x: jax.Array) -> jax.Array:
 
 
 def _sum(terms: jax.Array) -> jax.Array:
-    """Over the leading axis, one by one."""
+    """Adds up the leading axis, one term after the other."""
     if not jnp.issubdtype(terms.dtype, jnp.floating):
         return functools.reduce(jnp.add, list(terms))
-    # Over one rank no collective parts the terms from what made them.
+    # With one rank no collective separates the terms from the computation that made them.
     wide = exact.kept(terms).astype(jnp.float32)
     return exact.rounded(functools.reduce(jnp.add, list(wide)), terms.dtype)
 

@@ -19,20 +19,20 @@ from jax_ep._src.ops.all_reduce.choice import SUM_DTYPES
 
 
 def move(spec: ReduceSpec, x: jax.Array) -> jax.Array:
-    """The operation, with its gradient, on an array that varies over the group's axes."""
+    """Runs the operation, with its gradient, on an array that varies over the group's axes."""
     if spec.algorithm is Algorithm.PSUM:
         return named(stock.jax_collective(spec, x))
     return named(_move(typed(spec, x), x))
 
 
 def named(result: jax.Array) -> jax.Array:
-    """What save_communication_policy keeps."""
+    """Names a result, so that save_communication_policy keeps it."""
     kept: jax.Array = checkpoint_name(result, REDUCE_NAME)
     return kept
 
 
 def typed(spec: ReduceSpec, x: jax.Array) -> ReduceSpec:
-    """`spec`, with whether check_vma is on, seen by an array that varies over the group's axes."""
+    """Returns `spec` with is_typed set. With check_vma on, `x` varies over the group's axes."""
     is_typed = set(spec.group.axes) <= jax_compat.varying_axes(jax.typeof(x))
     return replace(spec, is_typed=is_typed)
 
@@ -57,7 +57,7 @@ def _move_bwd(spec: ReduceSpec, _: None, ct: jax.Array) -> tuple[jax.Array]:
     spec = replace(spec, movement=back)
     if back is Movement.REDUCE_SCATTER and ct.dtype not in [jnp.dtype(d) for d in SUM_DTYPES]:
         return (stock.jax_collective(replace(spec, algorithm=Algorithm.PSUM), ct),)
-    # As many bytes from each rank, so the same algorithm.
+    # The gradient moves as many bytes from each rank, so the same algorithm fits.
     return (_move(spec, ct),)
 
 
@@ -65,10 +65,10 @@ _move.defvjp(_move_fwd, _move_bwd)
 
 
 def transpose_of_sum(spec: ReduceSpec, ct: jax.Array) -> jax.Array:
-    """Of all_reduce: what a rank's term gets of the sum's cotangent.
+    """Returns the cotangent of a rank's term from the cotangent of the sum of all_reduce.
 
-    With types, only what the cotangent varies over is left to be summed: the sum itself does not
-    vary over the group's axes, but what it was added to may.
+    With check_vma on, the cotangent is summed only over the axes that it varies over. The sum does
+    not vary over the group's axes, but an array that was added to it may.
     """
     spec = replace(spec, op=gradient_of(spec.op))
     axes = spec.group.axes

@@ -1,1 +1,1 @@
-"""all_reduce_residual_rmsnorm: a sum over the ranks, a residual and a norm in one kernel."""
+"""all_reduce_residual_rmsnorm: sum over the ranks, residual and norm in one kernel."""

@@ -1,4 +1,4 @@
-"""all_reduce_residual_rmsnorm: what stands between two tensor-parallel layers, in one kernel."""
+"""all_reduce_residual_rmsnorm: the steps between two tensor-parallel layers, in one kernel."""
 
 from typing import Any
 
@@ -32,29 +32,29 @@ def all_reduce_residual_rmsnorm(
 ) -> tuple[jax.Array, jax.Array]:
     """Adds up x over the ranks, adds the residual, and normalises the sum by its root mean square.
 
-    new_residual = all_reduce(x) + residual, each sum rounded to the dtype of x, so that it has the
-    bits of the two operations one by one. normed = new_residual / sqrt(mean(new_residual ** 2) +
-    eps) * scale, in f32, rounded once; its bits are the same on every rank.
+    new_residual = all_reduce(x) + residual. Each sum is rounded to the dtype of x, so new_residual
+    has the bits of the two operations one by one. normed = new_residual / sqrt(mean(new_residual
+    ** 2) + eps) * scale, in f32, rounded once; its bits are equal on every rank.
 
     Args:
       x: [..., hidden] bf16, f16 or f32: this rank's term.
-      residual: [..., hidden] like x, the same on every rank.
+      residual: [..., hidden] like x, equal on every rank.
       scale: [hidden], f32 or the dtype of x.
-      eps: added to the mean square. Static.
+      eps: number added to the mean square. Static.
       group: the ranks.
       algorithm: "low_latency", "one_shot" or "psum", as in `all_reduce`; "psum" adds up and
-        normalises by separate kernels. "auto": by the table; where that has nothing for them, and
-        for rows of more than 64 KiB, `all_reduce`, then the rest by XLA.
+        normalises in separate kernels. "auto": chosen by the table. If the table has no entry for
+        this size, or if a row has more than 64 KiB, `all_reduce` adds up and XLA does the rest.
       allow_psum: as in `all_reduce`.
       backend: as in `all_reduce`.
 
     Returns:
-      (normed, new_residual), both like x. They vary over the group's axes only where residual or
+      (normed, new_residual), both like x. They vary over the group's axes only if residual or
       scale does.
 
     Collective: yes.
-    Gradient: that of the three operations one by one; under check_vma=True it moves nothing
-      between the ranks.
+    Gradient: the gradient of the three operations one by one; under check_vma=True it moves no
+      data between the ranks.
     Raises: ShapeError, DTypeError, ConfigError, GroupError while tracing; PeerTimeoutError,
       GroupError from `group.check()`.
     Source: the fused all-reduces of TensorRT-LLM (NVIDIA, 2024).
@@ -67,7 +67,7 @@ def all_reduce_residual_rmsnorm(
         raise ShapeError(f"{_check.op}: x must be [..., hidden], got shape ()")
     if x.shape[-1] == 0:
         raise ShapeError(
-            f"{_check.op}: x must be [..., hidden], hidden positive, got shape {x.shape}"
+            f"{_check.op}: x must be [..., hidden] with hidden positive, got shape {x.shape}"
         )
     _check.shape(residual, x.shape, name="residual")
     _check.dtype(residual, (x.dtype,), name="residual")
@@ -97,7 +97,7 @@ def all_reduce_residual_rmsnorm(
 def _choose(
     group: Any, x: jax.Array, algorithm: str, *, allow_psum: bool, backend: str | None
 ) -> ReduceSpec | None:
-    """None: an all_reduce that chooses for itself, then the rest."""
+    """Returns the spec of the fused call; None: all_reduce carries the sum, XLA the rest."""
     _check.group(group)
     row_bytes = x.shape[-1] * x.dtype.itemsize
     is_wide = row_bytes > limits.MAX_NORM_ROW_BYTES
@@ -119,14 +119,14 @@ def _choose(
         dtypes=FLOAT_DTYPES,
         padding=packet_padding(x),
     )
-    # The sum alone may still be ours: other algorithms carry it.
+    # An all_reduce may still carry the sum: it has other algorithms than the fused call.
     return None if algorithm == "auto" and spec.algorithm is Algorithm.PSUM else spec
 
 
 def _all_reduce_spec(
     group: Group, terms: jax.Array, *, allow_psum: bool, backend: str | None
 ) -> ReduceSpec:
-    """Of the all_reduce that stands in for the kernel."""
+    """Returns the spec of the all_reduce that replaces the fused kernel."""
     return choice.make_spec(
         _check,
         group,
@@ -140,7 +140,7 @@ def _all_reduce_spec(
 
 
 def packet_padding(x: jax.Array) -> int:
-    """Bytes: each row begins with packets of its own."""
+    """Returns the bytes that packets carry besides x: each row begins with a new packet group."""
     row_bytes = x.shape[-1] * x.dtype.itemsize
     return -row_bytes % limits.PACKET_GROUP_PAYLOAD * (x.size // max(1, x.shape[-1]))
 
@@ -148,10 +148,10 @@ def packet_padding(x: jax.Array) -> int:
 def _vary(
     axes: tuple[str, ...], x: jax.Array, residual: jax.Array, scale: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Casts them, so that a cotangent has the type of its operand.
+    """Casts the operands, so that a cotangent has the type of its operand.
 
-    All vary over the axes that one of them varies over; over the group's, residual and scale only
-    if one of those two does.
+    All operands vary over each other axis that one of them varies over. Over the group's axes x
+    always varies; residual and scale vary over one of them only if either of the two does.
     """
     own = set(axes)
     varying = [jax_compat.varying_axes(jax.typeof(a)) for a in (x, residual, scale)]

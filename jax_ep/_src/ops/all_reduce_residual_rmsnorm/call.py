@@ -1,6 +1,6 @@
 """The custom call of all_reduce_residual_rmsnorm.
 
-xla_ffi/ops/all_reduce_residual_rmsnorm/all_reduce_residual_rmsnorm_ffi.h is its other side.
+xla_ffi/ops/all_reduce_residual_rmsnorm/all_reduce_residual_rmsnorm_ffi.h declares its handler.
 """
 
 from collections.abc import Sequence
@@ -32,9 +32,10 @@ def _varying(
 def _batch(
     operands: Sequence[Any], dims: Sequence[Any], **parameters: Any
 ) -> tuple[Sequence[Any], Sequence[int]]:
-    """The rows of a batch are rows like others; with scales of their own, calls of their own.
+    """Carries a batch in one call, as more rows.
 
-    As are those of a batch that is too large for what was chosen for one of it.
+    Each element is a call of its own if the elements have scales of their own, or if the batch is
+    too large for the algorithm that was chosen for one element.
     """
     position, x, residual, scale = operands
     size = batch_size(operands, dims)
@@ -55,7 +56,7 @@ def _batch(
 def _has_room(
     x: jax.Array, *, algorithm: Algorithm, is_staged: bool, num_ranks: int, **_: Any
 ) -> bool:
-    """Whether x [batch, rows, hidden] can go where one of the batch could."""
+    """Returns whether the algorithm chosen for one element has room for x [batch, rows, hidden]."""
     if algorithm is not Algorithm.LOW_LATENCY:
         return not is_staged
     group = limits.PACKET_GROUP_PAYLOAD
@@ -76,7 +77,7 @@ _bind = make_primitive(
 def all_reduce_residual_rmsnorm(
     spec: ReduceSpec, x: jax.Array, residual: jax.Array, scale: jax.Array, eps: float
 ) -> tuple[jax.Array, jax.Array]:
-    """(normed, new_residual), [rows, hidden] like x and residual."""
+    """Returns (normed, new_residual), [rows, hidden] like x and residual."""
     if spec.backend == "xla":
         return stock.all_reduce_residual_rmsnorm(spec, x, residual, scale, eps)
     position = check_mesh(spec.group.position(), spec.group, op=spec.op)

@@ -12,19 +12,19 @@ from jax_ep._src.ops.all_reduce.stock import all_reduce, jax_collective
 def all_reduce_residual_rmsnorm(
     spec: ReduceSpec, x: jax.Array, residual: jax.Array, scale: jax.Array, eps: float
 ) -> tuple[jax.Array, jax.Array]:
-    """The same by one operation after the other."""
+    """Runs the three operations one after the other."""
     add_up = jax_collective if spec.algorithm is Algorithm.PSUM else all_reduce
     new_residual = add(add_up(spec, x), residual)
     return rms_norm(new_residual, scale, eps), new_residual
 
 
 def add(total: jax.Array, residual: jax.Array) -> jax.Array:
-    """Both rounded before, and the sum after it, whatever made them and takes it."""
+    """Adds rounded operands and rounds the sum, in spite of the compiler's fusions."""
     return exact.rounded(exact.kept(total) + exact.kept(residual), total.dtype)
 
 
 def rms_norm(h: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """Of the last axis, in f32, rounded once."""
+    """Normalises the last axis in f32, rounded once."""
     wide = h.astype(jnp.float32)
     mean = jnp.mean(wide * wide, axis=-1, keepdims=True)
     factor = 1.0 / jnp.sqrt(mean + jnp.float32(eps))

@@ -1,4 +1,4 @@
-"""all_reduce_residual_rmsnorm with its gradient: that of the three operations one by one."""
+"""all_reduce_residual_rmsnorm with the gradient of the three operations one by one."""
 
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from jax_ep._src.ops.all_reduce_residual_rmsnorm.stock import rms_norm
 def all_reduce_residual_rmsnorm(
     spec: ReduceSpec, eps: float, x: jax.Array, residual: jax.Array, scale: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """(normed, new_residual), [rows, hidden] like x and residual."""
+    """Returns (normed, new_residual), [rows, hidden] like x and residual."""
     normed, new_residual = call.all_reduce_residual_rmsnorm(spec, x, residual, scale, eps)
     return named(normed), named(new_residual)
 

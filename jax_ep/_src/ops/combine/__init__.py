@@ -1,1 +1,1 @@
-"""combine and combine_weights: rows come back to their tokens and are added."""
+"""combine and combine_weights: bring rows back to their tokens and add them."""

@@ -29,32 +29,32 @@ def combine(
 ) -> jax.Array:
     """Brings the rows of a dispatch back to their tokens and adds them.
 
-    Products and sums are f32, in a fixed order, never contracted, so the bits are the same on
-    every back end and in every run. Rank layout: the sum over ranks, in rank order, rounded once.
-    Expert layout: on each rank the sum, in expert order, of weight * row, rounded to the rows'
-    dtype; then the sum of these over ranks in rank order, rounded. Biases are added last, before
-    the final rounding. Dropped rows count as zero.
+    Products and sums are f32, in a fixed order, and never contracted, so every back end and every
+    run gives the same bits. Rank layout: the sum over ranks in rank order, rounded once. Expert
+    layout: each rank adds weight * row in expert order and rounds the sum to the rows' dtype; the
+    sum of these over ranks, in rank order, is rounded again. Biases are added last, before the
+    final rounding. Dropped rows count as zero.
 
     Args:
       rows: [recv_capacity, hidden] bf16, f16 or f32, in the layout of the handle; hidden * itemsize
         a multiple of 16 bytes.
-      handle: of the dispatch.
-      weights: expert layout only: [recv_capacity] at the rows, as `Dispatched.weights`, or
+      handle: handle of the dispatch.
+      weights: expert layout only: [recv_capacity] at the rows, like `Dispatched.weights`, or
         [num_tokens, num_topk] at the tokens, of any floating dtype, used as f32. None: 1. In the
-        rank layout the caller has summed, and weighted, its experts.
+        rank layout the caller weights and sums its experts before.
       bias: one or two arrays [num_tokens, hidden] of the rows' dtype, added to the result.
-      num_sms: SMs that the call and its gradient use on the `cuda` back end; None: what the group's
-        budgets say of this operation and layout. Static.
-      backend: "cpu", "cuda" or "xla"; None: as in dispatch. Any of them takes any handle of its
-        group.
+      num_sms: SMs that the call and its gradient use on the `cuda` back end; None: the number in
+        the group's budgets for this exchange and layout. Static.
+      backend: "cpu", "cuda" or "xla"; None: as in dispatch. Every back end takes every handle of
+        its group.
 
     Returns:
       [num_tokens, hidden] of the rows' dtype.
 
-    Collective: every rank of the group calls it. Inside jax.shard_map over the group's mesh.
+    Collective: every rank of the group calls it, inside jax.shard_map over the group's mesh.
     Gradient: of rows, the dispatch of the cotangent along the handle, times the weight; of
-      weights, the row-wise dot product in f32, in the form they came in; of bias, the cotangent.
-      Without weights, combine is the transpose of dispatch.
+      weights, the row-wise dot product in f32, in the shape of the weights; of bias, the
+      cotangent. Without weights, combine is the transpose of dispatch.
     Raises: ShapeError, DTypeError, ConfigError, GroupError while tracing; PeerTimeoutError and
       GroupError from `group.check()`.
     Source: DeepEP (DeepSeek, 2025), normal kernels, with sums in f32 and in a fixed order.
@@ -63,8 +63,8 @@ def combine(
     rows = _check.rows(rows, name="rows", count="recv_capacity")
     if rows.shape[0] != handle.recv_capacity:
         raise ShapeError(
-            f"{_check.op}: rows must be [recv_capacity={handle.recv_capacity}, hidden] as the "
-            f"handle (layout={layout.value!r}) has it, got shape {rows.shape}"
+            f"{_check.op}: rows must be [recv_capacity={handle.recv_capacity}, hidden] for this "
+            f"handle (layout={layout.value!r}), got shape {rows.shape}"
         )
     biases = _as_biases(bias, rows, handle.send_row.shape[0])
     weights = _as_weights(weights, handle, layout)
@@ -113,16 +113,17 @@ def _as_weights(
 
 
 def _to_rows(spec: RouteSpec, weights: jax.Array, index: RowIndex) -> jax.Array:
-    """Weights [T, K] at the tokens, moved to the rows: [C]."""
+    """Moves weights [T, K] at the tokens to the rows: [C]."""
     from_tokens, from_rows = _places(spec, index)
     moved = pull_rows(spec, weights.reshape(-1, 1), from_tokens, from_rows.reshape(-1))
     return moved[:, 0]
 
 
 def _places(spec: RouteSpec, index: RowIndex) -> tuple[jax.Array, jax.Array]:
-    """Expert layout: [C] the choice that each row is, [T, K] the row of each choice; -1 = none.
+    """Returns [C], the choice of each row, and [T, K], the row of each choice; -1 = none.
 
-    Both count over all ranks, as pull_rows does; one is the inverse of the other.
+    Both count over all ranks, as pull_rows does. One is the inverse of the other. Expert layout
+    only.
     """
     send_rank, send_row, recv_src, recv_k = index
     assert send_rank is not None
@@ -135,24 +136,24 @@ def _places(spec: RouteSpec, index: RowIndex) -> tuple[jax.Array, jax.Array]:
 def combine_weights(
     w: jax.Array, handle: DispatchHandle, *, backend: BackendName | None = None
 ) -> jax.Array:
-    """Brings one number per choice back to the tokens: the reverse of what moved topk_weights.
+    """Brings one number per choice back to the tokens: the reverse of the move of topk_weights.
 
     Args:
       w: any floating dtype, moved as f32; rank layout: [recv_capacity, num_topk], expert layout:
         [recv_capacity].
-      handle: of the dispatch.
+      handle: handle of the dispatch.
       backend: "cpu", "cuda" or "xla"; None: as in dispatch.
 
     Returns:
       [num_tokens, num_topk] f32. Rank layout: the sum over ranks, in rank order, of the token's
-      rows of w; where w is 0 for experts of other ranks, as `Dispatched.weights` is, that is the
+      rows of w. If w is 0 for experts of other ranks, like `Dispatched.weights`, the sum is the
       number at the one rank that has the expert. Dropped rows count as zero.
 
-    Collective: every rank of the group calls it. Inside jax.shard_map over the group's mesh.
+    Collective: every rank of the group calls it, inside jax.shard_map over the group's mesh.
     Gradient: of w, the cotangent moved to the rows.
     Raises: ShapeError, DTypeError, ConfigError, GroupError while tracing; PeerTimeoutError and
       GroupError from `group.check()`.
-    Source: DeepEP (DeepSeek, 2025), the top-k weights that its combine reduces.
+    Source: DeepEP (DeepSeek, 2025): the top-k weights that its combine reduces.
     """
     check = Checks("combine_weights")
     group, layout = check.handle(handle)
@@ -166,7 +167,7 @@ def combine_weights(
                 f"{check.op}: w must be [recv_capacity={handle.recv_capacity}, num_topk] with a "
                 f"handle of layout='rank', got shape {w.shape}"
             )
-        # Whole 16 bytes, as every row that combine takes.
+        # Rows of combine must be multiples of 16 bytes.
         num_topk = w.shape[1]
         w = jnp.pad(w, ((0, 0), (0, -num_topk % (config.ROW_BYTES_MULTIPLE // w.dtype.itemsize))))
         return vjp.combine(spec, w, None, (), index)[:, :num_topk]

@@ -1,4 +1,4 @@
-"""The custom call of combine; xla_ffi/ops/combine/combine_ffi.h is its other side."""
+"""The custom call of combine; xla_ffi/ops/combine/combine_ffi.h declares its handler."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -46,7 +46,7 @@ _bind = make_primitive(
 
 
 def _workspace_bytes(spec: RouteSpec, index: RowIndex, rows: jax.Array) -> int:
-    """Scratch of one call: the rings of partial sums."""
+    """Returns the scratch bytes of one call, for the rings of partial sums."""
     if spec.backend != "cuda":
         return 0
     num_tokens, num_slots = index.send_row.shape
@@ -67,10 +67,10 @@ def combine(
     weights: jax.Array | None,
     biases: Sequence[jax.Array],
 ) -> jax.Array:
-    """[num_tokens, hidden] from rows [recv_capacity, hidden].
+    """Returns [num_tokens, hidden] from rows [recv_capacity, hidden].
 
-    The custom call carries it, or stock collectives where that call has no room to stage the
-    operands. The room is the same on all ranks.
+    XLA's collectives carry the combine if the custom call has no room to stage the operands. All
+    ranks have the same room.
     """
     workspace_bytes = _workspace_bytes(spec, index, rows)
     if spec.backend == "xla" or not spec.group.can_stage(

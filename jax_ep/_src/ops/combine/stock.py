@@ -1,6 +1,6 @@
-"""combine from stock collectives: partial sums travel by all_to_all.
+"""combine from XLA's collectives: partial sums travel by all_to_all.
 
-Sums are written out term by term, so their order is that of the custom call.
+Sums are written out term by term, so they have the order of the custom call.
 """
 
 import functools
@@ -23,7 +23,7 @@ def combine(
     weights: jax.Array | None,
     biases: Sequence[jax.Array],
 ) -> jax.Array:
-    """[num_tokens, hidden]; the contract of the custom call."""
+    """Returns [num_tokens, hidden], like the custom call."""
     num_tokens, num_slots = index.send_row.shape
     num_all = spec.group.num_ranks * num_tokens
     recv_src = index.recv_src
@@ -32,7 +32,7 @@ def combine(
         partial = take(rows, invert(recv_src, num_all))
     else:
         partial = _sum_in_row_order(recv_src, num_all, num_slots, weights, rows)
-    # [destination rank, token, hidden]: what each rank has for the tokens of this one
+    # [destination rank, token, hidden]: the partial sums there for the tokens of this rank.
     parts = jax.lax.all_to_all(
         partial.reshape(spec.group.num_ranks, num_tokens, -1),
         spec.group.axes,
@@ -50,7 +50,7 @@ def _sum_in_row_order(
     weights: jax.Array | None,
     rows: jax.Array,
 ) -> jax.Array:
-    """[num_all, hidden]: per token the sum of its rows here, in row order, rounded."""
+    """Returns [num_all, hidden]: each token's sum of its rows here, in row order, rounded."""
     # Sorted by token, rows stay in order. The index of a row among the rows of its token is its
     # place in a table [max_rows, num_all], whose other places stay -1.
     places = jnp.arange(recv_src.shape[0], dtype=jnp.int32)
@@ -70,5 +70,5 @@ def _sum_in_row_order(
 
 
 def _sum(terms: Sequence[jax.Array]) -> jax.Array:
-    """One by one, beginning with +0, which XLA would leave out if it were written as a term."""
+    """Adds terms one by one, as if to +0. XLA would drop a +0 that is written as a term."""
     return exact.positive_zeros(functools.reduce(jnp.add, terms))

@@ -1,4 +1,4 @@
-"""combine with its gradient: of the rows, a dispatch of the cotangent along the handle."""
+"""combine with its gradient. The gradient of the rows dispatches the cotangent along the handle."""
 
 from functools import partial
 from typing import Any
@@ -47,7 +47,7 @@ def _bwd(spec: RouteSpec, residuals: Any, ct: jax.Array) -> tuple[Any, Any, Any,
         return rows_bar, None, bias_bars, None
     wide = rows_bar.astype(jnp.float32)
     dot = jnp.sum(rows.astype(jnp.float32) * wide, axis=-1)
-    # A row without a token may hold anything, NaN included, and so may its weight.
+    # A row without a token, and its weight, may hold anything, NaN included.
     has_token = index.recv_src >= 0
     weighted = jnp.where(has_token[:, None], wide * weights[:, None], 0.0)
     return weighted.astype(ct.dtype), jnp.where(has_token, dot, 0.0), bias_bars, None

@@ -1,1 +1,1 @@
-"""What the operations share."""
+"""Code that the operations share."""

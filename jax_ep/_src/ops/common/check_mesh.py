@@ -1,7 +1,7 @@
-"""check_mesh: the identity, which insists on the mesh that the group was opened with.
+"""check_mesh: an identity that is lowered only for the mesh that the group was opened over.
 
-JAX knows the devices of a program only when it lowers it, so this is where another mesh, or the
-same axes in another device order, is found: an error instead of a misroute.
+JAX knows the devices of a program only when it lowers the program. So the lowering of check_mesh
+finds another mesh, or another device order, and raises an error before rows can be misrouted.
 """
 
 from typing import Any
@@ -47,9 +47,9 @@ ad.primitive_jvps[_check_mesh_p] = _jvp
 
 
 def check_mesh(x: jax.Array, spec: GroupSpec, *, op: str, has_jvp: bool = False) -> jax.Array:
-    """`x`. Raises GroupError when the program is lowered for another mesh.
+    """Returns `x`. Raises GroupError when the program is lowered for another mesh.
 
-    `has_jvp`: whether it can be differentiated; refused by the name of op otherwise.
+    `has_jvp`: whether check_mesh has a derivative; without one the error names `op`.
     """
     checked: jax.Array = _check_mesh_p.bind(x, op=op, spec=spec, has_jvp=has_jvp)
     return checked

@@ -19,14 +19,14 @@ WEIGHT_DTYPES = (*FLOAT_DTYPES, jnp.float64)
 
 
 class Checks(StaticChecks):
-    """The checks of one public operation. `name` is the argument's."""
+    """The checks of one public operation. `name` is the name of an argument."""
 
     # --- arrays
 
     def array(self, x: Any, *, name: str) -> Any:
-        """An array of JAX or NumPy, as it is: conversion could narrow it before it is checked.
+        """Returns an array of JAX or NumPy as it is: a conversion could narrow it before its check.
 
-        One in host memory (an offloaded residual) comes back on the device.
+        An array in host memory (an offloaded residual) is copied to the device.
         """
         if x is None:
             raise DTypeError(f"{self.op}: {name} is missing: it must be an array")
@@ -35,12 +35,12 @@ class Checks(StaticChecks):
         return jax_compat.on_device_memory(x) if isinstance(x, jax.Array) else x
 
     def shape(self, x: jax.Array, shape: Sequence[int], *, name: str) -> None:
-        """The exact shape."""
+        """Raises ShapeError unless `x` has this exact shape."""
         if x.shape != tuple(shape):
             raise ShapeError(f"{self.op}: {name} must have shape {tuple(shape)}, got {x.shape}")
 
     def dtype(self, x: jax.Array, dtypes: Sequence[Any], *, name: str) -> None:
-        """One of the dtypes."""
+        """Raises DTypeError unless `x` has one of the dtypes."""
         if x.dtype not in [jnp.dtype(d) for d in dtypes]:
             names = alternatives(list(dict.fromkeys(jnp.dtype(d).name for d in dtypes)))
             raise DTypeError(f"{self.op}: {name} must be {names}, got {x.dtype.name}")
@@ -53,7 +53,7 @@ class Checks(StaticChecks):
         count: str = "num_tokens",
         dtypes: Sequence[Any] = FLOAT_DTYPES,
     ) -> jax.Array:
-        """[count, hidden] of one of the dtypes, a row being a multiple of 16 bytes."""
+        """Returns [count, hidden] of one of the dtypes, whose rows are multiples of 16 bytes."""
         x = self.array(value, name=name)
         if x.ndim != 2 or 0 in x.shape:
             raise ShapeError(
@@ -71,13 +71,16 @@ class Checks(StaticChecks):
     def stream(
         self, value: Any, num_tokens: int, *, name: str, dtypes: Sequence[Any] | None = None
     ) -> jax.Array:
-        """[num_tokens, anything], of whole bytes: it is moved, not computed with."""
+        """Returns [num_tokens, P] of a dtype of whole bytes; the array is moved, not computed with.
+
+        `dtypes`: the only dtypes allowed; None: any.
+        """
         x = self.array(value, name=name)
         if dtypes is not None:
             self.dtype(x, dtypes, name=name)
         if x.ndim != 2 or x.shape[0] != num_tokens or x.shape[1] < 1:
             raise ShapeError(
-                f"{self.op}: {name} must be [num_tokens={num_tokens}, at least 1], "
+                f"{self.op}: {name} must be [num_tokens={num_tokens}, width] with width positive, "
                 f"got shape {x.shape}"
             )
         is_extended = jnp.issubdtype(x.dtype, jax.dtypes.extended)
@@ -88,17 +91,17 @@ class Checks(StaticChecks):
         return jnp.asarray(x)
 
     def weights(self, value: Any, *, name: str) -> jax.Array:
-        """Weights of any floating dtype, as f32. Their gradient has their own dtype."""
+        """Returns weights of any floating dtype as f32. Their gradient has their own dtype."""
         x = self.array(value, name=name)
         self.dtype(x, WEIGHT_DTYPES, name=name)
         return jnp.asarray(x).astype(jnp.float32)
 
     def blocks(self, x: jax.Array, block: Any) -> int:
-        """The block, of which x [num_tokens, hidden] has whole ones in every row."""
+        """Returns the block size; every row of x [num_tokens, hidden] must hold whole blocks."""
         size = self.integer(block, minimum=1, name="block")
         if x.ndim != 2 or x.shape[1] < 1 or x.shape[1] % size:
             raise ShapeError(
-                f"{self.op}: x must be [num_tokens, hidden], hidden a positive multiple of "
+                f"{self.op}: x must be [num_tokens, hidden] with hidden a positive multiple of "
                 f"block={size}, got shape {x.shape}"
             )
         return size
@@ -106,7 +109,7 @@ class Checks(StaticChecks):
     # --- groups and routes
 
     def group(self, group: Any) -> Group:
-        """The group, ready to be traced with."""
+        """Returns the group, after a check that the operation can be traced with it here."""
         if group is None:
             raise GroupError(f"{self.op}: group is missing: pass an open jax_ep.Group as group=")
         if not isinstance(group, Group):
@@ -115,7 +118,7 @@ class Checks(StaticChecks):
         return group
 
     def backend(self, backend: str | None, group: Group) -> str:
-        """The back end of this call: the group's, or another one that works for the group."""
+        """Returns the back end of this call: the group's, or a named one that works for it."""
         if backend is None or backend == group.backend:
             return group.backend
         if backend not in group.backends:
@@ -131,7 +134,7 @@ class Checks(StaticChecks):
     def routes(
         self, backend: str | None, num_sms: int | None, group: Group, layout: Layout
     ) -> Routes:
-        """The routes of this call and its gradient: the group's, or as the caller says."""
+        """Returns the routes of this call and its gradient: the group's, or the caller's choice."""
         wanted = self.backend(backend, group)
         if num_sms is not None:
             num_sms = self.integer(num_sms, minimum=1, name="num_sms")
@@ -143,7 +146,7 @@ class Checks(StaticChecks):
     # --- routings
 
     def topk_idx(self, value: Any, *, num_experts: int) -> jax.Array:
-        """[num_tokens, num_topk] int32. Wider ids that do not fit stay invalid."""
+        """Returns [num_tokens, num_topk] int32. Wider ids that do not fit stay invalid."""
         topk_idx = self.array(value, name="topk_idx")
         if topk_idx.ndim != 2 or 0 in topk_idx.shape:
             raise ShapeError(
@@ -151,11 +154,11 @@ class Checks(StaticChecks):
                 f"got shape {topk_idx.shape}"
             )
         self.dtype(topk_idx, (jnp.int32, jnp.int64), name="topk_idx")
-        # Clipped as what they are: ids that do not fit into int32 stay invalid.
+        # Ids are clipped before they are narrowed, so ids that do not fit into int32 stay invalid.
         return jnp.asarray(topk_idx.clip(-2, num_experts).astype(jnp.int32))
 
     def num_experts(self, value: Any, group: Group) -> int:
-        """A positive multiple of the group's ranks."""
+        """Returns the number of experts, a positive multiple of the group's ranks."""
         if value is None:
             raise ConfigError(f"{self.op}: num_experts is missing: it must be a static integer")
         number = self.integer(value, minimum=1, name="num_experts")
@@ -167,7 +170,7 @@ class Checks(StaticChecks):
         return number
 
     def handle(self, handle: Any) -> tuple[Group, Layout]:
-        """The group of a handle that fits it, ready to be traced with, and the handle's layout."""
+        """Returns the group and the layout of a handle, after a check that its arrays fit them."""
         if not isinstance(handle, DispatchHandle):
             raise ConfigError(
                 f"{self.op}: handle must be the DispatchHandle of a dispatch, "
@@ -179,7 +182,7 @@ class Checks(StaticChecks):
         return group, layout
 
     def _whole(self, handle: DispatchHandle, layout: Layout, num_ranks: int) -> None:
-        """A handle built by hand, or half of one, is told here rather than by a wrong result."""
+        """Raises an error for a handle built by hand whose arrays do not fit together."""
         arrays = {"recv_src": handle.recv_src, "send_row": handle.send_row}
         by_choice = {"recv_k": handle.recv_k, "send_rank": handle.send_rank}
         is_rank_layout = layout is Layout.RANK
@@ -199,7 +202,7 @@ class Checks(StaticChecks):
                 self.dtype(array, (jnp.int32,), name=f"handle.{name}")
 
     def report_bad_routing(self, topk_idx: jax.Array, *, num_experts: int, group: Group) -> None:
-        """In debug mode, has the group record ids that are no experts, and experts named twice."""
+        """Makes the group record invalid ids and repeated experts, in debug mode only."""
         if not group.debug:
             return
         is_expert = (topk_idx >= 0) & (topk_idx < num_experts)

@@ -1,6 +1,6 @@
-"""make_primitive: one JAX primitive per custom call, the same shape for all of them.
+"""make_primitive: makes the JAX primitive of a custom call; all primitives have one form.
 
-The calls are pure, so JAX may merge, drop or repeat them; it does so alike on every rank.
+The calls are pure, so JAX may merge, drop or repeat them. It does so alike on every rank.
 """
 
 import hashlib
@@ -26,9 +26,9 @@ from jax_ep._src.base.jax_compat import (
 from jax_ep._src.base.options import Option
 
 Result = jax.ShapeDtypeStruct
-# From the operands' avals and the parameters, a pytree of Result.
+# (operands' avals), parameters -> pytree of Result.
 ResultsRule = Callable[..., Any]
-# Axes of the mesh, from the same.
+# (operands' avals), parameters -> axes of the mesh.
 VaryingRule = Callable[..., frozenset[str]]
 # (operands, batch dimensions), parameters -> (results, batch dimensions).
 BatchRule = Callable[..., tuple[Sequence[Any], Sequence[int]]]
@@ -47,17 +47,17 @@ def make_primitive(
     """Makes the primitive of target `jax_ep.<stem>`.
 
     Args:
-      stem: of the operation.
-      results: the shape rule, called with the operands' avals and the parameters by name.
-      platforms: where the target has a twin.
-      attributes: the parameters that the handler reads; the others serve the shape rule only.
-        With `group` among them the operation is collective, its calls get names, and a parameter
-        `op` is the public operation that the call is a part of, as errors name it.
-      has_position: whether the first operand is the device's position in the mesh, which says
-        nothing about what the results vary over.
-      varying: the axes that the results vary over, called like `results`; None: all axes that an
-        operand varies over.
-      batch: the rule of jax.vmap; None: one call for each element, in order.
+      stem: stem of the operation.
+      results: shape rule, called with the operands' avals and the parameters by name.
+      platforms: platforms for which the target has a handler.
+      attributes: parameters that the handler reads; the others serve the shape rule only. An
+        operation with `group` among them is collective: its calls get names, and its parameter
+        `op` is the name of the public operation in errors.
+      has_position: whether the first operand is the device's position in the mesh. The position
+        says nothing about the axes that the results vary over.
+      varying: rule for the axes that the results vary over, called like `results`; None: all axes
+        that an operand varies over.
+      batch: rule of jax.vmap; None: one call for each element, in order.
 
     Returns:
       bind(*operands, **parameters) -> arrays in the pytree that `results` returns.
@@ -108,7 +108,7 @@ def make_primitive(
 
     primitive.def_abstract_eval(abstract_eval)
     for platform in platforms:
-        # Two calls that share a lowering would have one name.
+        # Two calls that share a lowering would share a name, so lowerings are not cached.
         rule = partial(lower, platform)
         mlir.register_lowering(primitive, rule, platform=platform, cacheable=False)
     batching.primitive_batchers[primitive] = batch or one_by_one
@@ -122,24 +122,24 @@ def make_primitive(
 
 
 def refuse_jvp(op: str) -> NoReturn:
-    """What a derivative of a derivative gets."""
+    """Raises ConfigError for a second derivative, and for forward mode."""
     raise ConfigError(f"{op}: only first derivatives by jax.grad or jax.vjp are supported")
 
 
 def batch_size(operands: Sequence[Any], dims: Sequence[int | None]) -> int:
-    """Elements of the batch that a batch rule has before it."""
+    """Returns the number of elements in the batch of a batch rule's operands."""
     size: int = next(a.shape[d] for a, d in zip(operands, dims, strict=True) if d is not None)
     return size
 
 
 def _without(array: Any, dim: int | None) -> jax.ShapeDtypeStruct:
-    """The shape and dtype of one element of a batch."""
+    """Returns the shape and dtype of one element of a batch."""
     shape = tuple(size for place, size in enumerate(array.shape) if place != dim)
     return jax.ShapeDtypeStruct(shape, array.dtype)
 
 
 def batch_at(array: jax.Array, dim: int | None, place: int, size: int) -> jax.Array:
-    """An operand of a batch rule with its batch dimension at `place`, repeated if it had none."""
+    """Moves the batch dimension of an operand to `place`; repeats an operand that has none."""
     if dim is None:
         return jnp.broadcast_to(
             jnp.expand_dims(array, place), (*array.shape[:place], size, *array.shape[place:])
@@ -150,16 +150,17 @@ def batch_at(array: jax.Array, dim: int | None, place: int, size: int) -> jax.Ar
 def absent(dtype: Any) -> jax.Array:
     """Stands for an operand that is not there: an attribute says so, the handler never reads it.
 
-    Not an empty array: jaxlib 0.11.2 crashes when it compiles one in an eager shard_map.
+    The array has one element: jaxlib 0.11.2 crashes when it compiles an empty array in an eager
+    shard_map.
     """
     return jnp.zeros((1,), dtype)
 
 
 def _name_call(stem: str, op: str, number: int, ctx: Any, attributes: Mapping[str, Any]) -> str:
-    """Names a call by its content and its place in the program, alike in every process.
+    """Returns a name for a call from its content and place in the program, equal in all processes.
 
-    The group's identity comes first: it is how an executable that is loaded finds the group. The
-    public operation comes last: it is how errors name the call. xla_ffi/ops/op_site.h reads this.
+    The group's identity comes first: a loaded executable finds its group by it. The public
+    operation comes last: errors name the call by it. xla_ffi/ops/op_site.h parses the name.
     """
     content = [
         stem,
@@ -173,7 +174,7 @@ def _name_call(stem: str, op: str, number: int, ctx: Any, attributes: Mapping[st
 
 
 def _attribute(value: bool | int | float | str | Option) -> Any:
-    # A Python int would become an int32 attribute; the handlers read int64.
+    # JAX would pass a Python int as an int32 attribute, but the handlers read int64.
     if isinstance(value, Option):
         return np.int64(value.code)
     if isinstance(value, float):

@@ -1,4 +1,4 @@
-"""refuse_gradient: the identity, through which no gradient may flow back."""
+"""refuse_gradient: an identity through which no gradient may flow back."""
 
 from functools import partial
 from typing import NoReturn
@@ -10,7 +10,7 @@ from jax_ep._src.base.errors import ConfigError
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def refuse_gradient(message: str, x: jax.Array) -> jax.Array:
-    """`x`; raises ConfigError where a gradient would flow back through it."""
+    """Returns `x`; raises ConfigError if a gradient would flow back through it."""
     return x
 
 

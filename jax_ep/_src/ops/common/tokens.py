@@ -1,4 +1,4 @@
-"""Arrays over the tokens of all ranks, from stock collectives and plain indexing."""
+"""Arrays over the tokens of all ranks, from XLA's collectives and plain indexing."""
 
 import jax
 import jax.numpy as jnp
@@ -7,13 +7,13 @@ from jax_ep._src.base.spec import GroupSpec
 
 
 def gather_tokens(group: GroupSpec, x: jax.Array) -> jax.Array:
-    """[num_ranks * T, ...] from every rank's [T, ...]."""
+    """Gathers [num_ranks * T, ...] from every rank's [T, ...]."""
     gathered: jax.Array = jax.lax.all_gather(x, group.axes, tiled=True)
     return gathered
 
 
 def own_tokens(group: GroupSpec, x: jax.Array) -> jax.Array:
-    """This rank's part of what _gather_tokens gave."""
+    """Returns this rank's part of the result of gather_tokens."""
     num_tokens = x.shape[0] // group.num_ranks
     first = jax.lax.axis_index(group.axes) * num_tokens
     own: jax.Array = jax.lax.dynamic_slice_in_dim(x, first, num_tokens)
@@ -21,7 +21,7 @@ def own_tokens(group: GroupSpec, x: jax.Array) -> jax.Array:
 
 
 def take(x: jax.Array, index: jax.Array, *, fill: int = 0) -> jax.Array:
-    """x[index], `fill` where the index is -1."""
+    """Returns x[index], with `fill` where the index is -1."""
     taken: jax.Array
     valid = (index >= 0).reshape(index.shape + (1,) * (x.ndim - 1))
     taken = jnp.where(valid, x[jnp.maximum(index, 0)], jnp.asarray(fill, x.dtype))
@@ -29,7 +29,7 @@ def take(x: jax.Array, index: jax.Array, *, fill: int = 0) -> jax.Array:
 
 
 def invert(row: jax.Array, size: int) -> jax.Array:
-    """[size] int32: inverse[row[i]] = i, -1 where no i points. Rows of -1 point nowhere."""
+    """Returns [size] int32: inverse[row[i]] = i, or -1 if no i points there. -1 points nowhere."""
     target = jnp.where(row < 0, size, row)
     numbers = jnp.arange(row.shape[0], dtype=jnp.int32)
     return jnp.full((size,), -1, jnp.int32).at[target].set(numbers, mode="drop")

@@ -1,4 +1,4 @@
-"""vary_alike: one type of varying axes for all operands of a call."""
+"""vary_alike: gives all operands of a call the same varying axes."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from jax_ep._src.ops.common.without_tangent import without_tangent
 
 
 def vary_alike(operands: Any, group: Group) -> Any:
-    """The arrays of a pytree, cast to vary over the group and over what any of them varies over.
+    """Casts the arrays of a pytree to vary over the group's axes and every axis of one of them.
 
     No derivative flows through integers.
     """

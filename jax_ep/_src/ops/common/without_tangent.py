@@ -1,8 +1,8 @@
-"""without_tangent: the identity on integers, behind which JAX knows that there is no tangent.
+"""without_tangent: an identity on integers whose result has no tangent in JAX.
 
-JAX gives every result of a custom_vjp a tangent, integers one of type float0. Where such a result
-enters another custom_vjp, as a handle enters combine, JAX 0.10 to 0.12 lose the axis of
-jax.vmap(spmd_axis_name=) in that tangent's type, and refuse the backward pass.
+JAX gives every result of a custom_vjp a tangent; the tangent of integers has type float0. If such a
+result enters another custom_vjp, as a handle enters combine, JAX 0.10 to 0.12 lose the axis of
+jax.vmap(spmd_axis_name=) in the type of that tangent, and refuse the backward pass.
 """
 
 from typing import Any
@@ -29,6 +29,6 @@ ad.primitive_jvps[_without_tangent_p] = _jvp
 
 
 def without_tangent(x: jax.Array) -> jax.Array:
-    """`x`, an array of integers."""
+    """Returns `x`, an array of integers, without a tangent."""
     same: jax.Array = _without_tangent_p.bind(x)
     return same

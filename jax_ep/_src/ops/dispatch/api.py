@@ -43,46 +43,47 @@ def dispatch(
     """Sends each token to the ranks that own its experts.
 
     Expert `e` lives on rank `e // num_local_experts`; for another placement permute the ids first.
-    The order of the received rows depends on the routing alone, never on timing, and is the same
-    on every back end.
+    The order of the received rows depends on the routing alone, never on timing, and is equal on
+    every back end.
 
     Args:
       x: [num_tokens, hidden] bf16, f16 or f32, or a pair (fp8 [num_tokens, hidden], scales
-        [num_tokens, S] f32, uint8 or float8_e8m0fnu), as `quantize_fp8` makes it; hidden * itemsize
-        a multiple of 16 bytes. The same num_tokens on every rank; mask with -1 in topk_idx.
+        [num_tokens, S] f32, uint8 or float8_e8m0fnu) like the result of `quantize_fp8`; hidden *
+        itemsize a multiple of 16 bytes. Every rank has the same num_tokens; mask unused tokens
+        with -1 in topk_idx.
       topk_idx: [num_tokens, num_topk] int32 or int64. Global expert ids; -1 sends nothing. Other
-        ids outside [0, num_experts) are counted in num_invalid and ignored; one expert twice in a
-        token is the caller's error (debug mode finds both). None with `handle`.
-      topk_weights: [num_tokens, num_topk] of any floating dtype, moved along with the rows as f32;
-        or None.
+        ids outside [0, num_experts) are counted in num_invalid and ignored. A token must not name
+        an expert twice. Debug mode finds both errors. None with `handle`.
+      topk_weights: [num_tokens, num_topk] of any floating dtype, which travel with the rows as
+        f32; or None.
       group: the ranks. Static.
       num_experts: experts of the whole group, a multiple of its ranks. Static.
       layout: "rank": one row per (token, rank), ordered by (source rank, token).
         "expert": one row per (token, expert), grouped by local expert, each group ordered by
         (source rank, token); feeds `jax.lax.ragged_dot` as it is.
-      recv_capacity: rows this rank can receive. Rank layout: default num_tokens * num_ranks, the
-        worst case. Expert layout: required, see `jax_ep.recv_capacity`. What does not fit is
-        dropped: the longest prefix of whole tokens in (source rank, token) order is kept.
+      recv_capacity: rows that this rank can receive. Rank layout: default num_tokens * num_ranks,
+        the worst case. Expert layout: required, see `jax_ep.recv_capacity`. The longest prefix of
+        whole tokens in (source rank, token) order that fits is kept; later rows are dropped.
       expert_alignment: expert layout: each group is padded to a multiple of it.
-      fill: "zeros": every row of x without a token is zero, so that no NaN can leak; "padding":
-        only the alignment padding is; "none": neither. Index arrays and weights are always set.
-      payload: [num_tokens, P] of any type of whole bytes, moved along unchanged; or None.
-      handle: of an earlier dispatch: sends x and payload along its routing. Takes no argument that
-        says something of the routing; all rows without a token are zero.
-      num_sms: SMs that the call and its gradient use on the `cuda` back end; None: what the group's
-        budgets say of this operation and layout. Static.
-      backend: "cpu", "cuda" or "xla"; None: the group's, but `xla` where "auto" chose that one,
-        num_sms is None, and the budgets say that `xla` is faster.
+      fill: "zeros": every row of x without a token is zero, so that no NaN can leak. "padding":
+        only the alignment padding is zero. "none": no row is filled. Index arrays and weights are
+        always set.
+      payload: [num_tokens, P] of any type of whole bytes, moved with the rows unchanged; or None.
+      handle: handle of an earlier dispatch, along whose routing x and payload travel. Excludes
+        every argument about the routing. All rows without a token are zero.
+      num_sms: SMs that the call and its gradient use on the `cuda` back end; None: the number in
+        the group's budgets for this exchange and layout. Static.
+      backend: "cpu", "cuda" or "xla". None: the group's back end; but `xla` if "auto" chose the
+        group's back end, num_sms is None, and the budgets say that `xla` is faster.
 
     Returns:
-      Dispatched, with the handle that `combine` takes; topk_idx and weights are None where the
+      Dispatched, with the handle that `combine` takes; topk_idx and weights are None if the
       routing came with `handle`.
 
-    Collective: every rank of the group calls it. Inside jax.shard_map over the group's mesh.
+    Collective: every rank of the group calls it, inside jax.shard_map over the group's mesh.
     Gradient: of x, the `combine` of the cotangent; of topk_weights, the cotangent of `weights`
-      moved back to the tokens. Dropped rows have none. ConfigError is raised by
-      derivatives of fp8 rows, scales and payload, and by second derivatives; `dispatch_fp8` has a
-      gradient.
+      moved back to the tokens. Dropped rows have no gradient. Derivatives of fp8 rows, scales and
+      payload raise ConfigError, and so do second derivatives; `dispatch_fp8` has a gradient.
     Batches: `jax.vmap` makes one call for each element, in order.
     Limits: num_ranks * num_topk * max(recv_capacity, num_tokens) below 2^31; on the `cuda` back end
       32 ranks, num_topk 32, and about 4,000 experts in the expert layout.
@@ -103,7 +104,7 @@ def dispatch(
         }
         extra = ", ".join(name for name, value in given.items() if value is not None)
         if extra:
-            raise ConfigError(f"{_check.op}: with handle= the routing is known, got also {extra}")
+            raise ConfigError(f"{_check.op}: with handle= these must be left out: {extra}")
         return _dispatch_along(x, payload, handle, group=group, num_sms=num_sms, backend=backend)
     group = _check.group(group)
     rows = _require_streams(x, payload)
@@ -141,7 +142,7 @@ def prepare(
     num_sms: int | None,
     backend: str | None,
 ) -> tuple[DispatchSpec, jax.Array, jax.Array | None]:
-    """Checks the routing arguments of a dispatch; the spec, the ids as int32, and the weights."""
+    """Checks the routing arguments of a dispatch; returns the spec, int32 ids, and the weights."""
     num_experts = check.num_experts(num_experts, group)
     topk_idx = check.topk_idx(topk_idx, num_experts=num_experts)
     check.shape(topk_idx, (num_tokens, topk_idx.shape[1]), name="topk_idx")
@@ -166,7 +167,7 @@ def prepare(
 def assemble(
     spec: DispatchSpec, topk_idx: jax.Array, routed: DispatchResults, *, has_scales: bool
 ) -> Dispatched:
-    """What the caller gets, handle included, from what a back end gives."""
+    """Makes the caller's result, handle included, from the results of a back end."""
     handle = DispatchHandle(
         recv_src=routed.recv_src,
         recv_k=routed.recv_k,
@@ -234,7 +235,7 @@ def _dispatch_along(
 
 
 def _require_streams(x: Any, payload: Any) -> tuple[jax.Array, ...]:
-    """Everything that travels, one row per token: x, its scales, the payload."""
+    """Returns the arrays that travel, one row per token: x, its scales, the payload."""
     others: list[tuple[str, Any, Sequence[Any] | None, str]] = []
     if not isinstance(x, tuple):
         rows = [_check.rows(x, name="x")]
@@ -260,7 +261,7 @@ def _capacity(
     routing: tuple[int, ...],
     group: Group,
 ) -> int:
-    """`routing`: the shape of topk_idx."""
+    """Checks recv_capacity, or returns its default. `routing`: the shape of topk_idx."""
     num_tokens, num_topk = routing
     if recv_capacity is None:
         if layout is Layout.EXPERT:
@@ -270,7 +271,7 @@ def _capacity(
             )
         recv_capacity = num_tokens * group.num_ranks
     capacity = check.integer(recv_capacity, minimum=1, name="recv_capacity")
-    # Places of choices are computed in int32, over all ranks.
+    # Places of choices count over all ranks, and are computed in int32.
     largest = group.num_ranks * num_topk * max(capacity, num_tokens)
     if largest > config.MAX_INDEX:
         raise ConfigError(

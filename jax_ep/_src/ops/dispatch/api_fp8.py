@@ -1,4 +1,4 @@
-"""dispatch_fp8: rows cross as fp8 and arrive as what they were; the gradient does not round."""
+"""dispatch_fp8: rows cross as fp8 and arrive in their own dtype; the gradient does not round."""
 
 import jax
 
@@ -31,19 +31,19 @@ def dispatch_fp8(
     num_sms: int | None = None,
     backend: BackendName | None = None,
 ) -> Dispatched:
-    """Quantises rows to fp8, dispatches them, and dequantises what arrives.
+    """Quantises rows to fp8, dispatches them, and dequantises the received rows.
 
-    Half of bf16's bytes cross. Differentiated, it is the plain dispatch: fp8 itself cannot be,
-    since JAX would round its cotangent to fp8 without a word.
+    Half as many bytes cross as with bf16. The gradient is that of a plain dispatch. The fp8 rows
+    themselves cannot be differentiated, because JAX would silently round their cotangent to fp8.
 
     Args:
       x: [num_tokens, hidden] bf16, f16 or f32; hidden a multiple of block and of 16.
-      topk_idx: as in dispatch, like all that follow but for block and scales.
+      topk_idx: as in dispatch, like all later arguments except block and scales.
       topk_weights: [num_tokens, num_topk] of any floating dtype, or None.
       group: the ranks.
       num_experts: experts of the whole group.
       layout: "rank" or "expert".
-      recv_capacity: rows this rank can receive.
+      recv_capacity: rows that this rank can receive.
       expert_alignment: expert layout: each group is padded to a multiple of it.
       fill: "zeros", "padding" or "none".
       block: elements per scale.
@@ -52,11 +52,11 @@ def dispatch_fp8(
       backend: "cpu", "cuda", "xla" or None.
 
     Returns:
-      Dispatched; x has the dtype of x, scales is None.
+      Dispatched; its x has the dtype of the argument x, and its scales are None.
 
-    Collective: every rank of the group calls it. Inside jax.shard_map over the group's mesh.
-    Gradient: that of dispatch: the rounding counts as the identity (straight-through).
-    Raises: as dispatch.
+    Collective: every rank of the group calls it, inside jax.shard_map over the group's mesh.
+    Gradient: as in dispatch: the rounding counts as the identity (straight-through).
+    Raises: as in dispatch.
     Source: DeepSeek-V3 (2024): fp8 dispatch, bf16 backward.
     """
     group = _check.group(group)
@@ -64,8 +64,8 @@ def dispatch_fp8(
     block = _check.blocks(x, block)
     if x.shape[1] % config.ROW_BYTES_MULTIPLE:
         raise ShapeError(
-            f"{_check.op}: hidden must be a multiple of {config.ROW_BYTES_MULTIPLE}, "
-            f"got {x.shape[1]}"
+            f"{_check.op}: x must be [num_tokens, hidden] with hidden a multiple of "
+            f"{config.ROW_BYTES_MULTIPLE}, got shape {x.shape}"
         )
     _check.choice(Scales, scales, name="scales")
     spec, topk_idx, weights = prepare(

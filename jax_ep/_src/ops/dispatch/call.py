@@ -1,4 +1,4 @@
-"""The custom call of dispatch; xla_ffi/ops/dispatch/dispatch_ffi.h is its other side."""
+"""The custom call of dispatch; xla_ffi/ops/dispatch/dispatch_ffi.h declares its handler."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -107,8 +107,8 @@ def dispatch(
 ) -> DispatchResults:
     """Routes the tokens and moves their rows.
 
-    The custom call carries it, or stock collectives where that call has no room to stage the
-    operands. The room is the same on all ranks.
+    XLA's collectives carry the dispatch if the custom call has no room to stage the operands. All
+    ranks have the same room.
     """
     if spec.backend == "xla" or not spec.group.can_stage(topk_idx, topk_weights, *rows):
         return stock.dispatch(spec, topk_idx, topk_weights, rows)

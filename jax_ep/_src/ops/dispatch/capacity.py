@@ -1,4 +1,4 @@
-"""recv_capacity: how many rows a rank must be able to receive."""
+"""recv_capacity: computes the number of rows that a rank must be able to receive."""
 
 import math
 
@@ -17,7 +17,7 @@ def recv_capacity(
     expert_alignment: int = 1,
     balance: float | None = 1.25,
 ) -> int:
-    """Rows for `dispatch(recv_capacity=...)`.
+    """Computes the rows for `dispatch(recv_capacity=...)`.
 
     Args:
       num_tokens: tokens of each rank.
@@ -25,13 +25,13 @@ def recv_capacity(
       num_experts: experts of the whole group.
       num_ranks: ranks of the group.
       layout: "rank" or "expert".
-      expert_alignment: as in dispatch; each local expert may need up to that much less one row of
-        padding.
-      balance: how many times the rows of a perfectly balanced routing; None: the worst case, with
-        which nothing is ever dropped, unless a token names an expert twice.
+      expert_alignment: as in dispatch; each local expert may need up to expert_alignment - 1 rows
+        of padding.
+      balance: factor on the rows of a perfectly balanced routing. None: the worst case; then no
+        row is ever dropped, unless a token names an expert twice.
 
     Returns:
-      Rows; never more than a bound of what the worst case needs. Expert layout: a multiple of the
+      The number of rows, at most a bound of the worst case. Expert layout: a multiple of the
       alignment.
 
     Collective: no.

@@ -1,4 +1,4 @@
-"""Rows to fp8 with a scale for each block of elements, and back."""
+"""Conversion of rows to fp8 with a scale for each block of elements, and back."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +16,7 @@ from jax_ep._src.base.options import Scales, ScalesName
 from jax_ep._src.ops.common.checks import FLOAT_DTYPES, Checks
 
 FP8_DTYPES = (jnp.float8_e4m3fn, jnp.float8_e5m2)
-# Of scales as bytes of the microscaling formats, or as that type of JAX's.
+# Scales are f32, or exponent bytes of the microscaling formats: as uint8, or in JAX's type.
 SCALE_DTYPES = (jnp.float32, jnp.uint8, jnp.float8_e8m0fnu)
 _E8M0_BIAS = 127
 _E8M0_NAN = 255
@@ -38,17 +38,17 @@ def quantize_fp8(
     Args:
       x: [num_tokens, hidden] bf16, f16 or f32; hidden a positive multiple of block.
       block: elements per scale; DeepSeek-V3 uses 128.
-      scales: "f32", or "e8m0": powers of two as exponent bytes (uint8, exponent + 127), as the
-        microscaling formats have them. `jax.lax.bitcast_convert_type` makes float8_e8m0fnu of them.
+      scales: "f32"; or "e8m0": powers of two as exponent bytes (uint8, exponent + 127), as in the
+        microscaling formats. `jax.lax.bitcast_convert_type` turns them into float8_e8m0fnu.
       dtype: float8_e4m3fn or float8_e5m2.
 
     Returns:
       (fp8 [num_tokens, hidden], scales [num_tokens, hidden / block] f32 or uint8), which dispatch
       takes as x. The largest element of a block maps to at most the largest fp8 number. A block
-      with NaN or infinity has one of them as its scale (e8m0: 255), and is NaN when dequantised.
-      Numbers are rounded also where the same program widens them again.
+      with NaN or infinity has NaN or infinity as its scale (e8m0: 255), and is NaN when
+      dequantised. Numbers are rounded even if the same program widens them again.
 
-    Collective: no. Gradient: none of use, it is a rounding; see `dispatch_fp8`.
+    Collective: no. Gradient: of no use, because the function rounds; see `dispatch_fp8`.
     Raises: ShapeError, ConfigError, DTypeError.
     Source: DeepSeek-V3 (2024), fine-grained quantisation; OCP microscaling formats (2023).
     """
@@ -60,28 +60,29 @@ def quantize_fp8(
     block = check.blocks(x, block)
     blocks = jnp.asarray(x).astype(jnp.float32).reshape(x.shape[0], x.shape[1] // block, block)
     largest = np.float32(ml_dtypes.finfo(dtype).max)  # type: ignore[no-untyped-call]
-    # As integers, absolute values are in their order, NaN last; a maximum of floats may lose it.
+    # Absolute values keep their order as integers, with NaN last; a maximum of floats may lose NaN.
     magnitudes = jax.lax.bitcast_convert_type(blocks, jnp.uint32) & _F32_MAGNITUDE
     most = jnp.max(magnitudes, axis=-1)
     if kind is Scales.E8M0:
         stored, inverse = _power_of_two(most, largest)
     else:
         scale = jax.lax.bitcast_convert_type(most, jnp.float32) * (np.float32(1) / largest)
-        # A block of zeros keeps a scale that divides.
+        # A block of zeros gets a scale that is not zero, so the division is defined.
         stored = jnp.where(scale < _F32_TINY, _F32_TINY, scale)
         inverse = 1 / stored
-    # XLA divides by a broadcast scale in this way.
+    # XLA, too, turns a division by a broadcast scale into this product.
     scaled = jnp.clip(blocks * inverse[..., None], -largest, largest)
     return exact.kept(scaled.astype(dtype)).reshape(x.shape), stored
 
 
 def _power_of_two(most: jax.Array, largest: np.float32) -> tuple[jax.Array, jax.Array]:
-    """The least power of two that is at least most / largest: (exponent byte, f32 inverse).
+    """Returns the least power of two >= most / largest, as (exponent byte, f32 inverse).
 
-    Both are f32, the first as its bits. The byte of what is not finite is that of NaN.
+    `most` holds the bits of f32 numbers, `largest` is f32. Numbers that are not finite give the
+    byte of NaN.
     """
     exponent, mantissa = divmod(int(largest.view(np.uint32)), 1 << _F32_MANTISSA_BITS)
-    # The carry of a larger mantissa.
+    # A mantissa larger than that of `largest` carries into the exponent.
     ceiling = (most + np.uint32((1 << _F32_MANTISSA_BITS) - 1 - mantissa)) >> _F32_MANTISSA_BITS
     byte = jnp.maximum(ceiling.astype(jnp.int32) - (exponent - _E8M0_BIAS), 1)
     stored = jnp.where(most >= _F32_INFINITY, _E8M0_NAN, byte).astype(jnp.uint8)
@@ -89,18 +90,18 @@ def _power_of_two(most: jax.Array, largest: np.float32) -> tuple[jax.Array, jax.
 
 
 def dequantize_fp8(x: jax.Array, scales: jax.Array, dtype: DTypeLike = jnp.bfloat16) -> jax.Array:
-    """The inverse of quantize_fp8: [rows, hidden] of `dtype`.
+    """Converts the result of quantize_fp8 back: [rows, hidden] of `dtype`.
 
     Args:
       x: [rows, hidden] float8_e4m3fn or float8_e5m2.
       scales: [rows, hidden / block] f32, or exponent bytes: uint8 or float8_e8m0fnu; 255 is NaN.
-      dtype: of the result: bf16, f16 or f32.
+      dtype: dtype of the result: bf16, f16 or f32.
 
     Returns:
       x * scales, computed in f32, rounded once.
 
-    Collective: no. Gradient: of f32 scales, that of the product; of x none of use, since JAX rounds
-      it to fp8; see `dispatch_fp8`.
+    Collective: no. Gradient: of f32 scales, the gradient of the product; of x, of no use, because
+      JAX rounds it to fp8; see `dispatch_fp8`.
     Raises: ShapeError, DTypeError.
     Source: as in `quantize_fp8`.
     """
@@ -110,7 +111,7 @@ def dequantize_fp8(x: jax.Array, scales: jax.Array, dtype: DTypeLike = jnp.bfloa
     check.dtype(x, FP8_DTYPES, name="x")
     if x.ndim != 2 or x.shape[1] < 1:
         raise ShapeError(
-            f"{check.op}: x must be [rows, hidden], hidden positive, got shape {x.shape}"
+            f"{check.op}: x must be [rows, hidden] with hidden positive, got shape {x.shape}"
         )
     scales = check.array(scales, name="scales")
     check.dtype(scales, SCALE_DTYPES, name="scales")
@@ -118,23 +119,23 @@ def dequantize_fp8(x: jax.Array, scales: jax.Array, dtype: DTypeLike = jnp.bfloa
     num_blocks = scales.shape[1] if scales.ndim == 2 else 0
     if num_blocks < 1 or scales.shape[0] != rows or hidden % num_blocks:
         raise ShapeError(
-            f"{check.op}: scales must be [rows={rows}, a divisor of hidden={hidden}], got shape "
-            f"{scales.shape}"
+            f"{check.op}: scales must be [rows={rows}, num_blocks] with num_blocks a divisor of "
+            f"hidden={hidden}, got shape {scales.shape}"
         )
     scales = jnp.asarray(scales)
     blocks = jnp.asarray(x).astype(jnp.float32).reshape(rows, num_blocks, hidden // num_blocks)
     if scales.dtype != jnp.float32:
         byte = jax.lax.bitcast_convert_type(scales, jnp.uint8)
-        # 2**-127 is a subnormal, which XLA:CPU takes for zero: twice as much, of half the number.
+        # 2**-127 is subnormal, and XLA:CPU takes it for zero: halve the number, double the scale.
         blocks = jnp.where(byte[..., None] == 0, blocks * 0.5, blocks)
         scales = _as_f32(jnp.maximum(byte, 1))
     return (blocks * scales[..., None]).reshape(x.shape).astype(dtype)
 
 
 def _result_dtype(check: Checks, dtype: Any, dtypes: Sequence[Any]) -> Any:
-    """One of the dtypes, however it is written."""
+    """Returns the dtype, in whatever form the caller wrote it; it must be one of `dtypes`."""
     allowed = [jnp.dtype(d) for d in dtypes]
-    # Compared, not converted: that would raise NumPy's own error for what is no dtype.
+    # A conversion would raise NumPy's own error for an argument that is no dtype.
     for d in allowed:
         if d == dtype:
             return d
@@ -143,7 +144,7 @@ def _result_dtype(check: Checks, dtype: Any, dtypes: Sequence[Any]) -> Any:
 
 
 def _as_f32(exponent_byte: jax.Array) -> jax.Array:
-    """Of a byte from 1 on, which is the exponent of a normal f32, or 255, NaN."""
+    """Converts exponent bytes to f32: 1 to 254 are exponents of normal numbers, 255 is NaN."""
     bits = exponent_byte.astype(jnp.uint32) << _F32_MANTISSA_BITS
     power: jax.Array = jax.lax.bitcast_convert_type(bits, jnp.float32)
     return jnp.where(exponent_byte == _E8M0_NAN, np.float32(np.nan), power)

@@ -1,6 +1,6 @@
-"""dispatch from stock collectives, wherever JAX runs.
+"""dispatch from XLA's collectives; runs on every platform of JAX.
 
-Every rank gathers the routing of all ranks and computes the whole plan; rows travel by all_gather.
+Every rank gathers the routing of all ranks and computes the whole plan. Rows travel by all_gather.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ def dispatch(
     topk_weights: jax.Array | None,
     rows: Sequence[jax.Array],
 ) -> DispatchResults:
-    """The routing and the rows of this rank; the contract of `DispatchResults`."""
+    """Returns the routing and the rows of this rank."""
     topk_idx = check_mesh(topk_idx, spec.group, op=spec.op)
     is_expert = (topk_idx >= 0) & (topk_idx < spec.num_experts)
     num_invalid = jnp.sum((topk_idx != -1) & ~is_expert, dtype=jnp.int32)[None]
@@ -76,7 +76,7 @@ def _route_experts(
     chosen = jnp.sum(ids[:, :, None] == experts, axis=1, dtype=jnp.int32)  # [tokens, experts]
     upto = jnp.cumsum(chosen, axis=0, dtype=jnp.int32)
 
-    # Aligned sizes only grow along the tokens, so "fits" is a prefix of whole tokens.
+    # Aligned sizes only grow along the tokens, so the tokens that fit are a prefix.
     aligned = -(-upto // spec.expert_alignment) * spec.expert_alignment
     aligned = aligned.reshape(num_all, group.num_ranks, num_local)
     per_rank = jnp.sum(aligned, axis=-1, dtype=jnp.int32)

@@ -1,6 +1,6 @@
 """dispatch, dispatch_fp8 and the dispatch along a handle, with their gradients.
 
-A dispatch is the transpose of combine without weights: the gradient of the rows is a combine, by
+A dispatch is the transpose of combine without weights: the gradient of the rows is a combine along
 the same routes.
 """
 
@@ -28,9 +28,10 @@ def _is_fp8(x: jax.Array) -> bool:
 
 
 def _rows_bar(spec: ExchangeSpec, index: RowIndex, cts: Rows) -> tuple[Any, ...]:
-    """Cotangents of the rows that a dispatch moved: combine for x, zeros for what goes along.
+    """Returns cotangents of the rows that a dispatch moved: combine for x, zeros for the others.
 
-    Not None: a missing cotangent would end the chain in silence, before refuse_gradient sees it.
+    The other cotangents are zeros, not None: None would end the chain of derivatives in silence,
+    before refuse_gradient could raise.
     """
     num_tokens = index.send_row.shape[0]
     back = spec.to_route()
@@ -47,7 +48,10 @@ def _rows_bar(spec: ExchangeSpec, index: RowIndex, cts: Rows) -> tuple[Any, ...]
 
 
 def send_rank(spec: DispatchSpec, topk_idx: jax.Array, send_row: jax.Array) -> jax.Array | None:
-    """Expert layout: the destination of each choice that was sent, -1 = none; else None."""
+    """Returns the destination of each choice that was sent (-1 = none) in the expert layout.
+
+    The rank layout needs no such array: None.
+    """
     if spec.layout is Layout.RANK:
         return None
     return jnp.where(send_row >= 0, topk_idx // spec.num_local_experts, -1)
@@ -57,7 +61,7 @@ def send_rank(spec: DispatchSpec, topk_idx: jax.Array, send_row: jax.Array) -> j
 def dispatch(
     spec: DispatchSpec, rows: Rows, topk_weights: jax.Array | None, topk_idx: jax.Array
 ) -> DispatchResults:
-    """Routes tokens and moves their rows; the first of `rows` is the differentiable one."""
+    """Routes tokens and moves their rows; only the first of `rows` is differentiable."""
     routed = call.dispatch(spec, topk_idx, topk_weights, rows)
     named: DispatchResults = jax.tree.map(lambda a: checkpoint_name(a, DISPATCH_NAME), routed)
     return named
@@ -87,7 +91,7 @@ def _weights_bar(spec: DispatchSpec, residuals: Any, ct: jax.Array | None) -> ja
 
 
 def _place_of_choice(spec: DispatchSpec, topk_idx: jax.Array, send_row: jax.Array) -> jax.Array:
-    """[T, K]: where the weight of a choice went, counted over all ranks' weight arrays; or -1."""
+    """Returns [T, K], the place of each choice's weight in all ranks' weight arrays; -1 = none."""
     is_expert = (topk_idx >= 0) & (topk_idx < spec.num_experts)
     rank = jnp.where(is_expert, topk_idx // spec.num_local_experts, 0)
     if spec.layout is Layout.EXPERT:
@@ -110,7 +114,7 @@ def dispatch_fp8(
     topk_weights: jax.Array | None,
     topk_idx: jax.Array,
 ) -> DispatchResults:
-    """As dispatch, of x alone; options are block and scales of quantize_fp8."""
+    """Dispatches x alone, as fp8; options are block and scales of quantize_fp8."""
     block, scales = options
     routed = dispatch(spec, quantize_fp8(x, block=block, scales=scales), topk_weights, topk_idx)
     rows, row_scales = routed.rows
@@ -141,7 +145,7 @@ dispatch_fp8.defvjp(_dispatch_fp8_fwd, _dispatch_fp8_bwd)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def dispatch_along(spec: RouteSpec, rows: Rows, index: RowIndex) -> Rows:
-    """Moves other rows to where a dispatch has put the tokens; zeros elsewhere."""
+    """Moves other rows to the places where a dispatch has put the tokens; zeros elsewhere."""
     moved = tuple(pull_along(spec, index, r) for r in rows)
     return tuple(checkpoint_name(m, DISPATCH_NAME) for m in moved)
 

@@ -1,1 +1,1 @@
-"""get_dispatch_layout: what a rank is going to send. Not collective."""
+"""get_dispatch_layout: counts the tokens that a rank is going to send. Not collective."""

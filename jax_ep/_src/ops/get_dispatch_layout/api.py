@@ -1,4 +1,4 @@
-"""get_dispatch_layout: what this rank is going to send."""
+"""get_dispatch_layout: counts the tokens that this rank is going to send."""
 
 from dataclasses import dataclass
 
@@ -37,7 +37,7 @@ def get_dispatch_layout(
     """Counts the tokens that go to each rank, node and expert.
 
     Args:
-      topk_idx: [num_tokens, num_topk] int32 or int64. Global expert ids; -1 sends nothing, other
+      topk_idx: [num_tokens, num_topk] int32 or int64. Global expert ids; -1 sends nothing. Other
         ids outside [0, num_experts) are ignored.
       num_experts: experts of the whole group, a multiple of its ranks.
       group: the ranks.
@@ -46,9 +46,9 @@ def get_dispatch_layout(
     Returns:
       DispatchLayout.
 
-    Collective: no, but inside jax.shard_map over the group's mesh. The order of its devices does
-      not matter here, and is not checked.
-    Gradient: none, the results are integers.
+    Collective: no, but call it inside jax.shard_map over the group's mesh. The order of the mesh's
+      devices does not matter here, and is not checked.
+    Gradient: none, because the results are integers.
     Raises: ShapeError, DTypeError, ConfigError, GroupError while tracing; RoutingError from
       `group.check()` in debug mode.
     Source: DeepEP (DeepSeek, 2025), get_dispatch_layout.

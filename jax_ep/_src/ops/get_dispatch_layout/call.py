@@ -1,4 +1,4 @@
-"""The custom call of get_dispatch_layout; its other side is the _ffi.h of the same stem."""
+"""The custom call of get_dispatch_layout; the _ffi.h of the same stem declares its handler."""
 
 from typing import Any
 

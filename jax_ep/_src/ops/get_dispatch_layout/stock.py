@@ -7,7 +7,7 @@ import jax.numpy as jnp
 def get_dispatch_layout(
     topk_idx: jax.Array, *, num_ranks: int, num_nodes: int, num_experts: int
 ) -> tuple[jax.Array, ...]:
-    """The custom call's results."""
+    """Computes the results of the custom call."""
     is_expert = (topk_idx >= 0) & (topk_idx < num_experts)
     ids = jnp.where(is_expert, topk_idx, num_experts)
     experts = jnp.arange(num_experts, dtype=jnp.int32)[None, None, :]

@@ -1,4 +1,4 @@
-"""The custom call of pull_rows; xla_ffi/ops/pull_rows/pull_rows_ffi.h is its other side."""
+"""The custom call of pull_rows; xla_ffi/ops/pull_rows/pull_rows_ffi.h declares its handler."""
 
 from typing import Any, NamedTuple
 
@@ -44,15 +44,15 @@ def pull_rows(
     """Reads rows of the peers' arrays.
 
     Args:
-      spec: the ranks, and the SMs they use.
+      spec: the ranks, and the SMs that they use.
       index: [N] int32, rank * M + row; -1 gives zeros.
       rows: [M, ...], this rank's part.
-      slot: [N] int32, or None. Rows that name the same source have different slots in
-        [0, num_slots), so that the source needs to cross the link only once.
-      num_slots: see slot.
+      slot: [N] int32, or None. Indices of the same source row have different slots in
+        [0, num_slots), so the source row crosses the link only once.
+      num_slots: number of slots.
 
     Returns:
-      [N, ...], by stock collectives where the custom call has no room to stage the rows.
+      [N, ...]. XLA's collectives move the rows if the custom call has no room to stage them.
     """
     if spec.backend == "xla" or not spec.group.can_stage(rows):
         return stock.pull_rows(spec, index, rows)

@@ -1,4 +1,4 @@
-"""pull_rows from stock collectives: all ranks' rows are gathered, and the wanted ones taken."""
+"""pull_rows from XLA's collectives: gathers all ranks' rows, and takes the wanted rows."""
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +9,9 @@ from jax_ep._src.ops.common.tokens import gather_tokens, take
 
 
 def pull_rows(spec: CallSpec | DispatchSpec, index: jax.Array, rows: jax.Array) -> jax.Array:
-    """[N, ...], the rows of the peers' arrays that `index` names; the custom call's contract."""
+    """Returns [N, ...], the rows of the peers' arrays that `index` names, like the custom call."""
     rows = check_mesh(rows, spec.group, op=spec.op)
-    # As integers: XLA:CPU selects fp8 through a wider type, which changes the bits of a NaN.
+    # Rows move as integers: XLA:CPU selects fp8 through a wider type, which changes NaN bits.
     is_float = jnp.issubdtype(rows.dtype, jnp.floating)
     carrier = jnp.dtype(f"uint{8 * rows.dtype.itemsize}") if is_float else rows.dtype
     bits = jax.lax.bitcast_convert_type(rows, carrier) if is_float else rows

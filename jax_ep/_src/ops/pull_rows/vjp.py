@@ -1,4 +1,4 @@
-"""pull_rows with its gradient: the same operation along the inverse index."""
+"""pull_rows with its gradient, which is pull_rows along the inverse index."""
 
 from functools import partial
 
@@ -10,7 +10,7 @@ from jax_ep._src.ops.pull_rows import call
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def pull_rows(spec: RouteSpec, rows: jax.Array, index: jax.Array, inverse: jax.Array) -> jax.Array:
-    """Rows of the peers' arrays by index; `inverse` names, for each row, who pulls it."""
+    """Pulls rows of the peers' arrays by index; `inverse` is the index for the way back."""
     return call.pull_rows(spec.to_pull(), index, rows)
 
 
