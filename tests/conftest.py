@@ -38,7 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of the runs that deal with the same N, each I has a share, and together they have all."""
+    """Gives run I of N its share of the tests; all runs together have all tests."""
     try:
         own, num_runs = parse_share(config.getoption("--deal"))
     except ValueError as error:
@@ -60,7 +60,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """What was imported and collected stays: Python's collector need not look through it again."""
+    """Keeps Python's garbage collector from scanning the imported and collected objects again."""
     gc.collect()
     gc.freeze()
 

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Sequence
 
 
 def parse_share(text: str) -> tuple[int, int]:
-    """(0, 2) of "0/2": the first of two runs. Raises: ValueError."""
+    """Parses "0/2", the first of two runs, to (0, 2). Raises: ValueError."""
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     own, num_runs = map(int, found.groups()) if found else (0, 0)
     if own >= num_runs:
@@ -15,10 +15,10 @@ def parse_share(text: str) -> tuple[int, int]:
 
 
 def deal(kinds: Sequence[Hashable], own: int, num_runs: int) -> list[bool]:
-    """Which tests are in the run `own`, by their kinds.
+    """Tells which tests are in the run `own`, by the kinds of the tests.
 
-    Of a kind that has at least two tests for each run, a run has one in turns. Tests of other
-    kinds, and those whose kind is None, are in every run.
+    If a kind has at least two tests for each run, the runs take its tests in turns. Tests of other
+    kinds, and tests whose kind is None, are in every run.
     """
     sizes, turns, chosen = Counter(kinds), Counter[Hashable](), []
     for kind in kinds:

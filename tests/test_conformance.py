@@ -52,14 +52,14 @@ def _deal():
 
 
 def _values(num_ranks, check):
-    """What a check on a group has met: a size of group, and pairs of values of its parameters."""
+    """Returns the size of group and the pairs of parameter values that a check meets."""
     params = [*check.params.items()]
     pairs = [*itertools.combinations(params, min(2, len(params)))]
     return {(check.run, *values) for values in (*pairs, (num_ranks,))}
 
 
 def _thin(dealt):
-    """As few as hold every size of group and every pair of values that each kind of check has."""
+    """Yields few checks that meet every size of group and every pair of values of each kind."""
     left = set().union(*(_values(*chosen) for chosen in dealt))
     while left:
         best = max(dealt, key=lambda chosen: len(_values(*chosen) & left))
@@ -68,7 +68,7 @@ def _thin(dealt):
 
 
 DEALT = {f"{num_ranks}-{check}": (num_ranks, check) for num_ranks, check in _deal()}
-# XLA takes long to compile what the back end `xla` is; all of them are in the full matrix.
+# XLA takes long to compile back end `xla`. The full matrix has all checks.
 THINNED = [*_thin(DEALT.values())]
 CHOSEN = {
     f"{backend}-{num_ranks}-{check}": (backend, num_ranks, check)
@@ -177,7 +177,7 @@ def test_thinned_checks_meet_every_size_and_pair_that_all_meet():
     assert any(wanted <= set(check.params.items()) for check in trips)
 
 
-def test_runs_that_share_the_checks_have_all_of_them_and_each_has_every_kind():
+def test_shared_runs_have_all_checks_and_each_run_has_every_kind():
     kinds = [(backend, check.run) for backend, _, check in CHOSEN.values()]
     shares = [deal([*kinds, None], *parse_share(text)) for text in ("0/2", "1/2")]
     assert all(any(both) for both in zip(*shares, strict=True))
@@ -190,7 +190,7 @@ def test_runs_that_share_the_checks_have_all_of_them_and_each_has_every_kind():
 
 
 @pytest.mark.parametrize("text", ["", "2", "2/2", "0/0", "-1/2", "1/2/3", "a/b"])
-def test_a_share_that_is_none_is_refused(text):
+def test_a_bad_share_is_refused(text):
     with pytest.raises(ValueError, match="expected I/N"):
         parse_share(text)
 

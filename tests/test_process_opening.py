@@ -296,7 +296,7 @@ def test_settings_that_differ_are_an_error_in_every_process():
 
 
 def test_builds_that_differ_are_an_error_in_every_process():
-    """By their name, their protocol or the sizes of what they send."""
+    """Builds differ in their name, their protocol, or the sizes of their messages."""
     differ = [
         ("'{build} (protocol", "'9 (protocol"),
         ("{build} (protocol 1;", "{build} (protocol 2;"),

@@ -150,7 +150,7 @@ def test_tune_keeps_the_fastest_algorithm(tmp_path):
 
 
 def test_tune_measures_like_bench(groups, tmp_path, monkeypatch):
-    """It takes medians of bench's records, for every algorithm and every size that holds a row."""
+    """Tune takes medians of bench's records, by algorithm and by every size that holds a row."""
     group = groups(2)
     monkeypatch.setattr(reduce, "_STEPS", 2)
     monkeypatch.setattr(reduce, "HIDDEN", 512)

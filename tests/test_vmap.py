@@ -97,7 +97,7 @@ def loop(fn, axes=(0, 0, 0, 0), size=BATCH):
 
 
 def one_by_one(fn, args, axes=None, size=BATCH, at=1):
-    """What fn over batches is, of arrays whose axis `at` is the batch: a call for each element."""
+    """Calls fn for each element of arrays whose axis `at` is the batch, and stacks the results."""
 
     def element(i):
         return [

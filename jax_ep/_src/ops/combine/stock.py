@@ -51,14 +51,14 @@ def _sum_in_row_order(
     rows: jax.Array,
 ) -> jax.Array:
     """Returns [num_all, hidden]: each token's sum of its rows here, in row order, rounded."""
-    # Sorted by token, rows stay in order. The index of a row among the rows of its token is its
-    # place in a table [max_rows, num_all], whose other places stay -1.
+    # The stable sort by token keeps rows in order. `turn` is the index of a row among the rows of
+    # its token. The table [max_rows, num_all] holds each row at (turn, token), and -1 elsewhere.
     places = jnp.arange(recv_src.shape[0], dtype=jnp.int32)
     key = jnp.where(recv_src < 0, num_all, recv_src)
     token, row = jax.lax.sort((key, places), num_keys=1, is_stable=True)
     is_first = token != jnp.concatenate([jnp.full((1,), -1, jnp.int32), token[:-1]])
     turn = places - jax.lax.cummax(jnp.where(is_first, places, 0))
-    has_place = (token < num_all) & (turn < max_rows)  # all rows of a handle that is whole
+    has_place = (token < num_all) & (turn < max_rows)  # true for all rows of an unaltered handle
     target = jnp.where(has_place, turn * num_all + token, max_rows * num_all)
     table = jnp.full((max_rows * num_all,), -1, jnp.int32).at[target].set(row, mode="drop")
     table = table.reshape(max_rows, num_all)
