@@ -7,7 +7,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from programs import make_echo
+from steps import make_echo
 
 import jax_ep
 from jax_ep._src.base import errors

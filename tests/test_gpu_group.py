@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from programs import make_echo
+from steps import make_echo
 
 import jax_ep
 from jax_ep.testing.compare import assert_same_bits

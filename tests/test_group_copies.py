@@ -9,7 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from programs import make_echo
+from steps import make_echo
 
 import jax_ep
 from jax_ep.testing.cases import Case, dispatch, make_data

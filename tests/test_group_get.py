@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 from process_programs import run_on_cpus
-from programs import make_echo
+from steps import make_echo
 
 import jax_ep
 from jax_ep._src.base import registry, tables

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 from process_programs import INTERRUPTED, run_on_cpus
-from programs import make_echo
+from steps import make_echo
 
 import jax_ep
 from jax_ep.testing.ranks import make_mesh, on_ranks
@@ -146,7 +146,7 @@ from jax_ep.testing import virtual_devices
 from jax_ep.testing.ranks import make_mesh, on_ranks
 virtual_devices()
 import jax, jax_ep
-from programs import make_echo
+from steps import make_echo
 x, ids = np.ones((3, 4, 8), np.float32), np.zeros((3, 4, 1), np.int32)
 mesh = make_mesh(3)
 

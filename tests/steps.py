@@ -1,4 +1,4 @@
-"""Programs that several test files run."""
+"""Steps that several test files and programs run."""
 
 import jax_ep
 
