@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import pytest
+from process_programs import path_of
 
 import jax_ep
 from jax_ep import __main__
@@ -230,26 +231,9 @@ def test_command_names_the_extra_that_brings_its_progress_bar(monkeypatch):
         report.progress(1)
 
 
-TURNS = """
-import time
-from jax_ep.testing import launch
-launch.initialize()
-import jax
-from jax_ep.bench.timing import take_turns
-begun = []
-def run():
-    begun.append(time.monotonic())
-    return 1.0 + jax.process_index()
-taken = take_turns([run], repeats=3, tick=lambda: time.sleep(2 * jax.process_index()))
-assert taken.tolist() == [[2.0] * 3], taken
-assert begun[2] - begun[1] > 1, begun  # process 0 too, which does not sleep
-print("passed")
-"""
-
-
 def test_processes_take_turns_together():
     """The timed part does not include the wait for a process that comes late."""
-    outputs = launch.launch(["-c", TURNS], num_processes=2, deadline=100.0)
+    outputs = launch.launch([path_of("take_turns")], num_processes=2, deadline=100.0)
     assert all("passed\n" in output for output in outputs)
 
 

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from dealing import deal, parse_share
 from jax.sharding import Mesh
+from process_programs import run_on_cpus
 
 import jax_ep
-from jax_ep.testing import conformance, launch, run
+from jax_ep.testing import conformance, run
 from jax_ep.testing.compare import assert_close, assert_same_bits
 from jax_ep.testing.conformance import gradients, reductions, round_trips
 from jax_ep.testing.conformance.check import Check
@@ -136,20 +137,6 @@ def test_several_nodes_give_the_values_of_one(backend):
         BY_NAME[ALL_GRADIENTS](group, backend)
 
 
-TWO_PROCESSES = """
-import sys
-import jax_ep
-from jax_ep.testing import conformance, launch
-from jax_ep.testing.ranks import make_mesh
-launch.initialize()
-checks = {check.name: check for check in conformance.CHECKS}
-with jax_ep.Group.open(make_mesh(4), "ep", backend="xla") as group:
-    for name in sys.argv[1:]:
-        checks[name](group, "xla")
-print(len(sys.argv) - 1, "checks passed")
-"""
-
-
 def test_checks_run_in_several_processes():
     """Each process feeds and compares its own shards, on back end `xla`."""
     names = [
@@ -158,13 +145,7 @@ def test_checks_run_in_several_processes():
         "combine_is_the_transpose_of_dispatch[layout=rank,capacity=half]",
         "get_dispatch_layout[num_tokens=13,num_topk=3,experts_per_rank=4]",
     ]
-    outputs = launch.launch(
-        ["-c", TWO_PROCESSES, *names],
-        num_processes=2,
-        num_devices=2,
-        deadline=200,
-        environment={"JAX_PLATFORMS": "cpu"},
-    )
+    outputs = run_on_cpus("named_checks", *names, deadline=200)
     assert all("4 checks passed" in output for output in outputs)
 
 

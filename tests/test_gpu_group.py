@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from process_programs import path_of
 from steps import make_echo
 
 import jax_ep
@@ -43,28 +44,6 @@ def test_a_group_opens_and_opens_again_in_a_shard_map_body(jit):
         assert_same_bits(step(x, ids), x)
 
 
-LOADS = """
-import sys
-from pathlib import Path
-import jax
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-import jax_ep
-mesh = Mesh(np.array(jax.devices("gpu")), ("ep",))
-x = np.arange(mesh.size * 4 * 8, dtype=np.float32).reshape(mesh.size, 4, 8)
-ids = np.arange(mesh.size * 4, dtype=np.int32).reshape(mesh.size, 4, 1) % mesh.size
-args = jax.device_put((x, ids), NamedSharding(mesh, P("ep")))
-text = bytearray(Path(sys.argv[1]).read_bytes())
-try:
-    jax.jit(jax.export.deserialize(text).call)(*args)
-    raise AssertionError
-except jax.errors.JaxRuntimeError as e:
-    print(e)
-with jax_ep.Group.open(mesh, "ep", name="wanted", backend="cuda"):
-    np.testing.assert_array_equal(jax.jit(jax.export.deserialize(text).call)(*args), x)
-"""
-
-
 def test_an_export_names_the_group_that_it_wants(tmp_path):
     mesh = Mesh(np.array(jax.devices("gpu")), ("ep",))
     args = jax.device_put(_args(mesh), jax.NamedSharding(mesh, P("ep")))
@@ -74,7 +53,7 @@ def test_an_export_names_the_group_that_it_wants(tmp_path):
         checks = jax_ep.export_safety_checks()
         file.write_bytes(jax.export.export(step, disabled_checks=checks)(*args).serialize())
     done = subprocess.run(
-        [sys.executable, "-c", LOADS, str(file)],
+        [sys.executable, path_of("load_an_export"), str(file)],
         # This process holds most of the memory.
         env={**os.environ, "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.1"},
         capture_output=True,

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from process_programs import path_of
 from steps import make_echo
 
 import jax_ep
@@ -333,29 +334,12 @@ def test_the_environment_turns_debug_mode_on(monkeypatch):
 
 def test_the_interpreter_exits_cleanly():
     """The program ends with an open group and calls in flight."""
-    code = """
-import jax, numpy as np, jax_ep
-from jax_ep.testing.cases import (
-    Case,
-    assert_combined,
-    assert_dispatched,
-    make_data,
-    round_trip,
-)
-from jax_ep.testing.compare import assert_same_bits
-from jax_ep.testing.ranks import make_mesh, on_ranks, virtual_devices
-virtual_devices(4)
-group = jax_ep.Group.open(make_mesh(4), "ep")
-def fn(x, ids):
-    out = jax_ep.dispatch(x, ids, group=group, num_experts=4)
-    return jax_ep.combine(out.x, out.handle)
-step = on_ranks(fn, group.mesh)
-x, ids = np.ones((4, 64, 512), np.float32), np.zeros((4, 64, 1), np.int32)
-ys = [step(x, ids) for _ in range(20)]
-print("end of script")
-"""
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, path_of("exits_with_calls_in_flight")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "end of script"

@@ -9,6 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from process_programs import path_of
 from steps import make_echo
 
 import jax_ep
@@ -82,30 +83,15 @@ def test_copies_of_a_handle_lead_back(groups, layout, way):
         assert_same_bits(back(data.rows, COPIES[way](out).handle), expected)
 
 
-LOADS = """
-import pickle, sys
-from pathlib import Path
-from jax_ep.testing import virtual_devices
-from jax_ep.testing.ranks import make_mesh
-import jax_ep
-virtual_devices()
-text = Path(sys.argv[1]).read_bytes()
-try:
-    pickle.loads(text)
-    raise AssertionError
-except jax_ep.GroupError as e:
-    print(e)
-with jax_ep.Group.open(make_mesh(2), "ep", name="sent", backend="xla") as group:
-    assert pickle.loads(text) is group
-"""
-
-
 def test_pickles_find_the_group_of_another_process(tmp_path):
     file = tmp_path / "pickle"
     with jax_ep.Group.open(make_mesh(2), "ep", name="sent") as group:
         file.write_bytes(pickle.dumps(group))
     done = subprocess.run(
-        [sys.executable, "-c", LOADS, str(file)], capture_output=True, text=True, check=False
+        [sys.executable, path_of("load_a_group"), str(file)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"pickle: group {group.identity} is not open in this process")

@@ -225,36 +225,7 @@ def test_threads_get_one_group():
     assert len(set(found)) == 1
 
 
-GETS = """
-for turn in range(2):
-    group = jax_ep.Group.get(mesh, "ep", timeout=20.0)
-    assert group is jax_ep.Group.get(mesh, "ep")
-    y = on_group(lambda x, ids: echo(group, x, ids), group)(x, ids)
-    assert_same_bits(y, x * num_ranks_of(ids).astype(np.float32))
-    if turn == 0:
-        step = jax.jit(lambda x: (jax_ep.Group.get(mesh, "ep"), x)[1])
-        step(1.0)  # nothing to open
-        group.close()
-        jax_ep.Group.open(mesh, "ep", timeout=20.0).close()
-print("closed and got again")
-start = time.monotonic()
-try:  # open here alone: it opens for nobody, and nobody waits for ever
-    if me == 1:
-        group.close()
-        jax_ep.Group.get(mesh, "ep", timeout=2.0)
-        raise AssertionError
-    assert jax_ep.Group.get(mesh, "ep") is group
-except jax_ep.GroupError as e:
-    print(e)
-assert time.monotonic() - start < 15.0
-time.sleep(4.0 if me == 0 else 0.0)
-group.close()
-with jax_ep.Group.get(mesh, "ep", timeout=20.0) as group:
-    print("together")
-"""
-
-
 def test_processes_get_a_group_together():
-    for output in run_on_cpus(GETS):
+    for output in run_on_cpus("get_together"):
         assert "closed and got again" in output
         assert "together" in output

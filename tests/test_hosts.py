@@ -6,7 +6,7 @@ import warnings
 
 import jax
 import pytest
-from process_programs import HOSTS, TRAIN_OVER_HOSTS, number_behind, run_on_cpus
+from process_programs import number_behind, run_on_cpus
 
 import jax_ep
 from jax_ep._src.base.spec import Usability
@@ -30,85 +30,17 @@ def test_neighbourhoods_join_processes_that_share_slices(owners, slices, expecte
     assert neighbourhoods(owners, slices) == expected
 
 
-LOST = """
-group = jax_ep.Group.open(mesh, "expert", timeout=60.0)
-run = on_ranks(lambda x, ids: echo(group, x, ids), mesh, check_vma=False)
-data = place((x, experts), mesh)
-group.check(run(*data))
-if me == 1:
-    os.kill(os.getpid(), signal.SIGKILL)
-start = time.monotonic()
-try:
-    for _ in range(5):
-        group.check(run(*data))
-    print("passed")
-except jax_ep.PeerTimeoutError as e:
-    print("waited", time.monotonic() - start)
-    print(e)
-sys.stdout.flush()
-os._exit(7)  # jax.distributed would wait for the killed one
-"""
-
-# A program without a `with` block, and with a psum between processes that share no slice.
-KILLED = """
-from jax.sharding import Mesh
-from jax_ep.testing.ranks import on_ranks, place
-mesh = Mesh(np.array(jax.devices()).reshape(2, -1), ("data", "expert"))
-R = 2
-group = jax_ep.Group.open(mesh, "expert", timeout=3.0)
-run = on_ranks(lambda x, ids: jax.lax.psum(echo(group, x, ids), "data"), mesh, check_vma=False)
-data = place((x, ids % (4 * R)), mesh)
-group.check(run(*data))
-if me == 1:
-    print("killed", time.time(), flush=True)
-    os.kill(os.getpid(), signal.SIGKILL)
-try:
-    while True:
-        group.check(run(*data))
-except jax_ep.PeerTimeoutError as e:
-    print("raised", time.time())
-    print(e)
-    sys.exit(7)
-"""
-
-FAILS = """
-with jax_ep.Group.open(mesh, "expert", timeout=60.0) as group:
-    run = on_ranks(lambda x, ids: echo(group, x, ids), mesh, check_vma=False)
-    group.check(run(*place((x, experts), mesh)))
-    if me == 0:
-        raise ValueError("not today")
-    time.sleep(2.5)
-    sys.exit(7)
-"""
-
-CROSSED = """
-mesh = Mesh(devices.T, ("data", "expert"))
-with jax_ep.Group.open(mesh, "expert", timeout=150.0) as group:
-    info = group.info()
-    assert info.backend == "xla", info
-    print(info.backends["cpu"])
-    R = num_slices
-    run = on_ranks(lambda x, ids: echo(group, x, ids), mesh, check_vma=False)
-    data = place((x, experts % (4 * R)), mesh)
-    assert_same_bits(run(*data), x * num_ranks_of(experts % (4 * R)).astype(np.float32))
-try:
-    jax_ep.Group.open(mesh, "expert", backend="cpu", timeout=60.0)
-except jax_ep.GroupError as e:
-    print(e)
-"""
-
-
 @pytest.mark.parametrize(("processes", "per_host", "devices"), [(2, 1, 2), (4, 2, 1), (3, 1, 2)])
 def test_slices_inside_a_host_take_the_custom_calls(processes, per_host, devices):
     sizes = {"processes": processes, "devices": devices}
-    for output in run_on_cpus(HOSTS + TRAIN_OVER_HOSTS, str(per_host), "cpu", **sizes):
+    for output in run_on_cpus("train_over_hosts", str(per_host), "cpu", **sizes):
         assert output.endswith("passed\n")
         assert "UserWarning" not in output
 
 
 def test_a_lost_process_fails_its_neighbours():
     codes = [7, -signal.SIGKILL, 7, 7]
-    outputs = run_on_cpus(HOSTS + LOST, "2", processes=4, devices=1, exit_codes=codes)
+    outputs = run_on_cpus("lost_beside_hosts", "2", processes=4, devices=1, exit_codes=codes)
     assert "waited for rank 1, whose process has ended" in outputs[0]
     assert number_behind("waited", outputs[0]) < 5.0
     assert [output.endswith("passed\n") for output in outputs[2:]] == [True, True]
@@ -116,7 +48,7 @@ def test_a_lost_process_fails_its_neighbours():
 
 def test_a_lost_process_is_known_on_its_host():
     """Processes that share no slice with it know, too: XLA's collectives wait for it."""
-    survivor, killed = run_on_cpus(KILLED, exit_codes=[7, -signal.SIGKILL])
+    survivor, killed = run_on_cpus("killed_outside_a_block", exit_codes=[7, -signal.SIGKILL])
     assert "whose process has ended" in survivor
     raised, at = (number_behind("(?:raised|killed)", o) for o in (survivor, killed))
     assert raised - at < 8.0
@@ -125,20 +57,19 @@ def test_a_lost_process_is_known_on_its_host():
 @pytest.mark.parametrize("per_host", [1, 2])
 def test_the_first_process_waits_for_the_others_when_it_fails(per_host):
     """Its end would abort the others. They share no slice with it, and may be on another host."""
-    program = HOSTS.replace("num_hosts, -1", "2, -1") + FAILS
-    first, _ = run_on_cpus(program, str(per_host), exit_codes=[1, 7])
+    first, _ = run_on_cpus("first_of_hosts_fails", str(per_host), exit_codes=[1, 7])
     assert "ValueError: not today" in first
 
 
 def test_slices_that_span_hosts_take_xla():
-    first, second = run_on_cpus(HOSTS + CROSSED, "1")
+    first, second = run_on_cpus("slices_across_hosts", "1")
     why = "a slice of the mesh spans hosts or containers: {0: 'host0', 1: 'host1'}"
     for output in (first, second):
         assert why in output.splitlines()
         assert f"backend 'cpu' is not usable here: {why}" in output
     warning = r"UserWarning: Group.open: group expert-\w+ runs on stock collectives, back end 'xla'"
     assert re.search(rf"{warning}: {re.escape(why)}", first)
-    assert re.search(r"<string>:\d+: UserWarning: Group.open: timeout=150 s", first)
+    assert re.search(r"slices_across_hosts.py:\d+: UserWarning: Group.open: timeout=150 s", first)
     assert "stock collectives" not in second
 
 

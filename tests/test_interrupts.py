@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from process_programs import INTERRUPTED, run_on_cpus
+from process_programs import path_of, run_on_cpus
 from steps import make_echo
 
 import jax_ep
@@ -138,139 +138,40 @@ def test_a_handler_of_the_program_is_left_alone():
 
 # --- Whole programs
 
-PROGRAM = """
-import os, signal, sys, threading, time
-import numpy as np
-sys.path.insert(0, sys.argv[1])
-from jax_ep.testing import virtual_devices
-from jax_ep.testing.ranks import make_mesh, on_ranks
-virtual_devices()
-import jax, jax_ep
-from steps import make_echo
-x, ids = np.ones((3, 4, 8), np.float32), np.zeros((3, 4, 1), np.int32)
-mesh = make_mesh(3)
-
-def interrupt(delay):
-    threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT)).start()
-
-def open_group(timeout=600.0):
-    global step
-    group = jax_ep.Group.open(mesh, "ep", timeout=timeout)
-    step = on_ranks(make_echo(group), mesh)
-    group.check(step(x, ids))
-    return group
-"""
-
-ENDS = {
-    "bare": """
-group = open_group()
-group._native_group.handle.skip_rank(1)
-y = step(x, ids)
-interrupt(0.5)
-np.asarray(y)
-""",
-    "block": """
-with open_group() as group:
-    group._native_group.handle.skip_rank(1)
-    y = step(x, ids)
-    interrupt(0.5)
-    y.block_until_ready()
-""",
-    "caught": """
-group = open_group()
-group._native_group.handle.skip_rank(1)
-y = step(x, ids)
-interrupt(0.5)
-try:
-    y.block_until_ready()
-except KeyboardInterrupt:
-    del y, step
-raise KeyboardInterrupt
-""",
-    # The interpreter's exit would wait for a call that did not wait yet when the signal came. The
-    # nap is longer than an exit takes: Python aborts a process whose callback ends during the exit.
-    "later": """
-with open_group() as group:
-    def late(x, ids):
-        def nap(x):
-            time.sleep(4.0)
-            return x
-        return make_echo(group)(jax.pure_callback(nap, jax.typeof(x), x), ids)
-    late = on_ranks(late, mesh)
-    group.check(late(x, ids))
-    group._native_group.handle.skip_rank(1)
-    y = late(x, ids)
-    interrupt(0.0)
-    time.sleep(60)
-""",
-}
+ENDS = [
+    "interrupted_bare",
+    "interrupted_in_a_block",
+    "interrupted_and_caught",
+    "interrupted_before_a_wait",
+]
 
 
-def run_program(body, **settings):
+def run_program(name):
     return subprocess.run(
-        [sys.executable, "-c", PROGRAM + body, os.path.dirname(__file__)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=100,
-        **settings,
+        [sys.executable, path_of(name)], capture_output=True, text=True, check=False, timeout=100
     )
 
 
 @pytest.mark.parametrize("end", ENDS)
 def test_an_interrupted_program_ends(end):
     """The group of the program would wait for ten minutes."""
-    done = run_program(ENDS[end])
+    done = run_program(end)
     assert done.returncode == -signal.SIGINT, done.stderr
     assert "KeyboardInterrupt" in done.stderr
 
 
 def test_a_program_without_python_s_handler_ends_as_before():
-    body = (
-        "signal.signal(signal.SIGINT, signal.SIG_DFL)\nopen_group()\ninterrupt(0)\ntime.sleep(60)"
-    )
-    assert run_program(body).returncode == -signal.SIGINT
+    assert run_program("interrupted_without_a_handler").returncode == -signal.SIGINT
 
 
 def test_a_program_that_ignores_interrupts_goes_on():
-    body = """
-signal.signal(signal.SIGINT, signal.SIG_IGN)
-group = open_group(timeout=3.0)
-group._native_group.handle.skip_rank(1)
-y = step(x, ids)
-interrupt(0.1)
-try:
-    group.check()
-except jax_ep.PeerTimeoutError:
-    print("waited")
-"""
-    done = run_program(body)
+    done = run_program("ignores_interrupts")
     assert (done.returncode, done.stdout) == (0, "waited\n"), done.stderr
 
 
 def test_an_interrupt_of_a_forked_child_leaves_the_parent_alone():
     """The parent's call still waits, and succeeds when its last rank comes."""
-    body = """
-with open_group() as group:
-    def late(x, ids):
-        def nap(x, rank):
-            time.sleep(3.0 if rank == 1 else 0.0)
-            return x
-        rank = jax.lax.axis_index("ep")
-        return make_echo(group)(jax.pure_callback(nap, jax.typeof(x), x, rank), ids)
-    y = on_ranks(late, mesh)(x, ids)
-    child = os.fork()
-    if child == 0:
-        try:
-            signal.raise_signal(signal.SIGINT)
-        except KeyboardInterrupt:
-            time.sleep(1.0)
-            os._exit(3)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
-    np.testing.assert_array_equal(y, x)
-print("passed")
-"""
-    done = run_program(body)
+    done = run_program("interrupts_a_child")
     assert (done.returncode, done.stdout) == (0, "passed\n"), done.stderr
 
 
@@ -278,7 +179,7 @@ print("passed")
 @pytest.mark.parametrize("who", ["0", "1", "01"])
 def test_an_interrupted_process_ends_and_the_others_raise(how, who):
     codes = [-signal.SIGINT if str(i) in who else 7 for i in range(2)]
-    outputs = run_on_cpus(INTERRUPTED, how, who, exit_codes=codes, deadline=60.0)
+    outputs = run_on_cpus("interrupted_processes", how, who, exit_codes=codes, deadline=60.0)
     for i, output in enumerate(outputs):
         if str(i) in who:
             assert "KeyboardInterrupt" in output

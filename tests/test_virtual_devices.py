@@ -5,28 +5,17 @@ import subprocess
 import sys
 
 import pytest
+from process_programs import path_of
 
 from jax_ep._src.base.errors import ConfigError
 from jax_ep.testing import virtual_devices
-
-BEFORE_AND_AFTER = """
-import jax
-from jax_ep.testing import virtual_devices
-virtual_devices(3)
-print(len(jax.devices()))
-virtual_devices(2)
-try:
-    virtual_devices(4)
-except Exception as e:
-    print(e)
-"""
 
 
 def _run(environment):
     chosen_elsewhere = {"XLA_FLAGS", "JAX_NUM_CPU_DEVICES"}
     kept = {name: value for name, value in os.environ.items() if name not in chosen_elsewhere}
     done = subprocess.run(
-        [sys.executable, "-c", BEFORE_AND_AFTER],
+        [sys.executable, path_of("devices_before_and_after")],
         env=kept | {"JAX_PLATFORMS": "cpu"} | environment,
         capture_output=True,
         text=True,
