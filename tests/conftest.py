@@ -8,6 +8,7 @@ import contextlib
 import functools
 import gc
 import json
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ from jax_ep.testing.ranks import make_mesh
 virtual_devices()
 BACKENDS = ("cpu", "xla")
 LAYOUTS = ("rank", "expert")
+# A shell starts background jobs with interrupts ignored, which their children inherit.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # These tests run programs as users write them. GPU tests do so, too.
 PROGRAMS = ("test_bench.py", "test_docs.py")
 
