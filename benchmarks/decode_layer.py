@@ -31,7 +31,7 @@ Norm = Callable[[Any, Any, Any], tuple[Any, Any]]
 
 
 def no_sum(x: Any, residual: Any, scale: Any) -> tuple[Any, Any]:
-    """What the rest of the layer takes: neither a sum nor a norm."""
+    """The rest of the layer: neither a sum nor a norm."""
     return x * scale[None], residual + x
 
 

@@ -1,4 +1,4 @@
-"""What a call costs the host where no command buffer replays it.
+"""Costs of a call on the host where no command buffer replays it.
 
     python benchmarks/host_time.py --out benchmarks/results
 
@@ -67,7 +67,7 @@ def microseconds_of_a_call(group: jax_ep.Group, op: str) -> dict[str, dict[str, 
 
 
 def seconds(program: Callable[..., jax.Array], operands: Any) -> tuple[float, float]:
-    """Of one run, until the host has enqueued it, and until it is done."""
+    """Seconds of one run, until the host has enqueued it, and until it is done."""
     begin = time.perf_counter()
     result = program(*operands)
     enqueued = time.perf_counter()

@@ -34,7 +34,7 @@ RUNS = 9
 
 
 def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
-    """What a shared expert begins with."""
+    """The first matmul of a shared expert."""
     return x @ w
 
 
@@ -52,7 +52,7 @@ def chain(make: Callable[..., list[jax.Array]], *own: Any) -> jax.Array:
 def microseconds(
     ways: dict[str, Callable[..., list[jax.Array]]], mesh: Any, operands: tuple[Any, ...]
 ) -> dict[str, dict[str, float]]:
-    """Of one step, every way in its turn."""
+    """Microseconds of one step, each way in its turn."""
     runs = []
     for make in ways.values():
         program = on_ranks(partial(chain, make), mesh, check_vma=False)

@@ -45,7 +45,7 @@ TEMPERATURE = 0.7
 
 @dataclass(frozen=True)
 class Config:
-    """What to train; every field is a command line flag."""
+    """Configuration of the training; every field is a command line flag."""
 
     d_model: int = flag(64, "width of the residual stream, a multiple of --heads and of 4")
     layers: int = flag(2, "number of layers, each attention and MoE")

@@ -33,7 +33,7 @@ from jax_ep.testing import virtual_devices
 
 @dataclass(frozen=True)
 class Config:
-    """What to run; every field is a command line flag."""
+    """Configuration of a run; every field is a command line flag."""
 
     tokens: int = flag(64, "tokens of each device")
     hidden: int = flag(256, "width of a token, a multiple of 128: fp8 has a scale per 128")
@@ -210,7 +210,7 @@ def compare(config: Config, group: jax_ep.Group) -> bool:
 
 
 def print_bytes(config: Config) -> None:
-    """What a token's rows take: on their way to the experts, and kept for the backward pass."""
+    """Bytes of a token's rows: on their way to the experts, and kept for the backward pass."""
     x = jax.ShapeDtypeStruct((config.topk, config.hidden), jnp.bfloat16)
     pair = jax.eval_shape(partial(jax_ep.quantize_fp8, scales=config.scales), x)
     bf16, rows, scales = (a.size * a.dtype.itemsize for a in (x, *pair))

@@ -39,7 +39,7 @@ Params = dict[str, Any]
 # (this rank's term, residual, scale) to (normed, new residual).
 AddNorm = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
-# Which axis of a parameter is sharded over the ranks; the others are equal everywhere.
+# Axis of each parameter that is sharded over the ranks; the others are equal everywhere.
 SHARDED = {"qkv": 2, "out": 1, "up": 2, "down": 1}
 
 
@@ -70,7 +70,7 @@ def rms_norm(h: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def psum_and_norm(term: jax.Array, residual: jax.Array, scale: jax.Array) -> Any:
-    """What the fused call takes the place of."""
+    """The operations that the fused call replaces."""
     h = jax.lax.psum(term, "tp") + residual
     return rms_norm(h, scale), h
 

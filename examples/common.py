@@ -1,4 +1,4 @@
-"""What the larger examples share: command lines, meshes, text, and one comparison."""
+"""Parts that the larger examples share: command lines, meshes, text, and one comparison."""
 
 import argparse
 import math

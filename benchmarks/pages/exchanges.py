@@ -185,7 +185,7 @@ def overlap(page: str) -> str:
 
 
 def host_time(page: str) -> str:
-    """What the host does for a call that no command buffer replays."""
+    """Table of the host's work for a call that no command buffer replays."""
     used = pick(op="host_time")
     rows = [(r["of"], str(r["num_ranks"]), us(r["us"]["host"])) for r in used]
     return table(("operation", "GPUs", "host"), rows) + source(used, page)

@@ -29,7 +29,7 @@ def load() -> list[dict[str, Any]]:
 
 @cache
 def load_rivals() -> dict[str, Any]:
-    """What other libraries took."""
+    """Times of other libraries."""
     rivals: dict[str, Any] = json.loads((HERE / "rivals.json").read_text())
     return rivals
 
@@ -66,7 +66,7 @@ def us(value: float | Sequence[float] | None) -> str:
 
 
 def median(record: dict[str, Any]) -> str:
-    """Of a record, as a cell."""
+    """Median of a record, as a cell."""
     return us(record["us"]["p50"])
 
 

@@ -1,4 +1,4 @@
-"""Who is measured: our operations on each back end, and the same exchange in stock JAX.
+"""Contenders of a benchmark: our operations on each back end, and the same exchange in stock JAX.
 
 Every function here sees one rank, inside shard_map.
 """
@@ -79,7 +79,7 @@ def ours(point: Point, group: jax_ep.Group, backend: str, sms: int | None) -> Co
 
 
 class Exchanged(NamedTuple):
-    """What the hand-written exchange returns: S = rows for each destination, R = ranks."""
+    """Results of the hand-written exchange: S = rows for each destination, R = ranks."""
 
     rows: Any  # [R * S, hidden], or a pair with scales, grouped by local expert; feeds ragged_dot
     group_sizes: jax.Array  # [local experts]
@@ -153,7 +153,7 @@ def _inverse(order: jax.Array) -> jax.Array:
 
 
 def _weighted_sum(back: jax.Array, out: Exchanged) -> jax.Array:
-    """Of the rows that came back to a token, in f32."""
+    """Adds, in f32, the rows that came back to each token."""
     chosen = back[jnp.maximum(out.slot, 0)].astype(jnp.float32)
     weights = jnp.where(out.slot >= 0, out.weights, 0.0)
     return jnp.sum(chosen * weights[:, :, None], axis=1).astype(back.dtype)
@@ -167,7 +167,7 @@ def _swap(x: jax.Array, num_ranks: int, axes: tuple[str, ...]) -> jax.Array:
 
 
 class Ragged(NamedTuple):
-    """What the ragged exchange returns."""
+    """Results of the ragged exchange."""
 
     exchanged: Exchanged
     sent: jax.Array  # [R, R] rows from each rank to each
@@ -237,7 +237,7 @@ def ragged_all_to_all(point: Point, axes: tuple[str, ...]) -> Contender:
 
 
 class Gathered(NamedTuple):
-    """What the plain exchange of the rank layout returns, for all ranks' tokens."""
+    """Results of the plain exchange of the rank layout, for all ranks' tokens."""
 
     rows: Any  # [R * T, hidden], or a pair with scales
     topk_idx: jax.Array  # [R * T, topk] local expert ids, -1 = an expert of another rank

@@ -1,4 +1,4 @@
-"""What cannot be beaten: the bytes that an operation must move, over the machine's rate."""
+"""Floor of a time: the bytes that an operation must move, over the machine's rate."""
 
 import os
 import time
@@ -81,7 +81,7 @@ def _count_pairs(point: Point, recv_src: Bytes) -> Bytes:
 
 
 def reduce_traffic(point: ReducePoint, num_ranks: int) -> Traffic:
-    """Bytes of all_reduce or one of its relatives, alike on all ranks.
+    """Bytes of an operation of the all_reduce family, alike on all ranks.
 
     No switch adds up on the way: a scatter takes in a part from every other rank, a gather an
     array, and a sum of everything is a scatter of 1 / num_ranks of it and the gather of the sums.

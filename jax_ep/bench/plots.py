@@ -32,7 +32,7 @@ _MAX_COLUMNS = 3
 
 
 class Rival(NamedTuple):
-    """What another library took, at one place of a plot.
+    """Time of another library, at one place of a plot.
 
     Attributes:
       name: what the plot calls it.
@@ -134,7 +134,7 @@ def _draw(axes: Any, records: Sequence[Record], rivals: Sequence[Rival], axis: _
 
 
 def _apart(places: Sequence[int]) -> set[int]:
-    """Those whose names do not run into one another; the last one is among them."""
+    """Returns the places whose labels do not run into one another; the last place is among them."""
     named = set(places[-1:])
     for x in reversed(places):
         if (min(named) / x) > (places[-1] / places[0]) ** 0.17:
@@ -143,7 +143,7 @@ def _apart(places: Sequence[int]) -> set[int]:
 
 
 def _ours(records: Sequence[Record]) -> list[Record]:
-    """Those of the custom calls; those of the back end `xla` where there are no others."""
+    """Returns the records of the custom calls, or else of the back end `xla`."""
     ours = [r for r in records if r.contender == "jax_ep"]
     return [r for r in ours if r.backend != "xla"] or ours
 

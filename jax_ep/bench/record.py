@@ -49,7 +49,7 @@ class Subject:
 
     @property
     def num_bytes(self) -> int:
-        """Of that array; not for fp8, which has scales beside it."""
+        """Bytes of that array; not for fp8, which has scales as well."""
         return self.tokens * self.hidden * jnp.dtype(DTYPES[self.dtype]).itemsize
 
 
@@ -132,7 +132,7 @@ def append_brief_records(
 
 
 def result_path(out: Path, place: Place, name: str) -> Path:
-    """Of this day's records."""
+    """Returns the path of this day's records."""
     device = re.sub(r"[^a-z0-9]+", "-", place.device.lower()).strip("-")
     return out / f"{datetime.now(UTC):%Y-%m-%d}-{device}-{name}.jsonl"
 

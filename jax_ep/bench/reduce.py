@@ -1,4 +1,4 @@
-"""How all_reduce and its relatives are measured: chains of dependent calls in one jitted program.
+"""Measures the all_reduce family: chains of dependent calls in one jitted program.
 
 A step is the operation, and one elementwise pass that makes the next operands of its results. The
 chain without the operation has the passes too; it is subtracted. On GPUs the chain is unrolled: a
@@ -51,7 +51,7 @@ class SumContender(NamedTuple):
 
 
 class _Op(NamedTuple):
-    """What is particular to an operation; n is a rank's x, or its part of a scatter.
+    """Facts of one operation; n is a rank's x, or its part of a scatter.
 
     Attributes:
       ours: the public function.
@@ -154,7 +154,7 @@ def _takes(run: Run, point: ReducePoint, group: jax_ep.Group) -> bool:
 
 
 def _stock_algorithm() -> str | None:
-    """By default XLA adds up small arrays with kernels of its own; an empty list of them: NCCL."""
+    """Returns "nccl" if a flag makes XLA add small arrays by NCCL, not by its own kernels."""
     flag = "--xla_gpu_experimental_use_collective_kernels="
     given = [f for f in os.environ.get("XLA_FLAGS", "").split() if f.startswith(flag)]
     return "nccl" if given and given[-1] == flag else None

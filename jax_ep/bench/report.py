@@ -1,4 +1,4 @@
-"""What a command shows in the terminal: progress and a table."""
+"""Output of a command in the terminal: progress and a table."""
 
 import sys
 from collections.abc import Callable, Sequence

@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kib",
         nargs="+",
         type=float,
-        help="all_reduce and its relatives: sizes of a rank's x, of each part for reduce_scatter; "
+        help="the all_reduce family: sizes of a rank's x, of each part for reduce_scatter; "
         "rows are normalised at sizes of at least one; default: "
         + ", on CPUs ".join(" ".join(f"{kib:g}" for kib in sizes) for sizes in _KIB.values()),
     )
@@ -148,7 +148,7 @@ def make_pairs(
 
 
 def make_points(args: argparse.Namespace, num_ranks: int) -> Iterator[Point]:
-    """Those of dispatches and combines."""
+    """Returns the points of dispatches and combines."""
     given = {n: getattr(args, n) for n in ("hidden", "topk", "experts")}
     changes = {name: value for name, value in given.items() if value is not None}
     layouts = ("rank", "expert") if args.layout == "both" else (args.layout,)

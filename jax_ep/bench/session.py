@@ -1,4 +1,4 @@
-"""What all points of one command share, and how one point becomes rows of a table and records."""
+"""State that all points of a command share; makes table rows and records of a point."""
 
 import uuid
 from collections.abc import Callable, Iterable, Sequence
@@ -45,7 +45,7 @@ class Session:
         """`copy_rate` is the memory's, on CPUs.
 
         None for the back ends: those that are usable; for the SM budgets: the group's of each
-        operation and layout; for the algorithms of all_reduce and its relatives: all that can carry
+        operation and layout; for the algorithms of the all_reduce family: all that can carry
         a size.
         """
         usable = [b for b, reason in group.info().backends.items() if reason == "usable"]
@@ -194,7 +194,7 @@ def _route(point: Point, group: jax_ep.Group, backend: str, inputs: Any) -> Any:
 
 
 def measure_copy_rate() -> float | None:
-    """Of CPUs; by process 0, while the others wait: they may share a memory."""
+    """Measures on CPUs, in process 0 while the others wait: they may share one memory."""
     if jax.devices()[0].platform != "cpu":
         return None
     return float(timing.slowest(floor.measure_copy_rate() if jax.process_index() == 0 else 0.0))

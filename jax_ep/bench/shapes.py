@@ -1,4 +1,4 @@
-"""What is measured: shapes by name, points, and the data of a point."""
+"""Points of a benchmark: shapes by name, points, and the data of a point."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -101,7 +101,7 @@ def make_point(
 
 @dataclass(frozen=True)
 class ReducePoint:
-    """A size at which all_reduce or one of its relatives is measured.
+    """A size at which an operation of the all_reduce family is measured.
 
     Attributes:
       op: which of them.

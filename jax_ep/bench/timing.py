@@ -1,10 +1,10 @@
-"""How it is measured: chains of dependent operations inside one jitted program.
+"""Measurements of chains of dependent operations inside one jitted program.
 
 A chain of dispatches or combines is a scan whose carry holds all operands and all results, so each
 result is written in full. Between two operations a zero that the compiler cannot know to be one,
 made from the last results, is added to the operands: nothing can be elided, hoisted or run ahead.
-The empty chain is the same scan without the operation; its time is subtracted. Chains of all_reduce
-and its relatives are in reduce.py.
+The empty chain is the same scan without the operation; its time is subtracted. Chains of the
+all_reduce family are in reduce.py.
 """
 
 import time
@@ -58,7 +58,7 @@ class Timing:
     count: int
 
     def percentiles(self) -> dict[str, float]:
-        """Of chain - empty, repeat by repeat."""
+        """Percentiles of chain - empty, repeat by repeat."""
         return percentiles(np.subtract(self.chain, self.empty))
 
 
@@ -200,13 +200,13 @@ def choose_count(chain: Chain) -> int:
 
 
 def slowest(values: Any) -> Any:
-    """Of the processes, number by number; the same in all of them."""
+    """Returns the largest value of all processes, number by number, in each of them."""
     own = np.asarray(values)
     return np.max(np.reshape(process_allgather(own), (-1, *own.shape)), axis=0)
 
 
 def _make_meeting() -> Callable[[], None]:
-    """What returns when all processes have called it."""
+    """Makes a function that returns when all processes have called it."""
     if jax.process_count() == 1:
         return lambda: None
     mesh = make_mesh(len(jax.devices()))
@@ -300,6 +300,6 @@ def measure_alike(
 
 
 def make_timing(full: Any, empty: Any, count: int) -> Timing:
-    """Of the seconds that chains of `count` operations took."""
+    """Makes a Timing of the seconds that chains of `count` operations took."""
     chain, without = (tuple(float(s) * 1e6 / count for s in column) for column in (full, empty))
     return Timing(chain, without, count)

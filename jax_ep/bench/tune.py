@@ -41,14 +41,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=_PARTS,
         default=list(_PARTS),
-        help="sums: algorithms of all_reduce and its relatives; exchanges: SMs of dispatch and "
+        help="sums: algorithms of the all_reduce family; exchanges: SMs of dispatch and "
         "combine; the table keeps the other part; default: both",
     )
     add("--most-mib", type=int, default=64, help="largest sum; beyond it the last choice holds")
     add("--shape", choices=SHAPES, default="deepseek-v3", help="of the exchanges")
     add("--ranks", type=int, help="use the first of jax.devices(); default: all")
     add("--plot", action="store_true", help="draw time over bytes; needs jax_ep[bench]")
-    # Of chains of half a millisecond, which the host disturbs: compiling takes longer than many.
+    # Chains take half a millisecond, and the host disturbs them. Many repeats cost less than one
+    # compilation.
     add("--repeats", type=int, default=51, help=f"of exchanges {_MOST_TURNS} at most")
     add("--commit", help="what to record in place of what git says here")
 
@@ -122,7 +123,7 @@ def measure_budgets(
 
 
 def make_entry(records: Mapping[str, Sequence[Record]], place: Place) -> dict[str, Any]:
-    """What was measured, and what follows from it; where and when the sums were is beside them."""
+    """Makes a table's entry: the measurements, where and when they were made, and the choices."""
     entry: dict[str, Any] = {"measured": {}}
     if "sums" in records:
         found = collect(records["sums"])

@@ -141,7 +141,7 @@ class _Process:
 
 @contextmanager
 def _exits_by_sigterm() -> Iterator[None]:
-    """By an exception, so that what is on the stack is ended first."""
+    """Turns SIGTERM into an exception, so that everything on the stack is ended first."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
