@@ -1,7 +1,7 @@
 """Deals tests to several runs that together run all of them."""
 
 import re
-from collections import Counter
+import zlib
 from collections.abc import Hashable, Sequence
 
 
@@ -14,15 +14,20 @@ def parse_share(text: str) -> tuple[int, int]:
     return own, num_runs
 
 
-def deal(kinds: Sequence[Hashable], own: int, num_runs: int) -> list[bool]:
-    """Tells which tests are in the run `own`, by the kinds of the tests.
+def deal(tests: Sequence[tuple[Hashable, str]], own: int, num_runs: int) -> list[bool]:
+    """Tells which tests are in the run `own`, by their kinds and names.
 
-    If a kind has at least two tests for each run, the runs take its tests in turns. Tests of other
-    kinds, and tests whose kind is None, are in every run.
+    If a kind has at least two tests for each run, the runs take its tests in turns, in an order
+    that has nothing to do with their parameters. Tests of other kinds, and tests whose kind is
+    None, are in every run.
     """
-    sizes, turns, chosen = Counter(kinds), Counter[Hashable](), []
-    for kind in kinds:
-        is_dealt = kind is not None and sizes[kind] >= 2 * num_runs
-        chosen.append(not is_dealt or turns[kind] % num_runs == own)
-        turns[kind] += 1
+    members: dict[Hashable, list[int]] = {}
+    for place, (kind, _) in enumerate(tests):
+        members.setdefault(kind, []).append(place)
+    chosen = [True] * len(tests)
+    for kind, places in members.items():
+        if kind is not None and len(places) >= 2 * num_runs:
+            shuffled = sorted(places, key=lambda place: zlib.crc32(tests[place][1].encode()))
+            for turn, place in enumerate(shuffled):
+                chosen[place] = turn % num_runs == own
     return chosen

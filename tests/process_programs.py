@@ -12,6 +12,11 @@ def path_of(name):
     return str(_PROGRAMS / f"{name}.py")
 
 
+def has_passed(output):
+    """Whether a program said so. JAX may log behind it that another process has ended."""
+    return "passed" in output.splitlines()
+
+
 def number_behind(word, output):
     """Returns the number that a program printed after a word, at the end of a line."""
     found = re.search(rf"{word} ([\d.]+)\n", output)

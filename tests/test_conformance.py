@@ -160,14 +160,15 @@ def test_thinned_checks_meet_every_size_and_pair_that_all_meet():
 
 def test_shared_runs_have_all_checks_and_each_run_has_every_kind():
     kinds = [(backend, check.run) for backend, _, check in CHOSEN.values()]
-    shares = [deal([*kinds, None], *parse_share(text)) for text in ("0/2", "1/2")]
+    tests = [*zip(kinds, CHOSEN, strict=True), (None, "of no kind")]
+    shares = [deal(tests, *parse_share(text)) for text in ("0/2", "1/2")]
     assert all(any(both) for both in zip(*shares, strict=True))
     for share in shares:
         *chosen, other = share
         assert other
         assert {kind for kind, is_own in zip(kinds, chosen, strict=True) if is_own} == {*kinds}
         assert sum(chosen) < 0.6 * len(kinds)
-    assert all(deal(kinds, *parse_share("0/1")))
+    assert all(deal(tests, *parse_share("0/1")))
 
 
 @pytest.mark.parametrize("text", ["", "2", "2/2", "0/0", "-1/2", "1/2/3", "a/b"])
