@@ -10,7 +10,15 @@ PACKAGE = Path(jax_ep.__file__).parent
 PICTURE = Path(__file__).parent.parent / "docs" / "images" / "floors.svg"
 FLOORS = ("base", "processes", "group", "ops", "opening")  # of jax_ep/_src, the lowest first
 # A part may import from itself and from the parts before it; `import jax_ep` is free.
-PARTS = (*(f"_src.{floor}" for floor in FLOORS), "reference", "testing", "bench", "__main__")
+TESTING = ("compare", "routing", "launch", "ranks", "cases", "conformance", "run", "doctor")
+PARTS = (
+    *(f"_src.{floor}" for floor in FLOORS),
+    "reference",
+    *(f"testing.{name}" for name in TESTING),
+    "testing",
+    "bench",
+    "__main__",
+)
 # Group.open and Group.get import their bodies late: these use operations, which use Group.
 ARROWS_BACK = {("_src.group.group", "_src.opening.open")}
 

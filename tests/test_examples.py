@@ -69,7 +69,7 @@ def test_tensor_parallel_agrees_with_psum(devices):
     command = [sys.executable, EXAMPLES / "05_tensor_parallel.py", *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    # Of three devices, the example deals its eight heads to two.
+    # The example deals its eight heads to two of the three devices.
     assert f"{4 if devices == '4' else 2} x cpu, back end cpu" in done.stdout
     for text in ("held-out loss", "--- generated\n\n\nimport ", "largest difference from psum"):
         assert text in done.stdout

@@ -1,4 +1,4 @@
-"""What programs on executables share. Their argv is a file, and `export` or `serialized`."""
+"""Parts of the programs on executables, whose argv is a file, and `export` or `serialized`."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What programs over hosts share. On import, every argv[1] processes claim to be on one host."""
+"""Parts of the programs over hosts. On import, every argv[1] processes claim to be on one host."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What programs share that get an interrupt: a group of three ranks, and a step."""
+"""Parts of the programs that get an interrupt: a group of three ranks, and a step."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""What programs of several processes share. Its import joins the processes of `launch`."""
+"""Parts of the programs of several processes. The import joins the processes of `launch`."""
 
 import os
 
