@@ -1,4 +1,4 @@
-// The kernel of all_reduce_residual_rmsnorm, for its handler and for tests.
+// The kernels of all_reduce_residual_rmsnorm, for its handler and for tests.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -9,14 +9,14 @@
 
 namespace jax_ep {
 
-/// Arguments of the kernel.
+/// Arguments of the kernels.
 struct RmsNormLaunch {
   Endpoint self;
   const int32_t* position;
   RmsNormArgs args;
 };
 
-/// Launches the kernel. `algorithm`: low_latency or one_shot.
+/// Launches a kernel. `algorithm`: low_latency or one_shot.
 cudaError_t LaunchRmsNorm(const RmsNormLaunch& launch, Algorithm algorithm,
                           const DeviceTraits& device, cudaStream_t stream);
 /// Must be called once per device before the first launch.
