@@ -33,6 +33,7 @@ class Device {
   explicit Device(size_t size) : size_(size) {
     Cuda(cudaMalloc(reinterpret_cast<void**>(&data_), std::max<size_t>(1, size) * sizeof(T)));
     Cuda(cudaMemset(data_, 0xa5, std::max<size_t>(1, size) * sizeof(T)));
+    Cuda(cudaDeviceSynchronize());  // the streams of the ranks do not wait for a memset
   }
   explicit Device(const std::vector<T>& values) : Device(values.size()) {
     Cuda(cudaMemcpy(data_, values.data(), size_ * sizeof(T), cudaMemcpyHostToDevice));
