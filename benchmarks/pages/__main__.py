@@ -26,6 +26,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "first-screen": rivals.first_screen,
     "beside-stock": exchanges.beside_stock,
     "budgets": exchanges.budgets,
+    "mixtral": exchanges.mixtral,
     "over-tokens": exchanges.over_tokens,
     "four-gpus": exchanges.four_gpus,
     "processes": exchanges.processes,

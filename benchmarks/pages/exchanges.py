@@ -11,6 +11,9 @@ def beside_stock(page: str) -> str:
         ("dispatch", "rank", "bf16", "all_gather", H200, "b076cac", (16, 20)),
         ("cached_dispatch", "rank", "bf16", None, H200, "b076cac", (16, 20)),
         ("combine", "rank", "bf16", "all_gather", H200, "b076cac", (16, 20)),
+        ("dispatch", "expert", "bf16", "all_to_all", H200, "e77517b", (64,)),
+        ("cached_dispatch", "expert", "bf16", None, H200, "e77517b", (64,)),
+        ("combine", "expert", "bf16", "all_to_all", H200, "e77517b", (64,)),
         ("dispatch", "rank", "bf16", "all_gather", H100, "af82d14", (16, 20)),
         ("cached_dispatch", "rank", "bf16", None, H100, "af82d14", (16, 20)),
         ("combine", "rank", "bf16", "all_gather", H100, "af82d14", (16, 20)),
@@ -36,6 +39,7 @@ def beside_stock(page: str) -> str:
             "num_ranks": 2,
             "num_processes": 1,
             "tokens": 4096,
+            "shape": "deepseek-v3",
         }
         ours = [newest(sms=sms, **at) for sms in budgets]
         ragged = pick(contender="ragged_all_to_all", **at)
@@ -58,6 +62,29 @@ def beside_stock(page: str) -> str:
         used += ours
     head = ("operation", "two", "jax_ep (SMs)", "stock JAX", "floor")
     return table(head, rows) + source(used, page)
+
+
+def mixtral(page: str) -> str:
+    """A shape with few choices and large experts: the kernels, `xla` and stock JAX."""
+    at = {"shape": "mixtral", "device": H200, "num_ranks": 2, "num_processes": 1}
+    rows = []
+    for layout in ("rank", "expert"):
+        for op in ("dispatch", "combine"):
+            this = {"op": op, "layout": layout, **at}
+            ours = newest(contender="jax_ep", backend="cuda", **this)
+            stock = [r for r in pick(run=ours["run"], **this) if r["contender"] != "jax_ep"]
+            best = min(stock, key=lambda r: r["us"]["p50"])
+            rows.append(
+                (
+                    f"{op}, {layout}",
+                    f"{us(ours['us']['p50'])} ({ours['sms']})",
+                    cell(contender="jax_ep", backend="xla", run=ours["run"], **this),
+                    f"{us(best['us']['p50'])} `{best['contender']}`",
+                    us(ours["floor_us"]),
+                )
+            )
+    head = ("4,096 tokens of 4,096, top-2 of 8", "`cuda` (SMs)", "`xla`", "stock JAX", "floor")
+    return table(head, rows) + source(pick(**at), page)
 
 
 def budgets(page: str) -> str:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from records import H100, H200, Row, load_rivals, median, newest, pick, table, us
+from records import H200, Row, load_rivals, median, newest, pick, table, us
 
 _ALIGNMENT = 128  # of the records of the expert layout
 
@@ -15,9 +15,8 @@ def first_screen(page: str) -> str:
     send, back = newest(op="dispatch", sms=20, **rank), newest(op="combine", sms=16, **rank)
     gather = newest(op="dispatch", contender="all_gather", run=send["run"])
     scatter = newest(op="combine", contender="all_gather", run=back["run"])
-    expert = newest(op="dispatch", layout="expert", sms=48, **at)
-    old = newest(op="dispatch", layout="expert", contender="all_to_all", tokens=4096, device=H100)
-    old_ours = newest(op="dispatch", sms=48, run=old["run"])
+    expert = newest(op="dispatch", layout="expert", shape="deepseek-v3", sms=64, **at)
+    swap = newest(op="dispatch", contender="all_to_all", run=expert["run"])
     psum = pick(op="all_reduce", shape="64 KiB", contender="psum", device=H200)[-1]
     small = newest(op="all_reduce", algorithm="low_latency", run=psum["run"])
     rivals = load_rivals()
@@ -48,7 +47,7 @@ def first_screen(page: str) -> str:
         line(
             "`dispatch`, expert layout",
             expert,
-            f"{median(old)} sort, `all_to_all`, sort ¹",
+            f"{median(swap)} sort, `all_to_all`, sort",
             f"{us(deep['dispatch'])} DeepEP V2.1 ({deep['sms']} SMs)",
         ),
         line(
@@ -64,8 +63,7 @@ def first_screen(page: str) -> str:
     what = f"{send['tokens']:,} tokens of {send['hidden']:,} on each GPU, top-{send['topk']} of"
     return table(head, rows) + (
         f"\nExchanges: {what} {send['experts']} experts; in the expert layout groups are padded to"
-        f" {_ALIGNMENT} rows. {software}; commits {commits}."
-        f" ¹ On two H100, where jax_ep took {median(old_ours)}.\n"
+        f" {_ALIGNMENT} rows. {software}; commits {commits}.\n"
     )
 
 
