@@ -20,10 +20,13 @@ from jax_ep._src.group.info import GroupInfo
 from jax_ep._src.ops.all_reduce.api import all_gather, all_reduce, reduce_scatter
 from jax_ep._src.ops.all_reduce_residual_rmsnorm.api import all_reduce_residual_rmsnorm
 from jax_ep._src.ops.combine.api import combine, combine_weights
+from jax_ep._src.ops.combine.api_low_latency import low_latency_combine
 from jax_ep._src.ops.dispatch.api import dispatch
 from jax_ep._src.ops.dispatch.api_fp8 import dispatch_fp8
+from jax_ep._src.ops.dispatch.api_low_latency import low_latency_dispatch
 from jax_ep._src.ops.dispatch.capacity import recv_capacity
 from jax_ep._src.ops.dispatch.fp8 import dequantize_fp8, quantize_fp8
+from jax_ep._src.ops.dispatch.low_latency_bytes import low_latency_bytes
 from jax_ep._src.ops.get_dispatch_layout.api import DispatchLayout, get_dispatch_layout
 
 __version__ = "0.1.0"
@@ -53,6 +56,9 @@ __all__ = [
     "dispatch_fp8",
     "export_safety_checks",
     "get_dispatch_layout",
+    "low_latency_bytes",
+    "low_latency_combine",
+    "low_latency_dispatch",
     "overlap",
     "quantize_fp8",
     "recv_capacity",

@@ -26,6 +26,16 @@ def packet_payload(num_ranks: int) -> int:
 def push_payload(num_ranks: int) -> int:
     """Bytes that one rank can push to another in one call."""
 
+def low_latency_payload(num_tokens: int, num_topk: int, row_bytes: Sequence[int]) -> int:
+    """
+    Bytes that one rank sends to another in a low-latency exchange; num_topk of a combine: 0.
+    """
+
+def low_latency_room(num_ranks: int, bytes: int) -> int:
+    """
+    Bytes that one rank can send to another, in a group with so many low_latency_bytes.
+    """
+
 def two_shot_payload(num_ranks: int) -> int:
     """Bytes from each rank that a two-shot can push."""
 

@@ -28,6 +28,16 @@ def packet_payload(num_ranks: int) -> int:
 def push_payload(num_ranks: int) -> int:
     """Bytes that one rank can push to another in one call."""
 
+def low_latency_payload(num_tokens: int, num_topk: int, row_bytes: Sequence[int]) -> int:
+    """
+    Bytes that one rank sends to another in a low-latency exchange; num_topk of a combine: 0.
+    """
+
+def low_latency_room(num_ranks: int, bytes: int) -> int:
+    """
+    Bytes that one rank can send to another, in a group with so many low_latency_bytes.
+    """
+
 def two_shot_payload(num_ranks: int) -> int:
     """Bytes from each rank that a two-shot can push."""
 
@@ -53,6 +63,10 @@ class Group:
     @property
     def staging_bytes(self) -> int:
         """Room for copies of operands."""
+
+    @property
+    def low_latency_bytes(self) -> int:
+        """Room for packets of low-latency exchanges."""
 
     def export_position(self, index: int, address: int) -> tuple[list[int], int, int]:
         """
@@ -86,11 +100,12 @@ class Group:
     def skip_rank(self, rank: int) -> None:
         """For tests: keeps the calls of a rank from its peers; -1 ends it."""
 
-def open_group(identity: str, positions: Sequence[tuple[int, int, int, int]], num_slices: int, num_ranks: int, timeout_ms: int, is_here: Sequence[bool] = [], staging_bytes: int = 0, stages_all: bool = False) -> Group:
+def open_group(identity: str, positions: Sequence[tuple[int, int, int, int]], num_slices: int, num_ranks: int, timeout_ms: int, is_here: Sequence[bool] = [], staging_bytes: int = 0, stages_all: bool = False, low_latency_bytes: int = 0) -> Group:
     """
     Opens a group. Positions are (CUDA device, slice, rank, position in the mesh), of whole slices.
     is_here says which of them are this process's; empty: all. staging_bytes of each device
     hold copies of operands that peers have not mapped, of all operands where stages_all.
+    low_latency_bytes hold packets of low-latency exchanges.
     """
 
 def find_closed_group(identity: str) -> Group:
@@ -117,6 +132,9 @@ def close_group(identity: str) -> None:
 
 def dispatch_workspace_bytes(layout: int, num_experts: int, num_ranks: int, num_tokens: int, num_topk: int) -> int:
     """Scratch of one dispatch; 0 where it cannot be planned."""
+
+def low_latency_table_bytes(layout: int, num_experts: int, num_ranks: int, num_tokens: int, num_topk: int) -> int:
+    """Shared memory of a low-latency dispatch; it has a limit."""
 
 def combine_workspace_bytes(layout: int, num_ranks: int, num_tokens: int, num_slots: int, row_bytes: int) -> int:
     """Scratch of one combine: the rings of partial sums."""

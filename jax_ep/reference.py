@@ -42,8 +42,13 @@ def make_plan(
     layout: str,
     recv_capacity: int,
     expert_alignment: int = 1,
+    expert_stride: int = 0,
 ) -> Plan:
-    """Routes topk_idx [R, T, K], token by token."""
+    """Routes topk_idx [R, T, K], token by token.
+
+    `expert_stride`: rows from the first of a local expert to the first of the next; 0: the groups
+    of experts lie side by side.
+    """
     ids = np.asarray(topk_idx, np.int64)
     num_ranks, num_tokens, num_topk = ids.shape
     num_local = num_experts // num_ranks
@@ -72,7 +77,7 @@ def make_plan(
         if layout == "rank":
             _place_by_rank(plan, dst, wanted, recv_capacity)
         else:
-            _place_by_expert(plan, dst, wanted, recv_capacity, expert_alignment)
+            _place_by_expert(plan, dst, wanted, (recv_capacity, expert_alignment, expert_stride))
     return plan
 
 
@@ -91,15 +96,15 @@ def _place_by_rank(plan: Plan, dst: int, wanted: _Wanted, recv_capacity: int) ->
     plan.num_dropped[dst] = len(wanted) - plan.num_recv[dst]
 
 
-def _place_by_expert(
-    plan: Plan, dst: int, wanted: _Wanted, recv_capacity: int, alignment: int
-) -> None:
+def _place_by_expert(plan: Plan, dst: int, wanted: _Wanted, room: tuple[int, int, int]) -> None:
+    recv_capacity, alignment, stride = room
     num_local = plan.group_sizes.shape[1]
     rows_of: list[list[tuple[int, int, int]]] = [[] for _ in range(num_local)]
     for i, (src, token, choices) in enumerate(wanted):
         sizes = [len(rows) + sum(e == expert for _, e in choices)
                  for expert, rows in enumerate(rows_of)]  # fmt: skip
-        if sum(_align(size, alignment) for size in sizes) > recv_capacity:
+        too_many = sum(_align(size, alignment) for size in sizes) > recv_capacity
+        if too_many or (stride and max(sizes) > stride):
             plan.num_dropped[dst] = sum(len(late) for _, _, late in wanted[i:])
             break
         for k, expert in choices:
@@ -112,8 +117,8 @@ def _place_by_expert(
             plan.send_row[src, token, k] = row
             plan.send_rank[src, token, k] = dst
         plan.group_sizes[dst, expert] = _align(len(rows), alignment)
-        first += plan.group_sizes[dst, expert]
-    plan.num_recv[dst] = first
+        first += stride or plan.group_sizes[dst, expert]
+    plan.num_recv[dst] = plan.group_sizes[dst].sum()
 
 
 def _align(size: int, alignment: int) -> int:

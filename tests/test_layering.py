@@ -65,6 +65,7 @@ def test_public_names_are_those_in_all():
 HELPERS = {
     "overlap": "computes what its caller's function does",
     "export_safety_checks": "a list for jax.export",
+    "low_latency_bytes": "computes a number",
     "recv_capacity": "computes a number",
     "save_communication_policy": "a policy for jax.checkpoint",
 }
@@ -89,6 +90,8 @@ STEMLESS = {
     "combine_weights": "combine in the rank layout, pull_rows in the other",
     "dequantize_fp8": "plain JAX",
     "dispatch_fp8": "dispatch between quantize_fp8 and dequantize_fp8",
+    "low_latency_combine": "combine, by its kernels for few tokens",
+    "low_latency_dispatch": "dispatch, by its kernels for few tokens",
     "quantize_fp8": "plain JAX",
     "reduce_scatter": "the kernels of all_reduce, which keep a part",
 }

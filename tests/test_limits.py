@@ -20,7 +20,7 @@ def _load(backend):
 @pytest.mark.parametrize("backend", MODULES)
 def test_enums_have_the_same_members(backend):
     found = _load(backend).enums()
-    assert sorted(found) == ["Algorithm", "Fill", "Layout", "Movement"]
+    assert sorted(found) == ["Algorithm", "ExchangeMode", "Fill", "Layout", "Movement", "Quantize"]
     for name, members in found.items():
         kind: type[options.Option] = getattr(options, name)
         # No custom call gets the option for XLA's collective.
@@ -32,6 +32,7 @@ def test_rules_equal_those_of_the_handlers(backend):
     found = _load(backend).limits()
     assert found["ROW_BYTES_MULTIPLE"] == config.ROW_BYTES_MULTIPLE
     assert found["MAX_BIASES"] == config.MAX_BIASES
+    assert found["FP8_BLOCK"] == config.FP8_BLOCK
 
 
 def test_modules_have_the_same_limits():

@@ -204,6 +204,7 @@ def _describe(found: Findings) -> Iterator[str]:
         listed = ", ".join(f"{layout} layout {sms}" for layout, sms in layouts.items())
         yield f"  {exchange}: {listed}"
     yield f"  from {group['budgets_from']}"
+    yield f"kernels for few tokens: {group['low_latency']}"
 
 
 def _conclude(problems: list[Problem]) -> Iterator[str]:

@@ -80,13 +80,13 @@ std::shared_ptr<DeviceGroup> OpenGroup(std::string identity,
                                        const std::vector<PositionTuple>& positions, int,
                                        int num_ranks, int64_t timeout_ms,
                                        const std::vector<bool>& is_here, size_t staging_bytes,
-                                       bool stages_all) {
+                                       bool stages_all, size_t low_latency_bytes) {
   if (const auto closed = Registry<DeviceGroup>::Get().FindClosed(identity)) closed->Supersede();
-  return Opened(
-      std::shared_ptr<DeviceGroup>(new DeviceGroup(std::move(identity), PositionsOf(positions),
-                                                   num_ranks, std::chrono::milliseconds(timeout_ms),
-                                                   LoadKernels, is_here, staging_bytes, stages_all),
-                                   DeleteWithoutLock));
+  return Opened(std::shared_ptr<DeviceGroup>(
+      new DeviceGroup(std::move(identity), PositionsOf(positions), num_ranks,
+                      std::chrono::milliseconds(timeout_ms), LoadKernels, is_here, staging_bytes,
+                      stages_all, low_latency_bytes),
+      DeleteWithoutLock));
 }
 
 std::shared_ptr<DeviceGroup> FindClosed(const std::string& identity) {
@@ -146,6 +146,16 @@ size_t WorkspaceBytes(int64_t layout, int num_experts, int num_ranks, int64_t nu
                                  .expert_alignment = 1});
 }
 
+size_t TableBytes(int64_t layout, int num_experts, int num_ranks, int64_t num_tokens,
+                  int num_topk) {
+  return LowLatencyTableBytes({.layout = static_cast<RecvLayout>(layout),
+                               .experts = {.num_experts = num_experts, .num_ranks = num_ranks},
+                               .num_tokens = num_tokens,
+                               .num_topk = num_topk,
+                               .recv_capacity = 0,
+                               .expert_alignment = 1});
+}
+
 size_t RingBytes(int64_t layout, int num_ranks, int64_t num_tokens, int num_slots,
                  size_t row_bytes) {
   return PartialRing::Of(static_cast<RecvLayout>(layout), num_ranks, num_tokens, num_slots,
@@ -181,6 +191,8 @@ NB_MODULE(_jax_ep_cuda, m) {
                    "Whether 16 bytes arrive at once at all peers, which packets rely on.")
       .def_prop_ro("stages_all", &DeviceGroup::stages_all, "Whether all operands are copied.")
       .def_prop_ro("staging_bytes", &DeviceGroup::staging_bytes, "Room for copies of operands.")
+      .def_prop_ro("low_latency_bytes", &DeviceGroup::low_latency_bytes,
+                   "Room for packets of low-latency exchanges.")
       .def("export_position", &jax_ep::Export, nanobind::arg("index"), nanobind::arg("address"),
            "What another process needs to reach a device of this one: numbers, and descriptors of\n"
            "its signals and of the pool that an address of it lies in; -1 where all is staged.")
@@ -203,11 +215,14 @@ NB_MODULE(_jax_ep_cuda, m) {
   m.def("open_group", &jax_ep::OpenGroup, nanobind::arg("identity"), nanobind::arg("positions"),
         nanobind::arg("num_slices"), nanobind::arg("num_ranks"), nanobind::arg("timeout_ms"),
         nanobind::arg("is_here") = std::vector<bool>(), nanobind::arg("staging_bytes") = 0,
-        nanobind::arg("stages_all") = false, nanobind::call_guard<nanobind::gil_scoped_release>(),
+        nanobind::arg("stages_all") = false,
+        nanobind::arg("low_latency_bytes") = 0,
+        nanobind::call_guard<nanobind::gil_scoped_release>(),
         "Opens a group. Positions are (CUDA device, slice, rank, position in the mesh), of whole "
         "slices.\n"
         "is_here says which of them are this process's; empty: all. staging_bytes of each device\n"
-        "hold copies of operands that peers have not mapped, of all operands where stages_all.");
+        "hold copies of operands that peers have not mapped, of all operands where stages_all.\n"
+        "low_latency_bytes hold packets of low-latency exchanges.");
   // Without the GIL: programs on the devices may call back into Python meanwhile.
   using NoGil = nanobind::call_guard<nanobind::gil_scoped_release>;
   m.def("find_closed_group", &jax_ep::FindClosed, nanobind::arg("identity"), NoGil(),
@@ -228,6 +243,9 @@ NB_MODULE(_jax_ep_cuda, m) {
   m.def("dispatch_workspace_bytes", &jax_ep::WorkspaceBytes, nanobind::arg("layout"),
         nanobind::arg("num_experts"), nanobind::arg("num_ranks"), nanobind::arg("num_tokens"),
         nanobind::arg("num_topk"), "Scratch of one dispatch; 0 where it cannot be planned.");
+  m.def("low_latency_table_bytes", &jax_ep::TableBytes, nanobind::arg("layout"),
+        nanobind::arg("num_experts"), nanobind::arg("num_ranks"), nanobind::arg("num_tokens"),
+        nanobind::arg("num_topk"), "Shared memory of a low-latency dispatch; it has a limit.");
   m.def("combine_workspace_bytes", &jax_ep::RingBytes, nanobind::arg("layout"),
         nanobind::arg("num_ranks"), nanobind::arg("num_tokens"), nanobind::arg("num_slots"),
         nanobind::arg("row_bytes"), "Scratch of one combine: the rings of partial sums.");

@@ -100,9 +100,10 @@ void DispatchPlan::AdmitExperts(int dst) {
     }
     destination.group_sizes[e] =
         static_cast<int32_t>(AlignUp(num_rows[e], shape_.expert_alignment));
-    offset += destination.group_sizes[e];
+    destination.num_recv += destination.group_sizes[e];
+    offset += shape_.expert_stride > 0 ? static_cast<int32_t>(shape_.expert_stride)
+                                       : destination.group_sizes[e];
   }
-  destination.num_recv = offset;
 }
 
 // Keeps whole tokens in (source, token) order, as long as the aligned groups fit into the capacity.
@@ -110,15 +111,18 @@ void DispatchPlan::KeepLongestPrefix(int dst) {
   Destination& destination = destinations_[dst];
   const int first_expert = dst * num_local_experts();
   const int64_t alignment = shape_.expert_alignment;
+  const int64_t most = shape_.expert_stride > 0 ? shape_.expert_stride : shape_.recv_capacity;
   int64_t num_aligned = 0;
+  bool fits = true;
   for (int e = 0; e < num_local_experts(); ++e) {
     int64_t num_rows = 0;
     for (const Source& source : sources_) {
       num_rows += source.num_entries_of_expert[first_expert + e];
     }
     num_aligned += AlignUp(num_rows, alignment);
+    fits = fits && num_rows <= most;
   }
-  const bool fits = num_aligned <= shape_.recv_capacity;
+  fits = fits && num_aligned <= shape_.recv_capacity;
   for (int src = 0; src < num_ranks(); ++src) {
     destination.num_kept[src] = fits ? num_entries(src, dst) : 0;
   }
@@ -134,6 +138,7 @@ void DispatchPlan::KeepLongestPrefix(int dst) {
       for (; next != end && next->token == token->token; ++next) {
         const int64_t before = num_rows[LocalExpert(src, *next)]++;
         num_aligned += AlignUp(before + 1, alignment) - AlignUp(before, alignment);
+        if (before >= most) return;
       }
       if (num_aligned > shape_.recv_capacity) return;
       token = next;

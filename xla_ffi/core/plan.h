@@ -8,6 +8,7 @@
 //   reading     ForEachRow and the counts, from any thread
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -24,8 +25,19 @@ struct DispatchShape {
   int num_topk;
   int64_t recv_capacity;
   int64_t expert_alignment;
+  /// Expert layout: rows from the first of one expert to the first of the next; 0: none lie between
+  /// their groups. The alignment is 1 then.
+  int64_t expert_stride = 0;
 
   bool operator==(const DispatchShape&) const = default;
+  /// Rows that a rank may receive, if no token names an expert twice.
+  int64_t worst_capacity() const {
+    if (layout == RecvLayout::kRank) return num_tokens * experts.num_ranks;
+    const int num_local = experts.num_local_experts();
+    if (expert_stride > 0) return num_local * num_tokens * experts.num_ranks;
+    return num_tokens * experts.num_ranks * std::min(num_topk, num_local) +
+           num_local * (expert_alignment - 1);
+  }
   /// Columns of send_row: one per rank, or one per top-k choice.
   JAX_EP_HOST_DEVICE int num_send_slots() const {
     return layout == RecvLayout::kRank ? experts.num_ranks : num_topk;

@@ -24,6 +24,13 @@ enum class RecvLayout : int64_t { kRank = 0, kExpert = 1 };
 /// Choice of the rows without a token that are zeroed.
 enum class Fill : int64_t { kZeros = 0, kPadding = 1, kNone = 2 };
 
+/// Kernels that carry a dispatch or a combine: for many tokens, or for few. Results are the same.
+enum class ExchangeMode : int64_t { kThroughput = 0, kLowLatency = 1 };
+
+/// Formats to which a dispatch of few tokens rounds its rows: none, or fp8 (e4m3) with scales in
+/// f32, in powers of two, or in the exponent bytes of these.
+enum class Quantize : int64_t { kNone = 0, kFp8 = 1, kFp8Pow2 = 2, kFp8E8m0 = 3 };
+
 /// Element types that the operations can add; all_reduce alone adds i32.
 enum class DType : int8_t { kBF16, kF16, kF32, kI32 };
 

@@ -33,9 +33,11 @@ class DeviceGroup : public Interruptible, public std::enable_shared_from_this<De
   /// empty: all are. A group over several processes may be used when what the others export of
   /// their positions has been imported, and Complete was called. `staging_bytes` of each device
   /// hold copies of operands that peers have not mapped, which all are where `stages_all`.
+  /// `low_latency_bytes` hold the packets of low-latency exchanges.
   DeviceGroup(std::string identity, std::vector<MeshPosition> positions, int num_ranks,
               std::chrono::milliseconds timeout, const LoadKernels& load_kernels,
-              std::vector<bool> is_here = {}, size_t staging_bytes = 0, bool stages_all = false);
+              std::vector<bool> is_here = {}, size_t staging_bytes = 0, bool stages_all = false,
+              size_t low_latency_bytes = 0);
   ~DeviceGroup() override;
   DeviceGroup(const DeviceGroup&) = delete;
   DeviceGroup& operator=(const DeviceGroup&) = delete;
@@ -89,6 +91,7 @@ class DeviceGroup : public Interruptible, public std::enable_shared_from_this<De
   bool is_superseded() const { return is_superseded_; }
   bool stages_all() const { return stages_all_; }
   size_t staging_bytes() const { return staging_bytes_; }
+  size_t low_latency_bytes() const { return low_latency_bytes_; }
   /// Whether packets may be sent between this process's devices and all others; when complete.
   bool has_native_atomics() const { return has_native_atomics_; }
 
@@ -129,6 +132,7 @@ class DeviceGroup : public Interruptible, public std::enable_shared_from_this<De
   std::vector<MeshPosition> positions_;
   size_t staging_bytes_;
   bool stages_all_;
+  size_t low_latency_bytes_;
   std::vector<bool> is_here_;             // by position, as is all that follows
   std::vector<Member> members_;           // of devices elsewhere only the traits are known
   std::vector<uint64_t> gpus_;            // GpuOf each device

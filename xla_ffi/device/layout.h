@@ -1,5 +1,5 @@
-// The memory of a rank that its peers map, from front to back: signals, packets, pushed operands.
-// Copies of operands lie behind these (ops/cuda_op.h).
+// The memory of a rank that its peers map, from front to back: signals, packets, pushed operands,
+// packets of exchanges. Copies of operands lie behind these (ops/cuda_op.h).
 //
 // Each operation takes its part here, behind the parts of the others. A new operation comes last.
 #pragma once
@@ -67,19 +67,36 @@ constexpr size_t PushBytes(int num_ranks) { return size_t{2} * num_ranks * PushP
 /// sum.
 constexpr size_t TwoShotPayload(int num_ranks) { return num_ranks * PushPayload(num_ranks) / 2; }
 
-/// Offsets of the parts. Only the room for pushed operands depends on the number of ranks.
+/// Packets of low-latency exchanges lie behind the pushed operands, in two halves, too. Their room
+/// is asked for when a group opens. Nothing else is ever stored there: other data might look like a
+/// packet of the present epoch.
+/// The room of one sender, in one half, of a room of `bytes` in all.
+constexpr size_t LowLatencyPayload(int num_ranks, size_t bytes) {
+  return bytes / 2 / num_ranks / kPacketGroupBytes * kPacketGroupBytes;
+}
+
+/// Offsets of the parts. Only the last two depend on the number of ranks.
 inline constexpr size_t kPacketsOffset = (sizeof(ControlBlock) + 255) / 256 * 256;
 inline constexpr size_t kPushedOffset = kPacketsOffset + kPacketBytes;
-constexpr size_t SharedBytes(int num_ranks) { return kPushedOffset + PushBytes(num_ranks); }
+constexpr size_t LowLatencyOffset(int num_ranks) { return kPushedOffset + PushBytes(num_ranks); }
+constexpr size_t SharedBytes(int num_ranks, size_t low_latency_bytes = 0) {
+  return LowLatencyOffset(num_ranks) +
+         2 * num_ranks * LowLatencyPayload(num_ranks, low_latency_bytes);
+}
 
 /// Sizes of rooms, computed for kernels, where divisions are slow.
 struct Rooms {
   int64_t packet_groups;
   int64_t push_payload;
+  int64_t low_latency_offset;
+  int64_t low_latency_payload;
 };
-constexpr Rooms RoomsOf(int num_ranks) {
-  return {.packet_groups = static_cast<int64_t>(PacketGroups(num_ranks)),
-          .push_payload = static_cast<int64_t>(PushPayload(num_ranks))};
+constexpr Rooms RoomsOf(int num_ranks, size_t low_latency_bytes = 0) {
+  return {
+      .packet_groups = static_cast<int64_t>(PacketGroups(num_ranks)),
+      .push_payload = static_cast<int64_t>(PushPayload(num_ranks)),
+      .low_latency_offset = static_cast<int64_t>(LowLatencyOffset(num_ranks)),
+      .low_latency_payload = static_cast<int64_t>(LowLatencyPayload(num_ranks, low_latency_bytes))};
 }
 
 }  // namespace jax_ep

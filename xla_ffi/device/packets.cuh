@@ -106,11 +106,13 @@ __device__ inline Packet LoadPacket(const std::byte* from) {
   return packet;
 }
 
-/// Sends a group of vectors to a peer. For a whole warp.
-__device__ inline void Send(const Endpoint& self, int peer, uint32_t epoch, int64_t group,
-                            const uint4 (&vectors)[kPacketVectors]) {
-  std::byte* to = PacketsAt(self, peer, self.rank, epoch, group);
+/// Stores a group of vectors as packets, at this lane's first packet `to`. For a whole warp. A
+/// group that is not full fills fewer packets (NumPackets).
+__device__ inline void StoreGroup(std::byte* to, uint32_t epoch,
+                                  const uint4 (&vectors)[kPacketVectors],
+                                  int num_packets = kLanePackets) {
   const auto store = [&](int p, uint32_t x, uint32_t y, uint32_t z) {
+    if (p >= num_packets) return;
     StorePacket(to + p * kWarpSize * kVectorBytes,
                 {.low = uint64_t{y} << 32 | x, .high = uint64_t{epoch} << 32 | z});
   };
@@ -123,17 +125,33 @@ __device__ inline void Send(const Endpoint& self, int peer, uint32_t epoch, int6
   store(3, c.y, c.z, c.w);
 }
 
-/// Loads a group of a peer's packets, which may not be there yet; Receive waits for them. For a
-/// whole warp.
-__device__ inline LanePackets Look(const Endpoint& self, int peer, uint32_t epoch, int64_t group) {
+/// Packets of each lane that a group of so many vectors fills.
+__device__ inline int NumPackets(int num_vectors) {
+  return num_vectors > 2 * kWarpSize ? 4 : num_vectors > kWarpSize ? 3 : 2;
+}
+
+/// Sends a group of vectors to a peer. For a whole warp.
+__device__ inline void Send(const Endpoint& self, int peer, uint32_t epoch, int64_t group,
+                            const uint4 (&vectors)[kPacketVectors]) {
+  StoreGroup(PacketsAt(self, peer, self.rank, epoch, group), epoch, vectors);
+}
+
+/// Loads a group of a peer's packets at `from`, which may not be there yet; Receive waits for them.
+/// For a whole warp.
+__device__ inline LanePackets LookAt(const Endpoint& self, int peer, uint32_t epoch,
+                                     const std::byte* from, int num_packets = kLanePackets) {
   LanePackets packets;
   packets.called = LoadRelaxed(&self.own()->called[epoch & 1][peer]);
-  const std::byte* from = PacketsAt(self, self.rank, peer, epoch, group);
 #pragma unroll
   for (int p = 0; p < kLanePackets; ++p) {
-    packets.at[p] = LoadPacket(from + p * kWarpSize * kVectorBytes);
+    packets.at[p] = p < num_packets ? LoadPacket(from + p * kWarpSize * kVectorBytes)
+                                    : Packet{.low = 0, .high = uint64_t{epoch} << 32};
   }
   return packets;
+}
+
+__device__ inline LanePackets Look(const Endpoint& self, int peer, uint32_t epoch, int64_t group) {
+  return LookAt(self, peer, epoch, PacketsAt(self, self.rank, peer, epoch, group));
 }
 
 /// Whether the packets are there, or never will be, since the peer makes another call.
@@ -144,20 +162,27 @@ __device__ inline bool AreThere(const LanePackets& packets, const PushCall& call
   return packets.called.epoch == call.epoch && (are_there || packets.called.value != call.tag);
 }
 
-/// Waits for a group of a peer's packets, and unpacks it. False if the group fails first.
-__device__ inline bool Receive(const Endpoint& self, const PushCall& call, int peer, int64_t group,
-                               LanePackets& packets, uint4 (&vectors)[kPacketVectors]) {
-  // Most packets come soon: the first looks check neither `abort` nor the time.
+/// Waits until `look()`, which loads what a peer sends, finds it: most packets come soon, so the
+/// first looks check neither `abort` nor the time. False if the group fails first.
+template <typename IsThere>
+__device__ inline bool AwaitPackets(const Endpoint& self, const PushCall& call, int peer,
+                                    IsThere&& is_there) {
   constexpr int kLooks = 64;
-  const uint32_t epoch = call.epoch;
-  bool are_there = AreThere(packets, call);
-  for (int n = 0; n < kLooks && !are_there; ++n) {
-    packets = Look(self, peer, epoch, group);
-    are_there = AreThere(packets, call);
+  for (int n = 0; n < kLooks; ++n) {
+    if (is_there()) return true;
   }
+  return WaitUntil(self, call.op, peer, is_there);
+}
+
+/// Waits for a group of a peer's packets at `from`, and unpacks it. False if the group fails first.
+__device__ inline bool ReceiveFrom(const Endpoint& self, const PushCall& call, int peer,
+                                   const std::byte* from, LanePackets& packets,
+                                   uint4 (&vectors)[kPacketVectors],
+                                   int num_packets = kLanePackets) {
+  bool are_there = AreThere(packets, call);
   if (!are_there) {
-    are_there = WaitUntil(self, call.op, peer, [&] {
-      packets = Look(self, peer, epoch, group);
+    are_there = AwaitPackets(self, call, peer, [&] {
+      packets = LookAt(self, peer, call.epoch, from, num_packets);
       return AreThere(packets, call);
     });
   }
@@ -168,6 +193,20 @@ __device__ inline bool Receive(const Endpoint& self, const PushCall& call, int p
   vectors[1] = make_uint4(second(1), third(1), first(2), second(2));
   vectors[2] = make_uint4(third(2), first(3), second(3), third(3));
   return are_there && IsCall(self, call.op, peer, call.tag, packets.called.value);
+}
+
+__device__ inline bool Receive(const Endpoint& self, const PushCall& call, int peer, int64_t group,
+                               LanePackets& packets, uint4 (&vectors)[kPacketVectors]) {
+  return ReceiveFrom(self, call, peer, PacketsAt(self, self.rank, peer, call.epoch, group), packets,
+                     vectors);
+}
+
+/// The room of `source` for packets of a low-latency exchange, in the memory of `holder`.
+__device__ inline std::byte* LowLatencyRoom(const Endpoint& self, int holder, int source,
+                                            uint32_t epoch) {
+  const int64_t part = int64_t{epoch & 1} * self.num_ranks + source;
+  return reinterpret_cast<std::byte*>(self.control[holder]) + self.rooms.low_latency_offset +
+         part * self.rooms.low_latency_payload;
 }
 
 /// Room for the pushed operand of `source` in the memory of `holder`.

@@ -96,3 +96,5 @@ struct CtxDecoding<Context> {
 
 XLA_FFI_REGISTER_ENUM_ATTR_DECODING(jax_ep::RecvLayout);
 XLA_FFI_REGISTER_ENUM_ATTR_DECODING(jax_ep::Fill);
+XLA_FFI_REGISTER_ENUM_ATTR_DECODING(jax_ep::ExchangeMode);
+XLA_FFI_REGISTER_ENUM_ATTR_DECODING(jax_ep::Quantize);

@@ -4,6 +4,7 @@
 imports it.
 """
 
+from collections.abc import Sequence
 from types import ModuleType
 
 from jax_ep._src.base.errors import GroupError
@@ -39,6 +40,21 @@ def two_shot_payload(num_ranks: int) -> int:
     The room holds a chunk for each rank, and a chunk of the sum.
     """
     size: int = _native().two_shot_payload(num_ranks)
+    return size
+
+
+def low_latency_payload(num_tokens: int, num_topk: int, row_bytes: Sequence[int]) -> int:
+    """Returns the bytes that one rank sends to another in a low-latency exchange.
+
+    `num_topk`: 0 for a combine. `row_bytes`: bytes of a row of each array.
+    """
+    size: int = _native().low_latency_payload(num_tokens, num_topk, list(row_bytes))
+    return size
+
+
+def low_latency_room(num_ranks: int, low_latency_bytes: int) -> int:
+    """Returns the bytes that one rank can send to another in a low-latency exchange."""
+    size: int = _native().low_latency_room(num_ranks, low_latency_bytes)
     return size
 
 

@@ -30,8 +30,10 @@ REDUCE_NAME = "jax_ep_all_reduce"
 OPERATIONS = (
     Operation("dispatch", DISPATCH_NAME),
     Operation("dispatch_fp8", DISPATCH_NAME),
+    Operation("low_latency_dispatch", DISPATCH_NAME),
     Operation("combine", COMBINE_NAME),
     Operation("combine_weights", COMBINE_NAME),
+    Operation("low_latency_combine", COMBINE_NAME),
     Operation("get_dispatch_layout", None),
     Operation("all_reduce", REDUCE_NAME, has_algorithms=True),
     Operation("reduce_scatter", REDUCE_NAME, has_algorithms=True),

@@ -45,6 +45,13 @@ class Algorithm(Option):
     PSUM = "psum"  # XLA's collective; native code never sees this option
 
 
+class ExchangeMode(Option):
+    """Kernels for many tokens, or for few; codes as in xla_ffi/core/types.h."""
+
+    THROUGHPUT = "throughput"
+    LOW_LATENCY = "low_latency"
+
+
 class Scales(Option):
     """Storage formats of the scales of fp8 rows."""
 
@@ -52,9 +59,28 @@ class Scales(Option):
     E8M0 = "e8m0"
 
 
+class LowLatencyLayout(Option):
+    """Arrangements of the rows that a low-latency dispatch receives."""
+
+    EXPERT = "expert"
+    RANK = "rank"
+    BATCHED = "batched"
+
+
+class Quantize(Option):
+    """Formats to which a low-latency dispatch rounds its rows; codes as in xla_ffi/core/types.h."""
+
+    NONE = "none"
+    FP8 = "fp8"
+    FP8_POW2 = "fp8_pow2"
+    FP8_E8M0 = "fp8_e8m0"
+
+
 # Types of public arguments with the same words: editors complete them, and a str from a
 # configuration needs no cast. A wrong word raises an error while the function is traced.
 LayoutName = Literal["rank", "expert"] | str
+LowLatencyLayoutName = Literal["expert", "rank", "batched"] | str
+QuantizeName = Literal["none", "fp8", "fp8_pow2", "fp8_e8m0"] | str
 FillName = Literal["zeros", "padding", "none"] | str
 ScalesName = Literal["f32", "e8m0"] | str
 AlgorithmName = Literal["auto", "low_latency", "one_shot", "two_shot", "psum"] | str

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_ep._src.base import limits
-from jax_ep._src.base.options import Algorithm, Fill, Layout, Movement
+from jax_ep._src.base.options import Algorithm, ExchangeMode, Fill, Layout, Movement, Quantize
 
 _GRADIENT = " (gradient)"
 
@@ -50,6 +50,7 @@ class GroupSpec:
       device_ids: device ids in the row-major order of the mesh.
       staging_bytes: room for the operands of one call if operands are staged; None: they are not.
       has_packets: whether 16 bytes arrive at a peer at once; algorithm low_latency needs that.
+      low_latency_room: bytes that one rank can send to another in a low-latency exchange on GPUs.
     """
 
     identity: str
@@ -58,6 +59,7 @@ class GroupSpec:
     device_ids: tuple[int, ...]
     staging_bytes: int | None = None
     has_packets: bool = True
+    low_latency_room: int = 0
 
     @property
     def num_ranks(self) -> int:
@@ -148,7 +150,8 @@ class ExchangeSpec:
     """The static facts that a dispatch and a combine share.
 
     Their gradients run other exchanges of `routes`. `op` is the name of the public operation in
-    errors; another exchange may carry it.
+    errors; another exchange may carry it. `mode`: the kernels that carry it on GPUs; None: those
+    for few tokens where they are faster. `few_sms`: the SMs that these use.
     """
 
     group: GroupSpec
@@ -156,6 +159,8 @@ class ExchangeSpec:
     layout: Layout
     recv_capacity: int
     op: str
+    mode: ExchangeMode | None
+    few_sms: int
 
     def of_gradient(self) -> Self:
         """Returns this spec for the backward pass."""
@@ -163,7 +168,15 @@ class ExchangeSpec:
 
     def to_route(self) -> "RouteSpec":
         """Returns the spec of the combine along the same routing."""
-        return RouteSpec(self.group, self.routes, self.layout, self.recv_capacity, self.op)
+        return RouteSpec(
+            self.group,
+            self.routes,
+            self.layout,
+            self.recv_capacity,
+            self.op,
+            self.mode,
+            self.few_sms,
+        )
 
     def to_pull(self) -> CallSpec:
         """Returns the spec of the pull_rows along the same routing."""
@@ -177,6 +190,8 @@ class DispatchSpec(ExchangeSpec):
     num_experts: int
     expert_alignment: int
     fill: Fill
+    expert_stride: int = 0  # rows from the first of one expert to the first of the next; 0: packed
+    quantize: Quantize = Quantize.NONE  # format of the first array of rows, beside its scales
 
     @property
     def backend(self) -> str:
@@ -192,6 +207,16 @@ class DispatchSpec(ExchangeSpec):
     def num_local_experts(self) -> int:
         """Number of experts on one rank."""
         return self.num_experts // self.group.num_ranks
+
+    def worst_capacity(self, num_tokens: int, num_topk: int) -> int:
+        """Returns the rows that a rank may receive if no token names an expert twice."""
+        num_all = num_tokens * self.group.num_ranks
+        if self.layout is Layout.RANK:
+            return num_all
+        if self.expert_stride:
+            return self.num_local_experts * num_all
+        padding = self.num_local_experts * (self.expert_alignment - 1)
+        return num_all * min(num_topk, self.num_local_experts) + padding
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from jax_ep._src.base import config
 from jax_ep._src.processes.native_group import NativeGroup
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class GroupInfo:
         that back end. "cached_dispatch" is a dispatch along a handle, or a move of single numbers.
         A gradient has the budget of the exchange that it runs.
       budgets_from: origin of the budgets.
+      low_latency: whether kernels for few tokens carry dispatches and combines, and which.
       debug: whether routings are checked on the device.
     """
 
@@ -47,6 +49,7 @@ class GroupInfo:
     num_sms: int | None
     budgets: dict[str, dict[str, int | str]]
     budgets_from: str
+    low_latency: str
     debug: bool
 
 
@@ -69,8 +72,21 @@ def describe(group: "Group", native: NativeGroup | None) -> GroupInfo:
             for exchange, layouts in group.budgets.of.items()
         },
         budgets_from=group.budgets.source,
+        low_latency=_low_latency(group),
         debug=group.debug,
     )
+
+
+def _low_latency(group: "Group") -> str:
+    room = group.spec.low_latency_room
+    if group.backend != "cuda":
+        return f"not needed: back end {group.backend!r} has one way for all numbers of tokens"
+    if not group.spec.has_packets:
+        return "not usable: 16 bytes do not arrive at once at all peers"
+    users = "low-latency operations"
+    if group.num_sms is None:
+        users += f", and dispatch and combine of up to {config.MAX_FEW_TOKENS} tokens"
+    return f"usable by {users}, which may send {room} bytes from a rank to another"
 
 
 def _staging(native: NativeGroup | None) -> str | None:

@@ -14,6 +14,7 @@ class OpenArguments(NamedTuple):
     num_ranks: int
     ranks_per_node: int
     num_sms: int | None
+    low_latency_bytes: int
     timeout: float
     spec: GroupSpec
 

@@ -21,6 +21,7 @@ def check_arguments(
     backend: str,
     timeout: float,
     num_sms: int | None,
+    low_latency_bytes: int | None,
     ranks_per_node: int | None,
     debug: bool | None,
     op: str,
@@ -53,6 +54,14 @@ def check_arguments(
         )
     if num_sms is not None:
         num_sms = check.integer(num_sms, minimum=1, name="num_sms")
+    if low_latency_bytes is None:
+        low_latency_bytes = config.DEFAULT_LOW_LATENCY_BYTES
+    low_latency_bytes = check.integer(low_latency_bytes, minimum=0, name="low_latency_bytes")
+    if low_latency_bytes > config.MAX_LOW_LATENCY_BYTES:
+        raise ConfigError(
+            f"{op}: low_latency_bytes must be at most {config.MAX_LOW_LATENCY_BYTES}, "
+            f"got {low_latency_bytes}"
+        )
     name = name if name is not None else "_".join(axes)
     if not isinstance(name, str):
         raise ConfigError(f"{op}: name must be a string, got {name!r}")
@@ -62,6 +71,7 @@ def check_arguments(
         num_ranks=num_ranks,
         ranks_per_node=ranks_per_node,
         num_sms=num_sms,
+        low_latency_bytes=low_latency_bytes,
         timeout=seconds,
         spec=_make_spec(mesh, axes, name),
     )

@@ -58,6 +58,9 @@ def get_group(
             backend=None if backend == "auto" else backend,
             timeout=None if timeout is None else arguments.timeout,
             num_sms=arguments.num_sms,
+            low_latency_bytes=(
+                None if options["low_latency_bytes"] is None else arguments.low_latency_bytes
+            ),
             ranks_per_node=None if ranks_per_node is None else arguments.ranks_per_node,
             debug=options["debug"],
         )
@@ -109,12 +112,17 @@ def _open(
 
 def _open_native(group: Group, rendezvous: Rendezvous, backend: str, *, is_wanted: bool) -> None:
     """Opens the native half. `is_wanted`: whether the caller has named this back end."""
-    opening = NativeOpening(group.mesh, group.spec, rendezvous, group.timeout)
+    opening = NativeOpening(
+        group.mesh, group.spec, rendezvous, group.timeout, group.low_latency_bytes
+    )
     opened = opening.open_cpu() if backend == "cpu" else opening.open_cuda()
     if not isinstance(opened, str):
         group.hold(opened)
         group.spec = replace(
-            group.spec, staging_bytes=opened.staging_bytes, has_packets=opened.has_packets
+            group.spec,
+            staging_bytes=opened.staging_bytes,
+            has_packets=opened.has_packets,
+            low_latency_room=opened.low_latency_room,
         )
         return
     why_not = f"the processes cannot map one another's memory: {opened}"

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jax_ep._src.base import config, native_modules
+from jax_ep._src.base import config, limits, native_modules
 from jax_ep._src.base.errors import GroupError
 from jax_ep._src.base.spec import GroupSpec, MeshPosition
 from jax_ep._src.processes import unix_links
@@ -30,6 +30,7 @@ class NativeGroup(NamedTuple):
       staging_bytes: room for the operands of one call if they are copied; the back end cannot
         carry more.
       has_packets: whether 16 bytes arrive at a peer at once.
+      low_latency_room: bytes that one rank can send to another in a low-latency exchange.
     """
 
     handle: Any
@@ -37,6 +38,7 @@ class NativeGroup(NamedTuple):
     why_staged: str | None = None
     staging_bytes: int | None = None
     has_packets: bool = True
+    low_latency_room: int = 0
 
     def abandon(self) -> None:
         """Makes the end of the group not wait for devices: after a loss, or in a forked child."""
@@ -57,12 +59,14 @@ class NativeOpening:
         spec: GroupSpec,
         rendezvous: Rendezvous,
         timeout: float,
+        low_latency_bytes: int,
     ):
         self._mesh = mesh
         self._spec = spec
         self._rendezvous = rendezvous
         self._timeout = timeout
         self._timeout_ms = math.ceil(timeout * 1000)
+        self._low_latency_bytes = low_latency_bytes
         near = {jax.process_index(), *rendezvous.neighbours}
         devices = list(mesh.devices.flat)
         positions = [p for p in spec.positions() if devices[p.place].process_index in near]
@@ -86,7 +90,9 @@ class NativeOpening:
         if isinstance(opened, str):
             return opened
         atomics = self._rendezvous.gather("native atomics", opened.handle.has_native_atomics)
-        return opened._replace(has_packets=all(atomics.values()))
+        has_packets = all(atomics.values())
+        room = limits.low_latency_room(self._spec.num_ranks, self._low_latency_bytes)
+        return opened._replace(has_packets=has_packets, low_latency_room=room if has_packets else 0)
 
     def _open_or_reopen_cuda(self) -> NativeGroup | str:
         spare, most = config.staging_bytes_from_environment()
@@ -115,10 +121,14 @@ class NativeOpening:
         """
         native = native_modules.register("cuda")
         closed = native.find_closed_group(self._spec.identity)
-        is_usable = closed is not None and (
-            closed.staging_bytes == most
-            if closed.stages_all
-            else why_staged is None and closed.staging_bytes == spare
+        is_usable = (
+            closed is not None
+            and closed.low_latency_bytes == self._low_latency_bytes
+            and (
+                closed.staging_bytes == most
+                if closed.stages_all
+                else why_staged is None and closed.staging_bytes == spare
+            )
         )
         if not all(self._rendezvous.gather("closed group", is_usable).values()):
             return None
@@ -189,6 +199,7 @@ class NativeOpening:
             is_here=[_is_here(d) for d in self._devices],
             staging_bytes=staging_bytes,
             stages_all=why_staged is not None,
+            low_latency_bytes=self._low_latency_bytes,
         )
         handle.join_interrupts(native_modules.load("cpu").interrupts())
         return NativeGroup(

@@ -10,6 +10,7 @@ from jax_ep.testing.conformance import (
     gradients,
     handles,
     layouts,
+    low_latency,
     reductions,
     round_trips,
     weights,
@@ -17,7 +18,17 @@ from jax_ep.testing.conformance import (
 )
 from jax_ep.testing.conformance.check import Check as Check
 
-_PARTS = (round_trips, weights, handles, gradients, gradient_bits, layouts, wide, reductions)
+_PARTS = (
+    round_trips,
+    weights,
+    handles,
+    gradients,
+    gradient_bits,
+    layouts,
+    wide,
+    low_latency,
+    reductions,
+)
 
 CHECKS: tuple[Check, ...] = tuple(check for part in _PARTS for check in part.CHECKS)
 FULL: tuple[Check, ...] = tuple(check for part in _PARTS for check in part.FULL)

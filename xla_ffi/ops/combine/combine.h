@@ -27,8 +27,12 @@ struct CombineArgs {
 
   const int32_t* send_rank;  // expert layout: [num_tokens, num_slots]; rank layout: null
   const int32_t* send_row;   // [num_tokens, num_slots] row at that rank, or kNoIndex
-  const float* weights;      // [C], expert layout only, or null
-  const void* rows;          // [C, hidden]
+  // For few tokens (ExchangeMode::kLowLatency): source rank * num_tokens + token of each row [C],
+  // or kNoIndex; in the expert layout also which of the token's choices the row is [C].
+  const int32_t* recv_src = nullptr;
+  const int32_t* recv_k = nullptr;
+  const float* weights;  // [C], expert layout only, or null
+  const void* rows;      // [C, hidden]
   int num_biases;
   std::array<const void*, kMaxBiases> biases;  // [num_tokens, hidden]
 

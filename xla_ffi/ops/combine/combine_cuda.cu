@@ -103,7 +103,7 @@ cudaError_t LoadCombineKernels(DeviceTraits& device) {
       if (status != cudaSuccess) return status;
     }
   }
-  return cudaSuccess;
+  return LoadLowLatencyCombineKernels(device);
 }
 
 cudaError_t LaunchCombine(const CombineLaunch& launch, const DeviceTraits& device, int num_sms,
@@ -120,6 +120,29 @@ cudaError_t LaunchCombine(const CombineLaunch& launch, const DeviceTraits& devic
                             .stream = stream};
   return Launch(KernelOf(args.layout, args.dtype), config, launch, launch.ring(), g.parts, results);
 }
+
+namespace {
+
+// A combine of few tokens. Peers read none of its operands.
+ffi::Error RunLowLatency(const DeviceContext& context, const int32_t* position,
+                         const CombineArgs& args, const CombineAttrs& attrs) {
+  JAX_EP_REQUIRE(args.num_tokens > 0, context.op(), ": there are no tokens");
+  DeviceCall call;
+  ffi::Error error = FindDevice(context, attrs.num_sms, call);
+  if (error.failure()) return error;
+  const LowLatencyCombine launch =
+      MakeLowLatencyCombine(call.endpoint, position, args, call.num_sms);
+  const int64_t room = call.endpoint.rooms.low_latency_payload;
+  JAX_EP_REQUIRE(launch.room() <= room, context.op(), ": a rank sends ", launch.room(),
+                 " bytes to another, the group has room for ", room);
+  JAX_EP_REQUIRE(LowLatencyCombineSharedBytes(launch) <= kMaxLowLatencyTable, context.op(),
+                 ": the table of rows has ", LowLatencyCombineSharedBytes(launch),
+                 " bytes, at most ", kMaxLowLatencyTable);
+  return CudaError(context.op(),
+                   LaunchLowLatencyCombine(launch, call.member->traits, context.stream));
+}
+
+}  // namespace
 
 template <>
 ffi::Error RunCombine<Cuda>(const DeviceContext& context, I32Buffer position,
@@ -138,6 +161,9 @@ ffi::Error RunCombine<Cuda>(const DeviceContext& context, I32Buffer position,
   JAX_EP_REQUIRE(
       decoded.num_tokens <= INT32_MAX / kMaxRowParts, context.op(),
       ": parts of tokens must be countable in int32, got num_tokens=", decoded.num_tokens);
+  if (attrs.mode == ExchangeMode::kLowLatency) {
+    return RunLowLatency(context, position.typed_data(), decoded, attrs);
+  }
   JAX_EP_REQUIRE(workspace.size_bytes() >= launch.workspace_bytes(), context.op(),
                  ": the workspace has ", workspace.size_bytes(), " bytes, needs ",
                  launch.workspace_bytes());

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "device/endpoint.h"
+#include "device/token_packets.h"
 #include "ops/combine/combine.h"
 #include "ops/combine/combine_geometry.h"
 
@@ -27,6 +28,33 @@ struct CombineLaunch {
   }
   size_t workspace_bytes() const { return ring().Bytes(args.num_ranks, row_bytes()); }
 };
+
+/// Arguments of the kernel for few tokens (low_latency_cuda.cuh).
+struct LowLatencyCombine {
+  Endpoint self;
+  const int32_t* position;
+  CombineArgs args;
+  int num_groups;  // of packets, of a row
+  int tokens_per_block;
+
+  JAX_EP_HOST_DEVICE size_t row_bytes() const {
+    return args.hidden * (args.dtype == DType::kF32 ? 4 : 2);
+  }
+  /// Rows that this rank may hold of one token.
+  JAX_EP_HOST_DEVICE int held_slots() const {
+    return args.layout == RecvLayout::kRank ? 1 : args.num_slots;
+  }
+  /// Bytes that a rank sends to another one.
+  int64_t room() const { return TokenPacketBytes(args.num_tokens, 0, num_groups); }
+};
+
+LowLatencyCombine MakeLowLatencyCombine(const Endpoint& self, const int32_t* position,
+                                        const CombineArgs& args, int num_sms);
+/// Bytes of a block's table, at most kMaxLowLatencyTable.
+size_t LowLatencyCombineSharedBytes(const LowLatencyCombine& launch);
+cudaError_t LaunchLowLatencyCombine(const LowLatencyCombine& launch, const DeviceTraits& device,
+                                    cudaStream_t stream);
+cudaError_t LoadLowLatencyCombineKernels(DeviceTraits& device);
 
 cudaError_t LaunchCombine(const CombineLaunch& launch, const DeviceTraits& device, int num_sms,
                           cudaStream_t stream);

@@ -13,6 +13,7 @@ struct CombineAttrs {
   std::string_view call;
   int64_t has_weights;
   RecvLayout layout;
+  ExchangeMode mode;
   int64_t num_sms;
 };
 
@@ -22,12 +23,13 @@ typename Backend::Status RunCombine(const typename Backend::Context& context, I3
                                     const CombineArgs& args, const CombineAttrs& attrs,
                                     ffi::AnyBuffer workspace);
 
-/// The handler. send_rank is read in the expert layout, and weights if has_weights.
+/// The handler. send_rank and recv_k are read in the expert layout, and weights if has_weights.
+/// recv_src and recv_k are read in the mode low_latency only.
 template <typename Backend>
 typename Backend::Status Combine(typename Backend::Context context, I32Buffer position,
-                                 I32Buffer send_rank, I32Buffer send_row, F32Buffer weights,
-                                 ffi::AnyBuffer rows, ffi::RemainingArgs biases,
-                                 ffi::Result<ffi::AnyBuffer> out,
+                                 I32Buffer send_rank, I32Buffer send_row, I32Buffer recv_src,
+                                 I32Buffer recv_k, F32Buffer weights, ffi::AnyBuffer rows,
+                                 ffi::RemainingArgs biases, ffi::Result<ffi::AnyBuffer> out,
                                  ffi::Result<ffi::AnyBuffer> workspace, CombineAttrs attrs) {
   const bool is_rank_layout = attrs.layout == RecvLayout::kRank;
   CombineArgs args{.layout = attrs.layout,
@@ -39,6 +41,8 @@ typename Backend::Status Combine(typename Backend::Context context, I32Buffer po
                    .hidden = Dim(rows, 1),
                    .send_rank = is_rank_layout ? nullptr : send_rank.typed_data(),
                    .send_row = send_row.typed_data(),
+                   .recv_src = nullptr,
+                   .recv_k = nullptr,
                    .weights = attrs.has_weights ? weights.typed_data() : nullptr,
                    .rows = rows.untyped_data(),
                    .num_biases = static_cast<int>(biases.size()),
@@ -57,6 +61,14 @@ typename Backend::Status Combine(typename Backend::Context context, I32Buffer po
   JAX_EP_REQUIRE(Dim(*out, 0) == args.num_tokens && Dim(*out, 1) == args.hidden &&
                      out->element_type() == rows.element_type(),
                  context.op(), ": the result does not fit rows and send_row");
+  if (attrs.mode == ExchangeMode::kLowLatency) {
+    const auto capacity = static_cast<size_t>(args.recv_capacity);
+    JAX_EP_REQUIRE(recv_src.element_count() == capacity &&
+                       (is_rank_layout || recv_k.element_count() == capacity),
+                   context.op(), ": recv_src and recv_k do not fit rows");
+    args.recv_src = recv_src.typed_data();
+    args.recv_k = is_rank_layout ? nullptr : recv_k.typed_data();
+  }
   JAX_EP_REQUIRE(args.num_biases <= kMaxBiases, context.op(), ": ", args.num_biases,
                  " biases; at most ", kMaxBiases);
   for (int i = 0; i < args.num_biases; ++i) {
@@ -75,4 +87,5 @@ typename Backend::Status Combine(typename Backend::Context context, I32Buffer po
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_ep::CombineAttrs, StructMember<std::string_view>("call"),
                                       StructMember<int64_t>("has_weights"),
                                       StructMember<jax_ep::RecvLayout>("layout"),
+                                      StructMember<jax_ep::ExchangeMode>("mode"),
                                       StructMember<int64_t>("num_sms"));

@@ -17,6 +17,10 @@ namespace jax_ep {
 struct DispatchArgs {
   DispatchShape shape;
   Fill fill;
+  // Rows of streams[0] are rounded: its `in` holds elements of this dtype, its row_bytes are those
+  // of the result. streams[1] holds the scales, and has no `in`.
+  Quantize quantize = Quantize::kNone;
+  DType dtype = DType::kF32;
 
   const int32_t* topk_idx;    // [num_tokens, num_topk]
   const float* topk_weights;  // [num_tokens, num_topk] or null

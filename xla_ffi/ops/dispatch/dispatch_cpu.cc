@@ -190,6 +190,7 @@ void DispatchCall::Poison(const DispatchArgs& a) {
 template <>
 ffi::Future RunDispatch<Cpu>(const HostContext& context, I32Buffer position,
                              const DispatchArgs& args, const DispatchAttrs&, ffi::AnyBuffer) {
+  JAX_EP_REQUIRE(args.quantize == Quantize::kNone, context.op(), ": rows are rounded before");
   return JoinGroup<DispatchCall>(context, position, args);
 }
 

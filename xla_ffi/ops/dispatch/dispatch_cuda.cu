@@ -72,6 +72,8 @@ struct RoutedItems : TokenItems {
   }
 };
 
+}  // namespace
+
 Results ResultsOf(const DispatchArgs& a) {
   const DispatchShape& d = a.shape;
   const int64_t rows = d.recv_capacity;
@@ -97,11 +99,10 @@ Results ResultsOf(const DispatchArgs& a) {
                       {a.num_invalid, kWord, 0}});
 }
 
-}  // namespace
-
 cudaError_t LoadDispatchKernels(DeviceTraits& device) {
-  const cudaError_t status = LoadPlanKernels();
-  return status == cudaSuccess ? LoadMoveKernel<RoutedItems>(device) : status;
+  cudaError_t status = LoadPlanKernels();
+  if (status == cudaSuccess) status = LoadMoveKernel<RoutedItems>(device);
+  return status == cudaSuccess ? LoadLowLatencyDispatchKernels(device) : status;
 }
 
 // Launches two kernels: plan (plan_cuda.cu), then move (move_kernel.cuh).
@@ -145,6 +146,34 @@ cudaError_t LaunchDispatch(const DispatchLaunch& launch, const DeviceTraits& dev
   return LaunchMove(move, device, num_sms, /*is_behind=*/true, stream);
 }
 
+namespace {
+
+// A dispatch of few tokens. Peers read none of its operands.
+ffi::Error RunLowLatency(const DeviceContext& context, const int32_t* position,
+                         const DispatchArgs& args, const DispatchAttrs& attrs) {
+  const DispatchShape& shape = args.shape;
+  DeviceCall call;
+  ffi::Error error = FindDevice(context, attrs.num_sms, call);
+  if (error.failure()) return error;
+  const LowLatencyDispatch launch = MakeLowLatencyDispatch(call.endpoint, position, args);
+  const int64_t room = call.endpoint.rooms.low_latency_payload;
+  JAX_EP_REQUIRE(launch.room() <= room, context.op(), ": a rank sends ", launch.room(),
+                 " bytes to another, the group has room for ", room);
+  JAX_EP_REQUIRE(shape.num_topk <= kMaxTopk && shape.experts.num_experts < kMaxPacketExperts,
+                 context.op(), ": low_latency takes at most ", kMaxTopk, " choices and ",
+                 kMaxPacketExperts - 1, " experts");
+  JAX_EP_REQUIRE(LowLatencyTableBytes(shape) <= kMaxLowLatencyTable, context.op(),
+                 ": the table of choices has ", LowLatencyTableBytes(shape), " bytes, at most ",
+                 kMaxLowLatencyTable);
+  JAX_EP_REQUIRE(shape.recv_capacity >= shape.worst_capacity(), context.op(),
+                 ": recv_capacity=", shape.recv_capacity, " must be at least ",
+                 shape.worst_capacity());
+  return CudaError(context.op(), LaunchLowLatencyDispatch(launch, call.member->traits, call.num_sms,
+                                                          context.stream));
+}
+
+}  // namespace
+
 template <>
 ffi::Error RunDispatch<Cuda>(const DeviceContext& context, I32Buffer position,
                              const DispatchArgs& decoded, const DispatchAttrs& attrs,
@@ -155,6 +184,11 @@ ffi::Error RunDispatch<Cuda>(const DeviceContext& context, I32Buffer position,
     JAX_EP_REQUIRE(decoded.streams[i].row_bytes <= kMaxRowBytes, context.op(), ": a row of array ",
                    i, " has ", decoded.streams[i].row_bytes, " bytes, at most ", kMaxRowBytes);
   }
+  if (attrs.mode == ExchangeMode::kLowLatency) {
+    return RunLowLatency(context, position.typed_data(), decoded, attrs);
+  }
+  JAX_EP_REQUIRE(shape.expert_stride == 0 && decoded.quantize == Quantize::kNone, context.op(),
+                 ": the kernels for many tokens round no rows and leave none between experts");
   DeviceCall call;
   ffi::Error error = FindDevice(context, attrs.num_sms, call);
   if (error.failure()) return error;

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <string_view>
 
+#include "core/limits.h"
 #include "ops/dispatch/dispatch.h"
 #include "ops/ffi_checks.h"
 
@@ -13,11 +14,14 @@ namespace jax_ep {
 struct DispatchAttrs {
   std::string_view call;
   int64_t expert_alignment;
+  int64_t expert_stride;
   Fill fill;
   int64_t has_weights;
   RecvLayout layout;
+  ExchangeMode mode;
   int64_t num_experts;
   int64_t num_sms;
+  Quantize quantize;
 };
 
 /// Runs the operation; each back end defines it. `workspace` is scratch, which `cpu` does not need.
@@ -48,6 +52,12 @@ typename Backend::Status Dispatch(typename Backend::Context context, I32Buffer p
       attrs.expert_alignment > 0 && attrs.expert_alignment <= INT32_MAX / attrs.num_experts,
       context.op(), ": expert_alignment=", attrs.expert_alignment,
       " must be positive, and the aligned groups must be countable in int32");
+  const int64_t num_local_experts = attrs.num_experts / num_ranks;
+  JAX_EP_REQUIRE(
+      attrs.expert_stride == 0 ||
+          (attrs.layout == RecvLayout::kExpert && attrs.expert_alignment == 1 &&
+           attrs.expert_stride > 0 && recv_capacity == num_local_experts * attrs.expert_stride),
+      context.op(), ": expert_stride=", attrs.expert_stride, " does not fit");
   JAX_EP_REQUIRE(num_topk == 0 || std::max(recv_capacity, num_tokens) <=
                                       INT32_MAX / (int64_t{num_ranks} * num_topk),
                  context.op(),
@@ -59,11 +69,14 @@ typename Backend::Status Dispatch(typename Backend::Context context, I32Buffer p
                               .num_tokens = num_tokens,
                               .num_topk = static_cast<int>(num_topk),
                               .recv_capacity = recv_capacity,
-                              .expert_alignment = attrs.expert_alignment},
+                              .expert_alignment = attrs.expert_alignment,
+                              .expert_stride = attrs.expert_stride},
                     .fill = attrs.fill,
+                    .quantize = attrs.quantize,
+                    .dtype = DType::kF32,
                     .topk_idx = topk_idx.typed_data(),
                     .topk_weights = attrs.has_weights ? topk_weights.typed_data() : nullptr,
-                    .num_streams = static_cast<int>(rows.size()),
+                    .num_streams = static_cast<int>(recv_rows.size()),
                     .streams = {},
                     .group_sizes = group_sizes->typed_data(),
                     .num_recv = num_recv->typed_data(),
@@ -89,31 +102,52 @@ typename Backend::Status Dispatch(typename Backend::Context context, I32Buffer p
   JAX_EP_REQUIRE(!attrs.has_weights || (topk_weights.element_count() == topk_idx.element_count() &&
                                         recv_weights->element_count() == num_weights),
                  context.op(), ": topk_weights does not fit topk_idx");
-  JAX_EP_REQUIRE(rows.size() == recv_rows.size() && rows.size() <= kMaxRowStreams, context.op(),
-                 ": ", rows.size(), " row arrays in, ", recv_rows.size(), " out; at most ",
-                 kMaxRowStreams);
-  for (int i = 0; i < args.num_streams; ++i) {
-    const ffi::ErrorOr<ffi::AnyBuffer> in = rows.get<ffi::AnyBuffer>(i);
+  const size_t num_scales = attrs.quantize == Quantize::kNone ? 0 : 1;
+  JAX_EP_REQUIRE(rows.size() + num_scales == recv_rows.size() && rows.size() >= 1 &&
+                     recv_rows.size() <= kMaxRowStreams,
+                 context.op(), ": ", rows.size(), " row arrays in, ", recv_rows.size(),
+                 " out; at most ", kMaxRowStreams);
+  for (size_t i = 0; i < recv_rows.size(); ++i) {
     ffi::ErrorOr<ffi::Result<ffi::AnyBuffer>> out = recv_rows.get<ffi::AnyBuffer>(i);
-    if (!in.has_value()) return Refusal(in.error());
     if (!out.has_value()) return Refusal(out.error());
     const ffi::AnyBuffer to = **out;
-    JAX_EP_REQUIRE(
-        Dim(*in, 0) == num_tokens && Dim(to, 0) == recv_capacity && RowBytes(*in) == RowBytes(to),
-        context.op(), ": row array ", i, " does not fit topk_idx and recv_capacity");
-    args.streams[i] = {.in = static_cast<const std::byte*>(in->untyped_data()),
-                       .out = static_cast<std::byte*>(to.untyped_data()),
-                       .row_bytes = RowBytes(*in)};
+    RowStream& stream = args.streams[i];
+    stream = {.in = nullptr,
+              .out = static_cast<std::byte*>(to.untyped_data()),
+              .row_bytes = RowBytes(to)};
+    JAX_EP_REQUIRE(Dim(to, 0) == recv_capacity, context.op(), ": row array ", i,
+                   " does not fit recv_capacity");
+    if (i == 1 && num_scales == 1) continue;  // the scales are made here
+    const ffi::ErrorOr<ffi::AnyBuffer> in = rows.get<ffi::AnyBuffer>(i > 1 ? i - num_scales : i);
+    if (!in.has_value()) return Refusal(in.error());
+    stream.in = static_cast<const std::byte*>(in->untyped_data());
+    JAX_EP_REQUIRE(Dim(*in, 0) == num_tokens, context.op(), ": row array ", i,
+                   " does not fit topk_idx");
+    if (i == 0 && num_scales == 1) {
+      ffi::Error error = DecodeDType(context.op(), *in, args.dtype);
+      if (error.failure()) return Refusal(error);
+      JAX_EP_REQUIRE(
+          args.dtype != DType::kI32 && Dim(*in, 1) == Dim(to, 1) && Dim(to, 1) % kFp8Block == 0,
+          context.op(), ": rows cannot be rounded to fp8");
+      continue;
+    }
+    JAX_EP_REQUIRE(RowBytes(*in) == stream.row_bytes, context.op(), ": row array ", i,
+                   " does not fit its result");
+  }
+  if (num_scales == 1) {
+    const size_t scale_bytes = attrs.quantize == Quantize::kFp8E8m0 ? 1 : sizeof(float);
+    JAX_EP_REQUIRE(args.streams[1].row_bytes == args.streams[0].row_bytes / kFp8Block * scale_bytes,
+                   context.op(), ": the scales do not fit the rows");
   }
   return RunDispatch<Backend>(context, position, args, attrs, *workspace);
 }
 
 }  // namespace jax_ep
 
-XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_ep::DispatchAttrs, StructMember<std::string_view>("call"),
-                                      StructMember<int64_t>("expert_alignment"),
-                                      StructMember<jax_ep::Fill>("fill"),
-                                      StructMember<int64_t>("has_weights"),
-                                      StructMember<jax_ep::RecvLayout>("layout"),
-                                      StructMember<int64_t>("num_experts"),
-                                      StructMember<int64_t>("num_sms"));
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
+    jax_ep::DispatchAttrs, StructMember<std::string_view>("call"),
+    StructMember<int64_t>("expert_alignment"), StructMember<int64_t>("expert_stride"),
+    StructMember<jax_ep::Fill>("fill"), StructMember<int64_t>("has_weights"),
+    StructMember<jax_ep::RecvLayout>("layout"), StructMember<jax_ep::ExchangeMode>("mode"),
+    StructMember<int64_t>("num_experts"), StructMember<int64_t>("num_sms"),
+    StructMember<jax_ep::Quantize>("quantize"));

@@ -39,6 +39,8 @@ struct Case {
   Fill fill = Fill::kZeros;
   double share_masked = 0.1;
   bool is_skewed = false;
+  bool repeats = false;  // tokens may name an expert twice
+  ExchangeMode mode = ExchangeMode::kThroughput;
 
   DispatchShape shape() const {
     return {.layout = layout,
@@ -53,7 +55,8 @@ struct Case {
            std::to_string(num_ranks) + " T" + std::to_string(num_tokens) + " K" +
            std::to_string(num_topk) + " L" + std::to_string(num_local_experts) + " C" +
            std::to_string(capacity) + " A" + std::to_string(alignment) + " B" +
-           std::to_string(row_bytes);
+           std::to_string(row_bytes) + (repeats ? " repeats" : "") +
+           (mode == ExchangeMode::kLowLatency ? " low_latency" : "");
   }
 };
 
@@ -70,7 +73,7 @@ std::vector<int32_t> MakeIds(const Case& c, std::mt19937& rng) {
       }
       const double u = uniform(rng);
       const auto id = static_cast<int32_t>((c.is_skewed ? u * u * u : u) * num_experts);
-      if (std::find(chosen.begin(), chosen.end(), id) != chosen.end()) continue;
+      if (!c.repeats && std::find(chosen.begin(), chosen.end(), id) != chosen.end()) continue;
       chosen.push_back(id);
       ids[t * c.num_topk + k] = id;
     }
@@ -195,7 +198,13 @@ void TestRoundTrip(const Case& c, DType dtype, const Ranks& ranks, int num_sms, 
     launch.args.streams[0] = {reinterpret_cast<const std::byte*>(b.x.get()),
                               reinterpret_cast<std::byte*>(b.out.get()), c.row_bytes};
     launch.args.streams[1] = {b.scales.get(), b.out_scales.get(), scale_bytes};
-    Cuda(LaunchDispatch(launch, ranks.traits(), num_sms, ranks.stream(r)));
+    if (c.mode == ExchangeMode::kLowLatency) {
+      Cuda(LaunchLowLatencyDispatch(
+          MakeLowLatencyDispatch(launch.self, launch.position, launch.args), ranks.traits(),
+          num_sms, ranks.stream(r)));
+    } else {
+      Cuda(LaunchDispatch(launch, ranks.traits(), num_sms, ranks.stream(r)));
+    }
     const PullRowsLaunch pull{
         .self = ranks.endpoint(r),
         .position = ranks.position(r),
@@ -221,13 +230,21 @@ void TestRoundTrip(const Case& c, DType dtype, const Ranks& ranks, int num_sms, 
                                    .hidden = hidden,
                                    .send_rank = is_rank ? nullptr : b.send_rank.get(),
                                    .send_row = b.send_row.get(),
+                                   .recv_src = b.recv_src.get(),
+                                   .recv_k = is_rank ? nullptr : b.recv_k.get(),
                                    .weights = has_weights ? b.recv_weights.get() : nullptr,
                                    .rows = b.y.get(),
                                    .num_biases = num_biases,
                                    .biases = {b.x.get(), b.x.get()},
                                    .out = b.back.get()},
                           .workspace = b.partials.get()};
-    Cuda(LaunchCombine(combine, ranks.traits(), num_sms, ranks.stream(r)));
+    if (c.mode == ExchangeMode::kLowLatency) {
+      Cuda(LaunchLowLatencyCombine(
+          MakeLowLatencyCombine(combine.self, combine.position, combine.args, num_sms),
+          ranks.traits(), ranks.stream(r)));
+    } else {
+      Cuda(LaunchCombine(combine, ranks.traits(), num_sms, ranks.stream(r)));
+    }
   }
   ranks.Synchronize();
   CHECK(!ranks.HasFailed(), c.Name() + ": " + ranks.Failure());
@@ -319,6 +336,29 @@ void TestRoundTrip(const Case& c, DType dtype, const Ranks& ranks, int num_sms, 
   }
 }
 
+// Round trips of few tokens, with the kernels for these.
+void TestFewTokens(const Ranks& ranks, const Case& given, int num_sms, int seed) {
+  Case c = given;
+  c.mode = ExchangeMode::kLowLatency;
+  DispatchArgs args{};
+  args.shape = c.shape();
+  args.num_streams = 2;
+  args.streams[0].row_bytes = c.row_bytes;
+  args.streams[1].row_bytes = 20;
+  const int64_t room = MakeLowLatencyDispatch({}, nullptr, args).room();
+  if (room > ranks.endpoint(0).rooms.low_latency_payload) return;
+  TestRoundTrip<BF16>(c, DType::kBF16, ranks, num_sms, seed);
+  TestRoundTrip<float>(c, DType::kF32, ranks, num_sms, seed + 1);
+  TestRoundTrip<F16>(c, DType::kF16, ranks, num_sms, seed + 2);
+  // Repeated experts have more rows than the worst case of a right routing.
+  c.repeats = true;
+  c.capacity = std::max<int64_t>(c.capacity, c.layout == RecvLayout::kRank
+                                                 ? 0
+                                                 : c.num_tokens * c.num_ranks * c.num_topk +
+                                                       c.num_local_experts * (c.alignment - 1));
+  TestRoundTrip<BF16>(c, DType::kBF16, ranks, num_sms, seed + 3);
+}
+
 // `is_small`: for tools that make everything a hundred times slower.
 void TestMatrix(int num_devices, bool is_small) {
   int seed = 0;
@@ -358,6 +398,7 @@ void TestMatrix(int num_devices, bool is_small) {
           c.capacity = most;
           TestRoundTrip<float>(c, DType::kF32, ranks, num_sms(), seed++);
           TestRoundTrip<F16>(c, DType::kF16, ranks, num_sms(), seed++);
+          TestFewTokens(ranks, c, num_sms(), seed);
         }
       }
     }
@@ -370,6 +411,7 @@ void TestMatrix(int num_devices, bool is_small) {
               .capacity = 33 * num_ranks * 4};
     wide.row_bytes = 40000;
     TestRoundTrip<BF16>(wide, DType::kBF16, ranks, num_sms(), seed++);
+    TestFewTokens(ranks, wide, num_sms(), seed);
     Case many{.layout = RecvLayout::kExpert,
               .num_ranks = num_ranks,
               .num_tokens = is_small ? 60 : 600,

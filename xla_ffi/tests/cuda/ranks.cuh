@@ -20,6 +20,8 @@
 
 namespace jax_ep {
 
+inline constexpr size_t kLowLatencyBytes = 32 * 1024 * 1024;
+
 inline void Cuda(cudaError_t status) {
   if (status == cudaSuccess) return;
   std::fprintf(stderr, "CUDA: %s\n", cudaGetErrorString(status));
@@ -65,7 +67,7 @@ class Ranks {
     for (int r = 0; r < num_ranks; ++r) {
       Select(r);
       ControlBlock* control = nullptr;
-      const size_t bytes = SharedBytes(num_ranks);
+      const size_t bytes = SharedBytes(num_ranks, kLowLatencyBytes);
       Cuda(cudaMalloc(reinterpret_cast<void**>(&control), bytes));
       Cuda(cudaMemset(control, 0, bytes));
       // The calls of a test go over the end of the epochs.
@@ -107,9 +109,9 @@ class Ranks {
                         .num_ranks = num_ranks,
                         .position = r,
                         .site = 0,
-                        .rooms = RoomsOf(num_ranks),
+                        .rooms = RoomsOf(num_ranks, kLowLatencyBytes),
                         .control = {},
-                        .control_bytes = SharedBytes(num_ranks),
+                        .control_bytes = SharedBytes(num_ranks, kLowLatencyBytes),
                         .record = &records_[r]};
       std::copy(control_.begin(), control_.end(), endpoint.control);
       endpoints_.push_back(endpoint);

@@ -1,6 +1,7 @@
 """combine: brings the rows of a dispatch back to their tokens and adds them."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +9,11 @@ import jax.numpy as jnp
 from jax_ep._src.base import config
 from jax_ep._src.base.errors import ConfigError, ShapeError
 from jax_ep._src.base.handle import DispatchHandle
-from jax_ep._src.base.options import BackendName, Layout
+from jax_ep._src.base.options import BackendName, ExchangeMode, Layout
 from jax_ep._src.base.spec import RouteSpec, RowIndex
 from jax_ep._src.ops.combine import vjp
 from jax_ep._src.ops.common.checks import Checks
+from jax_ep._src.ops.common.few_tokens import require_room, why_no_room_to_combine
 from jax_ep._src.ops.common.vary import vary_alike
 from jax_ep._src.ops.pull_rows.vjp import pull_rows
 
@@ -59,17 +61,42 @@ def combine(
       GroupError from `group.check()`.
     Source: DeepEP (DeepSeek, 2025), normal kernels, with sums in f32 and in a fixed order.
     """
-    group, layout = _check.handle(handle)
-    rows = _check.rows(rows, name="rows", count="recv_capacity")
+    return combine_rows(
+        _check, rows, weights, handle, bias=bias, num_sms=num_sms, backend=backend, mode=None
+    )
+
+
+def combine_rows(
+    check: Checks,
+    rows: Any,
+    weights: Any,
+    handle: DispatchHandle,
+    *,
+    bias: Any,
+    num_sms: int | None,
+    backend: str | None,
+    mode: ExchangeMode | None,
+) -> jax.Array:
+    """Checks the arguments of a combine, and combines. `mode`: None: as `check.kernels` says."""
+    group, layout = check.handle(handle)
+    rows = check.rows(rows, name="rows", count="recv_capacity")
     if rows.shape[0] != handle.recv_capacity:
         raise ShapeError(
-            f"{_check.op}: rows must be [recv_capacity={handle.recv_capacity}, hidden] for this "
+            f"{check.op}: rows must be [recv_capacity={handle.recv_capacity}, hidden] for this "
             f"handle (layout={layout.value!r}), got shape {rows.shape}"
         )
-    biases = _as_biases(bias, rows, handle.send_row.shape[0])
-    weights = _as_weights(weights, handle, layout)
-    routes = _check.routes(backend, num_sms, group, layout)
-    spec = RouteSpec(group.spec, routes, layout, handle.recv_capacity, _check.op)
+    biases = _as_biases(check, bias, rows, handle.send_row.shape[0])
+    weights = _as_weights(check, weights, handle, layout)
+    spec = RouteSpec(
+        group=group.spec,
+        routes=check.routes(backend, num_sms, group, layout),
+        **check.kernels(num_sms, group, mode),
+        layout=layout,
+        recv_capacity=handle.recv_capacity,
+        op=check.op,
+    )
+    if mode is ExchangeMode.LOW_LATENCY:
+        require_room(check.op, why_no_room_to_combine(spec, handle.index(), rows))
     operands = (rows, weights, biases, handle.index())
     rows, weights, biases, index = vary_alike(operands, group)
     if weights is not None and weights.ndim == 2:
@@ -77,39 +104,37 @@ def combine(
     return vjp.combine(spec, rows, weights, biases, index)
 
 
-def _as_biases(
-    bias: jax.Array | Sequence[jax.Array] | None, rows: jax.Array, num_tokens: int
-) -> tuple[jax.Array, ...]:
+def _as_biases(check: Checks, bias: Any, rows: jax.Array, num_tokens: int) -> tuple[jax.Array, ...]:
     given = () if bias is None else bias if isinstance(bias, (tuple, list)) else (bias,)
     if len(given) > config.MAX_BIASES:
         raise ConfigError(
-            f"{_check.op}: bias takes at most {config.MAX_BIASES} arrays, got {len(given)}"
+            f"{check.op}: bias takes at most {config.MAX_BIASES} arrays, got {len(given)}"
         )
-    biases = tuple(_check.array(b, name="bias") for b in given)
+    biases = tuple(check.array(b, name="bias") for b in given)
     for b in biases:
-        _check.shape(b, (num_tokens, rows.shape[1]), name="bias")
-        _check.dtype(b, (rows.dtype,), name="bias")
+        check.shape(b, (num_tokens, rows.shape[1]), name="bias")
+        check.dtype(b, (rows.dtype,), name="bias")
     return biases
 
 
 def _as_weights(
-    weights: jax.Array | None, handle: DispatchHandle, layout: Layout
+    check: Checks, weights: Any, handle: DispatchHandle, layout: Layout
 ) -> jax.Array | None:
     if weights is None:
         return None
     if layout is Layout.RANK:
         raise ConfigError(
-            f"{_check.op}: weights need a handle of layout='expert', got layout='rank': in the "
+            f"{check.op}: weights need a handle of layout='expert', got layout='rank': in the "
             "rank layout the caller weights and sums its experts"
         )
-    weights = _check.weights(weights, name="weights")
+    given: jax.Array = check.weights(weights, name="weights")
     at_rows, at_tokens = (handle.recv_capacity,), handle.send_row.shape
-    if weights.shape not in (at_rows, at_tokens):
+    if given.shape not in (at_rows, at_tokens):
         raise ShapeError(
-            f"{_check.op}: weights must have shape {at_rows} (at the rows) or {at_tokens} "
-            f"(at the tokens), got {weights.shape}"
+            f"{check.op}: weights must have shape {at_rows} (at the rows) or {at_tokens} "
+            f"(at the tokens), got {given.shape}"
         )
-    return weights
+    return given
 
 
 def _to_rows(spec: RouteSpec, weights: jax.Array, index: RowIndex) -> jax.Array:
@@ -159,7 +184,14 @@ def combine_weights(
     group, layout = check.handle(handle)
     w = check.weights(w, name="w")
     routes = check.routes(backend, None, group, layout)
-    spec = RouteSpec(group.spec, routes, layout, handle.recv_capacity, check.op)
+    spec = RouteSpec(
+        group=group.spec,
+        routes=routes,
+        **check.kernels(None, group),
+        layout=layout,
+        recv_capacity=handle.recv_capacity,
+        op=check.op,
+    )
     w, index = vary_alike((w, handle.index()), group)
     if layout is Layout.RANK:
         if w.ndim != 2 or w.shape[0] != handle.recv_capacity or w.shape[1] < 1:

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 
 from jax_ep._src.base import limits, native_modules
 from jax_ep._src.base.errors import ConfigError
+from jax_ep._src.base.options import ExchangeMode
 from jax_ep._src.base.spec import RouteSpec, RowIndex
 from jax_ep._src.ops.combine import stock
 from jax_ep._src.ops.common.check_mesh import check_mesh
+from jax_ep._src.ops.common.few_tokens import combine_kernels
 from jax_ep._src.ops.common.primitive import Result, absent, make_primitive
 
 
@@ -21,16 +23,8 @@ class _Results(NamedTuple):
     workspace: Any
 
 
-def _results(
-    position: Any,
-    send_rank: Any,
-    send_row: Any,
-    weights: Any,
-    rows: Any,
-    *biases: Any,
-    workspace_bytes: int,
-    **_: Any,
-) -> _Results:
+def _results(*operands: Any, workspace_bytes: int, **_: Any) -> _Results:
+    send_row, rows = operands[2], operands[6]
     return _Results(
         sums=Result((send_row.shape[0], *rows.shape[1:]), rows.dtype),
         workspace=Result((workspace_bytes,), jnp.uint8),
@@ -41,7 +35,7 @@ _bind = make_primitive(
     "combine",
     _results,
     platforms=("cpu", "cuda"),
-    attributes=("group", "has_weights", "layout", "num_sms"),
+    attributes=("group", "has_weights", "layout", "mode", "num_sms"),
 )
 
 
@@ -70,11 +64,16 @@ def combine(
     """Returns [num_tokens, hidden] from rows [recv_capacity, hidden].
 
     XLA's collectives carry the combine if the custom call has no room to stage the operands. All
-    ranks have the same room.
+    ranks have the same room. Peers read no operands of the kernels for few tokens.
     """
-    workspace_bytes = _workspace_bytes(spec, index, rows)
-    if spec.backend == "xla" or not spec.group.can_stage(
-        rows, weights, index.send_rank, index.send_row, scratch_bytes=workspace_bytes
+    mode, num_sms = combine_kernels(spec, index, rows)
+    is_few = mode is ExchangeMode.LOW_LATENCY
+    workspace_bytes = 0 if is_few else _workspace_bytes(spec, index, rows)
+    if spec.backend == "xla" or not (
+        is_few
+        or spec.group.can_stage(
+            rows, weights, index.send_rank, index.send_row, scratch_bytes=workspace_bytes
+        )
     ):
         return stock.combine(spec, index, rows, weights, biases)
     if spec.backend == "cuda" and index.send_row.shape[1] > limits.MAX_TOPK:
@@ -87,13 +86,16 @@ def combine(
         position,
         absent(jnp.int32) if index.send_rank is None else index.send_rank,
         index.send_row,
+        index.recv_src if is_few else absent(jnp.int32),
+        index.recv_k if is_few and index.recv_k is not None else absent(jnp.int32),
         absent(jnp.float32) if weights is None else weights,
         rows,
         *biases,
         group=spec.group.identity,
         has_weights=weights is not None,
         layout=spec.layout,
-        num_sms=spec.num_sms,
+        mode=mode,
+        num_sms=num_sms,
         op=spec.op,
         workspace_bytes=workspace_bytes,
     )

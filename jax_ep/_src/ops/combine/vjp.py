@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax_ep._src.base.operations import COMBINE_NAME
 from jax_ep._src.base.spec import RouteSpec, RowIndex
 from jax_ep._src.ops.combine import call
+from jax_ep._src.ops.common.refuse_gradient import refuse_low_latency
 from jax_ep._src.ops.pull_rows.call import pull_along
 
 
@@ -40,6 +41,7 @@ def _fwd(
 
 
 def _bwd(spec: RouteSpec, residuals: Any, ct: jax.Array) -> tuple[Any, Any, Any, None]:
+    refuse_low_latency(spec)
     rows, weights, num_biases, index = residuals
     rows_bar = pull_along(spec.of_gradient(), index, ct)
     bias_bars = (ct,) * num_biases

@@ -6,6 +6,8 @@ from typing import NoReturn
 import jax
 
 from jax_ep._src.base.errors import ConfigError
+from jax_ep._src.base.options import ExchangeMode
+from jax_ep._src.base.spec import ExchangeSpec
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -23,3 +25,12 @@ def _refuse_gradient_bwd(message: str, residuals: None, ct: jax.Array) -> NoRetu
 
 
 refuse_gradient.defvjp(_refuse_gradient_fwd, _refuse_gradient_bwd)
+
+
+def refuse_low_latency(spec: ExchangeSpec) -> None:
+    """Raises ConfigError in the backward pass of a low-latency operation, which has no gradient."""
+    if spec.mode is ExchangeMode.LOW_LATENCY:
+        plain = spec.op.removeprefix("low_latency_")
+        raise ConfigError(
+            f"{spec.op} cannot be differentiated; use jax_ep.{plain}, or jax.lax.stop_gradient"
+        )

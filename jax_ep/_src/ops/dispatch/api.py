@@ -8,7 +8,15 @@ import jax
 from jax_ep._src.base import config
 from jax_ep._src.base.errors import ConfigError, DTypeError, GroupError
 from jax_ep._src.base.handle import Dispatched, DispatchHandle
-from jax_ep._src.base.options import BackendName, Fill, FillName, Layout, LayoutName
+from jax_ep._src.base.options import (
+    BackendName,
+    ExchangeMode,
+    Fill,
+    FillName,
+    Layout,
+    LayoutName,
+    Quantize,
+)
 from jax_ep._src.base.spec import DispatchResults, DispatchSpec, RouteSpec
 from jax_ep._src.group.group import Group
 from jax_ep._src.ops.common.checks import Checks
@@ -141,8 +149,14 @@ def prepare(
     fill: str,
     num_sms: int | None,
     backend: str | None,
+    expert_stride: int = 0,
+    quantize: Quantize = Quantize.NONE,
+    mode: ExchangeMode | None = None,
 ) -> tuple[DispatchSpec, jax.Array, jax.Array | None]:
-    """Checks the routing arguments of a dispatch; returns the spec, int32 ids, and the weights."""
+    """Checks the routing arguments of a dispatch; returns the spec, int32 ids, and the weights.
+
+    `expert_stride`, `quantize`: as in DispatchSpec. `mode`: None: as `check.kernels` says.
+    """
     num_experts = check.num_experts(num_experts, group)
     topk_idx = check.topk_idx(topk_idx, num_experts=num_experts)
     check.shape(topk_idx, (num_tokens, topk_idx.shape[1]), name="topk_idx")
@@ -153,12 +167,15 @@ def prepare(
     spec = DispatchSpec(
         group=group.spec,
         routes=check.routes(backend, num_sms, group, arrangement),
+        **check.kernels(num_sms, group, mode),
         layout=arrangement,
         num_experts=num_experts,
         op=check.op,
         recv_capacity=_capacity(check, arrangement, recv_capacity, topk_idx.shape, group),
         expert_alignment=_alignment(check, arrangement, expert_alignment, num_experts),
         fill=check.choice(Fill, fill, name="fill"),
+        expert_stride=expert_stride,
+        quantize=quantize,
     )
     check.report_bad_routing(topk_idx, num_experts=num_experts, group=group)
     return spec, topk_idx, topk_weights
@@ -228,7 +245,14 @@ def _dispatch_along(
     num_tokens = handle.send_row.shape[0]
     _check.shape(rows[0], (num_tokens, rows[0].shape[1]), name="x")
     routes = _check.routes(backend, num_sms, found, layout)
-    spec = RouteSpec(found.spec, routes, layout, handle.recv_capacity, _check.op)
+    spec = RouteSpec(
+        group=found.spec,
+        routes=routes,
+        **_check.kernels(num_sms, found),
+        layout=layout,
+        recv_capacity=handle.recv_capacity,
+        op=_check.op,
+    )
     rows, index = vary_alike((rows, handle.index()), found)
     moved = vjp.dispatch_along(spec, rows, index)
     return _as_dispatched(moved, handle, has_scales=isinstance(x, tuple))

@@ -8,11 +8,13 @@ import jax.numpy as jnp
 
 from jax_ep._src.base import limits, native_modules
 from jax_ep._src.base.errors import ConfigError
-from jax_ep._src.base.options import Layout
+from jax_ep._src.base.options import ExchangeMode, Layout, Quantize
 from jax_ep._src.base.spec import DispatchResults, DispatchSpec
 from jax_ep._src.ops.common.check_mesh import check_mesh
+from jax_ep._src.ops.common.few_tokens import dispatch_kernels, sent_rows
 from jax_ep._src.ops.common.primitive import Result, absent, make_primitive
 from jax_ep._src.ops.dispatch import stock
+from jax_ep._src.ops.dispatch.fp8 import round_rows
 
 
 class _Results(NamedTuple):
@@ -40,6 +42,7 @@ def _results(
     layout: Layout,
     num_experts: int,
     num_ranks: int,
+    quantize: Quantize,
     recv_capacity: int,
     workspace_bytes: int,
     **_: Any,
@@ -59,7 +62,9 @@ def _results(
         recv_topk_idx=Result(choices if is_rank_layout else (0,), jnp.int32),
         recv_weights=Result(weights if has_weights else (0,), jnp.float32),
         workspace=Result((workspace_bytes,), jnp.uint8),
-        rows=tuple(Result((recv_capacity, *r.shape[1:]), r.dtype) for r in rows),
+        rows=tuple(
+            Result((recv_capacity, *width), dtype) for width, dtype in sent_rows(rows, quantize)
+        ),
     )
 
 
@@ -69,18 +74,21 @@ _bind = make_primitive(
     platforms=("cpu", "cuda"),
     attributes=(
         "expert_alignment",
+        "expert_stride",
         "fill",
         "group",
         "has_weights",
         "layout",
+        "mode",
         "num_experts",
         "num_sms",
+        "quantize",
     ),
 )
 
 
-def _workspace_bytes(spec: DispatchSpec, shape: tuple[int, ...]) -> int:
-    if spec.backend != "cuda":
+def _workspace_bytes(spec: DispatchSpec, shape: tuple[int, ...], mode: ExchangeMode) -> int:
+    if spec.backend != "cuda" or mode is ExchangeMode.LOW_LATENCY:
         return 0
     num_tokens, num_topk = shape
     size: int = native_modules.load("cuda").dispatch_workspace_bytes(
@@ -108,9 +116,18 @@ def dispatch(
     """Routes the tokens and moves their rows.
 
     XLA's collectives carry the dispatch if the custom call has no room to stage the operands. All
-    ranks have the same room.
+    ranks have the same room. Peers read no operands of the kernels for few tokens.
     """
-    if spec.backend == "xla" or not spec.group.can_stage(topk_idx, topk_weights, *rows):
+    mode, num_sms = dispatch_kernels(spec, topk_idx.shape, rows)
+    is_carried = mode is ExchangeMode.LOW_LATENCY or (
+        # The kernels for many tokens leave no rows between the experts.
+        not (spec.expert_stride and spec.backend == "cuda")
+        and spec.group.can_stage(topk_idx, topk_weights, *rows)
+    )
+    is_few = mode is ExchangeMode.LOW_LATENCY
+    if spec.quantize is not Quantize.NONE and not is_few:
+        rows = (*round_rows(rows[0], spec.quantize), *rows[1:])
+    if spec.backend == "xla" or not is_carried:
         return stock.dispatch(spec, topk_idx, topk_weights, rows)
     position = check_mesh(spec.group.position(), spec.group, op=spec.op)
     results: _Results = _bind(
@@ -119,16 +136,19 @@ def dispatch(
         absent(jnp.float32) if topk_weights is None else topk_weights,
         *rows,
         expert_alignment=spec.expert_alignment,
+        expert_stride=spec.expert_stride,
         fill=spec.fill,
         group=spec.group.identity,
         has_weights=topk_weights is not None,
         layout=spec.layout,
+        mode=mode,
         num_experts=spec.num_experts,
         num_ranks=spec.group.num_ranks,
-        num_sms=spec.num_sms,
+        num_sms=num_sms,
         op=spec.op,
+        quantize=spec.quantize if is_few else Quantize.NONE,
         recv_capacity=spec.recv_capacity,
-        workspace_bytes=_workspace_bytes(spec, topk_idx.shape),
+        workspace_bytes=_workspace_bytes(spec, topk_idx.shape, mode),
     )
     is_rank_layout = spec.layout is Layout.RANK
     return DispatchResults(

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jax_ep._src.base import config, exact
 from jax_ep._src.base.checks import alternatives
 from jax_ep._src.base.errors import DTypeError, ShapeError
-from jax_ep._src.base.options import Scales, ScalesName
+from jax_ep._src.base.options import Quantize, Scales, ScalesName
 from jax_ep._src.ops.common.checks import FLOAT_DTYPES, Checks
 
 FP8_DTYPES = (jnp.float8_e4m3fn, jnp.float8_e5m2)
@@ -141,6 +141,14 @@ def _result_dtype(check: Checks, dtype: Any, dtypes: Sequence[Any]) -> Any:
             return d
     names = alternatives([d.name for d in allowed])
     raise DTypeError(f"{check.op}: dtype must be {names}, got {dtype!r}")
+
+
+def round_rows(x: jax.Array, how: Quantize) -> tuple[jax.Array, jax.Array]:
+    """Rounds rows as the kernel of a low-latency dispatch does: rows and scales."""
+    if how is Quantize.FP8:
+        return quantize_fp8(x, scales="f32")
+    rounded, exponents = quantize_fp8(x, scales="e8m0")
+    return rounded, exponents if how is Quantize.FP8_E8M0 else _as_f32(exponents)
 
 
 def _as_f32(exponent_byte: jax.Array) -> jax.Array:

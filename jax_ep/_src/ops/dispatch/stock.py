@@ -80,10 +80,16 @@ def _route_experts(
     aligned = -(-upto // spec.expert_alignment) * spec.expert_alignment
     aligned = aligned.reshape(num_all, group.num_ranks, num_local)
     per_rank = jnp.sum(aligned, axis=-1, dtype=jnp.int32)
-    fits = jnp.repeat(per_rank <= capacity, num_local, axis=1)  # [tokens, experts]
+    is_whole = per_rank <= capacity
+    if spec.expert_stride:
+        is_whole &= jnp.all(aligned <= spec.expert_stride, axis=-1)
+    fits = jnp.repeat(is_whole, num_local, axis=1)  # [tokens, experts]
     kept = jnp.max(jnp.where(fits, upto, 0), axis=0)
     sizes = (-(-kept // spec.expert_alignment) * spec.expert_alignment).reshape(-1, num_local)
-    first = (jnp.cumsum(sizes, axis=1, dtype=jnp.int32) - sizes).reshape(-1)
+    if spec.expert_stride:
+        first = jnp.arange(spec.num_experts, dtype=jnp.int32) % num_local * spec.expert_stride
+    else:
+        first = (jnp.cumsum(sizes, axis=1, dtype=jnp.int32) - sizes).reshape(-1)
 
     safe = jnp.maximum(ids, 0)
     earlier = jnp.tri(num_topk, k=-1, dtype=jnp.bool_)[None]

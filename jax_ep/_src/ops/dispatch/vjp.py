@@ -16,6 +16,7 @@ from jax_ep._src.base.operations import DISPATCH_NAME
 from jax_ep._src.base.options import Layout
 from jax_ep._src.base.spec import DispatchResults, DispatchSpec, ExchangeSpec, RouteSpec, RowIndex
 from jax_ep._src.ops.combine.call import combine
+from jax_ep._src.ops.common.refuse_gradient import refuse_low_latency
 from jax_ep._src.ops.dispatch import call
 from jax_ep._src.ops.dispatch.fp8 import FP8_DTYPES, dequantize_fp8, quantize_fp8
 from jax_ep._src.ops.pull_rows.call import pull_along, pull_rows
@@ -75,6 +76,7 @@ def _dispatch_fwd(
 
 
 def _dispatch_bwd(spec: DispatchSpec, residuals: Any, ct: DispatchResults) -> tuple[Any, Any, None]:
+    refuse_low_latency(spec)
     topk_idx, send_row, recv_src = residuals
     spec = spec.of_gradient()
     index = RowIndex(send_rank(spec, topk_idx, send_row), send_row, recv_src, None)

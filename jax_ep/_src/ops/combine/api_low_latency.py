@@ -1,0 +1,74 @@
+"""low_latency_combine: the combine of a decoding step, with the results of combine."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from jax_ep._src.base.handle import DispatchHandle
+from jax_ep._src.base.options import BackendName, ExchangeMode
+from jax_ep._src.ops.combine.api import combine_rows
+from jax_ep._src.ops.common.checks import Checks
+
+_check = Checks("low_latency_combine")
+
+
+def low_latency_combine(
+    rows: jax.Array,
+    handle: DispatchHandle,
+    *,
+    weights: jax.Array | None = None,
+    bias: jax.Array | Sequence[jax.Array] | None = None,
+    num_sms: int | None = None,
+    backend: BackendName | None = None,
+) -> jax.Array:
+    """Brings the rows of a decoding step back to their tokens and adds them.
+
+    The results have the bits of `combine`. On the `cuda` back end one kernel adds this rank's rows
+    of each token, rounds the sum to the rows' dtype and sends it to the token's rank, which has a
+    place for it.
+
+    Args:
+      rows: [recv_capacity, hidden] bf16, f16 or f32, in the layout of the handle; after a dispatch
+        in the layout "batched" also [num_local_experts, rows of an expert, hidden].
+      handle: handle of a dispatch, low-latency or not.
+      weights: as in combine; after a dispatch in the layout "batched" also [num_local_experts, rows
+        of an expert], like `Dispatched.weights`.
+      bias: one or two arrays [num_tokens, hidden] of the rows' dtype, added to the result.
+      num_sms: SMs that the kernel uses on the `cuda` back end; None: all. Static.
+      backend: "cpu", "cuda" or "xla"; None: the group's.
+
+    Returns:
+      [num_tokens, hidden] of the rows' dtype.
+
+    Collective: every rank of the group calls it, inside jax.shard_map over the group's mesh.
+    Gradient: none: jax.grad raises ConfigError.
+    Limits: as in low_latency_dispatch.
+    Raises: ShapeError, DTypeError, ConfigError, GroupError while tracing; PeerTimeoutError and
+      GroupError from `group.check()`.
+    Source: DeepEP (DeepSeek, 2025), low-latency kernels, with sums in f32 and in a fixed order.
+    """
+    return combine_rows(
+        _check,
+        _flat(rows, handle, 3),
+        _flat(weights, handle, 2),
+        handle,
+        bias=bias,
+        num_sms=num_sms,
+        backend=backend,
+        mode=ExchangeMode.LOW_LATENCY,
+    )
+
+
+def _flat(array: Any, handle: Any, num_dims: int) -> Any:
+    """Returns rows or weights without the dimension of the local experts."""
+    if array is None or not isinstance(handle, DispatchHandle) or array.ndim != num_dims:
+        return array
+    num_local, num_rows = array.shape[:2]
+    is_batched = (
+        handle.group_sizes.shape == (num_local,) and num_local * num_rows == handle.recv_capacity
+    )
+    # Weights [num_tokens, num_topk] have two dimensions, too.
+    if not is_batched or (num_dims == 2 and array.shape == handle.send_row.shape):
+        return array
+    return array.reshape(num_local * num_rows, *array.shape[2:])

@@ -1,0 +1,192 @@
+"""low_latency_dispatch: the dispatch of a decoding step, with the results of dispatch."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_ep._src.base import config
+from jax_ep._src.base.errors import ConfigError, ShapeError
+from jax_ep._src.base.handle import Dispatched
+from jax_ep._src.base.options import (
+    BackendName,
+    ExchangeMode,
+    Layout,
+    LowLatencyLayout,
+    LowLatencyLayoutName,
+    Quantize,
+    QuantizeName,
+)
+from jax_ep._src.base.spec import DispatchSpec
+from jax_ep._src.group.group import Group
+from jax_ep._src.ops.common.checks import Checks
+from jax_ep._src.ops.common.few_tokens import require_room, why_no_room_to_dispatch
+from jax_ep._src.ops.common.vary import vary_alike
+from jax_ep._src.ops.dispatch import vjp
+from jax_ep._src.ops.dispatch.api import assemble, prepare
+from jax_ep._src.ops.dispatch.capacity import recv_capacity as compute_capacity
+from jax_ep._src.ops.dispatch.fp8 import FP8_DTYPES
+
+_check = Checks("low_latency_dispatch")
+_OPAQUE_DTYPES = (*FP8_DTYPES, jnp.uint8)
+
+
+def low_latency_dispatch(
+    x: jax.Array | tuple[jax.Array, jax.Array],
+    topk_idx: jax.Array,
+    topk_weights: jax.Array | None = None,
+    *,
+    group: Group,
+    num_experts: int,
+    max_tokens_per_rank: int,
+    recv_capacity: int | None = None,
+    layout: LowLatencyLayoutName = "expert",
+    quantize: QuantizeName | None = None,
+    payload: jax.Array | None = None,
+    num_sms: int | None = None,
+    backend: BackendName | None = None,
+) -> Dispatched:
+    """Sends each token of a decoding step to the ranks that own its experts.
+
+    The results are those of `dispatch` with `fill="padding"`. On the `cuda` back end one kernel
+    sends the choices and the rows of the tokens to the peers' memory, where every row has a place
+    that no other rank's choices move. So no rank waits for counts before it sends.
+
+    Args:
+      x: [num_tokens, hidden] bf16, f16 or f32, or a pair ([num_tokens, hidden] fp8 or uint8, scales
+        [num_tokens, S] of any type of whole bytes), moved unchanged: mxfp8 or nvfp4 blocks are
+        bytes. A row of x is a multiple of 16 bytes. Every rank has the same num_tokens; mask unused
+        tokens with -1 in topk_idx.
+      topk_idx: [num_tokens, num_topk] int32 or int64, as in dispatch.
+      topk_weights: [num_tokens, num_topk] of any floating dtype, which travel as f32; or None.
+      group: the ranks. Static.
+      num_experts: experts of the whole group, a multiple of its ranks. Static.
+      max_tokens_per_rank: the most tokens of any call; recv_capacity and the layout "batched"
+        depend on it, not on num_tokens. Static.
+      recv_capacity: rows that this rank can receive; None: the worst case. With fewer rows the
+        kernels of `dispatch` carry the call. Not for "batched".
+      layout: "expert" and "rank" as in dispatch; "batched": x is [num_local_experts, num_ranks *
+        max_tokens_per_rank, hidden], the rows of each expert begin at its first row, and
+        group_sizes says how many there are.
+      quantize: None; "fp8": rows are rounded to float8_e4m3fn, with an f32 scale for 128 elements;
+        "fp8_pow2": scales are powers of two; "fp8_e8m0": these as exponent bytes. hidden is a
+        multiple of 128 then.
+      payload: [num_tokens, P] of any type of whole bytes, moved with the rows unchanged; or None.
+      num_sms: SMs that the kernel uses on the `cuda` back end; None: all. Static.
+      backend: "cpu", "cuda" or "xla"; None: the group's.
+
+    Returns:
+      Dispatched, with the handle that `low_latency_combine` and `combine` take. In the layout
+      "batched" x, scales, payload and weights have [num_local_experts, num_ranks *
+      max_tokens_per_rank] in the place of [recv_capacity].
+
+    Collective: every rank of the group calls it, inside jax.shard_map over the group's mesh.
+    Gradient: none: jax.grad raises ConfigError.
+    Batches: `jax.vmap` makes one call for each element, in order.
+    Limits: what a rank sends to another must fit into the group's memory: `low_latency_bytes` of
+      `Group.open`. On the `cuda` back end 32 ranks, num_topk 32, and a table of choices of 96 KiB:
+      about 400,000 tokens times experts.
+    Raises: ShapeError, DTypeError, ConfigError, GroupError while tracing; PeerTimeoutError,
+      GroupError and RoutingError (debug mode) from `group.check()`.
+    Source: DeepEP (DeepSeek, 2025), low-latency kernels; TensorRT-LLM's one-sided exchange (2025).
+    """
+    group = _check.group(group)
+    arrangement = _check.choice(LowLatencyLayout, layout, name="layout")
+    how = _check.choice(Quantize, quantize or Quantize.NONE, name="quantize")
+    rows = _streams(x, payload, how)
+    num_tokens = rows[0].shape[0]
+    most = _check.integer(max_tokens_per_rank, minimum=1, name="max_tokens_per_rank")
+    if num_tokens > most:
+        raise ConfigError(
+            f"{_check.op}: x must have at most max_tokens_per_rank={most} tokens, got {num_tokens}"
+        )
+    num_experts = _check.num_experts(num_experts, group)
+    is_batched = arrangement is LowLatencyLayout.BATCHED
+    in_rows = Layout.RANK if arrangement is LowLatencyLayout.RANK else Layout.EXPERT
+    stride = group.num_ranks * most if is_batched else 0
+    if is_batched:
+        if recv_capacity is not None:
+            raise ConfigError(
+                f"{_check.op}: recv_capacity must be left out with layout='batched', "
+                f"got {recv_capacity}"
+            )
+        recv_capacity = stride * (num_experts // group.num_ranks)
+    elif recv_capacity is None:
+        ids = _check.topk_idx(topk_idx, num_experts=num_experts)
+        recv_capacity = compute_capacity(
+            num_tokens=most,
+            num_topk=ids.shape[1],
+            num_experts=num_experts,
+            num_ranks=group.num_ranks,
+            layout=in_rows,
+            balance=None,
+        )
+    spec, topk_idx, topk_weights = prepare(
+        _check,
+        topk_idx,
+        topk_weights,
+        num_tokens=num_tokens,
+        group=group,
+        num_experts=num_experts,
+        layout=in_rows,
+        recv_capacity=recv_capacity,
+        expert_alignment=1,
+        fill="padding",
+        num_sms=num_sms,
+        backend=backend,
+        expert_stride=stride,
+        quantize=how,
+        mode=ExchangeMode.LOW_LATENCY,
+    )
+    require_room(_check.op, why_no_room_to_dispatch(spec, topk_idx.shape, rows))
+    rows, topk_weights, topk_idx = vary_alike((rows, topk_weights, topk_idx), group)
+    routed = vjp.dispatch(spec, rows, topk_weights, topk_idx)
+    has_scales = how is not Quantize.NONE or isinstance(x, tuple)
+    return _batched(spec, assemble(spec, topk_idx, routed, has_scales=has_scales))
+
+
+def _streams(x: Any, payload: Any, quantize: Quantize) -> tuple[jax.Array, ...]:
+    """Returns the arrays that travel, one row per token: x, its scales, the payload."""
+    if isinstance(x, tuple):
+        if len(x) != 2 or quantize is not Quantize.NONE:
+            raise ConfigError(
+                f"{_check.op}: x must be an array, or with quantize=None a pair, "
+                f"got {len(x)} arrays with quantize={quantize.value!r}"
+            )
+        first = _check.rows(x[0], name="x[0]", dtypes=_OPAQUE_DTYPES)
+        rows = [first, _check.stream(x[1], first.shape[0], name="scales")]
+    else:
+        rows = [_check.rows(x, name="x")]
+        if quantize is not Quantize.NONE and rows[0].shape[1] % config.FP8_BLOCK:
+            raise ShapeError(
+                f"{_check.op}: x must be [num_tokens, hidden] with hidden a multiple of "
+                f"{config.FP8_BLOCK} for quantize={quantize.value!r}, got shape {rows[0].shape}"
+            )
+    if payload is not None:
+        rows.append(_check.stream(payload, rows[0].shape[0], name="payload"))
+    return tuple(rows)
+
+
+def _batched(spec: DispatchSpec, out: Dispatched) -> Dispatched:
+    """Gives the arrays of rows a dimension for the local experts, in the layout "batched"."""
+    if not spec.expert_stride:
+        return out
+    shape = (spec.num_local_experts, spec.expert_stride)
+
+    def split(a: jax.Array | None) -> jax.Array | None:
+        return None if a is None else a.reshape(*shape, *a.shape[1:])
+
+    assert out.x.shape[0] == math.prod(shape)
+    return Dispatched(
+        x=out.x.reshape(*shape, *out.x.shape[1:]),
+        scales=split(out.scales),
+        payload=split(out.payload),
+        topk_idx=out.topk_idx,
+        weights=split(out.weights),
+        group_sizes=out.group_sizes,
+        num_recv=out.num_recv,
+        num_dropped=out.num_dropped,
+        num_invalid=out.num_invalid,
+        handle=out.handle,
+    )

@@ -1,0 +1,300 @@
+"""low_latency_dispatch and low_latency_combine; the conformance suite compares their values."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_ep
+from jax_ep._src.base import config, limits, native_modules
+from jax_ep._src.base.options import ExchangeMode, Fill, Layout
+from jax_ep._src.base.spec import DispatchSpec, GroupSpec, Route, Routes, RouteSpec, RowIndex
+from jax_ep._src.ops.common import few_tokens
+from jax_ep.testing.ranks import make_mesh, on_ranks
+
+NUM_RANKS, NUM_EXPERTS, TOKENS, TOPK, HIDDEN = 2, 4, 5, 2, 128
+
+
+@pytest.fixture(scope="module")
+def group():
+    with jax_ep.Group.open(make_mesh(NUM_RANKS), "ep", name="few") as opened:
+        yield opened
+
+
+def _inputs(seed=0, tokens=TOKENS):
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((NUM_RANKS, tokens, HIDDEN)).astype(np.float32)
+    ids = rng.permuted(
+        np.broadcast_to(np.arange(NUM_EXPERTS), (NUM_RANKS, tokens, NUM_EXPERTS)), axis=-1
+    )[..., :TOPK]
+    return x, ids.astype(np.int32), rng.random(ids.shape, np.float32)
+
+
+def _send(group, x, ids, weights=None, **options):
+    options = {"num_experts": NUM_EXPERTS, "max_tokens_per_rank": TOKENS, **options}
+    return jax_ep.low_latency_dispatch(x, ids, weights, group=group, **options)
+
+
+def _round_trip(group, x, ids, weights, **options):
+    out = _send(group, x, ids, weights, **options)
+    at_rows = None if options.get("layout") == "rank" else out.weights
+    return jax_ep.low_latency_combine(out.x, out.handle, weights=at_rows)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "xla"])
+@pytest.mark.parametrize("layout", ["expert", "rank", "batched"])
+def test_layouts_bring_the_same_rows_back(group, layout, backend):
+    """Handles of low-latency dispatches serve the plain combine, and those of plain dispatches."""
+
+    def run(x, ids, weights):
+        out = _send(group, x, ids, weights, layout=layout, backend=backend)
+        wide = partial(jax.tree.map, lambda a: a.reshape(-1, *a.shape[out.x.ndim - 1 :]))
+        rows = wide(out.x)
+        at_rows = None if layout == "rank" else out.weights.reshape(-1)
+        plain = jax_ep.combine(rows, out.handle, weights=at_rows, backend=backend)
+        few = jax_ep.low_latency_combine(
+            out.x,
+            out.handle,
+            weights=None if layout == "rank" else out.weights,
+            backend=backend,
+        )
+        return plain, few
+
+    plain, few = on_ranks(run, group.mesh)(*_inputs())
+    np.testing.assert_array_equal(plain, few)
+    x, _, weights = _inputs()
+    if layout != "rank":
+        expected = x * weights.sum(axis=-1, keepdims=True)
+        np.testing.assert_allclose(few, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_shapes_depend_on_the_most_tokens_alone(group):
+    x, ids, _ = _inputs(tokens=3)
+    shapes = {}
+    for layout in ("expert", "rank", "batched"):
+        fn = on_ranks(lambda x, i, how=layout: _send(group, x, i, layout=how), group.mesh)
+        shapes[layout] = jax.eval_shape(fn, x, ids).x.shape[1:]
+    assert shapes == {
+        "expert": (TOKENS * NUM_RANKS * TOPK, HIDDEN),
+        "rank": (TOKENS * NUM_RANKS, HIDDEN),
+        "batched": (NUM_EXPERTS // NUM_RANKS, TOKENS * NUM_RANKS, HIDDEN),
+    }
+
+
+@pytest.mark.parametrize(
+    ("quantize", "dtype"), [("fp8", "float32"), ("fp8_pow2", "float32"), ("fp8_e8m0", "uint8")]
+)
+def test_rounded_rows_are_near_the_rows(group, quantize, dtype):
+    def run(x, ids):
+        out = _send(group, x, ids, quantize=quantize)
+        assert out.scales.dtype == dtype
+        rows = jax_ep.dequantize_fp8(out.x, out.scales, jnp.float32)
+        return jax_ep.low_latency_combine(rows, out.handle)
+
+    x, ids, _ = _inputs()
+    y = np.asarray(on_ranks(run, group.mesh)(x, ids))
+    largest = np.abs(x).max(axis=-1, keepdims=True)
+    assert np.all(np.abs(y / TOPK - x) <= largest * 2**-3)
+    assert not np.array_equal(y / TOPK, x)
+
+
+def test_a_batch_gives_the_bits_of_a_loop(group):
+    x, ids, weights = (np.stack(a, axis=1) for a in zip(_inputs(0), _inputs(1), strict=True))
+    step = partial(_round_trip, group)
+    batched = on_ranks(jax.vmap(step), group.mesh)(x, ids, weights)
+    for i in range(2):
+        alone = on_ranks(step, group.mesh)(x[:, i], ids[:, i], weights[:, i])
+        np.testing.assert_array_equal(batched[:, i], alone)
+
+
+@pytest.mark.parametrize("of", ["x", "topk_weights", "rows", "weights"])
+def test_gradients_are_refused_by_name(group, of):
+    x, ids, weights = _inputs()
+
+    def loss(moved):
+        given = {"x": x[0], "topk_weights": weights[0], of: moved}
+        out = _send(group, given["x"], ids[0], given["topk_weights"])
+        if of in ("x", "topk_weights"):
+            return jnp.sum(out.x) + jnp.sum(out.weights)
+        rows, at_rows = jnp.ones_like(out.x), jnp.ones_like(out.weights)
+        rows, at_rows = (rows * moved, at_rows) if of == "rows" else (rows, at_rows * moved)
+        return jnp.sum(jax_ep.low_latency_combine(rows, out.handle, weights=at_rows))
+
+    start = {"x": x, "topk_weights": weights}.get(of, np.ones((NUM_RANKS,), np.float32))
+    name = "low_latency_dispatch" if of in ("x", "topk_weights") else "low_latency_combine"
+    with pytest.raises(jax_ep.ConfigError, match=f"{name} cannot be differentiated"):
+        on_ranks(jax.grad(loss), group.mesh)(start)
+
+
+WRONG = {
+    "tokens": ({"max_tokens_per_rank": 4}, "x must have at most max_tokens_per_rank=4 tokens, got 5"),
+    "most": ({"max_tokens_per_rank": 0}, "max_tokens_per_rank must be at least 1, got 0"),
+    "layout": ({"layout": "flat"}, "layout must be one of 'expert', 'rank', 'batched', got 'flat'"),
+    "quantize": ({"quantize": "int8"}, "quantize must be one of 'none', 'fp8', 'fp8_pow2', 'fp8_e8m0', got 'int8'"),
+    "capacity": ({"layout": "batched", "recv_capacity": 20}, "recv_capacity must be left out with layout='batched', got 20"),
+    "experts": ({"num_experts": 3}, "num_experts must be a multiple of num_ranks=2, got 3"),
+    "num_sms": ({"num_sms": 0}, "num_sms must be at least 1, got 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_bad_options_are_refused(group, name):
+    options, message = WRONG[name]
+    x, ids, _ = _inputs()
+    with pytest.raises(jax_ep.ConfigError, match=re.escape(f"low_latency_dispatch: {message}")):
+        on_ranks(lambda x, i: _send(group, x, i, **options).x, group.mesh)(x, ids)
+
+
+def test_bad_rows_are_refused(group):
+    x, ids, _ = _inputs()
+
+    def refused(error, message, make):
+        with pytest.raises(error, match=re.escape(message)):
+            on_ranks(lambda x, i: _send(group, *make(x, i)).x, group.mesh)(x, ids)
+
+    refused(jax_ep.DTypeError, "x must be bfloat16", lambda x, i: (x.astype(jnp.int8), i))
+    refused(jax_ep.ShapeError, "topk_idx must have shape (5, 2)", lambda x, i: (x, i[:3]))
+    pair = "x[0] must be float8_e4m3fn, float8_e5m2 or uint8, got float32"
+    refused(jax_ep.DTypeError, f"low_latency_dispatch: {pair}", lambda x, i: ((x, x[:, :1]), i))
+    refused(jax_ep.ConfigError, "got 3 arrays", lambda x, i: ((x, x, x), i))
+    with pytest.raises(jax_ep.ShapeError, match="hidden a multiple of 128 for quantize='fp8'"):
+        on_ranks(lambda x, i: _send(group, x[:, :96], i, quantize="fp8").x, group.mesh)(x, ids)
+
+    def combine_wrong(x, ids):
+        out = _send(group, x, ids)
+        return jax_ep.low_latency_combine(out.x[:4], out.handle)
+
+    with pytest.raises(jax_ep.ShapeError, match="low_latency_combine: rows must be"):
+        on_ranks(combine_wrong, group.mesh)(x, ids)
+
+
+# --- memory
+
+SIZES = {"max_tokens_per_rank": 128, "hidden": 7168, "num_topk": 8}
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 8, 32])
+def test_bytes_hold_the_exchange_and_no_more(num_ranks):
+    needed = jax_ep.low_latency_bytes(**SIZES, num_ranks=num_ranks)
+    payload = limits.low_latency_payload(128, 8, [7168 * 2])
+    assert limits.low_latency_room(num_ranks, needed) == payload
+    assert limits.low_latency_room(num_ranks, needed - 1) < payload
+
+
+def test_bytes_grow_with_what_is_sent():
+    base = jax_ep.low_latency_bytes(**SIZES, num_ranks=2)
+    assert base <= config.DEFAULT_LOW_LATENCY_BYTES  # as the documentation says
+    more = [{"hidden": 14336}, {"max_tokens_per_rank": 256}, {"num_topk": 22}, {"payload_bytes": 9}]
+    for change in more:
+        assert jax_ep.low_latency_bytes(**{**SIZES, **change}, num_ranks=2) > base, change
+    # The combine's rows are not rounded.
+    assert jax_ep.low_latency_bytes(**SIZES, num_ranks=2, quantize="fp8") <= base
+    with pytest.raises(jax_ep.ConfigError, match="low_latency_bytes: hidden must be at least 1"):
+        jax_ep.low_latency_bytes(**{**SIZES, "hidden": 0}, num_ranks=2)
+
+
+@pytest.mark.parametrize("wrong", [-1, 2.5, 1 << 50])
+def test_a_group_refuses_bad_sizes(wrong):
+    with pytest.raises(
+        jax_ep.ConfigError, match=re.escape("Group.open: low_latency_bytes must be")
+    ):
+        jax_ep.Group.open(make_mesh(NUM_RANKS), "ep", name="wrong", low_latency_bytes=wrong)
+
+
+def test_get_finds_a_group_of_the_same_size():
+    mesh = make_mesh(NUM_RANKS)
+    with jax_ep.Group.open(mesh, "ep", name="sized", low_latency_bytes=1 << 20) as opened:
+        assert jax_ep.Group.get(mesh, "ep", name="sized") is opened
+        assert jax_ep.Group.get(mesh, "ep", name="sized", low_latency_bytes=1 << 20) is opened
+        with pytest.raises(jax_ep.GroupError, match="low_latency_bytes=1048576, wanted 0"):
+            jax_ep.Group.get(mesh, "ep", name="sized", low_latency_bytes=0)
+
+
+# --- the choice of kernels on GPUs
+
+
+def _group_spec(**changes):
+    facts = {
+        "identity": "none",
+        "axes": ("ep",),
+        "mesh_axes": (("ep", NUM_RANKS),),
+        "device_ids": (0, 1),
+        "low_latency_room": 1 << 20,
+        **changes,
+    }
+    return GroupSpec(**facts)
+
+
+def _spec(kind=DispatchSpec, group=None, **changes):
+    facts = {
+        "group": group or _group_spec(),
+        "routes": Routes(*(Route("cuda", 16),) * 3),
+        "layout": Layout.RANK,
+        "recv_capacity": 100_000,
+        "op": "dispatch",
+        "mode": None,
+        "few_sms": config.ALL_SMS,
+    }
+    if kind is DispatchSpec:
+        facts |= {"num_experts": NUM_EXPERTS, "expert_alignment": 1, "fill": Fill.ZEROS}
+    return kind(**{**facts, **changes})
+
+
+class _Table:
+    """Stands for the native module of `cuda`."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def low_latency_table_bytes(self, **_):
+        return self.size
+
+
+CHOICES = {
+    "few": ({}, 4, True),
+    "many": ({}, config.MAX_FEW_TOKENS + 1, False),
+    "required": ({"mode": ExchangeMode.LOW_LATENCY}, config.MAX_FEW_TOKENS + 1, True),
+    "with SMs": ({"mode": ExchangeMode.THROUGHPUT}, 4, False),
+    "cpu": ({"routes": Routes(*(Route("cpu", 16),) * 3)}, 4, False),
+    "no room": ({"group": _group_spec(low_latency_room=4096)}, 4, False),
+    "no packets": ({"group": _group_spec(has_packets=False)}, 4, False),
+    "drops": ({"recv_capacity": 7}, 4, False),
+}
+
+
+@pytest.mark.parametrize("case", CHOICES)
+def test_few_tokens_take_their_kernels(monkeypatch, case):
+    changes, num_tokens, is_few = CHOICES[case]
+    monkeypatch.setattr(native_modules, "load", lambda _: _Table(1000))
+    rows = [jax.ShapeDtypeStruct((num_tokens, 64), jnp.bfloat16)]
+    found = few_tokens.dispatch_kernels(_spec(**changes), (num_tokens, 2), rows)
+    assert (found.mode is ExchangeMode.LOW_LATENCY) == is_few
+    assert found.num_sms == (config.ALL_SMS if is_few else 16)
+    if case != "drops":
+        index = RowIndex(None, jnp.zeros((num_tokens, NUM_RANKS), jnp.int32), None, None)
+        back = few_tokens.combine_kernels(_spec(RouteSpec, **changes), index, rows[0])
+        assert back == found
+
+
+def test_large_tables_take_the_other_kernels(monkeypatch):
+    monkeypatch.setattr(native_modules, "load", lambda _: _Table(limits.MAX_LOW_LATENCY_TABLE + 1))
+    rows = [jax.ShapeDtypeStruct((4, 64), jnp.bfloat16)]
+    found = few_tokens.dispatch_kernels(_spec(), (4, 2), rows)
+    assert found.mode is ExchangeMode.THROUGHPUT
+
+
+def test_too_little_room_is_told_with_both_numbers():
+    rows = [jax.ShapeDtypeStruct((100, 7168), jnp.bfloat16)]
+    spec = _spec(mode=ExchangeMode.LOW_LATENCY)
+    needed = limits.low_latency_payload(100, 2, [7168 * 2])
+    why_not = few_tokens.why_no_room_to_dispatch(spec, (100, 2), rows) or ""
+    wanted = jax_ep.low_latency_bytes(
+        max_tokens_per_rank=100, hidden=7168, num_topk=2, num_ranks=NUM_RANKS
+    )
+    assert f"sends {needed} bytes to another, and the group has room for 1048576" in why_not
+    assert f"low_latency_bytes={wanted}" in why_not
+    with pytest.raises(jax_ep.ConfigError, match=r"^low_latency_dispatch: a rank sends"):
+        few_tokens.require_room("low_latency_dispatch", why_not)

@@ -1,0 +1,96 @@
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "device/launch.cuh"
+#include "ops/dispatch/dispatch_cuda.cuh"
+#include "ops/dispatch/low_latency_cuda.cuh"
+
+namespace jax_ep {
+namespace {
+
+constexpr int kMinWarps = 4;
+
+using Kernel = void (*)(LowLatencyDispatch, Results);
+
+template <typename Source>
+Kernel KernelOf(RecvLayout layout) {
+  return layout == RecvLayout::kRank ? LowLatencyDispatchKernel<RecvLayout::kRank, Source>
+                                     : LowLatencyDispatchKernel<RecvLayout::kExpert, Source>;
+}
+
+Kernel KernelOf(RecvLayout layout, Quantize quantize, DType dtype) {
+  if (quantize == Quantize::kNone) return KernelOf<Unchanged>(layout);
+  switch (dtype) {
+    case DType::kBF16:
+      return KernelOf<__nv_bfloat162>(layout);
+    case DType::kF16:
+      return KernelOf<__half2>(layout);
+    case DType::kF32:
+      return KernelOf<float>(layout);
+    case DType::kI32:
+      break;  // refused at the border
+  }
+  return nullptr;
+}
+
+cudaError_t Load(Kernel kernel, const DeviceTraits& device) {
+  cudaFuncAttributes found{};
+  const cudaError_t status = cudaFuncGetAttributes(&found, kernel);
+  if (status != cudaSuccess) return status;
+  const size_t room = device.max_shared_bytes - found.sharedSizeBytes;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(room));
+}
+
+}  // namespace
+
+size_t LowLatencyTableBytes(const DispatchShape& shape) {
+  const size_t words = shape.layout == RecvLayout::kRank
+                           ? RoutingTable<RecvLayout::kRank>::Words(shape)
+                           : RoutingTable<RecvLayout::kExpert>::Words(shape);
+  return words * sizeof(uint32_t);
+}
+
+LowLatencyDispatch MakeLowLatencyDispatch(const Endpoint& self, const int32_t* position,
+                                          const DispatchArgs& args) {
+  return {.self = self,
+          .position = position,
+          .args = args,
+          .groups = TokenGroups::Of(
+              [&](int i) { return i < args.num_streams ? args.streams[i].row_bytes : size_t{0}; }),
+          .choice_bytes = ChoiceBytes(args.shape.num_tokens, args.shape.num_topk)};
+}
+
+cudaError_t LoadLowLatencyDispatchKernels(DeviceTraits& device) {
+  for (const RecvLayout layout : {RecvLayout::kRank, RecvLayout::kExpert}) {
+    for (const Quantize quantize : {Quantize::kNone, Quantize::kFp8}) {
+      for (const DType dtype : {DType::kBF16, DType::kF16, DType::kF32}) {
+        const cudaError_t status = Load(KernelOf(layout, quantize, dtype), device);
+        if (status != cudaSuccess) return status;
+      }
+    }
+  }
+  return cudaSuccess;
+}
+
+cudaError_t LaunchLowLatencyDispatch(const LowLatencyDispatch& launch, const DeviceTraits& device,
+                                     int num_sms, cudaStream_t stream) {
+  const DispatchArgs& args = launch.args;
+  const auto divide = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  const int64_t num_units = args.shape.num_tokens * std::max(1, launch.groups.count());
+  constexpr int64_t kMaxWarps = kLowLatencyThreads / kWarpSize;
+  const int64_t num_warps =
+      std::clamp<int64_t>(divide(num_units * launch.self.num_ranks, num_sms), kMinWarps, kMaxWarps);
+  const LaunchConfig config{.num_blocks = static_cast<int>(std::min<int64_t>(
+                                num_sms, divide(num_units * launch.self.num_ranks, num_warps))),
+                            .num_threads = static_cast<int>(num_warps * kWarpSize),
+                            .shared_bytes = LowLatencyTableBytes(args.shape),
+                            .is_behind = false,
+                            .priority = device.highest_priority,
+                            .stream = stream};
+  return Launch(KernelOf(args.shape.layout, args.quantize, args.dtype), config, launch,
+                ResultsOf(args));
+}
+
+}  // namespace jax_ep

@@ -1,0 +1,504 @@
+// The choices of all ranks' tokens in a dispatch of few tokens: how they are sent, and where the
+// rows of each token go. Every block has the whole table, in shared memory.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "device/packets.cuh"
+#include "device/token_packets.h"
+#include "ops/dispatch/dispatch_cuda.cuh"
+
+namespace jax_ep {
+
+// A group of packets of a token's rows.
+struct RowGroup {
+  int stream;
+  int64_t row_bytes;
+  Strided vectors;  // this lane's, of the row
+  int num_packets;  // of each lane
+};
+
+__device__ inline RowGroup GroupOf(const LowLatencyDispatch& launch, int group) {
+  int stream = 0;
+  while (group >= launch.groups.first[stream + 1]) ++stream;
+  const int64_t row_bytes = launch.args.streams[stream].row_bytes;
+  const auto num_vectors = static_cast<int>((row_bytes + kVectorBytes - 1) / kVectorBytes);
+  const int in_row = group - launch.groups.first[stream];
+  return {.stream = stream,
+          .row_bytes = row_bytes,
+          .vectors = VectorsOf(in_row, num_vectors),
+          .num_packets = NumPackets(num_vectors - in_row * kGroupVectors)};
+}
+
+// This lane's first packet of a group of a token, in the memory of `holder`. `unit`: index of the
+// group among those of all tokens of the source.
+__device__ inline std::byte* PlaceOf(const LowLatencyDispatch& launch, int holder, int source,
+                                     uint32_t epoch, int unit) {
+  return LowLatencyRoom(launch.self, holder, source, epoch) + launch.choice_bytes +
+         int64_t{unit} * kPacketGroupBytes + PacketLane() * kVectorBytes;
+}
+
+// Ranks that a token of this rank goes to, as bits. For a whole warp.
+__device__ inline uint32_t RanksOf(const LowLatencyDispatch& launch, int token) {
+  const DispatchShape& shape = launch.args.shape;
+  uint32_t ranks = 0;
+  if (PacketLane() < shape.num_topk) {
+    const int32_t id = launch.args.topk_idx[token * shape.num_topk + PacketLane()];
+    if (shape.experts.IsExpert(id)) ranks = 1u << shape.experts.RankOf(id);
+  }
+  return __reduce_or_sync(~0u, ranks);
+}
+
+// A choice of a token: an expert, or kNoPacketExpert, and its weight.
+struct Choice {
+  uint32_t expert;
+  float weight;
+};
+
+__device__ inline Choice OwnChoice(const DispatchArgs& a, int token, int k) {
+  const int64_t i = int64_t{token} * a.shape.num_topk + k;
+  const int32_t id = a.topk_idx[i];
+  return {a.shape.experts.IsExpert(id) ? static_cast<uint32_t>(id) : kNoPacketExpert,
+          a.topk_weights ? a.topk_weights[i] : 0.0f};
+}
+
+__device__ inline Choice ChoiceIn(const Packet& packet, int k) {
+  const auto experts = static_cast<uint32_t>(packet.high);
+  return k % 2 == 0
+             ? Choice{experts & 0xffff, __uint_as_float(static_cast<uint32_t>(packet.low))}
+             : Choice{experts >> 16, __uint_as_float(static_cast<uint32_t>(packet.low >> 32))};
+}
+
+// Two choices of a token of this rank.
+__device__ inline Packet PackChoices(const DispatchArgs& a, uint32_t epoch, int token, int pair) {
+  const int k = 2 * pair;
+  const Choice even = OwnChoice(a, token, k);
+  const Choice odd =
+      k + 1 < a.shape.num_topk ? OwnChoice(a, token, k + 1) : Choice{kNoPacketExpert, 0.0f};
+  return {.low = uint64_t{__float_as_uint(odd.weight)} << 32 | __float_as_uint(even.weight),
+          .high = uint64_t{epoch} << 32 | odd.expert << 16 | even.expert};
+}
+
+// Sends the choices of this rank's tokens to every peer, `thread` of `num_threads` a part of them.
+__device__ inline void SendChoices(const LowLatencyDispatch& launch, uint32_t epoch, int thread,
+                                   int num_threads) {
+  const DispatchArgs& a = launch.args;
+  const Endpoint& self = launch.self;
+  const int per_token = ChoicePackets(a.shape.num_topk);
+  for (int i = thread; i < a.shape.num_tokens * per_token; i += num_threads) {
+    const Packet packet = PackChoices(a, epoch, i / per_token, i % per_token);
+    for (int d = 1; d < self.num_ranks; ++d) {
+      const int peer = (self.rank + d) % self.num_ranks;
+      StorePacket(LowLatencyRoom(self, peer, self.rank, epoch) + i * kVectorBytes, packet);
+    }
+  }
+}
+
+// Tokens as bits, 32 in a word, and counts of rows: in shared memory.
+//
+//   tokens_  rank layout [num_ranks, words of all ranks]: tokens that go to the rank; expert layout
+//            [words of all ranks, num_local_experts]: tokens that name the local expert
+//   sent_    expert layout [words, num_experts]: tokens of this rank that name the expert
+//   before_  expert layout [num_experts]: rows that come from earlier ranks
+//   count_   expert layout [num_experts]: rows from all ranks; rank layout [num_local_experts]:
+//            choices of tokens that come here
+//   first_   expert layout [num_experts]: first row of the expert, at its rank
+template <RecvLayout kLayout>
+class RoutingTable {
+ public:
+  static constexpr bool kIsRank = kLayout == RecvLayout::kRank;
+
+  // 32-bit words of the table.
+  static __host__ __device__ size_t Words(const DispatchShape& shape) {
+    const Sizes s(shape);
+    return s.tokens + s.sent + s.before + s.count + s.first + kNumScalars;
+  }
+
+  __device__ RoutingTable(const LowLatencyDispatch& launch, uint32_t* shared)
+      : launch_(launch),
+        shape_(launch.args.shape),
+        num_words_(NumWords(shape_)),
+        num_local_(shape_.experts.num_local_experts()) {
+    const Sizes s(shape_);
+    tokens_ = shared;
+    sent_ = tokens_ + s.tokens;
+    before_ = reinterpret_cast<int*>(sent_ + s.sent);
+    count_ = before_ + s.before;
+    first_ = count_ + s.count;
+    has_repeats_ = first_ + s.first;
+    num_recv_ = has_repeats_ + 1;
+  }
+
+  __device__ void Clear() {
+    const auto num = static_cast<int>(has_repeats_ + kNumScalars - reinterpret_cast<int*>(tokens_));
+    for (int i = threadIdx.x; i < num; i += blockDim.x) tokens_[i] = 0;
+  }
+
+  // Reads the choices of all ranks' tokens. Every thread of a block calls it, behind a barrier
+  // after Clear. The result is the same for the whole block: false if the group fails.
+  __device__ bool Fill(const PushCall& call) {
+    constexpr int kUnroll = 4;
+    const int per_token = ChoicePackets(shape_.num_topk);
+    const int per_rank = static_cast<int>(shape_.num_tokens) * per_token;
+    const int num_packets = self().num_ranks * per_rank;
+    const auto step = static_cast<int>(blockDim.x);
+    bool is_good = true;
+    for (int first = threadIdx.x; first < num_packets; first += kUnroll * step) {
+      ChoicePacket packets[kUnroll];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const int i = first + u * step;
+        if (i < num_packets) {
+          packets[u] =
+              LookAtChoices(call, i / per_rank, i % per_rank / per_token, i % per_rank % per_token);
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const int i = first + u * step;
+        if (i >= num_packets || !is_good) continue;
+        const int source = i / per_rank;
+        const int token = i % per_rank / per_token;
+        const int pair = i % per_rank % per_token;
+        is_good = Receive(call, source, token, pair, packets[u]);
+        if (!is_good) continue;
+        Count(source, token, ChoiceIn(packets[u].choices, 0).expert);
+        Count(source, token, ChoiceIn(packets[u].choices, 1).expert);
+      }
+    }
+    is_good = __syncthreads_and(is_good);
+    if (!is_good) return false;
+    if constexpr (kIsRank) {
+      if (threadIdx.x < kWarpSize) CountTokens();
+    } else {
+      FindFirstRows();
+    }
+    __syncthreads();
+    return true;
+  }
+
+  // The choice of a token of any rank. Its packets have come.
+  __device__ Choice ChoiceOf(const PushCall& call, int source, int token, int k) const {
+    if (source == self().rank) return OwnChoice(launch_.args, token, k);
+    return ChoiceIn(LoadPacket(ChoicePacketAt(call, source, token, k / 2)), k);
+  }
+
+  __device__ bool IsHere(uint32_t expert) const {
+    return expert != kNoPacketExpert &&
+           shape_.experts.RankOf(static_cast<int32_t>(expert)) == self().rank;
+  }
+
+  // Rank layout: the row of a token here, or kNoIndex. For a whole warp.
+  __device__ int32_t RowOfToken(int source, int token) const {
+    const uint32_t* here = TokensTo(self().rank);
+    const int word = source * num_words_ + token / kWarpSize;
+    if ((here[word] >> token % kWarpSize & 1) == 0) return kNoIndex;
+    int row = 0;
+    for (int i = PacketLane(); i < word; i += kWarpSize) row += __popc(here[i]);
+    return __reduce_add_sync(~0u, row) + __popc(here[word] & BitsBefore(token));
+  }
+
+  // Expert layout: the row of a choice, which names a local expert.
+  __device__ int32_t RowOfChoice(const PushCall& call, int source, int token, int k,
+                                 int expert) const {
+    const int local = expert - self().rank * num_local_;
+    if (*has_repeats_ != 0) return Place(expert, CountChoices(call, source, token, k, expert));
+    const int word = source * num_words_ + token / kWarpSize;
+    int nth = __popc(tokens_[word * num_local_ + local] & BitsBefore(token));
+    for (int i = 0; i < word; ++i) nth += __popc(tokens_[i * num_local_ + local]);
+    return Place(expert, nth);
+  }
+
+  // The row at the destination of a token of this rank. `slot`: rank or choice.
+  __device__ int32_t SendRow(int token, int slot) const {
+    if constexpr (kIsRank) {
+      const uint32_t* tokens = TokensTo(slot);
+      const int word = self().rank * num_words_ + token / kWarpSize;
+      if ((tokens[word] >> token % kWarpSize & 1) == 0) return kNoIndex;
+      int row = __popc(tokens[word] & BitsBefore(token));
+      for (int i = 0; i < word; ++i) row += __popc(tokens[i]);
+      return row;
+    } else {
+      const int word = token / kWarpSize;
+      const Choice choice = OwnChoice(launch_.args, token, slot);
+      if (choice.expert == kNoPacketExpert) return kNoIndex;
+      const auto expert = static_cast<int>(choice.expert);
+      int nth = before_[expert];
+      if (*has_repeats_ != 0) return Place(expert, nth + CountOwn(token, slot, choice.expert));
+      const int num_experts = shape_.experts.num_experts;
+      nth += __popc(sent_[word * num_experts + expert] & BitsBefore(token));
+      for (int i = 0; i < word; ++i) nth += __popc(sent_[i * num_experts + expert]);
+      return Place(expert, nth);
+    }
+  }
+
+  // Rows in use on this rank, or with fixed places of groups the rows that have come.
+  __device__ int32_t num_recv() const {
+    return static_cast<int32_t>(min(int64_t{*num_recv_}, shape_.recv_capacity));
+  }
+  __device__ int32_t GroupSize(int local) const {
+    if constexpr (kIsRank) return count_[local];
+    return SizeOf(count_[self().rank * num_local_ + local]);
+  }
+  // Expert layout: the end of the rows of a local expert, and of the room of its group.
+  __device__ int64_t EndOfRows(int local) const {
+    const int expert = self().rank * num_local_ + local;
+    return first_[expert] + count_[expert];
+  }
+  __device__ int64_t EndOfGroup(int local) const {
+    const int expert = self().rank * num_local_ + local;
+    return first_[expert] +
+           (shape_.expert_stride > 0 ? shape_.expert_stride : SizeOf(count_[expert]));
+  }
+
+  __device__ const LowLatencyDispatch& launch() const { return launch_; }
+
+ private:
+  struct Sizes {
+    size_t tokens, sent, before, count, first;
+    __host__ __device__ explicit Sizes(const DispatchShape& shape) {
+      const size_t words = NumWords(shape);
+      const size_t num_ranks = shape.experts.num_ranks;
+      const size_t num_experts = shape.experts.num_experts;
+      const size_t num_local = shape.experts.num_local_experts();
+      tokens = num_ranks * words * (kIsRank ? num_ranks : num_local);
+      sent = kIsRank ? 0 : words * num_experts;
+      before = kIsRank ? 0 : num_experts;
+      count = kIsRank ? num_local : num_experts;
+      first = kIsRank ? 0 : num_experts;
+    }
+  };
+
+  static constexpr int kNumScalars = 2;  // has_repeats_, num_recv_
+
+  static __host__ __device__ int NumWords(const DispatchShape& shape) {
+    return static_cast<int>((shape.num_tokens + kWarpSize - 1) / kWarpSize);
+  }
+  // Expert layout: the n-th row of an expert at its rank. Only tokens that name an expert twice can
+  // have more rows than fit; the others are dropped.
+  __device__ int32_t Place(int expert, int nth) const {
+    const int64_t row = int64_t{first_[expert]} + nth;
+    const bool fits =
+        shape_.expert_stride > 0 ? nth < shape_.expert_stride : row < shape_.recv_capacity;
+    return fits ? static_cast<int32_t>(row) : kNoIndex;
+  }
+  static __device__ uint32_t BitsBefore(int token) { return (1u << token % kWarpSize) - 1; }
+  __device__ const Endpoint& self() const { return launch_.self; }
+  __device__ int32_t SizeOf(int count) const {
+    if (shape_.expert_stride > 0) {
+      return static_cast<int32_t>(min(int64_t{count}, shape_.expert_stride));
+    }
+    const auto alignment = static_cast<uint32_t>(shape_.expert_alignment);
+    if (alignment == 1) return count;
+    return static_cast<int32_t>((count + alignment - 1) / alignment * alignment);
+  }
+
+  __device__ std::byte* ChoicePacketAt(const PushCall& call, int source, int token,
+                                       int pair) const {
+    const int i = token * ChoicePackets(shape_.num_topk) + pair;
+    return LowLatencyRoom(self(), self().rank, source, call.epoch) + i * kVectorBytes;
+  }
+
+  // Two choices, and the tag of their sender's call.
+  struct ChoicePacket {
+    Packet choices;
+    Signal called;
+  };
+
+  // Makes a packet of this rank's choices, or loads a peer's, which may not be there yet.
+  __device__ ChoicePacket LookAtChoices(const PushCall& call, int source, int token,
+                                        int pair) const {
+    if (source == self().rank) {
+      return {PackChoices(launch_.args, call.epoch, token, pair), {call.epoch, call.tag}};
+    }
+    const Signal called = LoadRelaxed(&self().own()->called[call.epoch & 1][source]);
+    return {LoadPacket(ChoicePacketAt(call, source, token, pair)), called};
+  }
+
+  __device__ static bool IsThere(const ChoicePacket& packet, const PushCall& call) {
+    return packet.called.epoch == call.epoch &&
+           (packet.choices.high >> 32 == call.epoch || packet.called.value != call.tag);
+  }
+
+  // Waits for a packet of choices. False if the group fails first.
+  __device__ bool Receive(const PushCall& call, int source, int token, int pair,
+                          ChoicePacket& packet) const {
+    const bool is_there = IsThere(packet, call) || AwaitPackets(self(), call, source, [&] {
+                            packet = LookAtChoices(call, source, token, pair);
+                            return IsThere(packet, call);
+                          });
+    return is_there && IsCall(self(), call.op, source, call.tag, packet.called.value);
+  }
+
+  // Rank layout: tokens of all ranks that go to a rank.
+  __device__ uint32_t* TokensTo(int rank) const {
+    return tokens_ + rank * self().num_ranks * num_words_;
+  }
+
+  __device__ void Count(int source, int token, uint32_t expert) {
+    if (expert == kNoPacketExpert) return;
+    const int word = source * num_words_ + token / kWarpSize;
+    const uint32_t bit = 1u << token % kWarpSize;
+    const int local = static_cast<int>(expert) - self().rank * num_local_;
+    const bool is_here = local >= 0 && local < num_local_;
+    if constexpr (kIsRank) {
+      atomicOr(&TokensTo(shape_.experts.RankOf(static_cast<int32_t>(expert)))[word], bit);
+      if (is_here) atomicAdd(&count_[local], 1);
+    } else {
+      uint32_t others = 0;
+      atomicAdd(&count_[expert], 1);
+      if (source < self().rank) atomicAdd(&before_[expert], 1);
+      if (source == self().rank) {
+        others |= atomicOr(&sent_[token / kWarpSize * shape_.experts.num_experts + expert], bit);
+      }
+      if (is_here) others |= atomicOr(&tokens_[word * num_local_ + local], bit);
+      // A token that names an expert twice has two rows there.
+      if (others & bit) *has_repeats_ = 1;
+    }
+  }
+
+  // Rank layout: counts the tokens that come here. For one warp.
+  __device__ void CountTokens() {
+    const uint32_t* here = TokensTo(self().rank);
+    int num = 0;
+    for (int i = PacketLane(); i < self().num_ranks * num_words_; i += kWarpSize) {
+      num += __popc(here[i]);
+    }
+    num = __reduce_add_sync(~0u, num);
+    if (PacketLane() == 0) *num_recv_ = num;
+  }
+
+  // Finds the first row of every expert, at its rank.
+  __device__ void FindFirstRows() {
+    const int num_warps = blockDim.x / kWarpSize;
+    for (int d = threadIdx.x / kWarpSize; d < self().num_ranks; d += num_warps) {
+      int32_t end = 0;
+      for (int begin = 0; begin < num_local_; begin += kWarpSize) {
+        const int local = begin + PacketLane();
+        const int expert = d * num_local_ + local;
+        const int32_t size = local < num_local_ ? SizeOf(count_[expert]) : 0;
+        int32_t upto = size;
+        for (int i = 1; i < kWarpSize; i *= 2) {
+          const int32_t lower = __shfl_up_sync(~0u, upto, i);
+          if (PacketLane() >= i) upto += lower;
+        }
+        if (local < num_local_) {
+          first_[expert] = shape_.expert_stride > 0
+                               ? static_cast<int32_t>(local * shape_.expert_stride)
+                               : end + upto - size;
+        }
+        end += __shfl_sync(~0u, upto, kWarpSize - 1);
+      }
+      if (d == self().rank && PacketLane() == 0) *num_recv_ = end;
+    }
+  }
+
+  // Counts the earlier choices that name an expert, one by one: for tokens that name it twice.
+  __device__ int CountChoices(const PushCall& call, int source, int token, int k,
+                              uint32_t expert) const {
+    int num = 0;
+    for (int s = 0; s <= source; ++s) {
+      const int end = s == source ? token : static_cast<int>(shape_.num_tokens) - 1;
+      for (int t = 0; t <= end; ++t) {
+        const int last = s == source && t == token ? k : shape_.num_topk;
+        for (int j = 0; j < last; ++j) num += ChoiceOf(call, s, t, j).expert == expert;
+      }
+    }
+    return num;
+  }
+  __device__ int CountOwn(int token, int k, uint32_t expert) const {
+    int num = 0;
+    for (int t = 0; t <= token; ++t) {
+      const int last = t == token ? k : shape_.num_topk;
+      for (int j = 0; j < last; ++j) num += OwnChoice(launch_.args, t, j).expert == expert;
+    }
+    return num;
+  }
+
+  const LowLatencyDispatch& launch_;
+  const DispatchShape& shape_;
+  const int num_words_;  // of one rank's tokens
+  const int num_local_;
+  uint32_t* tokens_;
+  uint32_t* sent_;
+  int* before_;
+  int* count_;
+  int* first_;
+  int* has_repeats_;
+  int* num_recv_;
+};
+
+// The rows of this rank that a token becomes. For a whole warp: in the expert layout, each lane has
+// the row of one choice.
+template <RecvLayout kLayout>
+class TokenRows {
+ public:
+  __device__ TokenRows(const RoutingTable<kLayout>& table, const PushCall& call, int source,
+                       int token)
+      : table_(table), call_(call), source_(source), token_(token) {
+    if constexpr (kLayout == RecvLayout::kRank) {
+      row_ = table.RowOfToken(source, token);
+      some_ = row_ >= 0 ? 1 : 0;
+      return;
+    }
+    const DispatchShape& shape = table.launch().args.shape;
+    if (PacketLane() < shape.num_topk) {
+      choice_ = table.ChoiceOf(call, source, token, PacketLane());
+      if (table.IsHere(choice_.expert)) {
+        row_ =
+            table.RowOfChoice(call, source, token, PacketLane(), static_cast<int>(choice_.expert));
+        // Only tokens that name an expert twice can have more rows than fit.
+        if (row_ >= shape.recv_capacity) row_ = kNoIndex;
+      }
+    }
+    some_ = __ballot_sync(~0u, row_ >= 0);
+  }
+
+  __device__ bool IsNone() const { return some_ == 0; }
+
+  template <typename Use>
+  __device__ void ForEach(Use&& use) const {
+    if constexpr (kLayout == RecvLayout::kRank) {
+      use(int64_t{row_});
+    } else {
+      for (uint32_t lanes = some_; lanes != 0; lanes &= lanes - 1) {
+        use(int64_t{__shfl_sync(~0u, row_, __ffs(lanes) - 1)});
+      }
+    }
+  }
+
+  // Writes what the results say of these rows.
+  __device__ void WriteIndices() const {
+    const DispatchArgs& a = table_.launch().args;
+    const auto recv_src = static_cast<int32_t>(source_ * a.shape.num_tokens + token_);
+    const int lane = PacketLane();
+    if constexpr (kLayout == RecvLayout::kExpert) {
+      if (row_ < 0) return;
+      a.recv_src[row_] = recv_src;
+      a.recv_k[row_] = lane;
+      if (a.recv_weights) a.recv_weights[row_] = choice_.weight;
+      return;
+    }
+    if (lane == 0) a.recv_src[row_] = recv_src;
+    if (lane >= a.shape.num_topk) return;
+    const Choice choice = table_.ChoiceOf(call_, source_, token_, lane);
+    const bool is_here = table_.IsHere(choice.expert);
+    const int64_t i = int64_t{row_} * a.shape.num_topk + lane;
+    a.recv_topk_idx[i] =
+        is_here ? a.shape.experts.LocalOf(static_cast<int32_t>(choice.expert)) : kNoIndex;
+    if (a.recv_weights) a.recv_weights[i] = is_here ? choice.weight : 0.0f;
+  }
+
+ private:
+  const RoutingTable<kLayout>& table_;
+  const PushCall& call_;
+  const int source_;
+  const int token_;
+  Choice choice_{kNoPacketExpert, 0.0f};
+  int32_t row_ = kNoIndex;
+  uint32_t some_ = 0;
+};
+
+}  // namespace jax_ep
