@@ -1,5 +1,6 @@
 """The benchmark of dispatches and combines: its contenders, its chains, and its floor."""
 
+import dataclasses
 import types
 
 import jax
@@ -8,7 +9,13 @@ import numpy as np
 import pytest
 
 from jax_ep.bench import floor, timing
-from jax_ep.bench.contenders import contenders, ours, ragged_all_to_all
+from jax_ep.bench.contenders import (
+    contenders,
+    low_latency_payload,
+    ours,
+    ragged_all_to_all,
+    takes_few,
+)
 from jax_ep.bench.shapes import Shape, make_inputs, make_point
 from jax_ep.testing.compare import assert_same_bits
 from jax_ep.testing.ranks import on_ranks
@@ -121,8 +128,8 @@ def test_fp8_rows_and_scales_arrive_alike(groups, layout):
 
 
 @pytest.mark.parametrize("op", ALL_OPS)
-@pytest.mark.parametrize("layout", ["expert", "rank"])
-def test_chain_computes_the_operation(groups, op, layout):
+@pytest.mark.parametrize(("layout", "unroll"), [("expert", 1), ("rank", 2)])
+def test_chain_computes_the_operation(groups, op, layout, unroll):
     """Links of a chain compute the timed operation, and the empty chain changes nothing."""
     group, point = groups(2), _point(layout, num_ranks=2)
     program = timing.make_program(op, ours(point, group, "cpu", None))
@@ -130,7 +137,8 @@ def test_chain_computes_the_operation(groups, op, layout):
 
     def run(link, count):
         def chain(*own):
-            return timing.make_chain(op, link, count)(program.start(*own))
+            chained = timing.make_chain(op, link, count, unroll=unroll)
+            return chained(program.start(*own))
 
         return on_ranks(chain, group.mesh, check_vma=False)(*inputs)
 
@@ -161,6 +169,25 @@ def test_nothing_is_hoisted_out_of_a_chain(groups, op, layout):
         for name in ("all-gather(", "all-to-all(", "reduce-scatter("):
             assert name not in entry, contender.name
         assert "all-gather(" in text or "all-to-all(" in text or "reduce-scatter(" in text
+
+
+def test_kernels_for_few_tokens_need_room_for_the_worst_case(groups):
+    group = groups(2)
+    point = _point("expert", num_ranks=2)
+    worst = dataclasses.replace(point, balance=None)
+    entries = [("cuda", None)]
+
+    def offered(point, room, entries=entries):
+        spec = dataclasses.replace(group.spec, low_latency_room=room)
+        wide = types.SimpleNamespace(spec=spec)
+        return takes_few(point, wide, entries)
+
+    room = low_latency_payload(worst)
+    assert offered(worst, room)
+    assert not offered(worst, room - 1)
+    assert not offered(dataclasses.replace(worst, balance=1.25), room)
+    assert not offered(dataclasses.replace(worst, expert_alignment=8), room)
+    assert not offered(worst, room, [("cpu", None)])
 
 
 RECV_SRC = np.array([[1, 3, -1, -1], [0, 0, 1, 2]])

@@ -27,6 +27,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "beside-stock": exchanges.beside_stock,
     "budgets": exchanges.budgets,
     "mixtral": exchanges.mixtral,
+    "few-tokens": exchanges.few_tokens,
     "over-tokens": exchanges.over_tokens,
     "four-gpus": exchanges.four_gpus,
     "processes": exchanges.processes,

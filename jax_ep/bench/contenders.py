@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 
 import jax_ep
-from jax_ep.bench.shapes import Point
+from jax_ep._src.base import limits
+from jax_ep._src.base.options import Layout
+from jax_ep.bench.shapes import FP8, Point
 from jax_ep.testing.cases import dispatch
 
 
@@ -22,7 +24,7 @@ class Contender(NamedTuple):
     Attributes:
       name: "jax_ep" or the stock collective.
       backend: "cpu", "cuda" or "xla".
-      algorithm: what a stock contender is made of.
+      algorithm: what a stock contender is made of; "low_latency": ours for few tokens.
       fill: which rows without a token are zero; None: there is no such promise.
       recv_capacity: rows of the buffer that the experts get.
       sms: the SM budget that the calls are told; None: the group's, where the back end takes one.
@@ -51,20 +53,28 @@ def contenders(
     kinds = {(device.platform, device.process_index) for device in group.mesh.devices.flat}
     if point.layout == "expert" and len(kinds) == 1 and kinds.pop()[0] == "gpu":
         stock.append(ragged_all_to_all)
+    few = [few_tokens(point, group)] if takes_few(point, group, entries) else []
     return [
         *(ours(point, group, *entry) for entry in entries),
+        *few,
         *(make(point, group.axes) for make in stock),
     ]
 
 
 def ours(point: Point, group: jax_ep.Group, backend: str, sms: int | None) -> Contender:
-    """jax_ep on one back end, with an SM budget where the back end takes one."""
+    """jax_ep on one back end, with an SM budget where the back end takes one.
+
+    On GPUs the kernels for many tokens carry it, with the group's budget if `sms` is None.
+    """
+    told = sms
+    if backend == "cuda" and sms is None:
+        told = group.budgets.of["dispatch"][Layout(point.layout)].sms
 
     def combine(out: jax_ep.Dispatched) -> jax.Array:
         weights = out.weights if point.layout == "expert" else None
-        return jax_ep.combine(out.x, out.handle, weights=weights, num_sms=sms, backend=backend)
+        return jax_ep.combine(out.x, out.handle, weights=weights, num_sms=told, backend=backend)
 
-    send = partial(dispatch, point, group, backend, num_sms=sms)
+    send = partial(dispatch, point, group, backend, num_sms=told)
     return Contender(
         "jax_ep",
         backend,
@@ -74,7 +84,51 @@ def ours(point: Point, group: jax_ep.Group, backend: str, sms: int | None) -> Co
         sms,
         send,
         combine,
-        lambda x, handle: jax_ep.dispatch(x, handle=handle, num_sms=sms, backend=backend),
+        lambda x, handle: jax_ep.dispatch(x, handle=handle, num_sms=told, backend=backend),
+    )
+
+
+def takes_few(point: Point, group: jax_ep.Group, entries: Sequence[tuple[str, int | None]]) -> bool:
+    """Whether the kernels for few tokens have room for a point; no row may be dropped."""
+    needed = low_latency_payload(point)
+    return (
+        any(backend == "cuda" for backend, _ in entries)
+        and point.balance is None
+        and point.expert_alignment == 1
+        and needed <= group.spec.low_latency_room
+    )
+
+
+def low_latency_payload(point: Point) -> int:
+    """Bytes that a rank sends to another in a low-latency dispatch or combine."""
+    hidden = [point.hidden * 2] if point.dtype == FP8 else []
+    return max(
+        limits.low_latency_payload(point.num_tokens, point.num_topk, [size])
+        for size in (point.row_bytes, *hidden)
+    )
+
+
+def few_tokens(point: Point, group: jax_ep.Group) -> Contender:
+    """The low-latency operations, on all SMs."""
+
+    def send(x: Any, ids: jax.Array, weights: jax.Array) -> jax_ep.Dispatched:
+        return jax_ep.low_latency_dispatch(
+            x,
+            ids,
+            weights,
+            group=group,
+            num_experts=point.num_experts,
+            max_tokens_per_rank=point.num_tokens,
+            layout=point.layout,
+            backend="cuda",
+        )
+
+    def combine(out: jax_ep.Dispatched) -> jax.Array:
+        weights = out.weights if point.layout == "expert" else None
+        return jax_ep.low_latency_combine(out.x, out.handle, weights=weights, backend="cuda")
+
+    return Contender(
+        "jax_ep", "cuda", "low_latency", "padding", point.capacity, None, send, combine
     )
 
 

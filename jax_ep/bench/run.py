@@ -13,6 +13,7 @@ from jax_ep._src.base.config import BACKENDS
 from jax_ep._src.base.errors import ConfigError
 from jax_ep._src.base.options import Fill
 from jax_ep.bench import reduce, report, timing
+from jax_ep.bench.contenders import low_latency_payload
 from jax_ep.bench.record import find_place
 from jax_ep.bench.session import Session, measure_copy_rate, save
 from jax_ep.bench.shapes import (
@@ -28,6 +29,7 @@ from jax_ep.testing.ranks import make_mesh, virtual_devices
 
 OPS = (*timing.OPS, *reduce.OPS)
 _TIMEOUT_S = 60.0
+_MAX_FEW = 1024  # tokens of a rank for which the kernels for few tokens are measured
 _KIB = {"gpu": [4.0**i for i in range(9)], "cpu": [16.0, 256.0]}
 
 
@@ -75,6 +77,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sms", nargs="+", type=int, help="SM budgets of the cuda back end; default: its own")
     add("--ranks", type=int, help="use the first of jax.devices(); default: all, 8 on CPU")
     add("--repeats", type=int, default=20)
+    add(
+        "--only-ours",
+        action="store_true",
+        help="dispatch and combine: no stock contenders, and fewer programs to compile",
+    )
     add("--out", type=Path, default=Path("benchmarks/results"), help="folder of the results")
     add("--commit", help="what to record in place of what git says here")
     add(
@@ -99,7 +106,14 @@ def main(args: argparse.Namespace) -> None:
     if copy_rate is not None:
         print(f"memcpy, all cores: {copy_rate / 1e9:.2f} GB/s copied")
     rows = []
-    with jax_ep.Group.open(make_mesh(num_ranks), "ep", name="bench", timeout=_TIMEOUT_S) as group:
+    few = [p for _, p in pairs if isinstance(p, Point) and p.num_tokens <= _MAX_FEW]
+    with jax_ep.Group.open(
+        make_mesh(num_ranks),
+        "ep",
+        name="bench",
+        timeout=_TIMEOUT_S,
+        low_latency_bytes=2 * num_ranks * max(map(low_latency_payload, few), default=0),
+    ) as group:
         session = Session(
             group,
             place,
@@ -108,6 +122,7 @@ def main(args: argparse.Namespace) -> None:
             backends=args.backends,
             budgets=args.sms,
             algorithms=args.algorithms,
+            only_ours=args.only_ours,
         )
         with report.progress(len(pairs) * args.repeats) as progress:
             for op, point in pairs:

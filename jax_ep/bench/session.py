@@ -25,6 +25,8 @@ from jax_ep.bench.record import (
 from jax_ep.bench.shapes import Point, ReducePoint, make_inputs
 from jax_ep.testing.ranks import on_ranks
 
+_SHORT = 1024  # tokens of a rank whose exchange takes less time than a turn of a loop
+_OURS_COUNT = 48  # operations of a chain of our contenders
 _BUDGET_COUNT = 32  # operations of a chain that tells budgets apart
 
 
@@ -41,6 +43,7 @@ class Session:
         backends: Sequence[str] | None = None,
         budgets: Sequence[int] | None = None,
         algorithms: Sequence[str] | None = None,
+        only_ours: bool = False,
     ):
         """`copy_rate` is the memory's, on CPUs.
 
@@ -57,6 +60,7 @@ class Session:
         self._algorithms = algorithms
         self._group, self._place, self._copy_rate = group, place, copy_rate
         self._repeats = repeats
+        self._only_ours = only_ours
 
     def measure(self, op: str, point: Point | ReducePoint, progress: Any) -> list[report.Row]:
         """All contenders of one operation at one point, interleaved, under one run id."""
@@ -65,16 +69,35 @@ class Session:
         progress.set_description(f"{op} {point.shape} {point.num_tokens} {point.layout}")
         mesh = self._group.mesh
         inputs = make_inputs(point, mesh)
+        if self._only_ours:
+            return self._measure_ours(op, point, inputs, progress)
         everyone = contenders(point, self._group, self._entries)
         entrants = [e for e in everyone if op != "cached_dispatch" or e.again is not None]
         programs = [timing.make_program(op, entrant) for entrant in entrants]
-        chains = [timing.Chain(program, mesh, inputs) for program in programs]
+        is_short = point.num_tokens <= _SHORT
+        chains = [timing.Chain(program, mesh, inputs, is_short=is_short) for program in programs]
         extra = [chain.extra_memory() for chain in chains]
         taken = timing.measure(chains, repeats=self._repeats, tick=progress.update)
         recv_src = _route(point, self._group, self._entries[0][0], inputs)
         moved = floor.traffic(op, point, recv_src)
         subjects = [_subject(op, point, entrant, self._group) for entrant in entrants]
         return self._rows(subjects, taken, moved, extra)
+
+    def _measure_ours(self, op: str, point: Point, inputs: Any, progress: Any) -> list[report.Row]:
+        """Our contenders, which share operands and the empty chain; without the extra memory."""
+        entrants = [e for e in contenders(point, self._group, self._entries) if e.name == "jax_ep"]
+        taken = timing.measure_alike(
+            [timing.make_program(op, entrant) for entrant in entrants],
+            self._group.mesh,
+            inputs,
+            count=_OURS_COUNT,
+            repeats=self._repeats,
+            tick=progress.update,
+            is_short=point.num_tokens <= _SHORT,
+        )
+        moved = floor.traffic(op, point, _route(point, self._group, self._entries[0][0], inputs))
+        subjects = [_subject(op, point, entrant, self._group) for entrant in entrants]
+        return self._rows(subjects, taken, moved, [None] * len(entrants))
 
     def measure_budgets(
         self, point: Point, budgets: Sequence[int], progress: Any
@@ -140,7 +163,7 @@ class Session:
 
 def _subject(op: str, point: Point, contender: Contender, group: jax_ep.Group) -> Subject:
     sms = contender.sms
-    if contender.backend == "cuda" and sms is None:
+    if contender.backend == "cuda" and sms is None and contender.algorithm is None:
         layout = Layout(point.layout)
         ops = ("dispatch", "combine") if op == "round_trip" else (op,)
         sms = max(group.budgets.of[o][layout].sms for o in ops)

@@ -29,6 +29,8 @@ SHAPES = {
     "cpu-1k": Shape(tokens=1024, hidden=2048, topk=4, experts=64),
     "mixtral": Shape(tokens=4096, hidden=4096, topk=2, experts=8),
     "deepseek-v3": Shape(tokens=4096, hidden=7168, topk=8, experts=256),
+    "decode": Shape(tokens=128, hidden=7168, topk=8, experts=256),
+    "decode-22": Shape(tokens=128, hidden=2048, topk=22, experts=512),
 }
 
 

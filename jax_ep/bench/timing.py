@@ -26,6 +26,8 @@ OPS = ("dispatch", "cached_dispatch", "combine", "round_trip")
 PERCENTILES = (50, 10, 90, 99)
 _CHAIN_SECONDS = 0.25
 _MIN_COUNT, _MAX_COUNT = 4, 64
+# Links in one turn of a loop, of operations that take less time than a turn on a GPU does.
+_UNROLL = 16
 
 
 class Carry(NamedTuple):
@@ -103,7 +105,9 @@ def make_program(op: str, contender: Contender) -> Program:
     }[op]
 
 
-def make_chain(op: str, run: Callable[[Any, Any], Any], count: int) -> Callable[[Carry], Carry]:
+def make_chain(
+    op: str, run: Callable[[Any, Any], Any], count: int, *, unroll: int = 1
+) -> Callable[[Carry], Carry]:
     """`count` dependent runs of an operation, or of `no_op` in its place."""
 
     def link(state: tuple[Carry, jax.Array], _: None) -> tuple[tuple[Carry, jax.Array], None]:
@@ -115,10 +119,14 @@ def make_chain(op: str, run: Callable[[Any, Any], Any], count: int) -> Callable[
     def chain(carry: Carry) -> Carry:
         # Scalars go around the loop for the results' sake: XLA 0.12 copies what is read there.
         last: tuple[Carry, jax.Array]
-        last, _ = jax.lax.scan(link, (carry, _zero_of(carry)), length=count)
+        last, _ = jax.lax.scan(link, (carry, _zero_of(carry)), length=count, unroll=unroll)
         return last[0]
 
     return chain
+
+
+def _links_of_turn(mesh: jax.sharding.Mesh, *, is_short: bool) -> int:
+    return _UNROLL if is_short and mesh.devices.flat[0].platform == "gpu" else 1
 
 
 def no_op(given: Any, made: Any) -> Any:
@@ -166,7 +174,16 @@ def _compile(
 class Chain:
     """The compiled chains of one contender, with and without the operation."""
 
-    def __init__(self, program: Program, mesh: jax.sharding.Mesh, inputs: Sequence[jax.Array]):
+    def __init__(
+        self,
+        program: Program,
+        mesh: jax.sharding.Mesh,
+        inputs: Sequence[jax.Array],
+        *,
+        is_short: bool = False,
+    ):
+        """`is_short`: whether one operation takes less time than a turn of a loop on a GPU."""
+        self._unroll = _links_of_turn(mesh, is_short=is_short)
         self.carry = _start(program, mesh, inputs)
         self._program, self._mesh = program, mesh
         self._compiled: dict[tuple[bool, int], Any] = {}
@@ -175,7 +192,8 @@ class Chain:
         """Makes both chains ready and runs them once."""
         for is_empty, run in ((False, self._program.run), (True, no_op)):
             if (is_empty, count) not in self._compiled:
-                chain = make_chain(self._program.op, run, count)
+                unroll = min(count, self._unroll)
+                chain = make_chain(self._program.op, run, count, unroll=unroll)
                 self._compiled[is_empty, count] = _compile(chain, self._mesh, self.carry)
                 self.seconds(count, is_empty=is_empty)
 
@@ -275,6 +293,7 @@ def measure_alike(
     count: int,
     repeats: int,
     tick: Callable[[], None],
+    is_short: bool = False,
 ) -> list[Timing]:
     """Times links of one operation that give the same results from the same operands.
 
@@ -282,9 +301,11 @@ def measure_alike(
     is known: two programs are compiled, and one for each of them, where `measure` compiles six.
     """
     carry = _start(programs[0], mesh, inputs)
+    unroll = _links_of_turn(mesh, is_short=is_short)
 
     def make_run(link: Callable[[Any, Any], Any]) -> Callable[[], float]:
-        compiled = _compile(make_chain(programs[0].op, link, count), mesh, carry)
+        chain = make_chain(programs[0].op, link, count, unroll=unroll)
+        compiled = _compile(chain, mesh, carry)
 
         def run() -> float:
             nonlocal carry
