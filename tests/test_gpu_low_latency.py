@@ -1,4 +1,4 @@
-"""Dispatches and combines of few tokens on NVIDIA GPUs: JAX_PLATFORMS=cuda,cpu pytest -m gpu."""
+"""Low-latency dispatches and combines on NVIDIA GPUs: JAX_PLATFORMS=cuda,cpu pytest -m gpu."""
 
 import time
 from functools import partial
@@ -9,15 +9,11 @@ import numpy as np
 import pytest
 
 import jax_ep
-from jax_ep.testing import conformance
 from jax_ep.testing.compare import assert_same_bits
-from jax_ep.testing.conformance.check import ROUND_TRIP
 from jax_ep.testing.ranks import make_mesh, on_ranks
 
 pytestmark = pytest.mark.gpu
 HIDDEN, TOPK, PER_RANK = 256, 4, 8
-# Checks of dispatch and combine whose calls have few tokens, mostly.
-CHECKS = [c for c in conformance.CHECKS if c.ops <= ROUND_TRIP]
 
 
 def _open(**options):
@@ -27,13 +23,8 @@ def _open(**options):
 @pytest.fixture(scope="module")
 def group():
     with _open(name="few", timeout=120.0) as opened:
-        assert "up to 128 tokens" in opened.info().low_latency
+        assert opened.info().low_latency.startswith("usable")
         yield opened
-
-
-@pytest.mark.parametrize("check", CHECKS, ids=str)
-def test_plain_calls_of_few_tokens_pass_the_suite(group, check):
-    check(group, "cuda")
 
 
 def _random_ids(key, num_tokens, num_experts):
@@ -77,7 +68,7 @@ def test_many_steps_give_right_values(group, num_steps):
             x, num_wrong = carry
             key = jax.random.fold_in(key, rank)
             cases = [(1, "rank", "low_latency"), (7, "expert", "low_latency")]
-            cases += [(32, "batched", "low_latency"), (32, "rank", "auto"), (5, "expert", "auto")]
+            cases += [(32, "batched", "low_latency"), (32, "rank", "plain"), (5, "expert", "plain")]
             for i, (num_tokens, layout, mode) in enumerate(cases):
                 few = x[:num_tokens]
                 ids = _random_ids(
@@ -189,15 +180,15 @@ def test_too_little_room_is_an_error_with_both_numbers():
             jax_ep.ConfigError, match=r"sends \d+ bytes to another, and the group has room for \d+"
         ):
             on_ranks(run, group.mesh)(x, ids)
-        # A plain dispatch takes the other kernels.
-        y, expected = on_ranks(partial(_step, group, layout="rank", mode="auto"), group.mesh)(
+        # A plain dispatch needs no such room.
+        y, expected = on_ranks(partial(_step, group, layout="rank", mode="plain"), group.mesh)(
             x, ids
         )
         np.testing.assert_array_equal(y, expected)
     with _open(name="none", low_latency_bytes=0) as group:
         x = np.ones((group.num_ranks, 4, HIDDEN), np.float32)
         ids = np.zeros((group.num_ranks, 4, 1), np.int32)
-        y, expected = on_ranks(partial(_step, group, layout="rank", mode="auto"), group.mesh)(
+        y, expected = on_ranks(partial(_step, group, layout="rank", mode="plain"), group.mesh)(
             x, ids
         )
         np.testing.assert_array_equal(y, expected)

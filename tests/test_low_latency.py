@@ -235,8 +235,8 @@ def _spec(kind=DispatchSpec, group=None, **changes):
         "layout": Layout.RANK,
         "recv_capacity": 100_000,
         "op": "dispatch",
-        "mode": None,
-        "few_sms": config.ALL_SMS,
+        "mode": ExchangeMode.LOW_LATENCY,
+        "few_sms": None,
     }
     if kind is DispatchSpec:
         facts |= {"num_experts": NUM_EXPERTS, "expert_alignment": 1, "fill": Fill.ZEROS}
@@ -254,29 +254,28 @@ class _Table:
 
 
 CHOICES = {
-    "few": ({}, 4, True),
-    "many": ({}, config.MAX_FEW_TOKENS + 1, False),
-    "required": ({"mode": ExchangeMode.LOW_LATENCY}, config.MAX_FEW_TOKENS + 1, True),
-    "with SMs": ({"mode": ExchangeMode.THROUGHPUT}, 4, False),
-    "cpu": ({"routes": Routes(*(Route("cpu", 16),) * 3)}, 4, False),
-    "no room": ({"group": _group_spec(low_latency_room=4096)}, 4, False),
-    "no packets": ({"group": _group_spec(has_packets=False)}, 4, False),
-    "drops": ({"recv_capacity": 7}, 4, False),
+    "low latency": ({}, True),
+    "plain": ({"mode": ExchangeMode.THROUGHPUT}, False),
+    "cpu": ({"routes": Routes(*(Route("cpu", 16),) * 3)}, False),
+    "no room": ({"group": _group_spec(low_latency_room=4096)}, False),
+    "no packets": ({"group": _group_spec(has_packets=False)}, False),
+    "drops": ({"recv_capacity": 7}, False),
 }
 
 
 @pytest.mark.parametrize("case", CHOICES)
-def test_few_tokens_take_their_kernels(monkeypatch, case):
-    changes, num_tokens, is_few = CHOICES[case]
+def test_low_latency_calls_take_their_kernels_if_they_can(monkeypatch, case):
+    changes, is_few = CHOICES[case]
     monkeypatch.setattr(native_modules, "load", lambda _: _Table(1000))
-    rows = [jax.ShapeDtypeStruct((num_tokens, 64), jnp.bfloat16)]
-    found = few_tokens.dispatch_kernels(_spec(**changes), (num_tokens, 2), rows)
-    assert (found.mode is ExchangeMode.LOW_LATENCY) == is_few
-    assert found.num_sms == (config.ALL_SMS if is_few else 16)
-    if case != "drops":
-        index = RowIndex(None, jnp.zeros((num_tokens, NUM_RANKS), jnp.int32), None, None)
-        back = few_tokens.combine_kernels(_spec(RouteSpec, **changes), index, rows[0])
-        assert back == found
+    rows = [jax.ShapeDtypeStruct((4, 64), jnp.bfloat16)]
+    for sms in (None, 5):
+        found = few_tokens.dispatch_kernels(_spec(few_sms=sms, **changes), (4, 2), rows)
+        assert (found.mode is ExchangeMode.LOW_LATENCY) == is_few
+        assert found.num_sms == ((sms or config.ALL_SMS) if is_few else 16)
+        if case != "drops":
+            index = RowIndex(None, jnp.zeros((4, NUM_RANKS), jnp.int32), None, None)
+            spec = _spec(RouteSpec, few_sms=sms, **changes)
+            assert few_tokens.combine_kernels(spec, index, rows[0]) == found
 
 
 def test_large_tables_take_the_other_kernels(monkeypatch):
@@ -288,7 +287,7 @@ def test_large_tables_take_the_other_kernels(monkeypatch):
 
 def test_too_little_room_is_told_with_both_numbers():
     rows = [jax.ShapeDtypeStruct((100, 7168), jnp.bfloat16)]
-    spec = _spec(mode=ExchangeMode.LOW_LATENCY)
+    spec = _spec()
     needed = limits.low_latency_payload(100, 2, [7168 * 2])
     why_not = few_tokens.why_no_room_to_dispatch(spec, (100, 2), rows) or ""
     wanted = jax_ep.low_latency_bytes(

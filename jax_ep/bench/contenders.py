@@ -13,7 +13,6 @@ import jax.numpy as jnp
 
 import jax_ep
 from jax_ep._src.base import limits
-from jax_ep._src.base.options import Layout
 from jax_ep.bench.shapes import FP8, Point
 from jax_ep.testing.cases import dispatch
 
@@ -62,19 +61,13 @@ def contenders(
 
 
 def ours(point: Point, group: jax_ep.Group, backend: str, sms: int | None) -> Contender:
-    """jax_ep on one back end, with an SM budget where the back end takes one.
-
-    On GPUs the kernels for many tokens carry it, with the group's budget if `sms` is None.
-    """
-    told = sms
-    if backend == "cuda" and sms is None:
-        told = group.budgets.of["dispatch"][Layout(point.layout)].sms
+    """jax_ep on one back end, with an SM budget where the back end takes one."""
 
     def combine(out: jax_ep.Dispatched) -> jax.Array:
         weights = out.weights if point.layout == "expert" else None
-        return jax_ep.combine(out.x, out.handle, weights=weights, num_sms=told, backend=backend)
+        return jax_ep.combine(out.x, out.handle, weights=weights, num_sms=sms, backend=backend)
 
-    send = partial(dispatch, point, group, backend, num_sms=told)
+    send = partial(dispatch, point, group, backend, num_sms=sms)
     return Contender(
         "jax_ep",
         backend,
@@ -84,7 +77,7 @@ def ours(point: Point, group: jax_ep.Group, backend: str, sms: int | None) -> Co
         sms,
         send,
         combine,
-        lambda x, handle: jax_ep.dispatch(x, handle=handle, num_sms=told, backend=backend),
+        lambda x, handle: jax_ep.dispatch(x, handle=handle, num_sms=sms, backend=backend),
     )
 
 

@@ -33,7 +33,6 @@ MAX_STAGING_MB = 64 * 1024
 DEFAULT_LOW_LATENCY_BYTES = 16 << 20
 MAX_LOW_LATENCY_BYTES = 64 << 30
 ALL_SMS = 1 << 15  # more than any GPU has
-MAX_FEW_TOKENS = 128  # of each rank: at most so many take the kernels for few tokens
 MAX_INDEX = 2**31 - 1
 
 

@@ -150,8 +150,8 @@ class ExchangeSpec:
     """The static facts that a dispatch and a combine share.
 
     Their gradients run other exchanges of `routes`. `op` is the name of the public operation in
-    errors; another exchange may carry it. `mode`: the kernels that carry it on GPUs; None: those
-    for few tokens where they are faster. `few_sms`: the SMs that these use.
+    errors; another exchange may carry it. `mode`: the kernels that carry it on GPUs; those for
+    few tokens only if they can. `few_sms`: the SMs that these use; None: all.
     """
 
     group: GroupSpec
@@ -159,8 +159,8 @@ class ExchangeSpec:
     layout: Layout
     recv_capacity: int
     op: str
-    mode: ExchangeMode | None
-    few_sms: int
+    mode: ExchangeMode
+    few_sms: int | None
 
     def of_gradient(self) -> Self:
         """Returns this spec for the backward pass."""

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from jax_ep._src.base import config
 from jax_ep._src.processes.native_group import NativeGroup
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ class GroupInfo:
         that back end. "cached_dispatch" is a dispatch along a handle, or a move of single numbers.
         A gradient has the budget of the exchange that it runs.
       budgets_from: origin of the budgets.
-      low_latency: whether kernels for few tokens carry dispatches and combines, and which.
+      low_latency: whether kernels for few tokens carry low-latency operations, and their room.
       debug: whether routings are checked on the device.
     """
 
@@ -83,10 +82,7 @@ def _low_latency(group: "Group") -> str:
         return f"not needed: back end {group.backend!r} has one way for all numbers of tokens"
     if not group.spec.has_packets:
         return "not usable: 16 bytes do not arrive at once at all peers"
-    users = "low-latency operations"
-    if group.num_sms is None:
-        users += f", and dispatch and combine of up to {config.MAX_FEW_TOKENS} tokens"
-    return f"usable by {users}, which may send {room} bytes from a rank to another"
+    return f"usable: a rank may send {room} bytes to another in one call"
 
 
 def _staging(native: NativeGroup | None) -> str | None:

@@ -62,7 +62,14 @@ def combine(
     Source: DeepEP (DeepSeek, 2025), normal kernels, with sums in f32 and in a fixed order.
     """
     return combine_rows(
-        _check, rows, weights, handle, bias=bias, num_sms=num_sms, backend=backend, mode=None
+        _check,
+        rows,
+        weights,
+        handle,
+        bias=bias,
+        num_sms=num_sms,
+        backend=backend,
+        mode=ExchangeMode.THROUGHPUT,
     )
 
 
@@ -75,9 +82,9 @@ def combine_rows(
     bias: Any,
     num_sms: int | None,
     backend: str | None,
-    mode: ExchangeMode | None,
+    mode: ExchangeMode,
 ) -> jax.Array:
-    """Checks the arguments of a combine, and combines. `mode`: None: as `check.kernels` says."""
+    """Checks the arguments of a combine, and combines. `mode`: as in ExchangeSpec."""
     group, layout = check.handle(handle)
     rows = check.rows(rows, name="rows", count="recv_capacity")
     if rows.shape[0] != handle.recv_capacity:
@@ -90,7 +97,8 @@ def combine_rows(
     spec = RouteSpec(
         group=group.spec,
         routes=check.routes(backend, num_sms, group, layout),
-        **check.kernels(num_sms, group, mode),
+        mode=mode,
+        few_sms=num_sms,
         layout=layout,
         recv_capacity=handle.recv_capacity,
         op=check.op,
@@ -187,7 +195,8 @@ def combine_weights(
     spec = RouteSpec(
         group=group.spec,
         routes=routes,
-        **check.kernels(None, group),
+        mode=ExchangeMode.THROUGHPUT,
+        few_sms=None,
         layout=layout,
         recv_capacity=handle.recv_capacity,
         op=check.op,

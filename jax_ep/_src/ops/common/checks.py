@@ -10,7 +10,7 @@ from jax_ep._src.base import config, jax_compat, registry
 from jax_ep._src.base.checks import StaticChecks, alternatives
 from jax_ep._src.base.errors import ConfigError, DTypeError, GroupError, ShapeError
 from jax_ep._src.base.handle import DispatchHandle
-from jax_ep._src.base.options import ExchangeMode, Layout
+from jax_ep._src.base.options import Layout
 from jax_ep._src.base.spec import Route, Routes
 from jax_ep._src.group.group import Group
 
@@ -142,17 +142,6 @@ class Checks(StaticChecks):
         if backend is None and num_sms is None:
             return Routes(*(Route(budget.backend or wanted, budget.sms) for budget in budgets))
         return Routes(*(Route(wanted, num_sms or budget.sms) for budget in budgets))
-
-    def kernels(
-        self, num_sms: int | None, group: Group, mode: ExchangeMode | None = None
-    ) -> dict[str, Any]:
-        """Returns the fields of an ExchangeSpec about the kernels that carry it on GPUs.
-
-        With a number of SMs, `mode` None means the kernels for many tokens, which need few SMs.
-        """
-        if mode is None and (num_sms is not None or group.num_sms is not None):
-            mode = ExchangeMode.THROUGHPUT
-        return {"mode": mode, "few_sms": config.ALL_SMS if num_sms is None else num_sms}
 
     # --- routings
 

@@ -24,13 +24,18 @@ def dispatch_kernels(
     spec: DispatchSpec, routing: tuple[int, ...], rows: Sequence[jax.Array]
 ) -> Kernels:
     """Returns the kernels for a dispatch. `routing`: the shape of topk_idx."""
-    return _choose(spec, routing[0], spec.num_sms, _why_no_dispatch(spec, routing, rows))
+    why_not = _why_no_dispatch(spec, routing, rows) if _wants_few(spec) else None
+    return _choose(spec, spec.num_sms, why_not)
 
 
 def combine_kernels(spec: RouteSpec, index: RowIndex, rows: jax.Array) -> Kernels:
     """Returns the kernels for a combine."""
-    num_tokens = index.send_row.shape[0]
-    return _choose(spec, num_tokens, spec.num_sms, _why_no_combine(spec, index, rows))
+    why_not = _why_no_combine(spec, index, rows) if _wants_few(spec) else None
+    return _choose(spec, spec.num_sms, why_not)
+
+
+def _wants_few(spec: ExchangeSpec) -> bool:
+    return spec.mode is ExchangeMode.LOW_LATENCY
 
 
 def sent_rows(rows: Sequence[jax.Array], quantize: Quantize) -> list[tuple[tuple[int, ...], Any]]:
@@ -44,12 +49,10 @@ def sent_rows(rows: Sequence[jax.Array], quantize: Quantize) -> list[tuple[tuple
     return rounded + sent[1:]
 
 
-def _choose(spec: ExchangeSpec, num_tokens: int, num_sms: int, why_not: str | None) -> Kernels:
-    if spec.mode is ExchangeMode.THROUGHPUT or why_not is not None:
+def _choose(spec: ExchangeSpec, num_sms: int, why_not: str | None) -> Kernels:
+    if not _wants_few(spec) or why_not is not None:
         return Kernels(ExchangeMode.THROUGHPUT, num_sms)
-    if spec.mode is None and num_tokens > config.MAX_FEW_TOKENS:
-        return Kernels(ExchangeMode.THROUGHPUT, num_sms)
-    return Kernels(ExchangeMode.LOW_LATENCY, spec.few_sms)
+    return Kernels(ExchangeMode.LOW_LATENCY, spec.few_sms or config.ALL_SMS)
 
 
 def require_room(op: str, why_not: str | None) -> None:
@@ -95,10 +98,6 @@ def _why_no_combine(spec: RouteSpec, index: RowIndex, rows: jax.Array) -> str | 
         return "the choice of each row is not known"
     if num_slots > limits.MAX_TOPK:
         return f"a token has at most {limits.MAX_TOPK} choices, got {num_slots}"
-    held = 4 * spec.group.num_ranks * num_tokens * (1 if spec.layout is Layout.RANK else num_slots)
-    if held > limits.MAX_LOW_LATENCY_TABLE and spec.mode is not ExchangeMode.LOW_LATENCY:
-        # With all SMs the table is smaller; the handler checks its size.
-        return f"the table of rows has {held} bytes, at most {limits.MAX_LOW_LATENCY_TABLE}"
     return _why_no_kernels(spec) or _why_no_room(spec, num_tokens, 0, (rows,))
 
 

@@ -151,11 +151,11 @@ def prepare(
     backend: str | None,
     expert_stride: int = 0,
     quantize: Quantize = Quantize.NONE,
-    mode: ExchangeMode | None = None,
+    mode: ExchangeMode = ExchangeMode.THROUGHPUT,
 ) -> tuple[DispatchSpec, jax.Array, jax.Array | None]:
     """Checks the routing arguments of a dispatch; returns the spec, int32 ids, and the weights.
 
-    `expert_stride`, `quantize`: as in DispatchSpec. `mode`: None: as `check.kernels` says.
+    `expert_stride`, `quantize`, `mode`: as in DispatchSpec.
     """
     num_experts = check.num_experts(num_experts, group)
     topk_idx = check.topk_idx(topk_idx, num_experts=num_experts)
@@ -167,7 +167,8 @@ def prepare(
     spec = DispatchSpec(
         group=group.spec,
         routes=check.routes(backend, num_sms, group, arrangement),
-        **check.kernels(num_sms, group, mode),
+        mode=mode,
+        few_sms=num_sms,
         layout=arrangement,
         num_experts=num_experts,
         op=check.op,
@@ -248,7 +249,8 @@ def _dispatch_along(
     spec = RouteSpec(
         group=found.spec,
         routes=routes,
-        **_check.kernels(num_sms, found),
+        mode=ExchangeMode.THROUGHPUT,
+        few_sms=None,
         layout=layout,
         recv_capacity=handle.recv_capacity,
         op=_check.op,
