@@ -285,6 +285,19 @@ def test_large_tables_take_the_other_kernels(monkeypatch):
     assert found.mode is ExchangeMode.THROUGHPUT
 
 
+def test_a_combine_on_few_sms_must_fit_its_table():
+    index = RowIndex(*(jnp.zeros((6000, 2), jnp.int32),) * 2, None, jnp.zeros((9,), jnp.int32))
+    rows = jax.ShapeDtypeStruct((9, 64), jnp.bfloat16)
+    wide = _group_spec(low_latency_room=1 << 40)
+    facts = {"kind": RouteSpec, "group": wide, "layout": Layout.EXPERT}
+    for sms in (None, 16, 1):
+        spec = _spec(few_sms=sms, **facts)
+        assert few_tokens.why_no_room_to_combine(spec, index, rows) is None
+    index = index._replace(send_row=jnp.zeros((7000, 2), jnp.int32))
+    why_not = few_tokens.why_no_room_to_combine(_spec(few_sms=1, **facts), index, rows)
+    assert why_not == "the table of rows has 112000 bytes with 1 SMs, at most 98304"
+
+
 def test_too_little_room_is_told_with_both_numbers():
     rows = [jax.ShapeDtypeStruct((100, 7168), jnp.bfloat16)]
     spec = _spec()

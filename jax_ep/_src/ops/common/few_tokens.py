@@ -12,6 +12,8 @@ from jax_ep._src.base.errors import ConfigError
 from jax_ep._src.base.options import ExchangeMode, Layout, Quantize
 from jax_ep._src.base.spec import DispatchSpec, ExchangeSpec, RouteSpec, RowIndex
 
+_FEWEST_SMS = 16  # at least so many has every GPU for each of its ranks
+
 
 class Kernels(NamedTuple):
     """The kernels that carry an exchange on GPUs, and the SMs that they use."""
@@ -77,7 +79,7 @@ def why_no_room_to_combine(spec: RouteSpec, index: RowIndex, rows: jax.Array) ->
     """Returns why the group has no room for a combine of few tokens, or None."""
     if _why_no_kernels(spec) is not None:
         return None
-    return _why_no_room(spec, index.send_row.shape[0], 0, (rows,))
+    return _why_no_room(spec, index.send_row.shape[0], 0, (rows,)) or _why_no_held_rows(spec, index)
 
 
 def _why_no_dispatch(
@@ -98,7 +100,25 @@ def _why_no_combine(spec: RouteSpec, index: RowIndex, rows: jax.Array) -> str | 
         return "the choice of each row is not known"
     if num_slots > limits.MAX_TOPK:
         return f"a token has at most {limits.MAX_TOPK} choices, got {num_slots}"
-    return _why_no_kernels(spec) or _why_no_room(spec, num_tokens, 0, (rows,))
+    return (
+        _why_no_kernels(spec)
+        or _why_no_room(spec, num_tokens, 0, (rows,))
+        or _why_no_held_rows(spec, index)
+    )
+
+
+def _why_no_held_rows(spec: RouteSpec, index: RowIndex) -> str | None:
+    """Each block of the kernel has a table of the rows of its tokens."""
+    num_tokens, num_slots = index.send_row.shape
+    per_block = -(-num_tokens // min(spec.few_sms or _FEWEST_SMS, _FEWEST_SMS))
+    slots = 1 if spec.layout is Layout.RANK else num_slots
+    size = 4 * spec.group.num_ranks * per_block * slots
+    if size <= limits.MAX_LOW_LATENCY_TABLE:
+        return None
+    return (
+        f"the table of rows has {size} bytes with {spec.few_sms or _FEWEST_SMS} SMs, "
+        f"at most {limits.MAX_LOW_LATENCY_TABLE}"
+    )
 
 
 def _why_no_kernels(spec: DispatchSpec | RouteSpec) -> str | None:
