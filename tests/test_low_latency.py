@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import jax_ep
+from jax_ep import reference
 from jax_ep._src.base import config, limits, native_modules
 from jax_ep._src.base.options import ExchangeMode, Fill, Layout
 from jax_ep._src.base.spec import DispatchSpec, GroupSpec, Route, Routes, RouteSpec, RowIndex
@@ -171,6 +172,46 @@ def test_bad_rows_are_refused(group):
         on_ranks(combine_wrong, group.mesh)(x, ids)
 
 
+def test_what_is_no_array_is_refused(group):
+    x, ids, _ = _inputs()
+    with pytest.raises(jax_ep.DTypeError, match="low_latency_combine: rows must be an array"):
+        on_ranks(
+            lambda x, i: jax_ep.low_latency_combine([[1.0]], _send(group, x, i).handle), group.mesh
+        )(x, ids)
+    with pytest.raises(jax_ep.DTypeError, match="low_latency_combine: weights must be an array"):
+        on_ranks(
+            lambda x, i: jax_ep.low_latency_combine(
+                (out := _send(group, x, i)).x, out.handle, weights=[0.5]
+            ),
+            group.mesh,
+        )(x, ids)
+    for wrong in ("", False, 0):
+        with pytest.raises(jax_ep.ConfigError, match="quantize must be one of"):
+            on_ranks(lambda x, i, w=wrong: _send(group, x, i, quantize=w).x, group.mesh)(x, ids)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "xla"])
+def test_batches_of_experts_keep_whole_tokens_that_fit(group, backend):
+    """All tokens name one expert twice, so its rows are more than its places."""
+    x, ids, _ = _inputs()
+    ids = np.full_like(ids, 1)
+    plan = reference.make_plan(
+        ids,
+        num_experts=NUM_EXPERTS,
+        layout="expert",
+        recv_capacity=NUM_EXPERTS // NUM_RANKS * NUM_RANKS * TOKENS,
+        expert_stride=NUM_RANKS * TOKENS,
+    )
+    assert plan.num_dropped.tolist() == [10, 0]
+    out = on_ranks(lambda x, i: _send(group, x, i, layout="batched", backend=backend), group.mesh)(
+        x, ids
+    )
+    np.testing.assert_array_equal(out.num_dropped[:, 0], plan.num_dropped)
+    np.testing.assert_array_equal(out.group_sizes, plan.group_sizes)
+    np.testing.assert_array_equal(out.handle.recv_src, plan.recv_src)
+    np.testing.assert_array_equal(out.handle.send_row, plan.send_row)
+
+
 # --- memory
 
 SIZES = {"max_tokens_per_rank": 128, "hidden": 7168, "num_topk": 8}
@@ -192,8 +233,32 @@ def test_bytes_grow_with_what_is_sent():
         assert jax_ep.low_latency_bytes(**{**SIZES, **change}, num_ranks=2) > base, change
     # The combine's rows are not rounded.
     assert jax_ep.low_latency_bytes(**SIZES, num_ranks=2, quantize="fp8") <= base
-    with pytest.raises(jax_ep.ConfigError, match="low_latency_bytes: hidden must be at least 1"):
-        jax_ep.low_latency_bytes(**{**SIZES, "hidden": 0}, num_ranks=2)
+    both = jax_ep.low_latency_bytes(**SIZES, num_ranks=2, scales_bytes=448, payload_bytes=100)
+    assert both == base + 2 * 2 * 128 * 2 * 2048  # a group of packets for each
+
+
+WRONG_SIZES = {
+    "hidden": ({"hidden": 0}, "hidden must be at least 1, got 0"),
+    "wide": ({"hidden": 1 << 43}, "hidden must be at most 536870912, got"),
+    "tokens": ({"max_tokens_per_rank": 1 << 64}, "max_tokens_per_rank must be at most"),
+    "topk": ({"num_topk": 33}, "num_topk must be at most 32, got 33"),
+    "ranks": ({"num_ranks": 0}, "num_ranks must be at least 1, got 0"),
+    "blocks": ({"hidden": 100, "quantize": "fp8"}, "hidden must be a multiple of 128 for quantize='fp8', got 100"),
+    "payload": ({"payload_bytes": -1}, "payload_bytes must be at least 0, got -1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG_SIZES)
+def test_bytes_of_impossible_sizes_are_refused(case):
+    change, message = WRONG_SIZES[case]
+    with pytest.raises(jax_ep.ConfigError, match=re.escape(f"low_latency_bytes: {message}")):
+        jax_ep.low_latency_bytes(**dict({"num_ranks": 2, **SIZES}, **change))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", jnp.int32, "no dtype"])
+def test_bytes_of_other_dtypes_are_refused(dtype):
+    with pytest.raises(jax_ep.DTypeError, match="low_latency_bytes: dtype must be"):
+        jax_ep.low_latency_bytes(**SIZES, num_ranks=2, dtype=dtype)
 
 
 @pytest.mark.parametrize("wrong", [-1, 2.5, 1 << 50])
@@ -286,27 +351,48 @@ def test_large_tables_take_the_other_kernels(monkeypatch):
 
 
 def test_a_combine_on_few_sms_must_fit_its_table():
-    index = RowIndex(*(jnp.zeros((6000, 2), jnp.int32),) * 2, None, jnp.zeros((9,), jnp.int32))
     rows = jax.ShapeDtypeStruct((9, 64), jnp.bfloat16)
     wide = _group_spec(low_latency_room=1 << 40)
     facts = {"kind": RouteSpec, "group": wide, "layout": Layout.EXPERT}
-    for sms in (None, 16, 1):
-        spec = _spec(few_sms=sms, **facts)
-        assert few_tokens.why_no_room_to_combine(spec, index, rows) is None
-    index = index._replace(send_row=jnp.zeros((7000, 2), jnp.int32))
-    why_not = few_tokens.why_no_room_to_combine(_spec(few_sms=1, **facts), index, rows)
-    assert why_not == "the table of rows has 112000 bytes with 1 SMs, at most 98304"
+
+    def index(num_tokens):
+        slots = jnp.zeros((num_tokens, 2), jnp.int32)
+        return RowIndex(slots, slots, jnp.zeros((9,), jnp.int32), jnp.zeros((9,), jnp.int32))
+
+    for sms in (None, 64, 1):
+        few_tokens.require_combine(_spec(few_sms=sms, **facts), index(6000), rows)
+    message = "table of rows has 112000 bytes on each of 1 SMs, at most 98304"
+    with pytest.raises(jax_ep.ConfigError, match=message):
+        few_tokens.require_combine(_spec(few_sms=1, **facts), index(7000), rows)
+    few_tokens.require_combine(_spec(few_sms=64, **facts), index(7000), rows)
 
 
 def test_too_little_room_is_told_with_both_numbers():
     rows = [jax.ShapeDtypeStruct((100, 7168), jnp.bfloat16)]
-    spec = _spec()
     needed = limits.low_latency_payload(100, 2, [7168 * 2])
-    why_not = few_tokens.why_no_room_to_dispatch(spec, (100, 2), rows) or ""
     wanted = jax_ep.low_latency_bytes(
         max_tokens_per_rank=100, hidden=7168, num_topk=2, num_ranks=NUM_RANKS
     )
-    assert f"sends {needed} bytes to another, and the group has room for 1048576" in why_not
-    assert f"low_latency_bytes={wanted}" in why_not
-    with pytest.raises(jax_ep.ConfigError, match=r"^low_latency_dispatch: a rank sends"):
-        few_tokens.require_room("low_latency_dispatch", why_not)
+    with pytest.raises(jax_ep.ConfigError, match=r"^low_latency_dispatch: a rank sends") as caught:
+        few_tokens.require_dispatch(_spec(op="low_latency_dispatch"), (100, 2), rows)
+    message = str(caught.value)
+    assert f"sends {needed} bytes to another, and the group has room for 1048576" in message
+    assert f"low_latency_bytes={wanted}" in message
+    # The kernels of dispatch carry what may be dropped, and need no such room.
+    few_tokens.require_dispatch(_spec(recv_capacity=199), (100, 2), rows)
+
+
+def test_sms_of_the_group_hold_for_low_latency_calls(monkeypatch):
+    seen = []
+    choose = few_tokens.dispatch_kernels
+    monkeypatch.setattr(
+        "jax_ep._src.ops.dispatch.call.dispatch_kernels",
+        lambda spec, *rest: seen.append(spec.few_sms) or choose(spec, *rest),
+    )
+    x, ids, _ = _inputs()
+    with jax_ep.Group.open(make_mesh(NUM_RANKS), "ep", name="budget", num_sms=7) as budgeted:
+        for options in ({}, {"num_sms": 3}):
+            fn = on_ranks(lambda x, i, o=options: _send(budgeted, x, i, **o).x, budgeted.mesh)
+            jax.eval_shape(fn, x, ids)
+    assert set(seen[: len(seen) // 2]) == {7}
+    assert set(seen[len(seen) // 2 :]) == {3}

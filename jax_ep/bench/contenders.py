@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 import jax_ep
 from jax_ep._src.base import limits
+from jax_ep._src.base.config import FP8_BLOCK
 from jax_ep.bench.shapes import FP8, Point
 from jax_ep.testing.cases import dispatch
 
@@ -94,11 +95,10 @@ def takes_few(point: Point, group: jax_ep.Group, entries: Sequence[tuple[str, in
 
 def low_latency_payload(point: Point) -> int:
     """Bytes that a rank sends to another in a low-latency dispatch or combine."""
-    hidden = [point.hidden * 2] if point.dtype == FP8 else []
-    return max(
-        limits.low_latency_payload(point.num_tokens, point.num_topk, [size])
-        for size in (point.row_bytes, *hidden)
-    )
+    sent = [[point.row_bytes]]
+    if point.dtype == FP8:  # rows and scales; the combine has rows of two bytes
+        sent = [[point.hidden, 4 * (point.hidden // FP8_BLOCK)], [2 * point.hidden]]
+    return max(limits.low_latency_payload(point.num_tokens, point.num_topk, s) for s in sent)
 
 
 def few_tokens(point: Point, group: jax_ep.Group) -> Contender:

@@ -25,8 +25,8 @@ struct DispatchShape {
   int num_topk;
   int64_t recv_capacity;
   int64_t expert_alignment;
-  /// Expert layout: rows from the first of one expert to the first of the next; 0: none lie between
-  /// their groups. The alignment is 1 then.
+  /// Expert layout: rows from the first of one expert to the first of the next; the alignment is 1
+  /// then. 0: groups lie side by side.
   int64_t expert_stride = 0;
 
   bool operator==(const DispatchShape&) const = default;

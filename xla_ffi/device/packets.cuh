@@ -162,8 +162,8 @@ __device__ inline bool AreThere(const LanePackets& packets, const PushCall& call
   return packets.called.epoch == call.epoch && (are_there || packets.called.value != call.tag);
 }
 
-/// Waits until `look()`, which loads what a peer sends, finds it: most packets come soon, so the
-/// first looks check neither `abort` nor the time. False if the group fails first.
+/// Waits until `is_there()`, which loads what a peer sends. Most packets come soon, so the first
+/// looks check neither `abort` nor the time. False if the group fails first.
 template <typename IsThere>
 __device__ inline bool AwaitPackets(const Endpoint& self, const PushCall& call, int peer,
                                     IsThere&& is_there) {

@@ -13,7 +13,8 @@ class DispatchHandle:
     """The routing of one dispatch on one rank, as arrays. A pytree: save it, rematerialise it.
 
     Do not edit the arrays. If two rows claim to be the same choice of a token, a dispatch along
-    the handle on the `cuda` back end may leave anything in one of them.
+    the handle on the `cuda` back end may leave anything in one of them. If recv_src and send_row do
+    not fit, a low_latency_combine waits until the timeout, and ends the group.
 
     `T` = tokens of each rank, `C` = recv_capacity, `K` = num_topk, `R` = num_ranks, -1 = none.
 

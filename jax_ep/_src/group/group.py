@@ -40,6 +40,7 @@ class Group:
       ranks_per_node: ranks of one node.
       num_sms: SMs that every dispatch and combine uses on GPUs unless the call says otherwise;
         None: `budgets` give the number by exchange and layout.
+      low_latency_bytes: bytes of each GPU for what peers send in low-latency operations.
       backend: the back end in use.
       timeout: seconds that a rank waits for its peers.
       debug: whether routings are checked on the device.
@@ -53,6 +54,7 @@ class Group:
     num_ranks: int
     ranks_per_node: int
     num_sms: int | None
+    low_latency_bytes: int
     backend: str
     timeout: float
     debug: bool
@@ -125,7 +127,7 @@ class Group:
             up to 64.
           low_latency_bytes: bytes of each GPU that hold what peers send in low-latency dispatches
             and combines; `jax_ep.low_latency_bytes` computes them. Default: 16 MiB, enough for 128
-            bf16 rows of 7,168 elements between two ranks. 0: no such call is carried.
+            bf16 rows of 7,168 elements between two ranks. 0: the `cuda` back end has no such calls.
           ranks_per_node: ranks of one node, consecutive; default: all.
           debug: whether the group counts bad ids of every routing and raises them in `check()`;
             default: the environment variable JAX_EP_DEBUG.

@@ -82,6 +82,8 @@ def _low_latency(group: "Group") -> str:
         return f"not needed: back end {group.backend!r} has one way for all numbers of tokens"
     if not group.spec.has_packets:
         return "not usable: 16 bytes do not arrive at once at all peers"
+    if room == 0:
+        return "not usable: low_latency_bytes=0"
     return f"usable: a rank may send {room} bytes to another in one call"
 
 

@@ -53,11 +53,11 @@ typename Backend::Status Dispatch(typename Backend::Context context, I32Buffer p
       context.op(), ": expert_alignment=", attrs.expert_alignment,
       " must be positive, and the aligned groups must be countable in int32");
   const int64_t num_local_experts = attrs.num_experts / num_ranks;
-  JAX_EP_REQUIRE(
-      attrs.expert_stride == 0 ||
-          (attrs.layout == RecvLayout::kExpert && attrs.expert_alignment == 1 &&
-           attrs.expert_stride > 0 && recv_capacity == num_local_experts * attrs.expert_stride),
-      context.op(), ": expert_stride=", attrs.expert_stride, " does not fit");
+  JAX_EP_REQUIRE(attrs.expert_stride == 0 ||
+                     (attrs.layout == RecvLayout::kExpert && attrs.expert_alignment == 1 &&
+                      attrs.expert_stride > 0 && attrs.fill != Fill::kZeros &&
+                      recv_capacity == num_local_experts * attrs.expert_stride),
+                 context.op(), ": expert_stride=", attrs.expert_stride, " does not fit");
   JAX_EP_REQUIRE(num_topk == 0 || std::max(recv_capacity, num_tokens) <=
                                       INT32_MAX / (int64_t{num_ranks} * num_topk),
                  context.op(),

@@ -13,7 +13,7 @@ from jax_ep._src.base.options import BackendName, ExchangeMode, Layout
 from jax_ep._src.base.spec import RouteSpec, RowIndex
 from jax_ep._src.ops.combine import vjp
 from jax_ep._src.ops.common.checks import Checks
-from jax_ep._src.ops.common.few_tokens import require_room, why_no_room_to_combine
+from jax_ep._src.ops.common.few_tokens import require_combine
 from jax_ep._src.ops.common.vary import vary_alike
 from jax_ep._src.ops.pull_rows.vjp import pull_rows
 
@@ -96,15 +96,15 @@ def combine_rows(
     weights = _as_weights(check, weights, handle, layout)
     spec = RouteSpec(
         group=group.spec,
-        routes=check.routes(backend, num_sms, group, layout),
+        routes=check.routes(backend, num_sms, group, layout, mode),
         mode=mode,
-        few_sms=num_sms,
+        few_sms=group.num_sms if num_sms is None else num_sms,
         layout=layout,
         recv_capacity=handle.recv_capacity,
         op=check.op,
     )
     if mode is ExchangeMode.LOW_LATENCY:
-        require_room(check.op, why_no_room_to_combine(spec, handle.index(), rows))
+        require_combine(spec, handle.index(), rows)
     operands = (rows, weights, biases, handle.index())
     rows, weights, biases, index = vary_alike(operands, group)
     if weights is not None and weights.ndim == 2:

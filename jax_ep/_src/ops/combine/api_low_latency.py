@@ -26,7 +26,7 @@ def low_latency_combine(
 
     The results have the bits of `combine`. On the `cuda` back end one kernel adds this rank's rows
     of each token, rounds the sum to the rows' dtype and sends it to the token's rank, which has a
-    place for it.
+    place for it. Weights at the tokens are moved to the rows before, by another kernel.
 
     Args:
       rows: [recv_capacity, hidden] bf16, f16 or f32, in the layout of the handle; after a dispatch
@@ -35,7 +35,8 @@ def low_latency_combine(
       weights: as in combine; after a dispatch in the layout "batched" also [num_local_experts, rows
         of an expert], like `Dispatched.weights`.
       bias: one or two arrays [num_tokens, hidden] of the rows' dtype, added to the result.
-      num_sms: SMs that the kernel uses on the `cuda` back end; None: all. Static.
+      num_sms: SMs that the kernel uses on the `cuda` back end; None: the group's num_sms, or all.
+        Static.
       backend: "cpu", "cuda" or "xla"; None: the group's.
 
     Returns:
@@ -43,7 +44,9 @@ def low_latency_combine(
 
     Collective: every rank of the group calls it, inside jax.shard_map over the group's mesh.
     Gradient: none: jax.grad raises ConfigError.
-    Limits: as in low_latency_dispatch.
+    Limits: what a rank sends to another must fit into the group's memory: `low_latency_bytes` of
+      `Group.open`. On the `cuda` back end a block keeps a table of the rows of its tokens, which
+      takes 96 KiB at most: num_ranks * num_topk * tokens of an SM up to 24,576.
     Raises: ShapeError, DTypeError, ConfigError, GroupError while tracing; PeerTimeoutError and
       GroupError from `group.check()`.
     Source: DeepEP (DeepSeek, 2025), low-latency kernels, with sums in f32 and in a fixed order.
@@ -62,12 +65,11 @@ def low_latency_combine(
 
 def _flat(array: Any, handle: Any, num_dims: int) -> Any:
     """Returns rows or weights without the dimension of the local experts."""
-    if array is None or not isinstance(handle, DispatchHandle) or array.ndim != num_dims:
+    if not isinstance(handle, DispatchHandle) or getattr(array, "ndim", None) != num_dims:
         return array
     num_local, num_rows = array.shape[:2]
-    is_batched = (
-        handle.group_sizes.shape == (num_local,) and num_local * num_rows == handle.recv_capacity
-    )
+    sizes = getattr(handle.group_sizes, "shape", None)
+    is_batched = sizes == (num_local,) and num_local * num_rows == handle.recv_capacity
     # Weights [num_tokens, num_topk] have two dimensions, too.
     if not is_batched or (num_dims == 2 and array.shape == handle.send_row.shape):
         return array

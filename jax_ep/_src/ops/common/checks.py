@@ -10,7 +10,7 @@ from jax_ep._src.base import config, jax_compat, registry
 from jax_ep._src.base.checks import StaticChecks, alternatives
 from jax_ep._src.base.errors import ConfigError, DTypeError, GroupError, ShapeError
 from jax_ep._src.base.handle import DispatchHandle
-from jax_ep._src.base.options import Layout
+from jax_ep._src.base.options import ExchangeMode, Layout
 from jax_ep._src.base.spec import Route, Routes
 from jax_ep._src.group.group import Group
 
@@ -132,14 +132,22 @@ class Checks(StaticChecks):
         return backend
 
     def routes(
-        self, backend: str | None, num_sms: int | None, group: Group, layout: Layout
+        self,
+        backend: str | None,
+        num_sms: int | None,
+        group: Group,
+        layout: Layout,
+        mode: ExchangeMode = ExchangeMode.THROUGHPUT,
     ) -> Routes:
-        """Returns the routes of this call and its gradient: the group's, or the caller's choice."""
+        """Returns the routes of this call and its gradient: the group's, or the caller's choice.
+
+        The budgets, measured with many tokens, say nothing about the back end of few.
+        """
         wanted = self.backend(backend, group)
         if num_sms is not None:
             num_sms = self.integer(num_sms, minimum=1, name="num_sms")
         budgets = [group.budgets.of[exchange][layout] for exchange in Routes._fields]
-        if backend is None and num_sms is None:
+        if backend is None and num_sms is None and mode is ExchangeMode.THROUGHPUT:
             return Routes(*(Route(budget.backend or wanted, budget.sms) for budget in budgets))
         return Routes(*(Route(wanted, num_sms or budget.sms) for budget in budgets))
 

@@ -12,7 +12,8 @@ from jax_ep._src.base.errors import ConfigError
 from jax_ep._src.base.options import ExchangeMode, Layout, Quantize
 from jax_ep._src.base.spec import DispatchSpec, ExchangeSpec, RouteSpec, RowIndex
 
-_FEWEST_SMS = 16  # at least so many has every GPU for each of its ranks
+# SMs of a rank that the size of a table is computed for: GPUs have more, ranks may share them.
+_FEW_SMS = 16
 
 
 class Kernels(NamedTuple):
@@ -26,18 +27,44 @@ def dispatch_kernels(
     spec: DispatchSpec, routing: tuple[int, ...], rows: Sequence[jax.Array]
 ) -> Kernels:
     """Returns the kernels for a dispatch. `routing`: the shape of topk_idx."""
-    why_not = _why_no_dispatch(spec, routing, rows) if _wants_few(spec) else None
-    return _choose(spec, spec.num_sms, why_not)
+    if spec.mode is ExchangeMode.THROUGHPUT or (
+        _drops_rows(spec, routing) or _why_no_dispatch(spec, routing, rows) is not None
+    ):
+        return Kernels(ExchangeMode.THROUGHPUT, spec.num_sms)
+    return Kernels(ExchangeMode.LOW_LATENCY, spec.few_sms or config.ALL_SMS)
 
 
 def combine_kernels(spec: RouteSpec, index: RowIndex, rows: jax.Array) -> Kernels:
     """Returns the kernels for a combine."""
-    why_not = _why_no_combine(spec, index, rows) if _wants_few(spec) else None
-    return _choose(spec, spec.num_sms, why_not)
+    if (
+        spec.mode is ExchangeMode.THROUGHPUT
+        or _why_no_combine(spec, index.send_row.shape, rows) is not None
+    ):
+        return Kernels(ExchangeMode.THROUGHPUT, spec.num_sms)
+    return Kernels(ExchangeMode.LOW_LATENCY, spec.few_sms or config.ALL_SMS)
 
 
-def _wants_few(spec: ExchangeSpec) -> bool:
-    return spec.mode is ExchangeMode.LOW_LATENCY
+def require_dispatch(
+    spec: DispatchSpec, routing: tuple[int, ...], rows: Sequence[jax.Array]
+) -> None:
+    """Raises ConfigError if a low-latency dispatch does not fit into what the group has.
+
+    Back ends without such kernels need nothing, nor do calls that may drop rows: the kernels of
+    dispatch carry these.
+    """
+    if _has_kernels(spec) and not _drops_rows(spec, routing):
+        _require(spec, _why_no_dispatch(spec, routing, rows))
+
+
+def require_combine(spec: RouteSpec, index: RowIndex, rows: jax.Array) -> None:
+    """Raises ConfigError if a low-latency combine does not fit into what the group has."""
+    if _has_kernels(spec):
+        _require(spec, _why_no_combine(spec, index.send_row.shape, rows))
+
+
+def _require(spec: ExchangeSpec, why_not: str | None) -> None:
+    if why_not is not None:
+        raise ConfigError(f"{spec.op}: {why_not}")
 
 
 def sent_rows(rows: Sequence[jax.Array], quantize: Quantize) -> list[tuple[tuple[int, ...], Any]]:
@@ -51,82 +78,47 @@ def sent_rows(rows: Sequence[jax.Array], quantize: Quantize) -> list[tuple[tuple
     return rounded + sent[1:]
 
 
-def _choose(spec: ExchangeSpec, num_sms: int, why_not: str | None) -> Kernels:
-    if not _wants_few(spec) or why_not is not None:
-        return Kernels(ExchangeMode.THROUGHPUT, num_sms)
-    return Kernels(ExchangeMode.LOW_LATENCY, spec.few_sms or config.ALL_SMS)
+def _has_kernels(spec: DispatchSpec | RouteSpec) -> bool:
+    return spec.backend == "cuda" and spec.group.has_packets
 
 
-def require_room(op: str, why_not: str | None) -> None:
-    """Raises ConfigError if the group has too little room for a low-latency operation."""
-    if why_not is not None:
-        raise ConfigError(f"{op}: {why_not}")
-
-
-def why_no_room_to_dispatch(
-    spec: DispatchSpec, routing: tuple[int, ...], rows: Sequence[jax.Array]
-) -> str | None:
-    """Returns why the group has no room for a dispatch of few tokens, or None."""
-    num_tokens, num_topk = routing
-    if _why_no_kernels(spec) is not None:
-        return None
-    return _why_no_room(spec, num_tokens, num_topk, rows) or _why_no_table(
-        spec, num_tokens, num_topk
-    )
-
-
-def why_no_room_to_combine(spec: RouteSpec, index: RowIndex, rows: jax.Array) -> str | None:
-    """Returns why the group has no room for a combine of few tokens, or None."""
-    if _why_no_kernels(spec) is not None:
-        return None
-    return _why_no_room(spec, index.send_row.shape[0], 0, (rows,)) or _why_no_held_rows(spec, index)
+def _drops_rows(spec: DispatchSpec, routing: tuple[int, ...]) -> bool:
+    return spec.recv_capacity < spec.worst_capacity(*routing)
 
 
 def _why_no_dispatch(
     spec: DispatchSpec, routing: tuple[int, ...], rows: Sequence[jax.Array]
 ) -> str | None:
+    if not _has_kernels(spec):
+        return "the back end has no kernels for few tokens"
     num_tokens, num_topk = routing
-    return (
-        _why_no_kernels(spec)
-        or _why_no_room(spec, num_tokens, num_topk, rows)
-        or _why_no_table(spec, num_tokens, num_topk)
-        or _why_no_capacity(spec, num_tokens, num_topk)
+    return _why_no_room(spec, num_tokens, num_topk, rows) or _why_no_table(
+        spec, num_tokens, num_topk
     )
 
 
-def _why_no_combine(spec: RouteSpec, index: RowIndex, rows: jax.Array) -> str | None:
-    num_tokens, num_slots = index.send_row.shape
-    if spec.layout is Layout.EXPERT and index.recv_k is None:
-        return "the choice of each row is not known"
+def _why_no_combine(spec: RouteSpec, slots: tuple[int, ...], rows: jax.Array) -> str | None:
+    """`slots`: the shape of send_row."""
+    if not _has_kernels(spec):
+        return "the back end has no kernels for few tokens"
+    num_tokens, num_slots = slots
     if num_slots > limits.MAX_TOPK:
         return f"a token has at most {limits.MAX_TOPK} choices, got {num_slots}"
-    return (
-        _why_no_kernels(spec)
-        or _why_no_room(spec, num_tokens, 0, (rows,))
-        or _why_no_held_rows(spec, index)
-    )
+    return _why_no_room(spec, num_tokens, 0, (rows,)) or _why_no_held_rows(spec, slots)
 
 
-def _why_no_held_rows(spec: RouteSpec, index: RowIndex) -> str | None:
-    """Each block of the kernel has a table of the rows of its tokens."""
-    num_tokens, num_slots = index.send_row.shape
-    per_block = -(-num_tokens // min(spec.few_sms or _FEWEST_SMS, _FEWEST_SMS))
-    slots = 1 if spec.layout is Layout.RANK else num_slots
-    size = 4 * spec.group.num_ranks * per_block * slots
+def _why_no_held_rows(spec: RouteSpec, slots: tuple[int, ...]) -> str | None:
+    """Returns why a block's table of the rows of its tokens is too large, or None."""
+    num_tokens, num_slots = slots
+    num_sms = min(spec.few_sms or _FEW_SMS, _FEW_SMS)
+    held = 1 if spec.layout is Layout.RANK else num_slots
+    size = 4 * spec.group.num_ranks * -(-num_tokens // num_sms) * held
     if size <= limits.MAX_LOW_LATENCY_TABLE:
         return None
     return (
-        f"the table of rows has {size} bytes with {spec.few_sms or _FEWEST_SMS} SMs, "
+        f"the table of rows has {size} bytes on each of {num_sms} SMs, "
         f"at most {limits.MAX_LOW_LATENCY_TABLE}"
     )
-
-
-def _why_no_kernels(spec: DispatchSpec | RouteSpec) -> str | None:
-    if spec.backend != "cuda":
-        return f"back end {spec.backend!r} has one way for all numbers of tokens"
-    if not spec.group.has_packets:
-        return "16 bytes do not arrive at once at all peers"
-    return None
 
 
 def _why_no_room(
@@ -161,10 +153,3 @@ def _why_no_table(spec: DispatchSpec, num_tokens: int, num_topk: int) -> str | N
     if size > limits.MAX_LOW_LATENCY_TABLE:
         return f"the table of choices has {size} bytes, at most {limits.MAX_LOW_LATENCY_TABLE}"
     return None
-
-
-def _why_no_capacity(spec: DispatchSpec, num_tokens: int, num_topk: int) -> str | None:
-    worst = spec.worst_capacity(num_tokens, num_topk)
-    if spec.recv_capacity >= worst:
-        return None
-    return f"rows may be dropped: recv_capacity={spec.recv_capacity}, the worst case is {worst}"

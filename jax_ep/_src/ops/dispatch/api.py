@@ -166,9 +166,9 @@ def prepare(
     arrangement = check.choice(Layout, layout, name="layout")
     spec = DispatchSpec(
         group=group.spec,
-        routes=check.routes(backend, num_sms, group, arrangement),
+        routes=check.routes(backend, num_sms, group, arrangement, mode),
         mode=mode,
-        few_sms=num_sms,
+        few_sms=group.num_sms if num_sms is None else num_sms,
         layout=arrangement,
         num_experts=num_experts,
         op=check.op,

@@ -21,7 +21,7 @@ from jax_ep._src.base.options import (
 from jax_ep._src.base.spec import DispatchSpec
 from jax_ep._src.group.group import Group
 from jax_ep._src.ops.common.checks import Checks
-from jax_ep._src.ops.common.few_tokens import require_room, why_no_room_to_dispatch
+from jax_ep._src.ops.common.few_tokens import require_dispatch
 from jax_ep._src.ops.common.vary import vary_alike
 from jax_ep._src.ops.dispatch import vjp
 from jax_ep._src.ops.dispatch.api import assemble, prepare
@@ -73,7 +73,8 @@ def low_latency_dispatch(
         "fp8_pow2": scales are powers of two; "fp8_e8m0": these as exponent bytes. hidden is a
         multiple of 128 then.
       payload: [num_tokens, P] of any type of whole bytes, moved with the rows unchanged; or None.
-      num_sms: SMs that the kernel uses on the `cuda` back end; None: all. Static.
+      num_sms: SMs that the kernel uses on the `cuda` back end; None: the group's num_sms, or all.
+        Static.
       backend: "cpu", "cuda" or "xla"; None: the group's.
 
     Returns:
@@ -85,15 +86,18 @@ def low_latency_dispatch(
     Gradient: none: jax.grad raises ConfigError.
     Batches: `jax.vmap` makes one call for each element, in order.
     Limits: what a rank sends to another must fit into the group's memory: `low_latency_bytes` of
-      `Group.open`. On the `cuda` back end 32 ranks, num_topk 32, and a table of choices of 96 KiB:
-      about 400,000 tokens times experts.
+      `Group.open`. On the `cuda` back end 32 ranks, num_topk 32, and a table of choices of 96 KiB,
+      which holds about 400,000 tokens times experts, and at most 4,900 experts, in the expert
+      layout; in the rank layout 786,000 tokens times num_ranks squared. If tokens name an expert
+      twice, a call is slow there, and rows that do not fit are dropped one by one, uncounted.
     Raises: ShapeError, DTypeError, ConfigError, GroupError while tracing; PeerTimeoutError,
       GroupError and RoutingError (debug mode) from `group.check()`.
     Source: DeepEP (DeepSeek, 2025), low-latency kernels; TensorRT-LLM's one-sided exchange (2025).
     """
     group = _check.group(group)
     arrangement = _check.choice(LowLatencyLayout, layout, name="layout")
-    how = _check.choice(Quantize, quantize or Quantize.NONE, name="quantize")
+    given = Quantize.NONE if quantize is None else quantize
+    how = _check.choice(Quantize, given, name="quantize")
     rows = _streams(x, payload, how)
     num_tokens = rows[0].shape[0]
     most = _check.integer(max_tokens_per_rank, minimum=1, name="max_tokens_per_rank")
@@ -139,7 +143,7 @@ def low_latency_dispatch(
         quantize=how,
         mode=ExchangeMode.LOW_LATENCY,
     )
-    require_room(_check.op, why_no_room_to_dispatch(spec, topk_idx.shape, rows))
+    require_dispatch(spec, topk_idx.shape, rows)
     rows, topk_weights, topk_idx = vary_alike((rows, topk_weights, topk_idx), group)
     routed = vjp.dispatch(spec, rows, topk_weights, topk_idx)
     has_scales = how is not Quantize.NONE or isinstance(x, tuple)

@@ -119,12 +119,12 @@ def dispatch(
     ranks have the same room. Peers read no operands of the kernels for few tokens.
     """
     mode, num_sms = dispatch_kernels(spec, topk_idx.shape, rows)
-    is_carried = mode is ExchangeMode.LOW_LATENCY or (
+    is_few = mode is ExchangeMode.LOW_LATENCY
+    is_carried = is_few or (
         # The kernels for many tokens leave no rows between the experts.
         not (spec.expert_stride and spec.backend == "cuda")
         and spec.group.can_stage(topk_idx, topk_weights, *rows)
     )
-    is_few = mode is ExchangeMode.LOW_LATENCY
     if spec.quantize is not Quantize.NONE and not is_few:
         rows = (*round_rows(rows[0], spec.quantize), *rows[1:])
     if spec.backend == "xla" or not is_carried:

@@ -53,7 +53,7 @@ def quantize_fp8(
     Source: DeepSeek-V3 (2024), fine-grained quantisation; OCP microscaling formats (2023).
     """
     check = Checks("quantize_fp8")
-    dtype = _result_dtype(check, dtype, FP8_DTYPES)
+    dtype = result_dtype(check, dtype, FP8_DTYPES)
     kind = check.choice(Scales, scales, name="scales")
     x = check.array(x, name="x")
     check.dtype(x, FLOAT_DTYPES, name="x")
@@ -106,7 +106,7 @@ def dequantize_fp8(x: jax.Array, scales: jax.Array, dtype: DTypeLike = jnp.bfloa
     Source: as in `quantize_fp8`.
     """
     check = Checks("dequantize_fp8")
-    dtype = _result_dtype(check, dtype, FLOAT_DTYPES)
+    dtype = result_dtype(check, dtype, FLOAT_DTYPES)
     x = check.array(x, name="x")
     check.dtype(x, FP8_DTYPES, name="x")
     if x.ndim != 2 or x.shape[1] < 1:
@@ -132,7 +132,7 @@ def dequantize_fp8(x: jax.Array, scales: jax.Array, dtype: DTypeLike = jnp.bfloa
     return (blocks * scales[..., None]).reshape(x.shape).astype(dtype)
 
 
-def _result_dtype(check: Checks, dtype: Any, dtypes: Sequence[Any]) -> Any:
+def result_dtype(check: Checks, dtype: Any, dtypes: Sequence[Any]) -> Any:
     """Returns the dtype, in whatever form the caller wrote it; it must be one of `dtypes`."""
     allowed = [jnp.dtype(d) for d in dtypes]
     # A conversion would raise NumPy's own error for an argument that is no dtype.

@@ -1,11 +1,17 @@
 """low_latency_bytes: computes the memory of a group for low-latency exchanges."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jax_ep._src.base import config, limits
-from jax_ep._src.base.checks import StaticChecks
+from jax_ep._src.base.errors import ConfigError
 from jax_ep._src.base.options import Quantize, QuantizeName
+from jax_ep._src.ops.common.checks import FLOAT_DTYPES, Checks
+from jax_ep._src.ops.dispatch.fp8 import FP8_DTYPES, result_dtype
+
+MAX_ROW_BYTES = 1 << 30
 
 
 def low_latency_bytes(
@@ -16,6 +22,7 @@ def low_latency_bytes(
     num_ranks: int,
     dtype: DTypeLike = jnp.bfloat16,
     quantize: QuantizeName | None = None,
+    scales_bytes: int = 0,
     payload_bytes: int = 0,
 ) -> int:
     """Computes the bytes for `Group.open(low_latency_bytes=...)`.
@@ -27,30 +34,46 @@ def low_latency_bytes(
       num_ranks: ranks of the group.
       dtype: dtype of the rows of `low_latency_dispatch` and `low_latency_combine`.
       quantize: as in low_latency_dispatch. The rows of the combine have `dtype`.
-      payload_bytes: bytes of a row of the payload, and of scales that the caller brings.
+      scales_bytes: bytes of a row of the scales that the caller brings.
+      payload_bytes: bytes of a row of the payload.
 
     Returns:
       The number of bytes that each GPU needs: what each rank sends to another, in two halves that
       take turns, from all ranks.
 
     Collective: no.
-    Raises: ConfigError.
+    Raises: ConfigError, DTypeError.
     """
-    check = StaticChecks("low_latency_bytes")
-    tokens = check.integer(max_tokens_per_rank, minimum=1, name="max_tokens_per_rank")
-    hidden = check.integer(hidden, minimum=1, name="hidden")
-    num_topk = check.integer(num_topk, minimum=1, name="num_topk")
-    num_ranks = check.integer(num_ranks, minimum=1, name="num_ranks")
-    extra = check.integer(payload_bytes, minimum=0, name="payload_bytes")
-    row = hidden * jnp.dtype(dtype).itemsize
-    sent = [row]
-    how = check.choice(Quantize, quantize or Quantize.NONE, name="quantize")
+    check = Checks("low_latency_bytes")
+    tokens = _bounded(check, max_tokens_per_rank, config.MAX_INDEX, name="max_tokens_per_rank")
+    num_ranks = _bounded(check, num_ranks, config.MAX_INDEX, name="num_ranks")
+    num_topk = _bounded(check, num_topk, limits.MAX_TOPK, name="num_topk")
+    width = result_dtype(check, dtype, (*FLOAT_DTYPES, *FP8_DTYPES, jnp.uint8)).itemsize
+    hidden = _bounded(check, hidden, MAX_ROW_BYTES // width, name="hidden")
+    how = check.choice(Quantize, Quantize.NONE if quantize is None else quantize, name="quantize")
+    extra = [
+        check.integer(scales_bytes, minimum=0, name="scales_bytes"),
+        check.integer(payload_bytes, minimum=0, name="payload_bytes"),
+    ]
+    sent = [hidden * width]
     if how is not Quantize.NONE:
+        if hidden % config.FP8_BLOCK:
+            raise ConfigError(
+                f"{check.op}: hidden must be a multiple of {config.FP8_BLOCK} for "
+                f"quantize={how.value!r}, got {hidden}"
+            )
         scale = 1 if how is Quantize.FP8_E8M0 else 4
-        sent = [hidden, -(-hidden // config.FP8_BLOCK) * scale]
-    sent += [extra] if extra else []
+        sent = [hidden, hidden // config.FP8_BLOCK * scale]
+    sent += [min(size, MAX_ROW_BYTES) for size in extra if size]
     most = max(
         limits.low_latency_payload(tokens, num_topk, sent),
-        limits.low_latency_payload(tokens, 0, [row]),
+        limits.low_latency_payload(tokens, 0, [hidden * width]),
     )
     return 2 * num_ranks * most
+
+
+def _bounded(check: Checks, value: Any, most: int, *, name: str) -> int:
+    number = check.integer(value, minimum=1, name=name)
+    if number > most:
+        raise ConfigError(f"{check.op}: {name} must be at most {most}, got {number}")
+    return number
