@@ -215,8 +215,7 @@ NB_MODULE(_jax_ep_cuda, m) {
   m.def("open_group", &jax_ep::OpenGroup, nanobind::arg("identity"), nanobind::arg("positions"),
         nanobind::arg("num_slices"), nanobind::arg("num_ranks"), nanobind::arg("timeout_ms"),
         nanobind::arg("is_here") = std::vector<bool>(), nanobind::arg("staging_bytes") = 0,
-        nanobind::arg("stages_all") = false,
-        nanobind::arg("low_latency_bytes") = 0,
+        nanobind::arg("stages_all") = false, nanobind::arg("low_latency_bytes") = 0,
         nanobind::call_guard<nanobind::gil_scoped_release>(),
         "Opens a group. Positions are (CUDA device, slice, rank, position in the mesh), of whole "
         "slices.\n"
