@@ -69,5 +69,28 @@ found meeting -DN=2 -DNB=1 -DE=2 -DNO_ACK
 found meeting -DN=3 -DNB=1 -DE=1 -DTIMEOUTS -DNO_TOLD
 found meeting -DN=3 -DNB=1 -DE=1 -DTIMEOUTS -DABORT_FIRST
 found meeting -DN=2 -DNB=1 -DE=3 -DK1=PUSH -DONE_HALF
+# Packets without a meeting, among calls of all kinds.
+holds packets -DN=2 -DNB=1 -DE=5
+holds packets -DN=2 -DNB=1 -DE=4 -DWIRE
+holds packets -DN=2 -DNB=2 -DE=3
+holds packets -DN=2 -DNB=2 -DE=3 -DWIRE
+holds packets -DN=3 -DNB=1 -DE=3
+holds packets -DN=2 -DNB=1 -DE=4 -DTIMEOUTS -DWIRE
+holds packets -DN=2 -DNB=2 -DE=3 -DKINDS=2 -DTIMEOUTS -DONE_GIVES_UP
+holds packets -DN=3 -DNB=1 -DE=2 -DKINDS=2 -DTIMEOUTS -DONE_GIVES_UP -DAT_ONCE
+holds packets -DN=3 -DNB=1 -DE=3 -DKINDS=1 -DTIMEOUTS -DONE_GIVES_UP -DAT_ONCE
+# A rank that makes another call. Only waits that give up end calls that send one another nothing.
+holds packets -DN=2 -DNB=2 -DE=3 -DKINDS=3 -DOTHER=2
+holds packets -DN=2 -DNB=2 -DE=1 -DKINDS=3 -DOTHER=1 -DWIRE
+holds packets -DN=3 -DNB=1 -DE=2 -DKINDS=3 -DOTHER=1
+holds packets -DN=2 -DNB=1 -DE=3 -DOTHER=2 -DTIMEOUTS -DWIRE
+holds packets -DN=2 -DNB=2 -DE=1 -DOTHER=1 -DTIMEOUTS
+holds packets -DN=3 -DNB=1 -DE=1 -DOTHER=1 -DTIMEOUTS
+# Without parts of the protocol.
+found packets -DN=2 -DNB=1 -DE=3 -DNO_CALLED
+found packets -DN=2 -DNB=1 -DE=1 -DOTHER=1 -DKINDS=2 -DTIMEOUTS -DNO_CALLED
+found packets -DN=2 -DNB=1 -DE=2 -DONE_HALF
+found packets -DN=2 -DNB=1 -DE=1 -DOTHER=1 -DKINDS=2 -DTIMEOUTS -DNO_TAG
+found packets -DN=2 -DNB=2 -DE=3 -DKINDS=2 -DBESIDE
 LINES
 exit $status
