@@ -143,7 +143,8 @@ __device__ bool AddRows(const CombineArgs& a, int64_t row_bytes, const Strided& 
 //
 // Geometry   a block for one token number of all ranks, or for a few; a warp for a group of 96
 //            vectors of a row; 384 threads, fewer where a block has fewer groups.
-// Protocol   called and packets to every peer; nothing else, since packets carry their epoch, and a
+// Protocol   called and packets to every peer; the first block waits for called of every peer, also
+//            of those that send no packet. Nothing else, since packets carry their epoch, and a
 //            token has its place at its rank.
 // Traffic    per row: its bytes read; per remote (token, rank): 4/3 of a row stored at the token's
 //            rank and polled from the L2 there; per token: its biases read, a row written. Every
