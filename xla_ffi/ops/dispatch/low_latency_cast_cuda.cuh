@@ -11,7 +11,7 @@
 
 #include "device/packets.cuh"
 #include "device/vector.cuh"
-#include "ops/dispatch/low_latency_table_cuda.cuh"
+#include "ops/dispatch/low_latency_choices_cuda.cuh"
 
 namespace jax_ep {
 

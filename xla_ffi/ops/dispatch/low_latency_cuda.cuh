@@ -10,6 +10,8 @@
 #include "device/signals.cuh"
 #include "device/token_packets.h"
 #include "ops/dispatch/low_latency_cast_cuda.cuh"
+#include "ops/dispatch/low_latency_choices_cuda.cuh"
+#include "ops/dispatch/low_latency_rows_cuda.cuh"
 #include "ops/dispatch/low_latency_table_cuda.cuh"
 
 namespace jax_ep {

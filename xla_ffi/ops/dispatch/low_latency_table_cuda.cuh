@@ -1,5 +1,5 @@
-// The choices of all ranks' tokens in a dispatch of few tokens: how they are sent, and where the
-// rows of each token go. Every block has the whole table, in shared memory.
+// The table of the choices of all ranks' tokens in a dispatch of few tokens, which says where their
+// rows go. Every block has the whole table, in shared memory.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,92 +9,9 @@
 #include "device/packets.cuh"
 #include "device/token_packets.h"
 #include "ops/dispatch/dispatch_cuda.cuh"
+#include "ops/dispatch/low_latency_choices_cuda.cuh"
 
 namespace jax_ep {
-
-// A group of packets of a token's rows.
-struct RowGroup {
-  int stream;
-  int64_t row_bytes;
-  Strided vectors;  // this lane's, of the row
-  int num_packets;  // of each lane
-};
-
-__device__ inline RowGroup GroupOf(const LowLatencyDispatch& launch, int group) {
-  int stream = 0;
-  while (group >= launch.groups.first[stream + 1]) ++stream;
-  const int64_t row_bytes = launch.args.streams[stream].row_bytes;
-  const auto num_vectors = static_cast<int>((row_bytes + kVectorBytes - 1) / kVectorBytes);
-  const int in_row = group - launch.groups.first[stream];
-  return {.stream = stream,
-          .row_bytes = row_bytes,
-          .vectors = VectorsOf(in_row, num_vectors),
-          .num_packets = NumPackets(num_vectors - in_row * kGroupVectors)};
-}
-
-// This lane's first packet of a group of a token, in the memory of `holder`. `unit`: index of the
-// group among those of all tokens of the source.
-__device__ inline std::byte* PlaceOf(const LowLatencyDispatch& launch, int holder, int source,
-                                     uint32_t epoch, int unit) {
-  return LowLatencyRoom(launch.self, holder, source, epoch) + launch.choice_bytes +
-         int64_t{unit} * kPacketGroupBytes + PacketLane() * kVectorBytes;
-}
-
-// Ranks that a token of this rank goes to, as bits. For a whole warp.
-__device__ inline uint32_t RanksOf(const LowLatencyDispatch& launch, int token) {
-  const DispatchShape& shape = launch.args.shape;
-  uint32_t ranks = 0;
-  if (PacketLane() < shape.num_topk) {
-    const int32_t id = launch.args.topk_idx[token * shape.num_topk + PacketLane()];
-    if (shape.experts.IsExpert(id)) ranks = 1u << shape.experts.RankOf(id);
-  }
-  return __reduce_or_sync(~0u, ranks);
-}
-
-// A choice of a token: an expert, or kNoPacketExpert, and its weight.
-struct Choice {
-  uint32_t expert;
-  float weight;
-};
-
-__device__ inline Choice OwnChoice(const DispatchArgs& a, int token, int k) {
-  const int64_t i = int64_t{token} * a.shape.num_topk + k;
-  const int32_t id = a.topk_idx[i];
-  return {a.shape.experts.IsExpert(id) ? static_cast<uint32_t>(id) : kNoPacketExpert,
-          a.topk_weights ? a.topk_weights[i] : 0.0f};
-}
-
-__device__ inline Choice ChoiceIn(const Packet& packet, int k) {
-  const auto experts = static_cast<uint32_t>(packet.high);
-  return k % 2 == 0
-             ? Choice{experts & 0xffff, __uint_as_float(static_cast<uint32_t>(packet.low))}
-             : Choice{experts >> 16, __uint_as_float(static_cast<uint32_t>(packet.low >> 32))};
-}
-
-// Two choices of a token of this rank.
-__device__ inline Packet PackChoices(const DispatchArgs& a, uint32_t epoch, int token, int pair) {
-  const int k = 2 * pair;
-  const Choice even = OwnChoice(a, token, k);
-  const Choice odd =
-      k + 1 < a.shape.num_topk ? OwnChoice(a, token, k + 1) : Choice{kNoPacketExpert, 0.0f};
-  return {.low = uint64_t{__float_as_uint(odd.weight)} << 32 | __float_as_uint(even.weight),
-          .high = uint64_t{epoch} << 32 | odd.expert << 16 | even.expert};
-}
-
-// Sends the choices of this rank's tokens to every peer, `thread` of `num_threads` a part of them.
-__device__ inline void SendChoices(const LowLatencyDispatch& launch, uint32_t epoch, int thread,
-                                   int num_threads) {
-  const DispatchArgs& a = launch.args;
-  const Endpoint& self = launch.self;
-  const int per_token = ChoicePackets(a.shape.num_topk);
-  for (int i = thread; i < a.shape.num_tokens * per_token; i += num_threads) {
-    const Packet packet = PackChoices(a, epoch, i / per_token, i % per_token);
-    for (int d = 1; d < self.num_ranks; ++d) {
-      const int peer = (self.rank + d) % self.num_ranks;
-      StorePacket(LowLatencyRoom(self, peer, self.rank, epoch) + i * kVectorBytes, packet);
-    }
-  }
-}
 
 // Tokens as bits, 32 in a word, and counts of rows: in shared memory.
 //
@@ -428,77 +345,6 @@ class RoutingTable {
   int* first_;
   int* has_repeats_;
   int* num_recv_;
-};
-
-// The rows of this rank that a token becomes. For a whole warp: in the expert layout, each lane has
-// the row of one choice.
-template <RecvLayout kLayout>
-class TokenRows {
- public:
-  __device__ TokenRows(const RoutingTable<kLayout>& table, const PushCall& call, int source,
-                       int token)
-      : table_(table), call_(call), source_(source), token_(token) {
-    if constexpr (kLayout == RecvLayout::kRank) {
-      row_ = table.RowOfToken(source, token);
-      some_ = row_ >= 0 ? 1 : 0;
-      return;
-    }
-    const DispatchShape& shape = table.launch().args.shape;
-    if (PacketLane() < shape.num_topk) {
-      choice_ = table.ChoiceOf(call, source, token, PacketLane());
-      if (table.IsHere(choice_.expert)) {
-        row_ =
-            table.RowOfChoice(call, source, token, PacketLane(), static_cast<int>(choice_.expert));
-        // Only tokens that name an expert twice can have more rows than fit.
-        if (row_ >= shape.recv_capacity) row_ = kNoIndex;
-      }
-    }
-    some_ = __ballot_sync(~0u, row_ >= 0);
-  }
-
-  __device__ bool IsNone() const { return some_ == 0; }
-
-  template <typename Use>
-  __device__ void ForEach(Use&& use) const {
-    if constexpr (kLayout == RecvLayout::kRank) {
-      use(int64_t{row_});
-    } else {
-      for (uint32_t lanes = some_; lanes != 0; lanes &= lanes - 1) {
-        use(int64_t{__shfl_sync(~0u, row_, __ffs(lanes) - 1)});
-      }
-    }
-  }
-
-  // Writes what the results say of these rows.
-  __device__ void WriteIndices() const {
-    const DispatchArgs& a = table_.launch().args;
-    const auto recv_src = static_cast<int32_t>(source_ * a.shape.num_tokens + token_);
-    const int lane = PacketLane();
-    if constexpr (kLayout == RecvLayout::kExpert) {
-      if (row_ < 0) return;
-      a.recv_src[row_] = recv_src;
-      a.recv_k[row_] = lane;
-      if (a.recv_weights) a.recv_weights[row_] = choice_.weight;
-      return;
-    }
-    if (lane == 0) a.recv_src[row_] = recv_src;
-    if (lane >= a.shape.num_topk) return;
-    const Choice choice = table_.ChoiceOf(call_, source_, token_, lane);
-    const bool is_here = table_.IsHere(choice.expert);
-    const int64_t i = int64_t{row_} * a.shape.num_topk + lane;
-    a.recv_topk_idx[i] =
-        is_here ? a.shape.experts.LocalOf(static_cast<int32_t>(choice.expert)) : kNoIndex;
-    if (a.recv_weights) a.recv_weights[i] = is_here ? choice.weight : 0.0f;
-  }
-
- private:
-  const RoutingTable<kLayout>& table_;
-  const PushCall& call_;
-  const int source_;
-  const int token_;
-  Choice choice_{kNoPacketExpert, 0.0f};
-  int32_t row_ = kNoIndex;
-  uint32_t some_ = 0;
 };
 
 }  // namespace jax_ep
