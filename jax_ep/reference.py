@@ -284,3 +284,79 @@ def _sum_over_ranks(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
     for term in wide[1:]:
         total = total + term
     return total.astype(x.dtype)
+
+
+PieceTable = tuple[Ints, Ints, Ints, Ints]
+"""input_offsets, send_sizes, output_offsets and recv_sizes of all ranks, each [R, K]."""
+
+
+def ragged_all_to_all(operand: Rows, output: Rows, table: PieceTable) -> Rows:
+    """Returns output [R, M, ...] with pieces of operand [R, N, ...] written over it, in order."""
+    result = np.array(output)
+    for src, dst, first, place, size in _pieces(table, operand.shape[1], output.shape[1]):
+        result[dst, place : place + size] = operand[src, first : first + size]
+    return result
+
+
+def ragged_all_to_all_gradient(
+    cotangent: Rows, num_rows: int, table: PieceTable
+) -> tuple[Rows, Rows]:
+    """Returns the cotangents of operand [R, num_rows, ...] and output from that of the result.
+
+    A row that was sent several times gets a sum, in the order of its pieces, in f32 or wider.
+    """
+    num_ranks, num_places, *width = cotangent.shape
+    wide = np.result_type(np.float32, cotangent.dtype) if cotangent.dtype.kind in "fc" else "f4"
+    total = np.zeros((num_ranks, num_rows, *width), wide)
+    is_touched = np.zeros((num_ranks, num_rows), np.bool_)
+    of_output = np.array(cotangent)
+    for src, dst, first, place, size in _pieces(table, num_rows, num_places):
+        for i in range(size):
+            term = cotangent[dst, place + i].astype(wide)
+            at = (src, first + i)
+            total[at] = total[at] + term if is_touched[at] else term
+            is_touched[at] = True
+        of_output[dst, place : place + size] = 0
+    return total.astype(cotangent.dtype), of_output
+
+
+def _pieces(
+    table: PieceTable, num_rows: int, num_places: int
+) -> list[tuple[int, int, int, int, int]]:
+    """Lists (source, destination, first row, first place, size), ordered by all of these.
+
+    A piece has the rows that both sides name and that lie inside both arrays, or none if one of
+    its offsets is negative.
+    """
+    input_offsets, send_sizes, output_offsets, recv_sizes = table
+    num_ranks, num_pieces = input_offsets.shape
+    per_peer = num_pieces // num_ranks
+    pieces = []
+    for src in range(num_ranks):
+        for i in range(num_pieces):
+            dst, at_receiver = i // per_peer, src * per_peer + i % per_peer
+            first, place = int(input_offsets[src, i]), int(output_offsets[src, i])
+            size = min(int(send_sizes[src, i]), int(recv_sizes[dst, at_receiver]))
+            size = min(size, num_rows - first, num_places - place)
+            if first >= 0 and place >= 0 and size > 0:
+                pieces.append((src, dst, first, place, size))
+    return pieces
+
+
+def all_to_all_v(x: Rows, send_sizes: Ints, recv_capacity: int) -> tuple[Rows, Ints, Ints]:
+    """Returns (rows [R, recv_capacity, ...], recv_sizes [R, R], num_dropped [R]).
+
+    Rank r sends send_sizes[r, d] rows of x [R, T, ...] to each rank d, side by side.
+    """
+    num_ranks = len(x)
+    rows = np.zeros((num_ranks, recv_capacity, *x.shape[2:]), x.dtype)
+    num_dropped = np.zeros(num_ranks, np.int32)
+    for dst in range(num_ranks):
+        parts = []
+        for src in range(num_ranks):
+            first = send_sizes[src, :dst].sum()
+            parts.append(x[src, first : first + send_sizes[src, dst]])
+        whole = np.concatenate(parts)
+        rows[dst, : len(whole)] = whole[:recv_capacity]
+        num_dropped[dst] = max(0, len(whole) - recv_capacity)
+    return rows, np.asarray(send_sizes, np.int32).T, num_dropped
