@@ -28,10 +28,13 @@ from jax_ep._src.ops.dispatch.capacity import recv_capacity
 from jax_ep._src.ops.dispatch.fp8 import dequantize_fp8, quantize_fp8
 from jax_ep._src.ops.dispatch.low_latency_bytes import low_latency_bytes
 from jax_ep._src.ops.get_dispatch_layout.api import DispatchLayout, get_dispatch_layout
+from jax_ep._src.ops.ragged_all_to_all.api import ragged_all_to_all
+from jax_ep._src.ops.ragged_all_to_all.api_all_to_all_v import AllToAllV, all_to_all_v
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AllToAllV",
     "ConfigError",
     "DTypeError",
     "DispatchHandle",
@@ -49,6 +52,7 @@ __all__ = [
     "all_gather",
     "all_reduce",
     "all_reduce_residual_rmsnorm",
+    "all_to_all_v",
     "combine",
     "combine_weights",
     "dequantize_fp8",
@@ -61,6 +65,7 @@ __all__ = [
     "low_latency_dispatch",
     "overlap",
     "quantize_fp8",
+    "ragged_all_to_all",
     "recv_capacity",
     "reduce_scatter",
     "save_communication_policy",

@@ -6,12 +6,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jax_ep._src.base.options import Pieces
 from jax_ep._src.ops.combine import call as combine_call
 from jax_ep._src.ops.combine import vjp as combine_vjp
 from jax_ep._src.ops.common.checks import Checks
 from jax_ep._src.ops.dispatch import call as dispatch_call
 from jax_ep._src.ops.dispatch import vjp as dispatch_vjp
 from jax_ep._src.ops.pull_rows import call as pull_rows_call
+from jax_ep._src.ops.ragged_all_to_all import call as ragged_call
+from jax_ep._src.ops.ragged_all_to_all import vjp as ragged_vjp
 from jax_ep.testing import conformance
 
 CHECKS = {check.name: check for check in conformance.CHECKS}
@@ -20,6 +23,7 @@ CALLERS = {
     "dispatch": (dispatch_call,),
     "combine": (combine_call, dispatch_vjp),
     "pull_rows": (pull_rows_call, dispatch_vjp),
+    "exchange": (ragged_call,),
 }
 GRADIENTS = "gradients_to_the_bit[layout=expert,dtype=f32,capacity=half,weights_at=rows]"
 
@@ -94,6 +98,28 @@ def _narrow_rows(fn, spec, index, rows, **slots):
     return fn(spec, index, rows, **slots).at[:, 1024 // rows.dtype.itemsize :].set(0)
 
 
+def _at_most(size):
+    """Cuts the pieces that are given, as a kernel that loses the end of a large piece would."""
+
+    def spoil(fn, spec, pieces, table, rows, **options):
+        if pieces is Pieces.GIVEN:
+            table = table._replace(sizes=jnp.minimum(table.sizes, size))
+        return fn(spec, pieces, table, rows, **options)
+
+    return _forward("exchange", spoil)
+
+
+def _one_term(fn, spec, pieces, table, rows, **options):
+    """Gives a row that was sent several times one cotangent, as JAX's own gradient does."""
+    if pieces is Pieces.BACK:
+        first = table.input_offsets
+        earlier = jnp.tri(first.shape[0], k=-1, dtype=jnp.bool_)
+        repeats = jnp.any((first[:, None] == first[None, :]) & earlier, axis=1)
+        table = table._replace(input_offsets=jnp.where(repeats, -1, first))
+    return fn(spec, pieces, table, rows, **options)
+
+
+PIECES = "ragged_pieces[dtype=f32,width=3,per_peer=2]"
 FAULTS = {
     "last bit of the gradient of x": (
         _backward(dispatch_vjp.dispatch, _fault_of(0, lambda rows: (_next(rows[0]), *rows[1:]))),
@@ -156,6 +182,22 @@ FAULTS = {
         _forward("pull_rows", _narrow_rows),
         "other_widths_along_a_handle[layout=rank]",
         "float32",
+    ),
+    "the end of a piece is lost": (_at_most(20), PIECES, "result: "),
+    "one term in the place of a sum": (
+        _forward("exchange", _one_term),
+        PIECES,
+        "gradient of operand",
+    ),
+    "last bit of the gradient of output": (
+        _backward(ragged_vjp.ragged_all_to_all, _fault_of(1, _next)),
+        PIECES,
+        "gradient of output",
+    ),
+    "last bit of the gradient of packed rows": (
+        _backward(ragged_vjp.all_to_all_v, _fault_of(0, lambda bars: (*bars[:-1], _next(bars[-1])))),
+        "packed_rows[capacity=37]",
+        "gradient",
     ),
 }
 

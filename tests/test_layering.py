@@ -87,6 +87,7 @@ def test_docstrings_of_operations_are_complete(name):
 # Operations that share the folder of another one.
 STEMLESS = {
     "all_gather": "the kernels of all_reduce, without the sum",
+    "all_to_all_v": "ragged_all_to_all, with pieces side by side",
     "combine_weights": "combine in the rank layout, pull_rows in the other",
     "dequantize_fp8": "plain JAX",
     "dispatch_fp8": "dispatch between quantize_fp8 and dequantize_fp8",

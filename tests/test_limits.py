@@ -20,7 +20,15 @@ def _load(backend):
 @pytest.mark.parametrize("backend", MODULES)
 def test_enums_have_the_same_members(backend):
     found = _load(backend).enums()
-    assert sorted(found) == ["Algorithm", "ExchangeMode", "Fill", "Layout", "Movement", "Quantize"]
+    assert sorted(found) == [
+        "Algorithm",
+        "ExchangeMode",
+        "Fill",
+        "Layout",
+        "Movement",
+        "Pieces",
+        "Quantize",
+    ]
     for name, members in found.items():
         kind: type[options.Option] = getattr(options, name)
         # No custom call gets the option for XLA's collective.

@@ -63,7 +63,24 @@ SUMS = {
         x, x, x[0], group=group
     ),
 }
-CASES = (*EXCHANGES, *(f"{op}, routed" for op in ROUTINGS), *SUMS)
+
+
+def ragged(x, group, backend):
+    places = TOKENS * jax.lax.axis_index("ep") + jnp.zeros(NUM_RANKS, jnp.int32)
+    none, all_rows = (jnp.full(NUM_RANKS, n, jnp.int32) for n in (0, TOKENS))
+    output = jnp.zeros((NUM_RANKS * TOKENS, HIDDEN))
+    return jax_ep.ragged_all_to_all(
+        x, output, none, all_rows, places, all_rows, axis_name=group, backend=backend
+    )
+
+
+def packed(x, group, backend):
+    sizes = jnp.ones(NUM_RANKS, jnp.int32)
+    return jax_ep.all_to_all_v(x, sizes, group=group, recv_capacity=NUM_RANKS, backend=backend).x
+
+
+PIECES = {"ragged_all_to_all": ragged, "all_to_all_v": packed}
+CASES = (*EXCHANGES, *(f"{op}, routed" for op in ROUTINGS), *PIECES, *SUMS)
 
 
 def make_call(case, group, backend="cpu", mesh=None):
@@ -75,6 +92,8 @@ def make_call(case, group, backend="cpu", mesh=None):
     op, _, kind = case.partition(", ")
     if op in SUMS:
         return on_ranks(lambda x: SUMS[op](x, group), mesh, check_vma=False), x
+    if op in PIECES:
+        return on_ranks(lambda x: PIECES[op](x, group, backend), mesh, check_vma=False), x
     if kind == "routed":
         options = {"block": HIDDEN} if op == "dispatch_fp8" else {}
 

@@ -14,11 +14,13 @@ with jax_ep.Group.open(mesh, "ep", timeout=60.0) as group:
     assert info.backends["cpu"] == info.backends["xla"] == "usable", info
     checks = [c for c in conformance.CHECKS if c.not_usable(group, backend) is None]
     assert len(checks) > 50
-    always = (  # however few: what adds up, in both layouts
+    always = (  # however few: what adds up, in both layouts, and pieces
         "sums[op=all_reduce,dtype=f32,algorithm=one_shot]",
         "norms[dtype=bf16,algorithm=one_shot]",
         "norm_gradients[check_vma=True,outside=True]",
         "gradients[layout=expert,dtype=f32,check_vma=True,outside=True]",
+        "ragged_pieces[dtype=f32,width=3,per_peer=2]",
+        "packed_rows[capacity=37]",
     )
     chosen = [c for c in checks if c.name in always and backend == "cpu"]
     assert len(chosen) in (0, len(always))

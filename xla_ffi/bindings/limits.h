@@ -14,6 +14,7 @@
 #include "device/layout.h"
 #include "device/token_packets.h"
 #include "ops/all_reduce/all_reduce.h"
+#include "ops/ragged_all_to_all/ragged_all_to_all.h"
 
 namespace jax_ep {
 
@@ -51,6 +52,8 @@ inline IntDicts Enums() {
                                            {"TWO_SHOT", Algorithm::kTwoShot}});
   enums["ExchangeMode"] = Members<ExchangeMode>(
       {{"THROUGHPUT", ExchangeMode::kThroughput}, {"LOW_LATENCY", ExchangeMode::kLowLatency}});
+  enums["Pieces"] = Members<Pieces>(
+      {{"GIVEN", Pieces::kGiven}, {"PACKED", Pieces::kPacked}, {"BACK", Pieces::kBack}});
   enums["Quantize"] = Members<Quantize>({{"NONE", Quantize::kNone},
                                          {"FP8", Quantize::kFp8},
                                          {"FP8_POW2", Quantize::kFp8Pow2},

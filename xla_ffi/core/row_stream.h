@@ -3,6 +3,8 @@
 
 #include <cstddef>
 
+#include "core/limits.h"
+
 namespace jax_ep {
 
 struct RowStream {
@@ -10,8 +12,6 @@ struct RowStream {
   std::byte* out;       // [recv_capacity, row_bytes]
   size_t row_bytes;
 };
-
-inline constexpr int kMaxRowStreams = 4;
 
 /// Kernels count the bytes of a row in 32 bits.
 inline constexpr size_t kMaxRowBytes = size_t{1} << 30;

@@ -26,6 +26,7 @@ class Operation(NamedTuple):
 DISPATCH_NAME = "jax_ep_dispatch"
 COMBINE_NAME = "jax_ep_combine"
 REDUCE_NAME = "jax_ep_all_reduce"
+RAGGED_NAME = "jax_ep_ragged_all_to_all"
 
 OPERATIONS = (
     Operation("dispatch", DISPATCH_NAME),
@@ -35,6 +36,8 @@ OPERATIONS = (
     Operation("combine_weights", COMBINE_NAME),
     Operation("low_latency_combine", COMBINE_NAME),
     Operation("get_dispatch_layout", None),
+    Operation("ragged_all_to_all", RAGGED_NAME),
+    Operation("all_to_all_v", RAGGED_NAME),
     Operation("all_reduce", REDUCE_NAME, has_algorithms=True),
     Operation("reduce_scatter", REDUCE_NAME, has_algorithms=True),
     Operation("all_gather", REDUCE_NAME, has_algorithms=True),

@@ -52,6 +52,17 @@ class ExchangeMode(Option):
     LOW_LATENCY = "low_latency"
 
 
+class Pieces(Option):
+    """Sources of the pieces of a ragged exchange.
+
+    Codes as in xla_ffi/ops/ragged_all_to_all/ragged_all_to_all.h.
+    """
+
+    GIVEN = "given"  # the sender gives all offsets
+    PACKED = "packed"  # the sender gives sizes alone, pieces lie side by side
+    BACK = "back"  # from the places where an exchange has put the rows, to where they came from
+
+
 class Scales(Option):
     """Storage formats of the scales of fp8 rows."""
 

@@ -11,6 +11,7 @@ from jax_ep.testing.conformance import (
     handles,
     layouts,
     low_latency,
+    ragged,
     reductions,
     round_trips,
     weights,
@@ -28,6 +29,7 @@ _PARTS = (
     wide,
     low_latency,
     reductions,
+    ragged,
 )
 
 CHECKS: tuple[Check, ...] = tuple(check for part in _PARTS for check in part.CHECKS)

@@ -21,6 +21,7 @@
 #include "ops/pull_rows/pull_rows_cuda.cuh"
 #include "tests/cuda/all_reduce_test.cuh"
 #include "tests/cuda/failures_test.cuh"
+#include "tests/cuda/ragged_all_to_all_test.cuh"
 #include "tests/cuda/ranks.cuh"
 #include "tests/test.h"
 
@@ -436,7 +437,9 @@ void TestMatrix(int num_devices, bool is_small) {
     narrow.row_bytes = 512 * 1024;
     if (is_deep) TestRoundTrip<BF16>(narrow, DType::kBF16, ranks, most_sms, seed++);
     const int num_reductions = TestReductions(ranks, is_small);
-    std::printf("R=%d: %d cases, %d reductions\n", num_ranks, seed, num_reductions);
+    const int num_ragged = TestRaggedAllToAll(ranks, is_small);
+    std::printf("R=%d: %d cases, %d reductions, %d ragged\n", num_ranks, seed, num_reductions,
+                num_ragged);
     std::fflush(stdout);
   }
 }

@@ -17,6 +17,7 @@
 #include "ops/combine/combine_cuda.cuh"
 #include "ops/dispatch/dispatch_cuda.cuh"
 #include "ops/pull_rows/pull_rows_cuda.cuh"
+#include "ops/ragged_all_to_all/ragged_all_to_all_cuda.cuh"
 
 namespace jax_ep {
 
@@ -102,6 +103,7 @@ class Ranks {
       Cuda(LoadDispatchKernels(traits_));
       Cuda(LoadCombineKernels(traits_));
       Cuda(LoadPullRowsKernels(traits_));
+      Cuda(LoadRaggedAllToAllKernels(traits_));
       Cuda(cudaDeviceSynchronize());
     }
     for (int r = 0; r < num_ranks; ++r) {

@@ -32,6 +32,8 @@ ResultsRule = Callable[..., Any]
 VaryingRule = Callable[..., frozenset[str]]
 # (operands, batch dimensions), parameters -> (results, batch dimensions).
 BatchRule = Callable[..., tuple[Sequence[Any], Sequence[int]]]
+# (operands' avals), parameters -> {index of an operand: index of a result}.
+AliasRule = Callable[..., dict[int, int]]
 
 
 def make_primitive(
@@ -43,6 +45,7 @@ def make_primitive(
     has_position: bool = True,
     varying: VaryingRule | None = None,
     batch: BatchRule | None = None,
+    aliases: AliasRule | None = None,
 ) -> Callable[..., Any]:
     """Makes the primitive of target `jax_ep.<stem>`.
 
@@ -58,6 +61,8 @@ def make_primitive(
       varying: rule for the axes that the results vary over, called like `results`; None: all axes
         that an operand varies over.
       batch: rule of jax.vmap; None: one call for each element, in order.
+      aliases: rule for the operands over which results are written; XLA copies an operand that is
+        still used. None: no operand.
 
     Returns:
       bind(*operands, **parameters) -> arrays in the pytree that `results` returns.
@@ -81,7 +86,10 @@ def make_primitive(
                 native_modules.load(platform).begin_program()
             values["call"] = _name_call(stem, parameters["op"], number, ctx, values)
             del values["group"]
-        call = jax.ffi.ffi_lowering(f"jax_ep.{stem}", has_side_effect=False)
+        shared = {} if aliases is None else aliases(*ctx.avals_in, **parameters)
+        call = jax.ffi.ffi_lowering(
+            f"jax_ep.{stem}", has_side_effect=False, operand_output_aliases=shared
+        )
         return call(ctx, *operands, **values)
 
     def one_by_one(
