@@ -13,6 +13,7 @@ FLOORS = ("base", "processes", "group", "ops", "opening")  # of jax_ep/_src, the
 TESTING = ("compare", "routing", "launch", "ranks", "cases", "conformance", "run", "doctor")
 PARTS = (
     *(f"_src.{floor}" for floor in FLOORS),
+    "compat",
     "reference",
     *(f"testing.{name}" for name in TESTING),
     "testing",

@@ -195,7 +195,9 @@ FAULTS = {
         "gradient of output",
     ),
     "last bit of the gradient of packed rows": (
-        _backward(ragged_vjp.all_to_all_v, _fault_of(0, lambda bars: (*bars[:-1], _next(bars[-1])))),
+        _backward(
+            ragged_vjp.all_to_all_v, _fault_of(0, lambda bars: (*bars[:-1], _next(bars[-1])))
+        ),
         "packed_rows[capacity=37]",
         "gradient",
     ),

@@ -24,6 +24,10 @@ _opening: dict[str, AbstractContextManager[Any]] = {}
 os.register_at_fork(after_in_child=_opening.clear)  # a thread that held a lock is not there
 joins_at_exit: int | None = None  # pid of a process of several; a forked child has another pid
 interrupts_survived: int | None = None  # None: nobody watches interrupts
+# Groups whose ragged_all_to_all stands for JAX's, and JAX's meanwhile (jax_ep.compat).
+ragged_groups: "list[Group]" = []
+replaced_ragged: Any = None
+replacing_ragged = threading.Lock()
 
 
 def opening(identity: str) -> AbstractContextManager[Any]:
