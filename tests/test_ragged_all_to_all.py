@@ -1,6 +1,7 @@
 """ragged_all_to_all and all_to_all_v: transforms, types, errors. The suite checks values."""
 
 import re
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -282,19 +283,24 @@ def test_a_name_stands_for_the_only_group_along_it():
             run()
 
 
-def test_tables_too_large_for_the_kernel_take_stock_collectives(groups, monkeypatch):
-    """So do operands without room to stage. The back end `cuda` alone has such limits."""
+@pytest.mark.parametrize(
+    ("num_pieces", "staging_bytes", "is_ours"),
+    [(limits.MAX_PIECES, None, True), (limits.MAX_PIECES + 2, None, False), (2, 1 << 9, False)],
+)
+def test_calls_too_large_for_the_kernel_take_stock_collectives(
+    groups, monkeypatch, num_pieces, staging_bytes, is_ours
+):
+    """Such are large tables, and operands without room to be staged. Only `cuda` has limits."""
     group = groups(2)
-    rng = np.random.default_rng(0)
-    num_pieces = limits.MAX_PIECES + 2
-    table = side_by_side(rng, 2, num_pieces // 2)
+    table = side_by_side(np.random.default_rng(0), 2, num_pieces // 2)
     shapes = [jax.ShapeDtypeStruct((2, n), jnp.int32) for n in (NUM_ROWS, NUM_PLACES)]
     shapes += [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in table]
     monkeypatch.setitem(group.backends, "cuda", group.backends["cpu"])
+    monkeypatch.setattr(group, "spec", replace(group.spec, staging_bytes=staging_bytes))
     exchange = partial(jax_ep.ragged_all_to_all, axis_name=group, backend="cuda")
     text = str(jax.make_jaxpr(on_ranks(exchange, group.mesh, jit=False))(*shapes))
-    assert "jax_ep.ragged_all_to_all" not in text
-    assert "all_gather" in text
+    assert ("jax_ep.ragged_all_to_all" in text) == is_ours
+    assert ("all_gather" in text) != is_ours
 
 
 def test_rows_arrive_packed_whatever_the_pytree(groups, backend):

@@ -166,6 +166,31 @@ inline void TestUnreadable(int num_devices) {
                                               .out = static_cast<std::byte*>(out)}};
          return LaunchPullRows(launch, ranks.traits(), 4, ranks.stream(r));
        }},
+      {"ragged_all_to_all", kRows * kHidden,
+       [](const Ranks& ranks, int r, void* operand, const Device<int32_t>& zeros, void* out) {
+         RaggedAllToAllLaunch launch{.self = ranks.endpoint(r),
+                                     .position = ranks.position(r),
+                                     .args = {.pieces = Pieces::kBack,
+                                              .num_ranks = kNumRanks,
+                                              .num_pieces = kNumRanks,
+                                              .num_rows = kRows,
+                                              .num_places = kRows,
+                                              .keeps_rows = false,
+                                              .input_offsets = zeros.get(),
+                                              .output_offsets = zeros.get(),
+                                              .sizes = zeros.get(),
+                                              .recv_sizes = nullptr,
+                                              .places = nullptr,
+                                              .counts = nullptr,
+                                              .send_places = nullptr,
+                                              .all_recv_sizes = nullptr,
+                                              .num_streams = 1,
+                                              .streams = {},
+                                              .summands = {Summand::kF32}}};
+         launch.args.streams[0] = {static_cast<const std::byte*>(operand),
+                                   static_cast<std::byte*>(out), kHidden * 4};
+         return LaunchRaggedAllToAll(launch, ranks.traits(), 4, ranks.stream(r));
+       }},
       // The slots of the rank layout are read by their own rank alone, and told all the same.
       {"combine", kRows * kHidden,
        [](const Ranks& ranks, int r, void* operand, const Device<int32_t>& zeros, void* out) {
