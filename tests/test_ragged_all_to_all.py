@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import jax_ep
 from jax_ep import reference
 from jax_ep._src.base import limits
+from jax_ep._src.base.options import Layout
 from jax_ep.testing.compare import assert_close, assert_same_bits
 from jax_ep.testing.conformance.ragged import packed_table, side_by_side, with_gaps
 from jax_ep.testing.ranks import make_mesh, on_ranks
@@ -125,6 +126,25 @@ def test_a_gradient_exchanges_no_metadata(groups):
     text = grad.lower(operand, output, *table).as_text()
     calls = re.findall(r"@jax_ep\.\w+|stablehlo\.(?:all|collective)_\w+", text)
     assert calls == ["@jax_ep.ragged_all_to_all"] * 2
+
+
+def test_a_call_and_its_gradient_have_the_budget_that_is_asked_for(groups):
+    """The default is the group's, of a dispatch along a handle."""
+    group = groups(NUM_RANKS)
+    operand, output, table = make_operands()
+
+    def budgets(**options):
+        def loss(x, output, *table):
+            y = jax_ep.ragged_all_to_all(x, output, *table, axis_name=group, **options)
+            return jnp.sum(y**2)
+
+        grad = on_ranks(jax.grad(loss), group.mesh, jit=False)
+        text = str(jax.make_jaxpr(grad)(operand, output, *table))
+        return re.findall(r"num_sms=(\d+)", text)
+
+    default = group.budgets.of["cached_dispatch"][Layout.RANK].sms
+    assert budgets() == [str(default)] * 2
+    assert budgets(num_sms=default + 1) == [str(default + 1)] * 2
 
 
 def test_results_are_kept_by_the_policy(groups):
@@ -345,6 +365,23 @@ def test_rows_arrive_packed_whatever_the_pytree(groups, backend):
         rows = reference.all_to_all_v(x[name], cut, capacity)[0]
         expected, _ = reference.ragged_all_to_all_gradient(2 * rows, 20, table)
         assert_same_bits(bar, expected, what=name)
+
+
+def test_rows_come_back_by_the_sizes_that_were_received(groups):
+    group = groups(NUM_RANKS)
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((NUM_RANKS, 12, 3)).astype(np.float32)
+    sizes = rng.integers(0, 5, (NUM_RANKS, NUM_RANKS)).astype(np.int32)
+
+    def there_and_back(x, sizes):
+        send = partial(jax_ep.all_to_all_v, group=group)
+        out = send(x, sizes, recv_capacity=15)
+        return send(out.x, out.recv_sizes, recv_capacity=12)
+
+    back = on_ranks(there_and_back, group.mesh)(x, sizes)
+    assert_same_bits(back.recv_sizes, sizes)
+    is_sent = np.arange(12) < sizes.sum(axis=1, keepdims=True)
+    assert_same_bits(back.x, np.where(is_sent[..., None], x, np.float32(0)))
 
 
 @pytest.mark.parametrize(

@@ -38,8 +38,8 @@ class Group:
       name: name that tells apart groups over the same mesh and axes.
       num_ranks: ranks of one slice.
       ranks_per_node: ranks of one node.
-      num_sms: SMs that every dispatch and combine uses on GPUs unless the call says otherwise;
-        None: `budgets` give the number by exchange and layout.
+      num_sms: SMs that every dispatch, combine and ragged exchange uses on GPUs unless the call
+        says otherwise; None: `budgets` give the number by exchange and layout.
       low_latency_bytes: bytes of each GPU for what peers send in low-latency operations.
       backend: the back end in use.
       timeout: seconds that a rank waits for its peers.
@@ -120,11 +120,11 @@ class Group:
           timeout: seconds that a custom call waits for a rank before the group fails. Calls on the
             `xla` back end wait as long as XLA's collectives do. Default: 60; at most a day. Over
             several processes it should be below JAX's heartbeat timeout.
-          num_sms: SMs that every dispatch and combine of the `cuda` back end uses unless the call
-            says otherwise. Default: the number in the table for this device and number of ranks,
-            by exchange and layout, from 16 to 64 in the package's table (`info().budgets`). Fewer
-            SMs leave more to computation that runs at the same time. The all_reduce family takes
-            up to 64.
+          num_sms: SMs that every dispatch, combine and ragged exchange of the `cuda` back end uses
+            unless the call says otherwise. Default: the number in the table for this device and
+            number of ranks, by exchange and layout, from 16 to 64 in the package's table
+            (`info().budgets`). Fewer SMs leave more to computation that runs at the same time. The
+            all_reduce family takes up to 64.
           low_latency_bytes: bytes of each GPU that hold what peers send in low-latency dispatches
             and combines; `jax_ep.low_latency_bytes` computes them. Default: 16 MiB, enough for 128
             bf16 rows of 7,168 elements between two ranks. 0: the `cuda` back end has no such calls.

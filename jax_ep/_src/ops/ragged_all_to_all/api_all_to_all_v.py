@@ -59,7 +59,8 @@ def all_to_all_v(
       backend: None (the group's), "cpu", "cuda" (GPU groups) or "xla".
 
     Returns:
-      AllToAllV. Up to 4 arrays of x travel in one launch.
+      AllToAllV. Up to 4 arrays of x travel in one launch. If no rank drops rows, `all_to_all_v` of
+      results with `recv_sizes` in the place of send_sizes brings them back to where x was.
 
     Collective: every rank of the group calls it, inside jax.shard_map over the group's mesh.
     Gradient: of x, the cotangent of the rows that have arrived; dropped rows have zeros. Integers
