@@ -68,7 +68,7 @@ def ragged_all_to_all(  # noqa: PLR0917 (the signature of jax.lax.ragged_all_to_
     Gradient: of operand, the cotangent of the places that its rows went to; a row that was sent
       several times gets the sum, in f32 or wider, in the order of its pieces. (The gradient of
       `jax.lax.ragged_all_to_all` is one of the terms.) Of output, the cotangent of the rows that
-      nobody has written. Second derivatives and forward mode raise ConfigError.
+      nobody has written. Second derivatives raise ConfigError; JAX refuses forward mode.
     Batches: `jax.vmap` makes one call for each element, in order.
     Limits: N * num_ranks and M below 2^31. On the `cuda` back end, XLA's collectives carry calls
       with more than 4,096 pieces.

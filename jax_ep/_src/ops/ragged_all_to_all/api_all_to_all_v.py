@@ -64,7 +64,7 @@ def all_to_all_v(
 
     Collective: every rank of the group calls it, inside jax.shard_map over the group's mesh.
     Gradient: of x, the cotangent of the rows that have arrived; dropped rows have zeros. Integers
-      have none. Second derivatives and forward mode raise ConfigError.
+      have none. Second derivatives raise ConfigError; JAX refuses forward mode.
     Batches: `jax.vmap` makes one call for each element, in order.
     Limits: T * num_ranks and recv_capacity below 2^31.
     Raises: ShapeError, DTypeError, ConfigError, GroupError while tracing; PeerTimeoutError,
