@@ -186,6 +186,20 @@ def test_batches_have_the_bits_of_a_loop(groups, backend):
         assert_same_bits(np.asarray(bars)[:, i], wanted)
 
 
+def test_batches_of_packed_rows_have_the_bits_of_a_loop(groups):
+    group = groups(NUM_RANKS)
+    rng = np.random.default_rng(5)
+    x = rng.standard_normal((NUM_RANKS, 12, 2, 3)).astype(np.float32)
+    sizes = rng.integers(0, 5, (NUM_RANKS, 2, NUM_RANKS)).astype(np.int32)
+    send = partial(jax_ep.all_to_all_v, group=group, recv_capacity=7)
+    out = on_ranks(jax.vmap(send, in_axes=(1, 0)), group.mesh)(x, sizes)
+    for i in range(2):
+        rows, recv_sizes, num_dropped = reference.all_to_all_v(x[:, :, i], sizes[:, i], 7)
+        assert_same_bits(np.asarray(out.x)[:, i], rows)
+        assert_same_bits(np.asarray(out.recv_sizes)[:, i], recv_sizes)
+        assert_same_bits(np.asarray(out.num_dropped)[:, i, 0], num_dropped)
+
+
 @pytest.mark.parametrize("dtype", [np.int8, np.uint32, np.int64])
 def test_metadata_of_any_integer_dtype(groups, backend, dtype):
     """Numbers that int32 cannot hold stay out of range."""
