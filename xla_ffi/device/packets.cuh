@@ -232,12 +232,12 @@ __device__ inline bool PushedBarrier(const Endpoint& self, const PushCall& call)
 }
 
 /// CountOut for calls in which every rank receives from every other one: they need no CloseCall.
-/// Every thread of every block calls it.
-__device__ inline void EndEpoch(const Endpoint& self, const PushCall& call, int num_readers) {
+/// Every thread of every block calls it, and EndReading after the block's last wait.
+__device__ inline void EndEpoch(const Endpoint& self, const PushCall& call) {
   __syncthreads();
   if (threadIdx.x != 0) return;
   RefuseOverlap(self, call);
-  CountOut(self, call.ended, num_readers);
+  CountOut(self, call.ended);
 }
 
 }  // namespace jax_ep

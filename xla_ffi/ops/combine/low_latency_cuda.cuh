@@ -143,8 +143,8 @@ __device__ bool AddRows(const CombineArgs& a, int64_t row_bytes, const Strided& 
 //
 // Geometry   a block for one token number of all ranks, or for a few; a warp for a group of 96
 //            vectors of a row; 384 threads, fewer where a block has fewer groups.
-// Protocol   called and packets to every peer; the first block waits for called of every peer, also
-//            of those that send no packet. Nothing else, since packets carry their epoch, and a
+// Protocol   called and packets to every peer; every warp waits for called of every peer, also of
+//            those that send no packet. Nothing else, since packets carry their epoch, and a
 //            token has its place at its rank.
 // Traffic    per row: its bytes read; per remote (token, rank): 4/3 of a row stored at the token's
 //            rank and polled from the L2 there; per token: its biases read, a row written. Every
@@ -185,19 +185,18 @@ __global__ void __launch_bounds__(kLowLatencyCombineThreads, 1)
     StoreGroup(place(owner, self.rank, call.epoch, held.first_token() + token, group), call.epoch,
                vectors, NumPackets(num_vectors - group * kGroupVectors));
   }
-  EndEpoch(self, call, 0);
-  // A peer may send nothing: the next call but one would overwrite what is still read.
-  if (blockIdx.x == 0 && is_good) {
-    for (int r = threadIdx.x; r < self.num_ranks; r += blockDim.x) {
-      if (r == self.rank) continue;
-      Signal called;
-      const bool has_called = AwaitPackets(self, call, r, [&] {
-        called = LoadRelaxed(&self.own()->called[call.epoch & 1][r]);
-        return called.epoch == call.epoch;
-      });
-      is_good = has_called && IsCall(self, call.op, r, call.tag, called.value) && is_good;
-    }
+  EndEpoch(self, call);
+  // A peer may send nothing: the next call but one would overwrite what is still read. Each warp
+  // waits for every peer, so that a failed call leaves no row as it is.
+  if (const int r = PacketLane(); is_good && r < self.num_ranks && r != self.rank) {
+    Signal called;
+    const bool has_called = AwaitPackets(self, call, r, [&] {
+      called = LoadRelaxed(&self.own()->called[call.epoch & 1][r]);
+      return called.epoch == call.epoch;
+    });
+    is_good = has_called && IsCall(self, call.op, r, call.tag, called.value);
   }
+  is_good = __all_sync(~0u, is_good);
   for (int n = warp; n < num_units; n += num_warps) {
     const int token = held.first_token() + n / num_groups;
     const int group = n % num_groups;
@@ -245,6 +244,7 @@ __global__ void __launch_bounds__(kLowLatencyCombineThreads, 1)
     StoreVectors<kBytes>(static_cast<std::byte*>(a.out) + own_row, which, row_bytes, vectors);
   }
   if (!is_good) NotePeerFailure(self);
+  EndReading(self);
 }
 
 }  // namespace jax_ep

@@ -21,6 +21,7 @@
 #include "ops/pull_rows/pull_rows_cuda.cuh"
 #include "tests/cuda/all_reduce_test.cuh"
 #include "tests/cuda/failures_test.cuh"
+#include "tests/cuda/packets_test.cuh"
 #include "tests/cuda/ranks.cuh"
 #include "tests/test.h"
 
@@ -350,13 +351,16 @@ void TestFewTokens(const Ranks& ranks, const Case& given, int num_sms, int seed)
   TestRoundTrip<BF16>(c, DType::kBF16, ranks, num_sms, seed);
   TestRoundTrip<float>(c, DType::kF32, ranks, num_sms, seed + 1);
   TestRoundTrip<F16>(c, DType::kF16, ranks, num_sms, seed + 2);
-  // Repeated experts have more rows than the worst case of a right routing.
+  // Repeated experts have more rows than the worst case of a right routing, and may find no room.
   c.repeats = true;
-  c.capacity = std::max<int64_t>(c.capacity, c.layout == RecvLayout::kRank
-                                                 ? 0
-                                                 : c.num_tokens * c.num_ranks * c.num_topk +
-                                                       c.num_local_experts * (c.alignment - 1));
   TestRoundTrip<BF16>(c, DType::kBF16, ranks, num_sms, seed + 3);
+  if (c.layout == RecvLayout::kRank) return;
+  const int64_t padding = c.num_local_experts * (c.alignment - 1);
+  const int64_t most = c.num_tokens * c.num_ranks * c.num_topk + padding;
+  for (const int64_t capacity : {most, (c.capacity - padding) / 3 + padding}) {
+    c.capacity = std::max<int64_t>(1, capacity);
+    TestRoundTrip<BF16>(c, DType::kBF16, ranks, num_sms, seed + 4);
+  }
 }
 
 // `is_small`: for tools that make everything a hundred times slower.
@@ -392,7 +396,7 @@ void TestMatrix(int num_devices, bool is_small) {
           c.fill = static_cast<Fill>(seed % 3);
           for (const double share : {1.0, 0.1}) {
             c.capacity = std::max<int64_t>(1, static_cast<int64_t>(most * share));
-            c.row_bytes = std::vector<size_t>{16, 528, 2048, 64}[seed % 4];
+            c.row_bytes = std::vector<size_t>{16, 528, 2048, 512}[seed % 4];
             TestRoundTrip<BF16>(c, DType::kBF16, ranks, num_sms(), seed++);
           }
           c.capacity = most;
@@ -462,6 +466,7 @@ int main(int argc, char** argv) {
     jax_ep::TestMatrix(d, is_small);
     jax_ep::TestMisuse(d);
     jax_ep::TestFailures(d);
+    jax_ep::TestPackets(d);
   }
   std::printf("ok\n");
   return 0;
