@@ -149,6 +149,7 @@ MAY_INCLUDE = {
         "cuda.h",
         "cuda_bf16.h",
         "cuda_fp16.h",
+        "cuda_fp8.h",
         "cuda_runtime.h",
         "cuda_runtime_api.h",
         "fcntl.h",

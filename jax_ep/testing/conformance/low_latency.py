@@ -27,7 +27,12 @@ _OPS = frozenset({"low_latency_dispatch", "low_latency_combine"})
 
 
 def low_latency_round_trip(
-    group: jax_ep.Group, backend: str, *, num_sms: int | None = None, **params: Any
+    group: jax_ep.Group,
+    backend: str,
+    *,
+    num_sms: int | None = None,
+    wire: str | None = None,
+    **params: Any,
 ) -> None:
     """Compares every field of the dispatch, and the combined rows, for every named routing."""
     case = Case(num_ranks=group.num_ranks, fill="padding", **params)
@@ -39,6 +44,7 @@ def low_latency_round_trip(
             out.handle,
             weights={None: None, "rows": out.weights, "tokens": topk_weights}[case.weights_at],
             bias=biases,
+            wire=wire,
             num_sms=num_sms,
             backend=backend,
         )
@@ -51,7 +57,7 @@ def low_latency_round_trip(
             out, y = fn(*data.operands())
             plan = assert_dispatched(case, data, out)
             assert case.recv_capacity is not None or int(plan.num_dropped.sum()) == 0
-            assert_combined(case, data, plan, y)
+            assert_combined(case, data, plan, y, wire=wire)
 
 
 def _dispatch(
@@ -226,6 +232,19 @@ def _checks() -> Iterator[Check]:
                     num_sms=(None, 1, 5)[j],
                 )
         yield check(low_latency_round_trip, layout=layout, num_topk=22, experts_per_rank=32)
+        for i, dtype in enumerate(("bf16", "f32", "f16")):
+            yield check(
+                low_latency_round_trip,
+                layout=layout,
+                num_tokens=(33, 12, 1)[i],
+                num_topk=(8, 3, 1)[i],
+                experts_per_rank=8,
+                hidden=(384, 1536, 2048)[i],
+                dtype=dtype,
+                num_biases=i,
+                weights_at=at[i % len(at)],
+                wire="fp8",
+            )
         # The kernels for many tokens carry what might be dropped.
         yield check(low_latency_round_trip, layout=layout, num_tokens=9, recv_capacity=8)
         yield check(low_latency_bytes_pass_unchanged, layout=layout)

@@ -164,6 +164,8 @@ ffi::Error RunCombine<Cuda>(const DeviceContext& context, I32Buffer position,
   if (attrs.mode == ExchangeMode::kLowLatency) {
     return RunLowLatency(context, position.typed_data(), decoded, attrs);
   }
+  JAX_EP_REQUIRE(attrs.wire == Quantize::kNone, context.op(),
+                 ": the kernels for many tokens round no sums on their way");
   JAX_EP_REQUIRE(workspace.size_bytes() >= launch.workspace_bytes(), context.op(),
                  ": the workspace has ", workspace.size_bytes(), " bytes, needs ",
                  launch.workspace_bytes());

@@ -113,6 +113,8 @@ void TestRoundTrip(const Case& c, DType dtype, const Ranks& ranks, int num_sms, 
   const int slots = shape.num_send_slots();
   const size_t scale_bytes = 20;
   const int num_biases = seed % 3;
+  const bool crosses_in_fp8 =
+      c.mode == ExchangeMode::kLowLatency && hidden % kFp8Block == 0 && seed % 2 == 0;
   const bool has_weights = !is_rank && seed % 5 != 0;
 
   std::vector<std::vector<int32_t>> ids;
@@ -229,6 +231,7 @@ void TestRoundTrip(const Case& c, DType dtype, const Ranks& ranks, int num_sms, 
                                    .num_tokens = c.num_tokens,
                                    .recv_capacity = c.capacity,
                                    .hidden = hidden,
+                                   .wire = crosses_in_fp8 ? Quantize::kFp8 : Quantize::kNone,
                                    .send_rank = is_rank ? nullptr : b.send_rank.get(),
                                    .send_row = b.send_row.get(),
                                    .recv_src = b.recv_src.get(),
@@ -325,7 +328,8 @@ void TestRoundTrip(const Case& c, DType dtype, const Ranks& ranks, int num_sms, 
         const auto& [rank, row] = places[i];
         terms.push_back({reinterpret_cast<const std::byte*>(&y[rank][row * hidden]),
                          has_weights ? recv_weights[rank][row] : 1.0f,
-                         !is_rank && i > 0 && places[i - 1].first == rank});
+                         !is_rank && i > 0 && places[i - 1].first == rank,
+                         crosses_in_fp8 && rank != src});
       }
       for (int i = 0; i < num_biases; ++i) {
         terms.push_back({reinterpret_cast<const std::byte*>(&x[src][t * hidden]), 1.0f, false});

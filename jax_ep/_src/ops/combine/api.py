@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax_ep._src.base import config
 from jax_ep._src.base.errors import ConfigError, ShapeError
 from jax_ep._src.base.handle import DispatchHandle
-from jax_ep._src.base.options import BackendName, ExchangeMode, Layout
+from jax_ep._src.base.options import BackendName, ExchangeMode, Layout, Quantize
 from jax_ep._src.base.spec import RouteSpec, RowIndex
 from jax_ep._src.ops.combine import vjp
 from jax_ep._src.ops.common.checks import Checks
@@ -69,7 +69,6 @@ def combine(
         bias=bias,
         num_sms=num_sms,
         backend=backend,
-        mode=ExchangeMode.THROUGHPUT,
     )
 
 
@@ -82,9 +81,10 @@ def combine_rows(
     bias: Any,
     num_sms: int | None,
     backend: str | None,
-    mode: ExchangeMode,
+    mode: ExchangeMode | None = None,
+    wire: Quantize = Quantize.NONE,
 ) -> jax.Array:
-    """Checks the arguments of a combine, and combines. `mode`: as in ExchangeSpec."""
+    """Checks the arguments of a combine, and combines. `mode`: None: as `check.plain_mode` says."""
     group, layout = check.handle(handle)
     rows = check.rows(rows, name="rows", count="recv_capacity")
     if rows.shape[0] != handle.recv_capacity:
@@ -97,12 +97,18 @@ def combine_rows(
     spec = RouteSpec(
         group=group.spec,
         routes=check.routes(backend, num_sms, group, layout, mode),
-        mode=mode,
+        mode=mode or check.plain_mode(num_sms, group),
         few_sms=group.num_sms if num_sms is None else num_sms,
         layout=layout,
         recv_capacity=handle.recv_capacity,
         op=check.op,
+        wire=wire,
     )
+    if wire is not Quantize.NONE and rows.shape[1] % config.FP8_BLOCK:
+        raise ShapeError(
+            f"{check.op}: rows must be [recv_capacity, hidden] with hidden a multiple of "
+            f"{config.FP8_BLOCK} with wire={wire.value!r}, got shape {rows.shape}"
+        )
     if mode is ExchangeMode.LOW_LATENCY:
         require_combine(spec, handle.index(), rows)
     operands = (rows, weights, biases, handle.index())
@@ -195,7 +201,7 @@ def combine_weights(
     spec = RouteSpec(
         group=group.spec,
         routes=routes,
-        mode=ExchangeMode.THROUGHPUT,
+        mode=check.plain_mode(None, group),
         few_sms=None,
         layout=layout,
         recv_capacity=handle.recv_capacity,
