@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
     CombineKernel(const __grid_constant__ CombineLaunch launch,
                   const __grid_constant__ PartialRing ring, const __grid_constant__ RowParts parts,
                   const __grid_constant__ Results results) {
-  extern __shared__ __align__(128) std::byte shared[];
+  auto* const shared = DynamicShared<std::byte, 128>();
   __shared__ PeerAddresses peers;
   const CombineArgs& args = launch.args;
   OwnAddresses own;

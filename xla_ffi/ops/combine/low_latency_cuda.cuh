@@ -95,7 +95,7 @@ class HeldRows {
 template <typename Element, RecvLayout kLayout, bool kIsRounded>
 __global__ void __launch_bounds__(kLowLatencyCombineThreads<kIsRounded>, 1)
     LowLatencyCombineKernel(const __grid_constant__ LowLatencyCombine launch) {
-  extern __shared__ int32_t shared_rows[];
+  auto* const shared_rows = DynamicShared<int32_t>();
   constexpr int kParts = kPartsOfGroup<Element, kIsRounded>;
   using Vectors = RowVectors<Element, kParts>;
   const Endpoint& self = launch.self;

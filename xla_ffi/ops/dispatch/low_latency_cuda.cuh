@@ -121,7 +121,7 @@ template <RecvLayout kLayout, typename Source>
 __global__ void __launch_bounds__(kLowLatencyThreads, 1)
     LowLatencyDispatchKernel(const __grid_constant__ LowLatencyDispatch launch,
                              const __grid_constant__ Results results) {
-  extern __shared__ uint32_t shared[];
+  auto* const shared = DynamicShared<uint32_t>();
   constexpr bool kIsCast = GroupOfRow<Source>::kIsCast;
   const Endpoint& self = launch.self;
   const DispatchArgs& a = launch.args;

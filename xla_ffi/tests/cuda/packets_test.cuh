@@ -176,17 +176,22 @@ inline void TestSeenWaits(int num_devices) {
     ranks.Select(0);
     Cuda(cudaStreamCreateWithFlags(&copies, cudaStreamNonBlocking));
     const auto turn = [&](int r) {
-      Signal turn;
+      Signal word;
       ranks.Select(r);
-      Cuda(cudaMemcpyAsync(&turn, &ranks.control(r)->turn, sizeof(turn), cudaMemcpyDeviceToHost,
+      Cuda(cudaMemcpyAsync(&word, &ranks.control(r)->turn, sizeof(word), cudaMemcpyDeviceToHost,
                            r == 0 ? copies : ranks.stream(r)));
       Cuda(cudaStreamSynchronize(r == 0 ? copies : ranks.stream(r)));
-      return turn;
+      return word;
     };
     ranks.Select(0);
     Cuda((calls.*call.launch)(0));
-    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    const auto start = std::chrono::steady_clock::now();
+    while (turn(0).value == 0 && std::chrono::steady_clock::now() - start < ranks.timeout() / 2) {
+    }
     CHECK(turn(0).value != 0, call.name, "a wait is not seen");
+    // A call that has counted itself out stays like this.
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    CHECK(turn(0).value != 0, call.name, "a wait is seen no more");
     ranks.Select(1);
     Cuda((calls.*call.launch)(1));
     ranks.Synchronize();
