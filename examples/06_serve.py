@@ -3,14 +3,15 @@
     python examples/06_serve.py
 
 Attention heads, and with them the cache of keys and values, are sharded over all devices, and so
-are the experts. One jitted step with donated state does everything: `all_reduce_residual_rmsnorm`
-after attention; then each device sends its share of the tokens to their experts, in decoding with
-`low_latency_dispatch` and `low_latency_combine`.
+are the experts. One jitted step with donated state does everything: attention, whose terms
+`all_reduce_residual_rmsnorm` adds up; then each device sends its share of the tokens to their
+experts, with `low_latency_dispatch`, and gets the answers, with `low_latency_combine`.
 
 When a request has ended, its slot of the batch goes to the next one in the queue. The token of a
-free slot chooses no expert, so it sends nothing, and all shapes stay the same. Prompts take the
-same step, compiled for more tokens, and for `dispatch` and `combine`. In the end all requests are
-served again with these two in decoding as well, and must get the same tokens.
+free slot chooses no expert and sends nothing, so all shapes stay the same. Prompts take the same
+step, compiled for more tokens and for `dispatch` and `combine`. In the end all requests are served
+again with these two in decoding as well, and must get the same tokens. The times of a step differ
+on GPUs only: on CPUs both ways are one.
 
 Without GPUs it runs on eight virtual CPU devices. Weights and prompts are random, but seeded.
 """
@@ -45,9 +46,9 @@ class Config:
     experts: int = flag(16, "experts of each layer, a multiple of --devices")
     topk: int = flag(2, "experts of each token")
     slots: int = flag(16, "requests that run at once, a multiple of --devices")
-    requests: int = flag(40, "requests to serve")
+    requests: int = flag(32, "requests to serve")
     prompt: int = flag(16, "tokens of the longest prompt")
-    tokens: int = flag(32, "tokens of the longest answer")
+    tokens: int = flag(48, "tokens of the longest answer")
     dtype: str = flag("float32", "of weights and cache", str, choices=["float32", "bfloat16"])
     seed: int = flag(0, "of weights and requests")
     backend: str = flag("auto", "carries the rows", str, choices=["auto", "cpu", "cuda", "xla"])

@@ -259,3 +259,11 @@ def test_serve_gives_the_tokens_of_a_dense_model(monkeypatch, capsys, caplog):
         chosen = np.take_along_axis(logits, answer[:, None], axis=-1)[:, 0]
         assert np.all(chosen > logits.max(axis=-1) - 1e-3)
     assert any(len(request.answer) < request.limit for request in served[0])
+
+
+@pytest.mark.slow
+def test_serve_runs_in_two_processes():
+    """Both processes see all tokens, so their queues stay alike."""
+    done = _run_processes(EXAMPLES / "06_serve.py", "--layers", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("0 of 32 answers differ") == 2
