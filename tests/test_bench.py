@@ -271,7 +271,7 @@ def test_processes_take_turns_together():
 @pytest.mark.slow
 def test_several_processes_write_one_record(tmp_path):
     command = ["bench", "all_reduce", "all_gather", "--kib", "1", "--repeats", "2"]
-    command += ["--backends", "cpu", "--out", str(tmp_path)]
+    command += ["--backends", "cpu", "--steps", "4", "--delay-us", "100", "--out", str(tmp_path)]
     outputs = launch.launch(
         [str(ROOT / "examples" / "04_processes.py"), str(Path(__main__.__file__)), *command],
         num_processes=2,
@@ -285,3 +285,4 @@ def test_several_processes_write_one_record(tmp_path):
         found = json.loads(line)
         _check_whole(found)
         assert (found["num_ranks"], found["num_processes"]) == (4, 2)
+        assert found["steps"]["delay_us"] == 100

@@ -1,5 +1,7 @@
 """The clocks of GPUs, and single steps that they time: JAX_PLATFORMS=cuda,cpu pytest -m gpu."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,8 @@ from jax_ep.testing.ranks import make_mesh, on_ranks
 
 pytestmark = pytest.mark.gpu
 NUM, DELAY_US = 20, 50
+# A copy of an array as it is, in a kernel of its own or not; not the last part of a computation.
+COPY = re.compile(r" copy(?:-start)?\((?:\S+ )?%(?:param|bitcast|get-tuple-element)")
 
 
 def _point(layout, num_ranks):
@@ -79,7 +83,7 @@ def test_a_step_copies_nothing(group, op, layout):
         chain = on_ranks(steps.make_chain(program.run, num_links), group.mesh, check_vma=False)
         text = chain.lower(carry, delay_us).compile().as_text()
         assert text.count('"jax_ep.read_clock"') == num_links + 1
-        copies.append(text.count(" copy(") + text.count(" copy-start("))
+        copies.append(len(COPY.findall(text)))
     assert copies[0] == copies[1]
 
 
@@ -92,10 +96,10 @@ def test_a_late_rank_makes_its_peers_wait(group):
     )
     assert 0 < found.tick_ns < 10_000
     assert found.count >= 200
-    assert found.us["p50"] > 0
     assert found.clock_us > 0
     if group.num_ranks == 1:
         assert found.delayed_us is None
     else:
+        assert found.us["p50"] > 0
         assert found.delayed_us is not None
         assert found.delayed_us["p50"] >= DELAY_US - 2
