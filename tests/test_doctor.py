@@ -126,9 +126,8 @@ def test_command_prints_what_is_here_and_succeeds():
     command = [sys.executable, "-m", "jax_ep", "info"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    ops = (
-        "all_reduce, all_reduce_residual_rmsnorm, combine, dispatch, get_dispatch_layout, pull_rows"
-    )
+    ops = "all_reduce, all_reduce_residual_rmsnorm, combine, dispatch, get_dispatch_layout"
+    ops += ", pull_rows, read_clock"
     assert f"cpu module: {ops};" in done.stdout
     assert re.search(r"^  C\+\+ compiler: \w+ \d+\.\d+", done.stdout, re.MULTILINE)
     assert ("  CUDA compiler: " in done.stdout) != ("cuda module was not built" in done.stdout)

@@ -24,6 +24,7 @@
 #include "ops/get_dispatch_layout/get_dispatch_layout_cuda.cuh"
 #include "ops/handlers.h"
 #include "ops/pull_rows/pull_rows_cuda.cuh"
+#include "ops/read_clock/read_clock_cuda.cuh"
 #include "runtime/interrupt.h"
 
 namespace jax_ep {
