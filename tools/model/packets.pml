@@ -6,8 +6,8 @@
  *   DISPATCH  called, choices, rows; each block waits for the choices of every peer, then for rows
  *   COMBINE   called, sums; each block waits for `called` of every peer, and for sums
  *   PUSH      called; block b of a rank swaps `pushed` with block b of each peer
- *   PART      called, a swap of addresses; the last block of a rank swaps read_done
- *   BLOCKS    called, a swap of addresses; block b of a rank swaps `pushed` with block b of each peer
+ *   PART      a swap of addresses; the last block of a rank swaps read_done
+ *   BLOCKS    a swap of addresses; block b of a rank swaps `pushed` with block b of each peer
  *
  * The first block of a rank sends `called`, the last one choices. Each block sends each peer one
  * packet of rows or sums, or none. Block b of a peer receives a sum of block b, and a row of block
@@ -191,7 +191,7 @@ inline CheckCall() {
 #else
 #define IS_THERE(i) (HAS_CALLED && cell[PACKET(e, r, PEER, i)] == e)
 #endif
-/* A peer that sends packets tells no address. */
+/* A peer that sends packets tells no address, but the tag of its call. */
 #ifndef NO_TAG
 #define HAS_MET (cell[ADDRESS(r, PEER)] == e || (HAS_CALLED && DIFFERS(PEER)))
 #else
@@ -303,8 +303,7 @@ proctype Block(byte r; byte b) {
     :: ok && b == 0 && !MEETS(k) -> TELL_PEERS(CALLED(e, PEER, r))
     :: ok && b == 0 && MEETS(k) ->
        FENCE;
-       TELL_PEERS(ADDRESS(PEER, r));
-       TELL_PEERS(CALLED(e, PEER, r))
+       TELL_PEERS(ADDRESS(PEER, r))
     :: else
     fi;
     if

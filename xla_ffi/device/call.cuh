@@ -108,17 +108,14 @@ __device__ inline int CountSeen(const Endpoint& self, SignalRow row, uint32_t ep
   return num_seen;
 }
 
-/// Sends the addresses of this rank's operands, and the tag of the call for peers that make another
-/// one. Its threads have passed a ReleaseFence.
+/// Sends the addresses of this rank's operands. Its threads have passed a ReleaseFence.
 __device__ inline void Publish(const Endpoint& self, const OwnAddresses& own, uint32_t tag,
                                uint32_t epoch) {
   for (int i = threadIdx.x; i < self.num_ranks * own.count; i += blockDim.x) {
     const uint64_t address = AddressToTell(self, own.at[i % own.count]);
-    ControlBlock* const peer = self.control[i / own.count];
-    AddressCell& cell = peer->address[self.rank][i % own.count];
+    AddressCell& cell = self.control[i / own.count]->address[self.rank][i % own.count];
     StoreRelaxed(&cell.low, {epoch, static_cast<uint32_t>(address)});
     StoreRelaxed(&cell.high, {epoch, static_cast<uint32_t>(address >> 32) | tag << 16});
-    if (i % own.count == 0) StoreRelaxed(&peer->called[epoch & 1][self.rank], {epoch, tag});
   }
 }
 
@@ -157,7 +154,7 @@ __device__ inline bool OpenCall(const Endpoint& self, OpId op, const int32_t* po
     constexpr size_t kStride = sizeof(self.own()->address[0]);
     const SignalRow lows{&cells->low, kStride};
     const SignalRow highs{&cells->high, kStride};
-    // A peer whose call sends packets sends no address.
+    // A peer whose call sends packets sends no address, but the tag of its call.
     Signal low{}, high{}, called{};
     const auto is_told = [&] { return low.epoch == epoch && high.epoch == epoch; };
     is_good = WaitUntil(
