@@ -39,7 +39,8 @@ def combine(
 
     Args:
       rows: [recv_capacity, hidden] bf16, f16 or f32, in the layout of the handle; hidden * itemsize
-        a multiple of 16 bytes.
+        a multiple of 16 bytes. After a low-latency dispatch in the layout "batched" also
+        [num_local_experts, rows of an expert, hidden], and weights like `Dispatched.weights`.
       handle: handle of the dispatch.
       weights: expert layout only: [recv_capacity] at the rows, like `Dispatched.weights`, or
         [num_tokens, num_topk] at the tokens, of any floating dtype, used as f32. None: 1. In the
@@ -86,14 +87,14 @@ def combine_rows(
 ) -> jax.Array:
     """Checks the arguments of a combine, and combines. `mode`: None: as `check.plain_mode` says."""
     group, layout = check.handle(handle)
-    rows = check.rows(rows, name="rows", count="recv_capacity")
+    rows = check.rows(_flat(rows, handle, 3), name="rows", count="recv_capacity")
     if rows.shape[0] != handle.recv_capacity:
         raise ShapeError(
             f"{check.op}: rows must be [recv_capacity={handle.recv_capacity}, hidden] for this "
             f"handle (layout={layout.value!r}), got shape {rows.shape}"
         )
     biases = _as_biases(check, bias, rows, handle.send_row.shape[0])
-    weights = _as_weights(check, weights, handle, layout)
+    weights = _as_weights(check, _flat(weights, handle, 2), handle, layout)
     spec = RouteSpec(
         group=group.spec,
         routes=check.routes(backend, num_sms, group, layout, mode),
@@ -116,6 +117,19 @@ def combine_rows(
     if weights is not None and weights.ndim == 2:
         weights = _to_rows(spec, weights, index)
     return vjp.combine(spec, rows, weights, biases, index)
+
+
+def _flat(array: Any, handle: DispatchHandle, num_dims: int) -> Any:
+    """Returns rows or weights without the dimension of the local experts."""
+    if getattr(array, "ndim", None) != num_dims:
+        return array
+    num_local, num_rows = array.shape[:2]
+    sizes = getattr(handle.group_sizes, "shape", None)
+    is_batched = sizes == (num_local,) and num_local * num_rows == handle.recv_capacity
+    # Weights [num_tokens, num_topk] have two dimensions, too.
+    if not is_batched or (num_dims == 2 and array.shape == handle.send_row.shape):
+        return array
+    return array.reshape(num_local * num_rows, *array.shape[2:])
 
 
 def _as_biases(check: Checks, bias: Any, rows: jax.Array, num_tokens: int) -> tuple[jax.Array, ...]:

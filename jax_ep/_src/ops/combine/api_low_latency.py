@@ -59,8 +59,8 @@ def low_latency_combine(
     """
     return combine_rows(
         _check,
-        _flat(rows, handle, 3),
-        _flat(weights, handle, 2),
+        rows,
+        weights,
         handle,
         bias=bias,
         num_sms=num_sms,
@@ -77,16 +77,3 @@ def _format(wire: Any) -> Quantize:
     if isinstance(wire, str) and wire == Quantize.FP8:
         return Quantize.FP8
     raise ConfigError(f"{_check.op}: wire must be None or 'fp8', got {wire!r}")
-
-
-def _flat(array: Any, handle: Any, num_dims: int) -> Any:
-    """Returns rows or weights without the dimension of the local experts."""
-    if not isinstance(handle, DispatchHandle) or getattr(array, "ndim", None) != num_dims:
-        return array
-    num_local, num_rows = array.shape[:2]
-    sizes = getattr(handle.group_sizes, "shape", None)
-    is_batched = sizes == (num_local,) and num_local * num_rows == handle.recv_capacity
-    # Weights [num_tokens, num_topk] have two dimensions, too.
-    if not is_batched or (num_dims == 2 and array.shape == handle.send_row.shape):
-        return array
-    return array.reshape(num_local * num_rows, *array.shape[2:])
