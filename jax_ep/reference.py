@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -141,9 +142,17 @@ def dispatch_weights(plan: Plan, topk_weights: Rows) -> Rows:
 
 
 def combine(
-    plan: Plan, rows: Rows, weights: Rows | None = None, biases: tuple[Rows, ...] = ()
+    plan: Plan,
+    rows: Rows,
+    weights: Rows | None = None,
+    biases: tuple[Rows, ...] = (),
+    *,
+    wire: str | None = None,
 ) -> Rows:
-    """Returns [R, T, H] from rows [R, C, H], weights [R, C] and biases [R, T, H]."""
+    """Returns [R, T, H] from rows [R, C, H], weights [R, C] and biases [R, T, H].
+
+    `wire`: "fp8": what a rank adds up for another rank is rounded to fp8.
+    """
     xp = jnp if isinstance(rows, jax.Array) else np
     num_ranks = rows.shape[0]
     total = xp.zeros((num_ranks, plan.num_tokens, rows.shape[2]), xp.float32)
@@ -153,10 +162,24 @@ def combine(
             part = _where(row >= 0, rows[dst][np.maximum(row, 0)].astype(np.float32))
         else:
             part = _sum_of_rank(plan, dst, rows[dst], None if weights is None else weights[dst])
+        if wire == "fp8":
+            is_own = np.arange(num_ranks)[:, None, None] == dst
+            part = xp.where(is_own, part, _through_fp8(part))
         total = total + part
     for bias in biases:
         total = total + bias.astype(np.float32)
     return total.astype(rows.dtype)
+
+
+def _through_fp8(part: Rows) -> Rows:
+    """Rounds f32 [R, T, H] to fp8 with a scale for each 128 elements, and widens it again."""
+    largest = np.float32(448)
+    blocks = np.asarray(part).reshape(*part.shape[:2], -1, 128)
+    most = np.max(np.abs(blocks), axis=-1, keepdims=True)
+    scale = np.maximum(most * (np.float32(1) / largest), np.finfo(np.float32).tiny)
+    scaled = np.clip(blocks * (np.float32(1) / scale), -largest, largest)
+    rounded = scaled.astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    return (rounded * scale).reshape(part.shape)
 
 
 def combine_weights(plan: Plan, w: Rows) -> Rows:

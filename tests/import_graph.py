@@ -10,7 +10,17 @@ PACKAGE = Path(jax_ep.__file__).parent
 PICTURE = Path(__file__).parent.parent / "docs" / "images" / "floors.svg"
 FLOORS = ("base", "processes", "group", "ops", "opening")  # of jax_ep/_src, the lowest first
 # A part may import from itself and from the parts before it; `import jax_ep` is free.
-TESTING = ("compare", "routing", "launch", "ranks", "cases", "conformance", "run", "doctor")
+TESTING = (
+    "compare",
+    "routing",
+    "launch",
+    "clock",
+    "ranks",
+    "cases",
+    "conformance",
+    "run",
+    "doctor",
+)
 PARTS = (
     *(f"_src.{floor}" for floor in FLOORS),
     "compat",

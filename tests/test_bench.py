@@ -12,7 +12,7 @@ import subprocess
 import sys
 import types
 import typing
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from process_programs import path_of
 
 import jax_ep
 from jax_ep import __main__
-from jax_ep.bench import floor, reduce, report, timing
+from jax_ep.bench import floor, reduce, report, steps, timing
 from jax_ep.bench import run as bench
 from jax_ep.bench.record import Place, Record, find_place
 from jax_ep.testing import launch
@@ -36,6 +36,13 @@ TINY = ["--tokens", "16", "--hidden", "32", "--repeats", "2", "--backends", "cpu
 def _is_a(value, annotation):
     if isinstance(annotation, types.UnionType):
         return any(_is_a(value, kind) for kind in annotation.__args__)
+    if is_dataclass(annotation):
+        kinds = typing.get_type_hints(annotation)
+        return (
+            isinstance(value, dict)
+            and list(value) == list(kinds)
+            and all(_is_a(value[name], kind) for name, kind in kinds.items())
+        )
     if typing.get_origin(annotation) is dict:
         _, kind = typing.get_args(annotation)
         return isinstance(value, dict) and all(_is_a(v, kind) for v in value.values())
@@ -65,9 +72,11 @@ def reduce_records(tmp_path_factory):
     command = ["bench", *reduce.OPS, "--kib", "0.25", "2", "--hidden", "256", "--dtype", "f32"]
     command += ["--ranks", "2", "--repeats", "2", "--backends", "cpu", "--plot", "--commit", "c"]
     command += ["--algorithms", "low_latency", "two_shot", "psum", "--out", str(out)]
+    command += ["--delay-us", "300", "--steps", "4"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [__main__.__file__, *command])
         patch.setattr(reduce, "_STEPS", 3)
+        patch.setattr(steps, "_LINKS", 6)
         patch.setattr(floor, "_COPY_BYTES", 1 << 20)
         __main__.main()
     (path,) = out.glob("*-all_reduce-reduce_scatter-all_gather-*.jsonl")
@@ -91,6 +100,7 @@ def test_records_are_complete(records):
     for record in records:
         _check_whole(record)
         assert record["command"].startswith("python -m jax_ep bench dispatch")
+        assert record["steps"] is None  # CPUs time single steps if they are told to
         assert (record["num_ranks"], record["tokens"], record["hidden"]) == (4, 16, 32)
 
 
@@ -98,6 +108,9 @@ def test_records_of_all_reduce_are_complete(reduce_records):
     for record in reduce_records:
         _check_whole(record)
         assert record["command"].startswith("python -m jax_ep bench all_reduce")
+        assert record["steps"]["count"] >= 4
+        assert record["steps"]["delay_us"] == 300
+        assert set(record["steps"]["us"]) == set(record["steps"]["delayed_us"])
         # If a commit is named, nobody knows whether its tree was clean.
         assert (record["commit"], record["dirty"]) == ("c", None)
         assert (record["num_ranks"], record["num_processes"]) == (2, 1)
@@ -156,6 +169,24 @@ def test_bench_measures_all_operations_by_default():
     assert list(dict.fromkeys(op for op, _ in pairs)) == [*timing.OPS, *reduce.OPS]
     with pytest.raises(jax_ep.ConfigError, match="fp8 rows are dispatched only"):
         list(bench.make_pairs(parser.parse_args(["all_reduce", "--dtype", "fp8"]), 8))
+
+
+def test_steps_are_timed_where_they_are_asked_for():
+    def count(*arguments):
+        parser = argparse.ArgumentParser()
+        bench.add_arguments(parser)
+        return bench.count_steps(parser.parse_args(list(arguments)))
+
+    assert count() == 0  # on a CPU
+    assert count("--steps", "7") == 7
+    assert count("--delay-us", "50") == 1000
+    assert count("--delay-us", "50", "--steps", "7") == 7
+    for delay in ("0", "-1", "1000001"):
+        with pytest.raises(jax_ep.ConfigError, match="--delay-us must be 1 to 1000000"):
+            count("--delay-us", delay)
+    for wrong in (["--steps", "-1"], ["--steps", "0", "--delay-us", "50"]):
+        with pytest.raises(jax_ep.ConfigError, match="--steps must be positive"):
+            count(*wrong)
 
 
 def test_nccl_is_named(monkeypatch):
@@ -240,7 +271,7 @@ def test_processes_take_turns_together():
 @pytest.mark.slow
 def test_several_processes_write_one_record(tmp_path):
     command = ["bench", "all_reduce", "all_gather", "--kib", "1", "--repeats", "2"]
-    command += ["--backends", "cpu", "--out", str(tmp_path)]
+    command += ["--backends", "cpu", "--steps", "4", "--delay-us", "100", "--out", str(tmp_path)]
     outputs = launch.launch(
         [str(ROOT / "examples" / "04_processes.py"), str(Path(__main__.__file__)), *command],
         num_processes=2,
@@ -254,3 +285,4 @@ def test_several_processes_write_one_record(tmp_path):
         found = json.loads(line)
         _check_whole(found)
         assert (found["num_ranks"], found["num_processes"]) == (4, 2)
+        assert found["steps"]["delay_us"] == 100

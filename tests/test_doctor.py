@@ -128,7 +128,7 @@ def test_command_prints_what_is_here_and_succeeds():
     assert done.returncode == 0, done.stdout + done.stderr
     ops = (
         "all_reduce, all_reduce_residual_rmsnorm, combine, dispatch, get_dispatch_layout, "
-        "pull_rows, ragged_all_to_all"
+        "pull_rows, ragged_all_to_all, read_clock"
     )
     assert f"cpu module: {ops};" in done.stdout
     assert re.search(r"^  C\+\+ compiler: \w+ \d+\.\d+", done.stdout, re.MULTILINE)

@@ -193,3 +193,77 @@ def test_fp8_gradient_is_exact_where_fp8_is(groups, backend, scales, monkeypatch
     assert wide in saved["plain"]
     assert wide not in saved["fp8"]
     assert (jnp.float8_e4m3fn.dtype.name, (capacity, hidden)) in saved["fp8"]
+
+
+def _dense_logits(params, tokens):
+    """Logits [T, vocabulary] that 06_serve.py's model has after each token, in f64, uncached."""
+    at = np.arange(len(tokens))
+    h = params["embed"][tokens] + params["place"][at]
+
+    def norm(h, scale=1.0):
+        return h / np.sqrt(np.mean(h * h, axis=-1, keepdims=True) + 1e-6) * scale
+
+    def softmax(scores):
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        return weights / weights.sum(axis=-1, keepdims=True)
+
+    x = norm(h)
+    for i in range(len(params["layers"]["qkv"])):
+        layer = {name: stacked[i] for name, stacked in params["layers"].items()}
+        q, k, v = np.einsum("td,dchs->chts", x, layer["qkv"])
+        scores = np.einsum("hts,hus->htu", q, k) / np.sqrt(q.shape[-1])
+        mixed = softmax(np.where(at[:, None] >= at, scores, -np.inf)) @ v
+        h = h + np.einsum("hts,hsd->td", mixed, layer["out"])
+        x = norm(h, layer["scales"][0])
+        gates = softmax(x @ layer["router"])
+        least = np.sort(gates, axis=-1)[:, -2, None]
+        hidden = np.einsum("td,edf->etf", x, layer["up"])
+        answers = hidden / (1 + np.exp(-hidden)) @ layer["down"]
+        h = h + np.einsum("te,etd->td", np.where(gates >= least, gates, 0), answers)
+        x = norm(h, layer["scales"][1])
+    return x @ params["head"]
+
+
+def test_serve_gives_the_tokens_of_a_dense_model(monkeypatch, capsys, caplog):
+    """The example compares two ways of decoding. NumPy, without slots or a cache, is a third."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    example = importlib.import_module("06_serve")
+    config, served, serve = example.Config(slots=8, requests=30, tokens=24), [], example.serve
+
+    def recording(*args, **kwargs):
+        served.append(list(args[3]))
+        with jax.log_compiles():
+            return serve(*args, **kwargs)
+
+    monkeypatch.setattr(example, "serve", recording)
+    monkeypatch.setattr(example, "parse_flags", lambda *_: config)
+    # The example is a program, with JAX's defaults; it takes half the time without optimisations.
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        with jax.numpy_rank_promotion("allow"), pytest.raises(SystemExit) as end:
+            example.main()
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+    assert end.value.code == 0
+    assert "\n0 of 30 answers differ\n" in capsys.readouterr().out
+    assert not [r.message for r in caplog.records if "ompil" in r.message]
+
+    params = jax.tree.map(np.float64, example.init(config)[0])
+    for first, second in zip(*served, strict=True):
+        answer = np.array(first.answer)
+        assert first.answer == second.answer
+        assert len(answer) == first.limit or answer[-1] == example.END
+        assert example.END not in answer[:-1]
+        logits = _dense_logits(params, np.concatenate([first.prompt, answer[:-1]]))
+        logits = logits[len(first.prompt) - 1 :]
+        chosen = np.take_along_axis(logits, answer[:, None], axis=-1)[:, 0]
+        assert np.all(chosen > logits.max(axis=-1) - 1e-3)
+    assert any(len(request.answer) < request.limit for request in served[0])
+
+
+@pytest.mark.slow
+def test_serve_runs_in_two_processes():
+    """Both processes see all tokens, so their queues stay alike."""
+    done = _run_processes(EXAMPLES / "06_serve.py", "--layers", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("0 of 32 answers differ") == 2

@@ -41,11 +41,19 @@ def test_info_gives_reasons(group):
     assert info.backends["cpu"] == "the mesh's devices are not CPU devices"
 
 
+@pytest.fixture(scope="module")
+def of_many_tokens():
+    """Returns a group whose plain calls never take the kernels for few tokens."""
+    with jax_ep.Group.open(_mesh(), "ep", name="many", num_sms=16, timeout=120.0) as opened:
+        yield opened
+
+
 @pytest.mark.parametrize("backend", COMPLETE)
 @pytest.mark.parametrize("check", conformance.CHECKS, ids=str)
-def test_back_ends_pass_the_suite(group, backend, check):
-    assert check.not_usable(group, backend) is None
-    check(group, backend)
+def test_back_ends_pass_the_suite(of_many_tokens, backend, check):
+    """test_gpu_low_latency.py runs the checks with the kernels for few tokens."""
+    assert check.not_usable(of_many_tokens, backend) is None
+    check(of_many_tokens, backend)
 
 
 @pytest.mark.parametrize("backend", ["cuda", "xla"])
@@ -338,15 +346,30 @@ def _interrupt_soon():
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
 
 
+def _norm(group, x):
+    return jax_ep.all_reduce_residual_rmsnorm(x, x, x[0], eps=1e-3, group=group)[0]
+
+
+# Calls that wait for packets, but for the last two.
+WAITS = {
+    "few tokens": lambda group, x, ids: _echo(group, x, ids)[0],
+    "a small sum": lambda group, x, _: jax_ep.all_reduce(x, group=group, algorithm="low_latency"),
+    "a fused norm": lambda group, x, _: _norm(group, x),
+    "many tokens": lambda group, x, ids: _echo(group, x, ids, num_sms=8)[0],
+    "a sum": lambda group, x, _: jax_ep.all_reduce(x, group=group, algorithm="one_shot"),
+}
+
+
 @pytest.mark.parametrize("wait", [np.asarray, lambda y: y.block_until_ready()])
-def test_an_interrupt_ends_a_wait_for_a_peer(group, wait):
+@pytest.mark.parametrize("call", WAITS)
+def test_an_interrupt_ends_a_wait_for_a_peer(group, wait, call):
     """KeyboardInterrupt comes as usual, the group has failed, and the devices still work."""
     if group.num_ranks < 2:
         pytest.skip("needs two GPUs")
     x = np.ones((group.num_ranks, 4, 8), np.float32)
     ids = np.zeros((group.num_ranks, 4, 1), np.int32)
     failing = jax_ep.Group.open(_mesh(), "ep", name="interrupted", timeout=60.0)
-    step = on_ranks(lambda x, ids: _echo(failing, x, ids)[0], failing.mesh)
+    step = on_ranks(partial(WAITS[call], failing), failing.mesh)
     failing.check(step(x, ids))
     failing._native_group.handle.skip_rank(1)
     y = step(x, ids)
@@ -359,7 +382,7 @@ def test_an_interrupt_ends_a_wait_for_a_peer(group, wait):
     assert time.monotonic() - start < failing.timeout / 4
     assert np.isnan(np.asarray(y)).all()
     with pytest.raises(jax_ep.GroupInterruptedError):
-        on_ranks(lambda x, ids: _echo(failing, x, ids)[0], failing.mesh)(x, ids)
+        on_ranks(partial(WAITS[call], failing), failing.mesh)(x, ids)
     failing.close()
     with jax_ep.Group.open(_mesh(), "ep", name="after interrupted") as fresh:
         y = on_ranks(lambda x, ids: _echo(fresh, x, ids)[0], fresh.mesh)(x, ids)

@@ -1,4 +1,4 @@
-"""Low-latency dispatches and combines on NVIDIA GPUs: JAX_PLATFORMS=cuda,cpu pytest -m gpu."""
+"""Dispatches and combines of few tokens on NVIDIA GPUs: JAX_PLATFORMS=cuda,cpu pytest -m gpu."""
 
 import time
 from functools import partial
@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 
 import jax_ep
+from jax_ep.testing import conformance
 from jax_ep.testing.compare import assert_same_bits
+from jax_ep.testing.conformance.check import ROUND_TRIP
 from jax_ep.testing.ranks import make_mesh, on_ranks
 
 pytestmark = pytest.mark.gpu
 HIDDEN, TOPK, PER_RANK = 256, 4, 8
+# Checks of dispatch and combine whose calls have few tokens, mostly.
+CHECKS = [c for c in conformance.CHECKS if c.ops <= ROUND_TRIP]
 
 
 def _open(**options):
@@ -23,8 +27,13 @@ def _open(**options):
 @pytest.fixture(scope="module")
 def group():
     with _open(name="few", timeout=120.0) as opened:
-        assert opened.info().low_latency.startswith("usable")
+        assert "of up to 128 tokens" in opened.info().low_latency
         yield opened
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=str)
+def test_plain_calls_of_few_tokens_pass_the_suite(group, check):
+    check(group, "cuda")
 
 
 def _random_ids(key, num_tokens, num_experts):

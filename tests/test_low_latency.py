@@ -56,6 +56,9 @@ def test_layouts_bring_the_same_rows_back(group, layout, backend):
         rows = wide(out.x)
         at_rows = None if layout == "rank" else out.weights.reshape(-1)
         plain = jax_ep.combine(rows, out.handle, weights=at_rows, backend=backend)
+        if layout == "batched":
+            as_they_are = jax_ep.combine(out.x, out.handle, weights=out.weights, backend=backend)
+            plain = jnp.where(plain == as_they_are, plain, jnp.nan)
         few = jax_ep.low_latency_combine(
             out.x,
             out.handle,
@@ -170,6 +173,49 @@ def test_bad_rows_are_refused(group):
 
     with pytest.raises(jax_ep.ShapeError, match="low_latency_combine: rows must be"):
         on_ranks(combine_wrong, group.mesh)(x, ids)
+
+
+def test_bad_wires_are_refused(group):
+    x, ids, _ = _inputs()
+
+    def combine(wire):
+        return on_ranks(
+            lambda x, i: jax_ep.low_latency_combine(
+                (out := _send(group, x, i)).x, out.handle, wire=wire
+            ),
+            group.mesh,
+        )
+
+    for wrong in ("fp8_pow2", "none", False):
+        with pytest.raises(jax_ep.ConfigError, match=f"wire must be None or 'fp8', got {wrong!r}"):
+            combine(wrong)(x, ids)
+    message = "low_latency_combine: rows must be .* a multiple of 128 with wire='fp8', got shape"
+    with pytest.raises(jax_ep.ShapeError, match=message):
+        combine("fp8")(x[..., :96], ids)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "xla"])
+def test_sums_that_cross_in_fp8_keep_to_the_bound(group, backend):
+    """Rows of all magnitudes; token 0 has NaN, which must not reach other tokens."""
+    x, ids, weights = _inputs()
+    x *= np.float32(10) ** np.random.default_rng(1).uniform(-6, 3, x.shape).astype(np.float32)
+    x[:, 0, 3] = np.nan
+
+    def run(x, ids, weights):
+        out = _send(group, x, ids, weights, backend=backend)
+        combine = partial(jax_ep.low_latency_combine, out.x, out.handle, backend=backend)
+        return combine(wire="fp8"), combine()
+
+    got, exact = on_ranks(run, group.mesh)(x, ids, weights)
+    ranks = ids // (NUM_EXPERTS // NUM_RANKS)
+    others = (ranks != np.arange(NUM_RANKS)[:, None, None]).sum(axis=-1)[..., None]
+    crossed = np.abs(x * others)  # rows are added as they are
+    most = crossed.max(axis=-1, keepdims=True)
+    bound = crossed / 16 + most / 400_000 + np.abs(exact) * 2.0**-20
+    assert np.isnan(got[:, 0]).any(axis=-1).all()
+    assert (np.abs(got - exact) <= bound)[:, 1:].all()
+    assert np.isfinite(got[:, 1:]).all()
+    assert (got != exact)[:, 1:].any()
 
 
 def test_what_is_no_array_is_refused(group):
@@ -318,29 +364,63 @@ class _Table:
         return self.size
 
 
+# Changes of a spec, the number of tokens, and whether the kernels for few tokens carry the calls.
+PLAIN = {"mode": None, "recv_capacity": 1000}
 CHOICES = {
-    "low latency": ({}, True),
-    "plain": ({"mode": ExchangeMode.THROUGHPUT}, False),
-    "cpu": ({"routes": Routes(*(Route("cpu", 16),) * 3)}, False),
-    "no room": ({"group": _group_spec(low_latency_room=4096)}, False),
-    "no packets": ({"group": _group_spec(has_packets=False)}, False),
-    "drops": ({"recv_capacity": 7}, False),
+    "low latency": ({}, 200, True),
+    "throughput": ({"mode": ExchangeMode.THROUGHPUT}, 4, False),
+    "few": (PLAIN, config.MAX_FEW_TOKENS, True),
+    "many": (PLAIN, config.MAX_FEW_TOKENS + 1, False),
+    "cpu": ({"routes": Routes(*(Route("cpu", 16),) * 3)}, 4, False),
+    "no room": ({"group": _group_spec(low_latency_room=4096)}, 4, False),
+    "no room, plain": ({**PLAIN, "group": _group_spec(low_latency_room=4096)}, 4, False),
+    "no packets": ({"group": _group_spec(has_packets=False)}, 4, False),
+    "drops": ({"recv_capacity": 7}, 4, False),
+    "drops, plain": ({"mode": None, "recv_capacity": 7}, 4, False),
 }
 
 
 @pytest.mark.parametrize("case", CHOICES)
-def test_low_latency_calls_take_their_kernels_if_they_can(monkeypatch, case):
-    changes, is_few = CHOICES[case]
+def test_calls_take_the_kernels_for_few_tokens_if_they_can(monkeypatch, case):
+    changes, num_tokens, is_few = CHOICES[case]
     monkeypatch.setattr(native_modules, "load", lambda _: _Table(1000))
-    rows = [jax.ShapeDtypeStruct((4, 64), jnp.bfloat16)]
+    rows = [jax.ShapeDtypeStruct((num_tokens, 64), jnp.bfloat16)]
     for sms in (None, 5):
-        found = few_tokens.dispatch_kernels(_spec(few_sms=sms, **changes), (4, 2), rows)
+        found = few_tokens.dispatch_kernels(_spec(few_sms=sms, **changes), (num_tokens, 2), rows)
         assert (found.mode is ExchangeMode.LOW_LATENCY) == is_few
         assert found.num_sms == ((sms or config.ALL_SMS) if is_few else 16)
-        if case != "drops":
-            index = RowIndex(None, jnp.zeros((4, NUM_RANKS), jnp.int32), None, None)
+        if not case.startswith("drops"):
+            index = RowIndex(None, jnp.zeros((num_tokens, NUM_RANKS), jnp.int32), None, None)
             spec = _spec(RouteSpec, few_sms=sms, **changes)
             assert few_tokens.combine_kernels(spec, index, rows[0]) == found
+
+
+def test_a_plain_combine_of_many_possible_rows_takes_the_other_kernels(monkeypatch):
+    monkeypatch.setattr(native_modules, "load", lambda _: _Table(1000))
+    rows = jax.ShapeDtypeStruct((config.MAX_FEW_ROWS + 1, 64), jnp.bfloat16)
+    index = RowIndex(None, jnp.zeros((4, NUM_RANKS), jnp.int32), None, None)
+    for mode, is_few in ((None, False), (ExchangeMode.LOW_LATENCY, True)):
+        spec = _spec(RouteSpec, mode=mode, recv_capacity=rows.shape[0])
+        found = few_tokens.combine_kernels(spec, index, rows)
+        assert (found.mode is ExchangeMode.LOW_LATENCY) == is_few
+
+
+def test_plain_calls_with_sms_take_the_kernels_that_need_few(monkeypatch):
+    """A number of SMs, of the call or of the group, is a wish to leave the others alone."""
+    seen = []
+    choose = few_tokens.dispatch_kernels
+    monkeypatch.setattr(
+        "jax_ep._src.ops.dispatch.call.dispatch_kernels",
+        lambda spec, *rest: seen.append(spec.mode) or choose(spec, *rest),
+    )
+    x, ids, _ = _inputs()
+    plain = partial(jax_ep.dispatch, num_experts=NUM_EXPERTS, recv_capacity=100)
+    for of_group, of_call in ((None, None), (7, None), (None, 3)):
+        with jax_ep.Group.open(make_mesh(NUM_RANKS), "ep", name="free", num_sms=of_group) as opened:
+            send = partial(plain, group=opened, num_sms=of_call)
+            jax.eval_shape(on_ranks(lambda x, i, s=send: s(x, i).x, opened.mesh), x, ids)
+    modes = seen[:: len(seen) // 3]
+    assert modes == [None, ExchangeMode.THROUGHPUT, ExchangeMode.THROUGHPUT]
 
 
 def test_large_tables_take_the_other_kernels(monkeypatch):

@@ -16,6 +16,7 @@ from pathlib import Path
 import exchanges
 import plots
 import rivals
+import single_steps
 import sums
 
 ROOT = Path(__file__).parents[2]
@@ -28,6 +29,8 @@ TABLES: dict[str, Callable[[str], str]] = {
     "budgets": exchanges.budgets,
     "mixtral": exchanges.mixtral,
     "few-tokens": exchanges.few_tokens,
+    "single-steps": single_steps.single_steps,
+    "late-rank": single_steps.a_late_rank,
     "over-tokens": exchanges.over_tokens,
     "four-gpus": exchanges.four_gpus,
     "processes": exchanges.processes,

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import jax_ep
 from jax_ep._src.base import limits
 from jax_ep._src.base.config import FP8_BLOCK
+from jax_ep._src.base.options import Layout
 from jax_ep.bench.shapes import FP8, Point
 from jax_ep.testing.cases import dispatch
 
@@ -62,13 +63,19 @@ def contenders(
 
 
 def ours(point: Point, group: jax_ep.Group, backend: str, sms: int | None) -> Contender:
-    """jax_ep on one back end, with an SM budget where the back end takes one."""
+    """jax_ep on one back end, with an SM budget where the back end takes one.
+
+    On GPUs the kernels for many tokens carry it, with the group's budget if `sms` is None.
+    """
+    told = sms
+    if backend == "cuda" and sms is None:
+        told = group.budgets.of["dispatch"][Layout(point.layout)].sms
 
     def combine(out: jax_ep.Dispatched) -> jax.Array:
         weights = out.weights if point.layout == "expert" else None
-        return jax_ep.combine(out.x, out.handle, weights=weights, num_sms=sms, backend=backend)
+        return jax_ep.combine(out.x, out.handle, weights=weights, num_sms=told, backend=backend)
 
-    send = partial(dispatch, point, group, backend, num_sms=sms)
+    send = partial(dispatch, point, group, backend, num_sms=told)
     return Contender(
         "jax_ep",
         backend,
@@ -78,7 +85,7 @@ def ours(point: Point, group: jax_ep.Group, backend: str, sms: int | None) -> Co
         sms,
         send,
         combine,
-        lambda x, handle: jax_ep.dispatch(x, handle=handle, num_sms=sms, backend=backend),
+        lambda x, handle: jax_ep.dispatch(x, handle=handle, num_sms=told, backend=backend),
     )
 
 

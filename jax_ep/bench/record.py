@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jax_ep.bench.steps import Steps
 from jax_ep.testing.cases import DTYPES
 
 
@@ -59,6 +60,7 @@ class Measured:
 
     `us` is per operation, on the slowest rank, after subtraction of the empty chain. The bytes are
     those of one rank, the busiest one; `bytes` is what it reads and what it writes, together.
+    `steps` are times of single steps, where these were measured.
     """
 
     us: dict[str, float]
@@ -67,6 +69,7 @@ class Measured:
     wire_bytes: int
     floor_us: float
     extra_memory_bytes: int | None
+    steps: Steps | None
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ class Record(Place, Measured, Subject):
 
 def make_record(subject: Subject, measured: Measured, place: Place, run: str) -> Record:
     """Joins all that is known about one measurement."""
-    return Record(run=run, **asdict(subject), **asdict(measured), **asdict(place))
+    return Record(run=run, **vars(subject), **vars(measured), **vars(place))
 
 
 def brief_record(

@@ -18,7 +18,7 @@ import numpy as np
 import jax_ep
 from jax_ep._src.base import tables
 from jax_ep._src.base.errors import ConfigError
-from jax_ep.bench import memory, timing
+from jax_ep.bench import memory, steps, timing
 from jax_ep.bench.shapes import ReducePoint
 from jax_ep.testing.cases import DTYPES
 from jax_ep.testing.ranks import on_ranks, place
@@ -218,6 +218,19 @@ def measure(
         runs.append(partial(timing.seconds_of, program, operands))
     *taken, empty = timing.take_turns(runs, repeats=repeats, tick=tick)
     return [timing.make_timing(full, empty, steps) for full in taken]
+
+
+def links(
+    point: ReducePoint, group: jax_ep.Group, entrants: Sequence[SumContender]
+) -> list[steps.Link]:
+    """Links whose single steps are timed: every call has the first operands."""
+    carry = timing.Carry(start(point, group), ())
+    runs = [_spread(entrant.run) for entrant in entrants]
+    return [steps.Link(partial(_ignore_made, run), carry) for run in runs]
+
+
+def _ignore_made(run: Run, given: Any, made: Any) -> Any:
+    return run(given)
 
 
 def extra_memory(

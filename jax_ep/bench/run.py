@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 
 import jax_ep
+from jax_ep._src.base import limits
 from jax_ep._src.base.config import BACKENDS
 from jax_ep._src.base.errors import ConfigError
 from jax_ep._src.base.options import Fill
@@ -30,6 +31,7 @@ from jax_ep.testing.ranks import make_mesh, virtual_devices
 OPS = (*timing.OPS, *reduce.OPS)
 _TIMEOUT_S = 60.0
 _MAX_FEW = 1024  # tokens of a rank for which the kernels for few tokens are measured
+_STEPS = 1000
 _KIB = {"gpu": [4.0**i for i in range(9)], "cpu": [16.0, 256.0]}
 
 
@@ -78,6 +80,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ranks", type=int, help="use the first of jax.devices(); default: all, 8 on CPU")
     add("--repeats", type=int, default=20)
     add(
+        "--steps",
+        type=int,
+        help="of sums, and of exchanges of few tokens: steps that the devices' clocks time one by "
+        f"one; 0: none; default: {_STEPS} on GPUs or with --delay-us, else 0",
+    )
+    add(
+        "--delay-us",
+        type=int,
+        help="time as many steps while one rank is late by so much before each operation",
+    )
+    add(
         "--only-ours",
         action="store_true",
         help="dispatch and combine: no stock contenders, and fewer programs to compile",
@@ -100,6 +113,7 @@ def main(args: argparse.Namespace) -> None:
     virtual_devices(args.ranks or 8)
     num_ranks = args.ranks or len(jax.devices())
     pairs = list(make_pairs(args, num_ranks))
+    num_steps = count_steps(args)
     place = find_place(args.commit)
     print(f"{num_ranks} ranks of {place.device}, jax {place.versions['jax']}")
     copy_rate = measure_copy_rate()
@@ -123,6 +137,8 @@ def main(args: argparse.Namespace) -> None:
             budgets=args.sms,
             algorithms=args.algorithms,
             only_ours=args.only_ours,
+            num_steps=num_steps,
+            delay_us=args.delay_us,
         )
         with report.progress(len(pairs) * args.repeats) as progress:
             for op, point in pairs:
@@ -133,9 +149,23 @@ def main(args: argparse.Namespace) -> None:
             "bench: nothing to measure: no size holds a row, or no algorithm takes it"
         )
     if jax.process_index() == 0:
-        print(report.format_table(rows))
+        tables = (report.format_table, report.format_clock, report.format_late_table)
+        print("\n\n".join(filter(None, (make(rows) for make in tables))))
         records = [row.record for row in rows]
         save(records, args.ops, place, args.out, plot=args.plot)
+
+
+def count_steps(args: argparse.Namespace) -> int:
+    """Returns how many steps of a point a command line wants to have timed one by one."""
+    delay_us, steps = args.delay_us, args.steps
+    if delay_us is not None and not 0 < delay_us <= limits.MAX_DELAY_US:
+        raise ConfigError(f"bench: --delay-us must be 1 to {limits.MAX_DELAY_US}, got {delay_us}")
+    if steps is None:
+        is_cpu = jax.devices()[0].platform == "cpu"
+        return 0 if is_cpu and delay_us is None else _STEPS
+    if steps < 0 or (steps == 0 and delay_us is not None):
+        raise ConfigError(f"bench: --steps must be positive, or 0 without --delay-us, got {steps}")
+    return int(steps)
 
 
 def make_pairs(

@@ -11,7 +11,7 @@ from jax.experimental.multihost_utils import process_allgather
 import jax_ep
 from jax_ep._src.base.options import Layout
 from jax_ep._src.base.tables import EXCHANGES
-from jax_ep.bench import floor, plots, reduce, report, timing
+from jax_ep.bench import floor, plots, reduce, report, steps, timing
 from jax_ep.bench.contenders import Contender, contenders, ours
 from jax_ep.bench.record import (
     Measured,
@@ -44,8 +44,13 @@ class Session:
         budgets: Sequence[int] | None = None,
         algorithms: Sequence[str] | None = None,
         only_ours: bool = False,
+        num_steps: int = 0,
+        delay_us: int | None = None,
     ):
         """`copy_rate` is the memory's, on CPUs.
+
+        Of sums, and of exchanges of few tokens, `num_steps` steps are timed one by one as well, and
+        with `delay_us` as many while one rank is late.
 
         None for the back ends: those that are usable; for the SM budgets: the group's of each
         operation and layout; for the algorithms of the all_reduce family: all that can carry
@@ -61,6 +66,7 @@ class Session:
         self._group, self._place, self._copy_rate = group, place, copy_rate
         self._repeats = repeats
         self._only_ours = only_ours
+        self._num_steps, self._delay_us = num_steps, delay_us
 
     def measure(self, op: str, point: Point | ReducePoint, progress: Any) -> list[report.Row]:
         """All contenders of one operation at one point, interleaved, under one run id."""
@@ -78,10 +84,12 @@ class Session:
         chains = [timing.Chain(program, mesh, inputs, is_short=is_short) for program in programs]
         extra = [chain.extra_memory() for chain in chains]
         taken = timing.measure(chains, repeats=self._repeats, tick=progress.update)
+        links = [steps.Link(p.run, c.carry) for p, c in zip(programs, chains, strict=True)]
+        single = self._measure_steps(links) if is_short else None
         recv_src = _route(point, self._group, self._entries[0][0], inputs)
         moved = floor.traffic(op, point, recv_src)
         subjects = [_subject(op, point, entrant, self._group) for entrant in entrants]
-        return self._rows(subjects, taken, moved, extra)
+        return self._rows(subjects, taken, moved, extra, single)
 
     def _measure_ours(self, op: str, point: Point, inputs: Any, progress: Any) -> list[report.Row]:
         """Our contenders, which share operands and the empty chain; without the extra memory."""
@@ -90,18 +98,24 @@ class Session:
             for e in contenders(point, self._group, self._entries)
             if e.name == "jax_ep" and (op != "cached_dispatch" or e.again is not None)
         ]
+        programs = [timing.make_program(op, entrant) for entrant in entrants]
+        is_short = point.num_tokens <= _SHORT
         taken = timing.measure_alike(
-            [timing.make_program(op, entrant) for entrant in entrants],
+            programs,
             self._group.mesh,
             inputs,
             count=_OURS_COUNT,
             repeats=self._repeats,
             tick=progress.update,
-            is_short=point.num_tokens <= _SHORT,
+            is_short=is_short,
         )
+        single = None
+        if is_short and self._num_steps:
+            carry = timing.start(programs[0], self._group.mesh, inputs)
+            single = self._measure_steps([steps.Link(p.run, carry) for p in programs])
         moved = floor.traffic(op, point, _route(point, self._group, self._entries[0][0], inputs))
         subjects = [_subject(op, point, entrant, self._group) for entrant in entrants]
-        return self._rows(subjects, taken, moved, [None] * len(entrants))
+        return self._rows(subjects, taken, moved, [None] * len(entrants), single)
 
     def measure_budgets(
         self, point: Point, budgets: Sequence[int], progress: Any
@@ -134,9 +148,18 @@ class Session:
         entrants = reduce.contenders(point, group, self._backends, self._algorithms)
         taken = reduce.measure(point, group, entrants, repeats=self._repeats, tick=progress.update)
         extra = reduce.extra_memory(point, group, entrants)
+        single = None
+        if self._num_steps:
+            single = self._measure_steps(reduce.links(point, group, entrants))
         moved = floor.reduce_traffic(point, group.num_ranks)
         subjects = [_reduce_subject(point, group.num_ranks, entrant) for entrant in entrants]
-        return self._rows(subjects, taken, moved, extra)
+        return self._rows(subjects, taken, moved, extra, single)
+
+    def _measure_steps(self, links: Sequence[steps.Link]) -> list[steps.Steps] | None:
+        """Times single steps, if the command asks for any."""
+        if not self._num_steps:
+            return None
+        return steps.measure(links, self._group, num_steps=self._num_steps, delay_us=self._delay_us)
 
     def _rows(
         self,
@@ -144,10 +167,14 @@ class Session:
         taken: Sequence[timing.Timing],
         moved: floor.Traffic,
         extra: Iterable[int | None],
+        single: Sequence[steps.Steps] | None = None,
     ) -> list[report.Row]:
         run = uuid.uuid4().hex
         rows = []
-        for subject, own, extra_bytes in zip(subjects, taken, extra, strict=True):
+        one_by_one: Sequence[steps.Steps | None] = single or [None] * len(subjects)
+        for subject, own, extra_bytes, own_steps in zip(
+            subjects, taken, extra, one_by_one, strict=True
+        ):
             measured = Measured(
                 us=own.percentiles(),
                 timing="chain",
@@ -155,6 +182,7 @@ class Session:
                 wire_bytes=int(moved.wire.max()),
                 floor_us=self._floor_us(moved),
                 extra_memory_bytes=extra_bytes,
+                steps=own_steps,
             )
             rows.append(report.Row(make_record(subject, measured, self._place, run), own))
         return rows

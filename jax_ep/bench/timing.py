@@ -157,7 +157,7 @@ def _is_odd(value: jax.Array) -> jax.Array:
     return jnp.equal(value, np.iinfo(value.dtype).min).astype(jnp.int32)
 
 
-def _start(program: Program, mesh: jax.sharding.Mesh, inputs: Sequence[jax.Array]) -> Carry:
+def start(program: Program, mesh: jax.sharding.Mesh, inputs: Sequence[jax.Array]) -> Carry:
     """The first carry. Each run overwrites what it is given, and must not overwrite `inputs`."""
     started: Carry = on_ranks(program.start, mesh, check_vma=False)(*inputs)
     copied: Carry = jax.tree.map(jnp.copy, started)
@@ -184,7 +184,7 @@ class Chain:
     ):
         """`is_short`: whether one operation takes less time than a turn of a loop on a GPU."""
         self._unroll = _links_of_turn(mesh, is_short=is_short)
-        self.carry = _start(program, mesh, inputs)
+        self.carry = start(program, mesh, inputs)
         self._program, self._mesh = program, mesh
         self._compiled: dict[tuple[bool, int], Any] = {}
 
@@ -300,7 +300,7 @@ def measure_alike(
     They share these arrays and the chain without the operation, and their chains have a count that
     is known: two programs are compiled, and one for each of them, where `measure` compiles six.
     """
-    carry = _start(programs[0], mesh, inputs)
+    carry = start(programs[0], mesh, inputs)
     unroll = _links_of_turn(mesh, is_short=is_short)
 
     def make_run(link: Callable[[Any, Any], Any]) -> Callable[[], float]:

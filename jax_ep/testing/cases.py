@@ -204,12 +204,14 @@ def defined_rows(case: Case, plan: reference.Plan) -> Any:
     return is_defined
 
 
-def assert_combined(case: Case, data: Data, plan: reference.Plan, y: Any) -> None:
-    """Asserts the combined rows of `round_trip` to the bit."""
+def assert_combined(
+    case: Case, data: Data, plan: reference.Plan, y: Any, *, wire: str | None = None
+) -> None:
+    """Asserts the combined rows of `round_trip` to the bit. `wire`: as in low_latency_combine."""
     weights = None
     if case.weights_at is not None:
         weights = reference.dispatch_weights(plan, data.topk_weights)
-    expected = reference.combine(plan, data.rows, weights, data.biases)
+    expected = reference.combine(plan, data.rows, weights, data.biases, wire=wire)
     assert_same_bits(y, expected, what="combine")
 
 

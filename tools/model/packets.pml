@@ -4,7 +4,7 @@
  * N ranks (2, 3) of NB blocks each make E calls in a row. Calls are of any of the first KINDS of
  * these kinds, and the same on all ranks:
  *   DISPATCH  called, choices, rows; each block waits for the choices of every peer, then for rows
- *   COMBINE   called, sums; the first block waits for `called` of every peer, each block for sums
+ *   COMBINE   called, sums; each block waits for `called` of every peer, and for sums
  *   PUSH      called; block b of a rank swaps `pushed` with block b of each peer
  *   PART      a swap of addresses; the last block of a rank swaps read_done
  *   BLOCKS    a swap of addresses; block b of a rank swaps `pushed` with block b of each peer
@@ -191,6 +191,12 @@ inline CheckCall() {
 #else
 #define IS_THERE(i) (HAS_CALLED && cell[PACKET(e, r, PEER, i)] == e)
 #endif
+/* A peer that sends packets tells no address, but the tag of its call. */
+#ifndef NO_TAG
+#define HAS_MET (cell[ADDRESS(r, PEER)] == e || (HAS_CALLED && DIFFERS(PEER)))
+#else
+#define HAS_MET (cell[ADDRESS(r, PEER)] == e)
+#endif
 /* A packet that a block takes is one of its own call. */
 #define TAKE assert(!ok || !DIFFERS(PEER))
 
@@ -295,12 +301,14 @@ proctype Block(byte r; byte b) {
     /* Begin, or OpenCall; packets. */
     if
     :: ok && b == 0 && !MEETS(k) -> TELL_PEERS(CALLED(e, PEER, r))
-    :: ok && b == 0 && MEETS(k) -> FENCE; TELL_PEERS(ADDRESS(PEER, r))
+    :: ok && b == 0 && MEETS(k) ->
+       FENCE;
+       TELL_PEERS(ADDRESS(PEER, r))
     :: else
     fi;
     if
     :: ok && MEETS(k) ->
-       AWAIT_PEERS(cell[ADDRESS(r, PEER)] == e);
+       AWAIT_PEERS(HAS_MET);
        /* Reading in place: no owner has ended the call. */
        assert(!ok || ANY_FAILED || (kernel[0] <= e && kernel[1] <= e && kernel[N - 1] <= e))
     :: ok && k == DISPATCH ->
@@ -319,7 +327,7 @@ proctype Block(byte r; byte b) {
        ReceiveSome(NB - 1 - b, 1 + NB - 1 - b)
     :: ok && k == COMBINE ->
 #ifndef NO_CALLED
-       if :: b == 0 -> AWAIT_PEERS(HAS_CALLED) :: else fi;
+       AWAIT_PEERS(HAS_CALLED);
 #endif
        ReceiveSome(b, b)
     :: ok && (k == PUSH || k == BLOCKS) ->

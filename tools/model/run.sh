@@ -79,9 +79,12 @@ holds packets -DN=2 -DNB=1 -DE=4 -DTIMEOUTS -DWIRE
 holds packets -DN=2 -DNB=2 -DE=3 -DKINDS=2 -DTIMEOUTS -DONE_GIVES_UP
 holds packets -DN=3 -DNB=1 -DE=2 -DKINDS=2 -DTIMEOUTS -DONE_GIVES_UP -DAT_ONCE
 holds packets -DN=3 -DNB=1 -DE=3 -DKINDS=1 -DTIMEOUTS -DONE_GIVES_UP -DAT_ONCE
-# A rank that makes another call. Only waits that give up end calls that send one another nothing.
+# A rank that makes another call: all ranks end, though no wait gives up.
+holds packets -DN=2 -DNB=1 -DE=3 -DOTHER=2
+holds packets -DN=2 -DNB=2 -DE=1 -DOTHER=1
 holds packets -DN=2 -DNB=2 -DE=3 -DKINDS=3 -DOTHER=2
 holds packets -DN=2 -DNB=2 -DE=1 -DKINDS=3 -DOTHER=1 -DWIRE
+holds packets -DN=3 -DNB=1 -DE=1 -DOTHER=1
 holds packets -DN=3 -DNB=1 -DE=2 -DKINDS=3 -DOTHER=1
 holds packets -DN=2 -DNB=1 -DE=3 -DOTHER=2 -DTIMEOUTS -DWIRE
 holds packets -DN=2 -DNB=2 -DE=1 -DOTHER=1 -DTIMEOUTS

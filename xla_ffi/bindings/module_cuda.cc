@@ -25,6 +25,7 @@
 #include "ops/handlers.h"
 #include "ops/pull_rows/pull_rows_cuda.cuh"
 #include "ops/ragged_all_to_all/ragged_all_to_all_cuda.cuh"
+#include "ops/read_clock/read_clock_cuda.cuh"
 #include "runtime/interrupt.h"
 
 namespace jax_ep {

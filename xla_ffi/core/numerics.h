@@ -60,4 +60,16 @@ inline F16 FromF32<F16>(float value) {
   return {static_cast<uint16_t>(sign | (magnitude >= 0x47800000u ? special : finite))};
 }
 
+/// Rounds a number of at most 448 to fp8 (e4m3), and keeps it as f32. NaN stays NaN.
+inline float RoundToE4M3(float value) {
+  const uint32_t bits = std::bit_cast<uint32_t>(value);
+  const uint32_t sign = bits & 0x80000000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  const uint32_t normal = (magnitude + 0x7ffffu + ((magnitude >> 20) & 1u)) & ~0xfffffu;
+  // Adding 2^14 lines the last bit of an fp8 subnormal, 2^-9, up with the float's.
+  const float subnormal = (std::bit_cast<float>(magnitude) + 0x1p14f) - 0x1p14f;
+  const uint32_t finite = magnitude < 0x3c800000u ? std::bit_cast<uint32_t>(subnormal) : normal;
+  return std::bit_cast<float>(magnitude > 0x7f800000u ? bits : sign | finite);
+}
+
 }  // namespace jax_ep

@@ -154,16 +154,19 @@ __device__ inline bool OpenCall(const Endpoint& self, OpId op, const int32_t* po
     constexpr size_t kStride = sizeof(self.own()->address[0]);
     const SignalRow lows{&cells->low, kStride};
     const SignalRow highs{&cells->high, kStride};
-    Signal low, high;
+    // A peer whose call sends packets sends no address, but the tag of its call.
+    Signal low{}, high{}, called{};
+    const auto is_told = [&] { return low.epoch == epoch && high.epoch == epoch; };
     is_good = WaitUntil(
         self, op, peer,
         [&] {
+          called = LoadRelaxed(&self.own()->called[epoch & 1][peer]);
           low = LoadRelaxed(lows.Of(peer));
           high = LoadAcquire(highs.Of(peer));
-          return low.epoch == epoch && high.epoch == epoch;
+          return is_told() || (called.epoch == epoch && called.value != tag);
         },
         [&] { return CountSeen(self, highs, epoch); });
-    is_good = is_good && IsCall(self, op, peer, tag, high.value >> 16);
+    is_good = is_good && IsCall(self, op, peer, tag, is_told() ? high.value >> 16 : called.value);
     if (!Translate(self, peer, ToldAddress(low, high), peers.at[i % own.count][peer]) && is_good) {
       Fail(self, FailureKind::kNotMapped, op, peer, i % own.count, 0);
       is_good = false;
@@ -214,18 +217,15 @@ __device__ inline void AddToTurn(const Endpoint& self, uint64_t value) {
 
 /// Counts a block out of its call: the last block ends the epoch for the next call on the stream.
 /// One thread of each block calls it, after the block has read the epoch and all that ends with it.
-/// `num_readers`: blocks that go on reading memory without epochs, each until its EndReading.
-__device__ inline void CountOut(const Endpoint& self, uint32_t ended, int num_readers) {
+/// The blocks go on reading what needs no epoch, each until its EndReading.
+__device__ inline void CountOut(const Endpoint& self, uint32_t ended) {
   if (gridDim.x > 1 && atomicAdd(&self.own()->num_blocks_done, 1) != gridDim.x - 1) return;
   StoreRelaxed(&self.own()->num_blocks_done, 0);
-  if (num_readers == 0) {
-    StoreRelaxed(&self.own()->turn, {NextEpoch(ended), 0});
-    return;
-  }
-  AddToTurn(self, EndOfTurn(ended, num_readers));
+  AddToTurn(self, EndOfTurn(ended, gridDim.x));
 }
 
-/// Ends the reading of a block that CountOut has counted among its readers. Every thread calls it.
+/// Ends the reading of a block after CountOut. Every thread calls it: until all blocks have, the
+/// host sees that the call runs, and a call beside it is refused.
 __device__ inline void EndReading(const Endpoint& self) {
   __syncthreads();
   if (threadIdx.x == 0) AddToTurn(self, -kOneReader);
@@ -257,7 +257,7 @@ __device__ inline bool CloseBlocks(const Endpoint& self, OpId op, bool is_open) 
   if (is_open) TellBlocks(self, op, epoch, cells);
   const bool is_good = is_open && NoneHasFailed(self);
   // By a thread that does not wait.
-  if (threadIdx.x == blockDim.x - 1) CountOut(self, ended, gridDim.x);
+  if (threadIdx.x == blockDim.x - 1) CountOut(self, ended);
   return AwaitBlocks(self, op, epoch, cells, /*waits=*/is_open, is_good);
 }
 

@@ -38,9 +38,7 @@ struct Endpoint {
   FailureRecord* record;
   PeerPool pools[kMaxRanks] = {};  // by rank; the default is right for ranks of this process
 
-#ifdef __CUDACC__
-  __device__ ControlBlock* own() const { return control[rank]; }
-#endif
+  JAX_EP_HOST_DEVICE ControlBlock* own() const { return control[rank]; }
 };
 
 }  // namespace jax_ep

@@ -321,7 +321,7 @@ __global__ void __launch_bounds__(kWarpSize* kMaxMoveWarps)
                 num_lane_warps * gridDim.x);
   } else {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    extern __shared__ __align__(128) std::byte ring[];
+    auto* const ring = DynamicShared<std::byte, 128>();
     __shared__ BulkStage stages[kMaxBulkWarps][kMoveStages];
     BulkMover<Items> mover(args, geometry, peers,
                            ring + size_t(warp) * kMoveStages * geometry.piece_bytes, stages[warp]);

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "device/call.cuh"
+#include "device/machine.cuh"
 #include "device/rows.cuh"
 #include "device/signals.cuh"
 #include "device/vector.cuh"
@@ -26,11 +27,6 @@ __device__ inline int PacketLane() { return threadIdx.x % kWarpSize; }
 __device__ inline Strided VectorsOf(int64_t group, int64_t num_vectors) {
   return {.first = group * kGroupVectors + PacketLane(), .step = kWarpSize, .end = num_vectors};
 }
-
-struct Packet {
-  uint64_t low;
-  uint64_t high;  // the upper half is the epoch
-};
 
 /// This lane's packets of a group, and the tag of their sender's call.
 struct LanePackets {
@@ -84,26 +80,6 @@ __device__ inline std::byte* PacketsAt(const Endpoint& self, int holder, int sou
   const int64_t place = half + source * self.rooms.packet_groups + group;
   return reinterpret_cast<std::byte*>(self.control[holder]) + kPacketsOffset +
          place * kPacketGroupBytes + PacketLane() * kVectorBytes;
-}
-
-__device__ inline void StorePacket(std::byte* to, Packet packet) {
-  // One access of 16 bytes: a reader that sees the epoch sees the rest.
-  asm volatile(
-      "{\n\t.reg .b128 packet;\n\tmov.b128 packet, {%1, %2};\n\t"
-      "st.relaxed.sys.global.b128 [%0], packet;\n\t}" ::"l"(to),
-      "l"(packet.low), "l"(packet.high)
-      : "memory");
-}
-
-__device__ inline Packet LoadPacket(const std::byte* from) {
-  Packet packet;
-  asm volatile(
-      "{\n\t.reg .b128 packet;\n\tld.relaxed.sys.global.b128 packet, [%2];\n\t"
-      "mov.b128 {%0, %1}, packet;\n\t}"
-      : "=l"(packet.low), "=l"(packet.high)
-      : "l"(from)
-      : "memory");
-  return packet;
 }
 
 /// Stores a group of vectors as packets, at this lane's first packet `to`. For a whole warp. A
@@ -232,12 +208,12 @@ __device__ inline bool PushedBarrier(const Endpoint& self, const PushCall& call)
 }
 
 /// CountOut for calls in which every rank receives from every other one: they need no CloseCall.
-/// Every thread of every block calls it.
-__device__ inline void EndEpoch(const Endpoint& self, const PushCall& call, int num_readers) {
+/// Every thread of every block calls it, and EndReading after the block's last wait.
+__device__ inline void EndEpoch(const Endpoint& self, const PushCall& call) {
   __syncthreads();
   if (threadIdx.x != 0) return;
   RefuseOverlap(self, call);
-  CountOut(self, call.ended, num_readers);
+  CountOut(self, call.ended);
 }
 
 }  // namespace jax_ep

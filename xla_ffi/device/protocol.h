@@ -21,8 +21,9 @@
 //                                     part of an operand here, in half n; before it reads it, or
 //                                     or has read what it reads in place  ends
 //   packet          any rank          12 bytes of an operand              the owner
-//   called[n, p]    rank p            tag of the call whose packets are   the owner, with the
-//                                     in half n                           packets
+//   called[n, p]    rank p            tag of the call whose packets    the owner, with the packets,
+//                                     are in half n                    or while it waits for an
+//                                                                      address
 //   told[p]         rank p            what p has found to be wrong     the owner, before it keeps
 //                                                                      a result
 //   abort           any rank          1, for good, behind told[p] of   the owner, in every wait

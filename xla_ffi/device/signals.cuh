@@ -5,75 +5,11 @@
 #include <cstdint>
 
 #include "device/endpoint.h"
+#include "device/machine.cuh"
 #include "device/stopwatch.h"
 #include "device/turn.h"
 
 namespace jax_ep {
-
-__device__ inline void StoreRelease(Signal* cell, Signal signal) {
-  const uint64_t word = uint64_t{signal.value} << 32 | signal.epoch;
-  asm volatile("st.release.sys.global.b64 [%0], %1;" ::"l"(cell), "l"(word) : "memory");
-}
-
-__device__ inline Signal LoadAcquire(const Signal* cell) {
-  uint64_t word;
-  asm volatile("ld.acquire.sys.global.b64 %0, [%1];" : "=l"(word) : "l"(cell) : "memory");
-  return {static_cast<uint32_t>(word), static_cast<uint32_t>(word >> 32)};
-}
-
-/// Loads without order: for a signal whose neighbour is loaded behind it with acquire order.
-__device__ inline Signal LoadRelaxed(const Signal* cell) {
-  uint64_t word;
-  asm volatile("ld.relaxed.sys.global.b64 %0, [%1];" : "=l"(word) : "l"(cell) : "memory");
-  return {static_cast<uint32_t>(word), static_cast<uint32_t>(word >> 32)};
-}
-
-__device__ inline void StoreRelaxed(Signal* cell, Signal signal) {
-  const uint64_t word = uint64_t{signal.value} << 32 | signal.epoch;
-  asm volatile("st.relaxed.sys.global.b64 [%0], %1;" ::"l"(cell), "l"(word) : "memory");
-}
-
-/// Gives release order to the relaxed stores of signals behind it.
-__device__ inline void ReleaseFence() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
-
-__device__ inline uint32_t LoadRelaxed(const uint32_t* word) {
-  uint32_t value;
-  asm volatile("ld.relaxed.sys.global.b32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
-  return value;
-}
-
-__device__ inline uint64_t LoadRelaxed(const uint64_t* word) {
-  uint64_t value;
-  asm volatile("ld.relaxed.sys.global.b64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
-  return value;
-}
-
-__device__ inline void StoreRelaxed(uint32_t* word, uint32_t value) {
-  asm volatile("st.relaxed.sys.global.b32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
-}
-
-/// Counts blocks of this rank: adds one, behind the block's writes and in front of its later reads.
-/// Returns the count before.
-__device__ inline uint32_t CountBlock(uint32_t* word) {
-  uint32_t before;
-  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;"
-               : "=r"(before)
-               : "l"(word)
-               : "memory");
-  return before;
-}
-
-__device__ inline uint32_t LoadAcquire(const uint32_t* word) {
-  uint32_t value;
-  asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
-  return value;
-}
-
-__device__ inline uint64_t GlobalTimer() {
-  uint64_t ns;
-  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(ns));
-  return ns;
-}
 
 /// Whether the group has failed, or a test skips this rank.
 __device__ inline bool IsAborted(const Endpoint& self) {

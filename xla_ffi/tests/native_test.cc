@@ -111,10 +111,11 @@ Tests ThreadPoolTests() {
 
 int main(int argc, char** argv) {
   bool has_run = false;
-  for (const auto& tests : {jax_ep::NumericsTests(), jax_ep::PlanTests(), jax_ep::ProtocolTests(),
-                            jax_ep::CombineGeometryTests(), jax_ep::ThreadPoolTests(),
-                            jax_ep::CallSiteTests(), jax_ep::ExchangeTests(), jax_ep::LinksTests(),
-                            jax_ep::ProcessesTests(), jax_ep::InterruptTests()}) {
+  for (const auto& tests :
+       {jax_ep::NumericsTests(), jax_ep::PlanTests(), jax_ep::ProtocolTests(),
+        jax_ep::CombineGeometryTests(), jax_ep::ThreadPoolTests(), jax_ep::CallSiteTests(),
+        jax_ep::ExchangeTests(), jax_ep::LinksTests(), jax_ep::ProcessesTests(),
+        jax_ep::InterruptTests(), jax_ep::ReadClockTests()}) {
     for (const auto& [name, test] : tests) {
       if (argc > 1 && name != argv[1]) continue;
       test();

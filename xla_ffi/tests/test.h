@@ -31,6 +31,7 @@ Tests ExchangeTests();
 Tests LinksTests();
 Tests InterruptTests();
 Tests ProcessesTests();
+Tests ReadClockTests();
 
 /// Fails on any thread, so it leaves the process at once. Shows the values after the condition.
 template <typename... Values>

@@ -91,6 +91,7 @@ class Quantize(Option):
 # configuration needs no cast. A wrong word raises an error while the function is traced.
 LayoutName = Literal["rank", "expert"] | str
 LowLatencyLayoutName = Literal["expert", "rank", "batched"] | str
+WireName = Literal["fp8"] | str
 QuantizeName = Literal["none", "fp8", "fp8_pow2", "fp8_e8m0"] | str
 FillName = Literal["zeros", "padding", "none"] | str
 ScalesName = Literal["f32", "e8m0"] | str

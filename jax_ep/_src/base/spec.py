@@ -151,7 +151,8 @@ class ExchangeSpec:
 
     Their gradients run other exchanges of `routes`. `op` is the name of the public operation in
     errors; another exchange may carry it. `mode`: the kernels that carry it on GPUs; those for
-    few tokens only if they can. `few_sms`: the SMs that these use; None: all.
+    few tokens only if they can; None: those for few tokens where they are faster. `few_sms`: the
+    SMs that these use; None: all.
     """
 
     group: GroupSpec
@@ -159,7 +160,7 @@ class ExchangeSpec:
     layout: Layout
     recv_capacity: int
     op: str
-    mode: ExchangeMode
+    mode: ExchangeMode | None
     few_sms: int | None
 
     def of_gradient(self) -> Self:
@@ -222,6 +223,8 @@ class DispatchSpec(ExchangeSpec):
 @dataclass(frozen=True)
 class RouteSpec(ExchangeSpec):
     """The static facts of one combine, or dispatch along a handle; equal on all ranks."""
+
+    wire: Quantize = Quantize.NONE  # format of the sums that cross between ranks
 
     @property
     def backend(self) -> str:

@@ -124,9 +124,10 @@ class Group:
             unless the call says otherwise. Default: the number in the table for this device and
             number of ranks, by exchange and layout, from 16 to 64 in the package's table
             (`info().budgets`). Fewer SMs leave more to computation that runs at the same time. The
-            all_reduce family takes up to 64.
-          low_latency_bytes: bytes of each GPU that hold what peers send in low-latency dispatches
-            and combines; `jax_ep.low_latency_bytes` computes them. Default: 16 MiB, enough for 128
+            all_reduce family takes up to 64. Without num_sms, calls of up to 128 tokens take all
+            SMs for some microseconds.
+          low_latency_bytes: bytes of each GPU that hold what peers send in dispatches and combines
+            of few tokens; `jax_ep.low_latency_bytes` computes them. Default: 16 MiB, enough for 128
             bf16 rows of 7,168 elements between two ranks. 0: the `cuda` back end has no such calls.
           ranks_per_node: ranks of one node, consecutive; default: all.
           debug: whether the group counts bad ids of every routing and raises them in `check()`;

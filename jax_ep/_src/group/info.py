@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from jax_ep._src.base import config
 from jax_ep._src.processes.native_group import NativeGroup
 
 if TYPE_CHECKING:
@@ -84,7 +85,10 @@ def _low_latency(group: "Group") -> str:
         return "not usable: 16 bytes do not arrive at once at all peers"
     if room == 0:
         return "not usable: low_latency_bytes=0"
-    return f"usable: a rank may send {room} bytes to another in one call"
+    users = "low-latency operations"
+    if group.num_sms is None:
+        users += f", and by dispatch and combine of up to {config.MAX_FEW_TOKENS} tokens"
+    return f"usable by {users}: a rank may send {room} bytes to another in one call"
 
 
 def _staging(native: NativeGroup | None) -> str | None:

@@ -27,7 +27,12 @@ _OPS = frozenset({"low_latency_dispatch", "low_latency_combine"})
 
 
 def low_latency_round_trip(
-    group: jax_ep.Group, backend: str, *, num_sms: int | None = None, **params: Any
+    group: jax_ep.Group,
+    backend: str,
+    *,
+    num_sms: int | None = None,
+    wire: str | None = None,
+    **params: Any,
 ) -> None:
     """Compares every field of the dispatch, and the combined rows, for every named routing."""
     case = Case(num_ranks=group.num_ranks, fill="padding", **params)
@@ -39,6 +44,7 @@ def low_latency_round_trip(
             out.handle,
             weights={None: None, "rows": out.weights, "tokens": topk_weights}[case.weights_at],
             bias=biases,
+            wire=wire,
             num_sms=num_sms,
             backend=backend,
         )
@@ -51,7 +57,7 @@ def low_latency_round_trip(
             out, y = fn(*data.operands())
             plan = assert_dispatched(case, data, out)
             assert case.recv_capacity is not None or int(plan.num_dropped.sum()) == 0
-            assert_combined(case, data, plan, y)
+            assert_combined(case, data, plan, y, wire=wire)
 
 
 def _dispatch(
@@ -211,7 +217,10 @@ def _checks() -> Iterator[Check]:
 
     for layout in ("rank", "expert"):
         at = [None] if layout == "rank" else [None, "rows", "tokens"]
-        for i, num_tokens in enumerate((1, 12, 33, 100)):
+        # Rows of one to three groups of packets; the reference takes long for many wide ones.
+        for i, (num_tokens, *widths) in enumerate(
+            ((1, 24, 1544, 800), (12, 24, 1544, 800), (33, 24, 264, 800), (100, 24, 136, 264))
+        ):
             for j, num_topk in enumerate((1, 3, 8)):
                 yield check(
                     low_latency_round_trip,
@@ -219,13 +228,26 @@ def _checks() -> Iterator[Check]:
                     num_tokens=num_tokens,
                     num_topk=num_topk,
                     experts_per_rank=8,
-                    hidden=(24, 1544, 800)[(i + j) % 3],
+                    hidden=widths[(i + j) % 3],
                     dtype=("bf16", "f32", "f16")[(i + 2 * j) % 3],
                     num_biases=(i + j) % 3,
                     weights_at=at[(i + j) % len(at)],
                     num_sms=(None, 1, 5)[j],
                 )
         yield check(low_latency_round_trip, layout=layout, num_topk=22, experts_per_rank=32)
+        for i, dtype in enumerate(("bf16", "f32", "f16")):
+            yield check(
+                low_latency_round_trip,
+                layout=layout,
+                num_tokens=(33, 12, 1)[i],
+                num_topk=(8, 3, 1)[i],
+                experts_per_rank=8,
+                hidden=(384, 1536, 2048)[i],
+                dtype=dtype,
+                num_biases=i,
+                weights_at=at[i % len(at)],
+                wire="fp8",
+            )
         # The kernels for many tokens carry what might be dropped.
         yield check(low_latency_round_trip, layout=layout, num_tokens=9, recv_capacity=8)
         yield check(low_latency_bytes_pass_unchanged, layout=layout)

@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kReduceThreads)
       if (r != self.rank) Send(self, r, call.epoch, group, vectors);
     }
   }
-  EndEpoch(self, call, 0);
+  EndEpoch(self, call);
   const std::byte* own = a.in + self.rank * a.in_stride();
   for (int64_t group = first; group < num_groups; group += step) {
     Sum<std::conditional_t<kGathers, float, Element>> sums[kPacketVectors];
@@ -87,6 +87,7 @@ __global__ void __launch_bounds__(kReduceThreads)
     }
   }
   if (!is_good) NotePeerFailure(self);
+  EndReading(self);
 }
 
 // Stores in each peer's room the part of this rank's operand that the peer needs. Then adds the
@@ -112,7 +113,7 @@ __global__ void __launch_bounds__(kReduceThreads)
     StoreAtPeers<Element>(launch, call.epoch, share);
     is_good = PushedBarrier(self, call);
   }
-  EndEpoch(self, call, gridDim.x);
+  EndEpoch(self, call);
   AddStored<Element>(launch, call.epoch, share, is_good);
   if (!is_good && threadIdx.x == 0) NotePeerFailure(self);
   EndReading(self);
@@ -179,7 +180,7 @@ __global__ void __launch_bounds__(kReduceThreads)
     }
     StoreVectors<kBytes>(a.out, few, a.bytes, vectors);
   });
-  EndEpoch(self, call, gridDim.x);
+  EndEpoch(self, call);
   if (is_good) is_good = ReducedBarrier(self, OpOf(a.movement), call.epoch);
   for (int d = 1; d < self.num_ranks; ++d) {
     const int r = (self.rank + d) % self.num_ranks;

@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kMaxNormThreads)
       }
     }
   }
-  EndEpoch(self, call, 0);
+  EndEpoch(self, call);
   is_good = NormRows<Element>(a, self.num_ranks, is_good,
                               [&](int64_t row, int group, int r, uint4(&term)[kPacketVectors]) {
                                 if (r == self.rank) {
@@ -57,6 +57,7 @@ __global__ void __launch_bounds__(kMaxNormThreads)
                                 return Receive(self, call, r, packet_group, packets, term);
                               });
   if (!is_good) NotePeerFailure(self);
+  EndReading(self);
 }
 
 // Reads the rows of all ranks in place.

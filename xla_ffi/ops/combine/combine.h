@@ -4,7 +4,8 @@
 // subnormals, and are never contracted. In the rank layout, the sum adds the rows in rank order. In
 // the expert layout, each rank has a partial sum of weight * row, in row order (which is expert
 // order), rounded to the rows' type; the sum adds these in rank order. Then the biases are added in
-// order, and the sum is rounded once.
+// order, and the sum is rounded once. If `wire` is not kNone, what a rank adds up for another one is
+// also rounded to fp8, as dispatch rounds rows, before it crosses.
 #pragma once
 
 #include <array>
@@ -24,6 +25,8 @@ struct CombineArgs {
   int64_t num_tokens;
   int64_t recv_capacity;
   int64_t hidden;
+
+  Quantize wire = Quantize::kNone;
 
   const int32_t* send_rank;  // expert layout: [num_tokens, num_slots]; rank layout: null
   const int32_t* send_row;   // [num_tokens, num_slots] row at that rank, or kNoIndex

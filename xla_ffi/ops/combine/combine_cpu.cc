@@ -29,7 +29,7 @@ class CombineCall : public CallOf<CombineArgs> {
   int num_phases() const override { return 1; }
   bool AreAlike(const CombineArgs& a, const CombineArgs& b) const override {
     return a.layout == b.layout && a.dtype == b.dtype && a.num_slots == b.num_slots &&
-           a.num_tokens == b.num_tokens && a.hidden == b.hidden &&
+           a.num_tokens == b.num_tokens && a.hidden == b.hidden && a.wire == b.wire &&
            (a.weights == nullptr) == (b.weights == nullptr);
   }
 
@@ -58,7 +58,8 @@ class CombineCall : public CallOf<CombineArgs> {
           const bool joins_previous = a.layout == RecvLayout::kExpert && &place != &places[0] &&
                                       (&place)[-1].rank == place.rank;
           const std::byte* row = static_cast<const std::byte*>(peer.rows) + place.row * row_bytes;
-          terms.push_back({row, 1.0f, joins_previous});
+          const bool crosses_in_fp8 = a.wire != Quantize::kNone && place.rank != rank;
+          terms.push_back({row, 1.0f, joins_previous, crosses_in_fp8});
           if (!memory().IsHere(place.rank)) {
             fetched.resize((batch + most_terms) * row_bytes);
             terms.back().row = fetched.data() + num_fetched++ * row_bytes;

@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
     CombineKernel(const __grid_constant__ CombineLaunch launch,
                   const __grid_constant__ PartialRing ring, const __grid_constant__ RowParts parts,
                   const __grid_constant__ Results results) {
-  extern __shared__ __align__(128) std::byte shared[];
+  auto* const shared = DynamicShared<std::byte, 128>();
   __shared__ PeerAddresses peers;
   const CombineArgs& args = launch.args;
   OwnAddresses own;
@@ -164,6 +164,8 @@ ffi::Error RunCombine<Cuda>(const DeviceContext& context, I32Buffer position,
   if (attrs.mode == ExchangeMode::kLowLatency) {
     return RunLowLatency(context, position.typed_data(), decoded, attrs);
   }
+  JAX_EP_REQUIRE(attrs.wire == Quantize::kNone, context.op(),
+                 ": the kernels for many tokens round no sums on their way");
   JAX_EP_REQUIRE(workspace.size_bytes() >= launch.workspace_bytes(), context.op(),
                  ": the workspace has ", workspace.size_bytes(), " bytes, needs ",
                  launch.workspace_bytes());

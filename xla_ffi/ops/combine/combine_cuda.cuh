@@ -34,7 +34,7 @@ struct LowLatencyCombine {
   Endpoint self;
   const int32_t* position;
   CombineArgs args;
-  int num_groups;  // of packets, of a row
+  TokenGroups groups;  // of the sum of a token; the scales are the second array
   int tokens_per_block;
 
   JAX_EP_HOST_DEVICE size_t row_bytes() const {
@@ -45,7 +45,7 @@ struct LowLatencyCombine {
     return args.layout == RecvLayout::kRank ? 1 : args.num_slots;
   }
   /// Bytes that a rank sends to another one.
-  int64_t room() const { return TokenPacketBytes(args.num_tokens, 0, num_groups); }
+  int64_t room() const { return TokenPacketBytes(args.num_tokens, 0, groups.count()); }
 };
 
 LowLatencyCombine MakeLowLatencyCombine(const Endpoint& self, const int32_t* position,

@@ -15,6 +15,7 @@ struct CombineAttrs {
   RecvLayout layout;
   ExchangeMode mode;
   int64_t num_sms;
+  Quantize wire;
 };
 
 /// Runs the operation; each back end defines it. `workspace` is scratch, which `cpu` does not need.
@@ -39,6 +40,7 @@ typename Backend::Status Combine(typename Backend::Context context, I32Buffer po
                    .num_tokens = Dim(send_row, 0),
                    .recv_capacity = Dim(rows, 0),
                    .hidden = Dim(rows, 1),
+                   .wire = attrs.wire,
                    .send_rank = is_rank_layout ? nullptr : send_rank.typed_data(),
                    .send_row = send_row.typed_data(),
                    .recv_src = nullptr,
@@ -61,6 +63,9 @@ typename Backend::Status Combine(typename Backend::Context context, I32Buffer po
   JAX_EP_REQUIRE(Dim(*out, 0) == args.num_tokens && Dim(*out, 1) == args.hidden &&
                      out->element_type() == rows.element_type(),
                  context.op(), ": the result does not fit rows and send_row");
+  JAX_EP_REQUIRE(attrs.wire == Quantize::kNone ||
+                     (attrs.wire == Quantize::kFp8 && args.hidden % kFp8Block == 0),
+                 context.op(), ": sums of ", args.hidden, " elements cannot be rounded so");
   if (attrs.mode == ExchangeMode::kLowLatency) {
     const auto capacity = static_cast<size_t>(args.recv_capacity);
     JAX_EP_REQUIRE(recv_src.element_count() == capacity &&
@@ -88,4 +93,5 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_ep::CombineAttrs, StructMember<std::st
                                       StructMember<int64_t>("has_weights"),
                                       StructMember<jax_ep::RecvLayout>("layout"),
                                       StructMember<jax_ep::ExchangeMode>("mode"),
-                                      StructMember<int64_t>("num_sms"));
+                                      StructMember<int64_t>("num_sms"),
+                                      StructMember<jax_ep::Quantize>("wire"));

@@ -13,24 +13,38 @@ constexpr int kMinWarps = 4;
 
 using Kernel = void (*)(LowLatencyCombine);
 
-template <RecvLayout kLayout>
-Kernel KernelOf(DType dtype) {
+template <typename Element, RecvLayout kLayout>
+Kernel KernelOf(bool is_rounded) {
+  return is_rounded ? LowLatencyCombineKernel<Element, kLayout, true>
+                    : LowLatencyCombineKernel<Element, kLayout, false>;
+}
+
+template <typename Element>
+Kernel KernelOf(RecvLayout layout, bool is_rounded) {
+  return layout == RecvLayout::kRank ? KernelOf<Element, RecvLayout::kRank>(is_rounded)
+                                     : KernelOf<Element, RecvLayout::kExpert>(is_rounded);
+}
+
+Kernel KernelOf(RecvLayout layout, DType dtype, bool is_rounded) {
   switch (dtype) {
     case DType::kBF16:
-      return LowLatencyCombineKernel<__nv_bfloat162, kLayout>;
+      return KernelOf<__nv_bfloat162>(layout, is_rounded);
     case DType::kF16:
-      return LowLatencyCombineKernel<__half2, kLayout>;
+      return KernelOf<__half2>(layout, is_rounded);
     case DType::kF32:
-      return LowLatencyCombineKernel<float, kLayout>;
+      return KernelOf<float>(layout, is_rounded);
     case DType::kI32:
       break;  // refused at the border
   }
   return nullptr;
 }
 
-Kernel KernelOf(RecvLayout layout, DType dtype) {
-  return layout == RecvLayout::kRank ? KernelOf<RecvLayout::kRank>(dtype)
-                                     : KernelOf<RecvLayout::kExpert>(dtype);
+cudaError_t Load(Kernel kernel, const DeviceTraits& device) {
+  cudaFuncAttributes found{};
+  const cudaError_t status = cudaFuncGetAttributes(&found, kernel);
+  if (status != cudaSuccess) return status;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(device.max_shared_bytes - found.sharedSizeBytes));
 }
 
 }  // namespace
@@ -38,9 +52,12 @@ Kernel KernelOf(RecvLayout layout, DType dtype) {
 LowLatencyCombine MakeLowLatencyCombine(const Endpoint& self, const int32_t* position,
                                         const CombineArgs& args, int num_sms) {
   LowLatencyCombine launch{
-      .self = self, .position = position, .args = args, .num_groups = 0, .tokens_per_block = 0};
-  launch.num_groups =
-      static_cast<int>((launch.row_bytes() + kPacketGroupPayload - 1) / kPacketGroupPayload);
+      .self = self, .position = position, .args = args, .groups = {}, .tokens_per_block = 0};
+  const bool is_rounded = args.wire != Quantize::kNone;
+  launch.groups = TokenGroups::Of([&](int i) -> size_t {
+    if (i == 0) return is_rounded ? args.hidden : launch.row_bytes();
+    return i == 1 && is_rounded ? args.hidden / kFp8Block * sizeof(float) : 0;
+  });
   launch.tokens_per_block = static_cast<int>((args.num_tokens + num_sms - 1) / num_sms);
   return launch;
 }
@@ -52,15 +69,10 @@ size_t LowLatencyCombineSharedBytes(const LowLatencyCombine& launch) {
 cudaError_t LoadLowLatencyCombineKernels(DeviceTraits& device) {
   for (const RecvLayout layout : {RecvLayout::kRank, RecvLayout::kExpert}) {
     for (const DType dtype : {DType::kBF16, DType::kF16, DType::kF32}) {
-      const Kernel kernel = KernelOf(layout, dtype);
-      cudaFuncAttributes found{};
-      cudaError_t status = cudaFuncGetAttributes(&found, kernel);
-      if (status == cudaSuccess) {
-        status =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(device.max_shared_bytes - found.sharedSizeBytes));
+      for (const bool is_rounded : {false, true}) {
+        const cudaError_t status = Load(KernelOf(layout, dtype, is_rounded), device);
+        if (status != cudaSuccess) return status;
       }
-      if (status != cudaSuccess) return status;
     }
   }
   return cudaSuccess;
@@ -69,18 +81,21 @@ cudaError_t LoadLowLatencyCombineKernels(DeviceTraits& device) {
 cudaError_t LaunchLowLatencyCombine(const LowLatencyCombine& launch, const DeviceTraits& device,
                                     cudaStream_t stream) {
   const CombineArgs& args = launch.args;
-  constexpr int64_t kMaxWarps = kLowLatencyCombineThreads / kWarpSize;
-  const int64_t num_units = int64_t{args.num_ranks} * launch.tokens_per_block * launch.num_groups;
+  const bool is_rounded = args.wire != Quantize::kNone;
+  const int64_t max_warps =
+      (is_rounded ? kLowLatencyCombineThreads<true> : kLowLatencyCombineThreads<false>) / kWarpSize;
+  const int64_t num_units =
+      int64_t{args.num_ranks} * launch.tokens_per_block * launch.groups.first[1];
   const LaunchConfig config{
       .num_blocks = static_cast<int>((args.num_tokens + launch.tokens_per_block - 1) /
                                      launch.tokens_per_block),
       .num_threads =
-          static_cast<int>(std::clamp<int64_t>(num_units, kMinWarps, kMaxWarps) * kWarpSize),
+          static_cast<int>(std::clamp<int64_t>(num_units, kMinWarps, max_warps) * kWarpSize),
       .shared_bytes = LowLatencyCombineSharedBytes(launch),
       .is_behind = false,
       .priority = device.highest_priority,
       .stream = stream};
-  return Launch(KernelOf(args.layout, args.dtype), config, launch);
+  return Launch(KernelOf(args.layout, args.dtype, is_rounded), config, launch);
 }
 
 }  // namespace jax_ep

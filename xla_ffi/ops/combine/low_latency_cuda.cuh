@@ -9,34 +9,13 @@
 #include "device/signals.cuh"
 #include "device/token_packets.h"
 #include "ops/combine/combine_cuda.cuh"
+#include "ops/combine/low_latency_sums_cuda.cuh"
 
 namespace jax_ep {
 
-inline constexpr int kLowLatencyCombineThreads = 384;
-
-// The sum of a group of vectors of a row, in f32.
-template <typename Element>
-struct GroupSum {
-  using Values = Vector<Element>;
-  static constexpr int kSize = Values::kSize;
-  float at[kPacketVectors][kSize] = {};
-
-  __device__ void Add(const uint4 (&vectors)[kPacketVectors], float weight = 1.0f) {
-#pragma unroll
-    for (int v = 0; v < kPacketVectors; ++v) {
-      float values[kSize];
-      Values::Load(vectors[v], values);
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        at[v][i] = __fadd_rn(at[v][i], __fmul_rn(weight, values[i]));
-      }
-    }
-  }
-  __device__ void Round(uint4 (&vectors)[kPacketVectors]) const {
-#pragma unroll
-    for (int v = 0; v < kPacketVectors; ++v) vectors[v] = Values::Round(at[v]);
-  }
-};
+// Sums that are rounded need more registers, and have fewer groups.
+template <bool kIsRounded>
+inline constexpr int kLowLatencyCombineThreads = kIsRounded ? 256 : 384;
 
 // The rows here of the tokens of which one block takes care: [num_ranks, tokens of a block,
 // num_slots], in shared memory. The rank layout has one slot, the expert layout one for each
@@ -98,74 +77,43 @@ class HeldRows {
   int32_t* const rows_;
 };
 
-// Adds this rank's rows of a token, which lanes have, in row order, and rounds the sum. A single
-// row without a weight stays as it is. For a whole warp; false if no lane has a row.
-template <typename Element, RecvLayout kLayout>
-__device__ bool AddRows(const CombineArgs& a, int64_t row_bytes, const Strided& which, int32_t row,
-                        uint4 (&vectors)[kPacketVectors]) {
-  constexpr uint32_t kNone = ~0u;
-  constexpr int kAhead = kLayout == RecvLayout::kRank ? 1 : 4;  // rows on their way at once
-  GroupSum<Element> sum;
-  uint32_t left = row >= 0 ? static_cast<uint32_t>(row) : kNone;
-  int num = __popc(__ballot_sync(~0u, row >= 0));
-  for (int begin = 0; begin < num; begin += kAhead) {
-    uint4 rows[kAhead][kPacketVectors];
-    float weights[kAhead];
-#pragma unroll
-    for (int n = 0; n < kAhead; ++n) {
-      if (begin + n >= num) break;
-      const uint32_t next = __reduce_min_sync(~0u, left);
-      if (next == kNone) {  // rows are equal, which only an altered handle has
-        num = begin + n;
-        break;
-      }
-      if (left == next) left = kNone;
-      LoadVectors<kVectorBytes / Vector<Element>::kSize>(
-          static_cast<const std::byte*>(a.rows) + next * row_bytes, which, row_bytes, rows[n]);
-      weights[n] = a.weights ? __ldg(a.weights + next) : 1.0f;
-    }
-    if (num == 1 && a.weights == nullptr) {
-#pragma unroll
-      for (int v = 0; v < kPacketVectors; ++v) vectors[v] = rows[0][v];
-      return true;
-    }
-#pragma unroll
-    for (int n = 0; n < kAhead; ++n) {
-      if (begin + n < num) sum.Add(rows[n], weights[n]);
-    }
-  }
-  if (num > 0) sum.Round(vectors);
-  return num > 0;
-}
-
 // Adds this rank's rows of each token of a peer and sends the sum there. Then adds the sums that
 // have come for the own tokens, in rank order, and the biases.
 //
 // Geometry   a block for one token number of all ranks, or for a few; a warp for a group of 96
-//            vectors of a row; 384 threads, fewer where a block has fewer groups.
-// Protocol   called and packets to every peer; the first block waits for called of every peer, also
-//            of those that send no packet. Nothing else, since packets carry their epoch, and a
+//            vectors of a row; 384 threads, 256 if sums are rounded,
+//            fewer where a block has fewer groups.
+// Protocol   called and packets to every peer; every warp waits for called of every peer, also of
+//            those that send no packet. Nothing else, since packets carry their epoch, and a
 //            token has its place at its rank.
 // Traffic    per row: its bytes read; per remote (token, rank): 4/3 of a row stored at the token's
-//            rank and polled from the L2 there; per token: its biases read, a row written. Every
-//            block reads which token each row belongs to.
+//            rank and polled from the L2 there, of a row in fp8 with its scales if sums are
+//            rounded; per token: its biases read, a row written. Every block reads which token each
+//            row belongs to.
 // Floor      4/3 of the remote (token, rank) rows over NVLink push, or all bytes over HBM; a
 //            launch, two loads, a store's way to a peer.
-template <typename Element, RecvLayout kLayout>
-__global__ void __launch_bounds__(kLowLatencyCombineThreads, 1)
+template <typename Element, RecvLayout kLayout, bool kIsRounded>
+__global__ void __launch_bounds__(kLowLatencyCombineThreads<kIsRounded>, 1)
     LowLatencyCombineKernel(const __grid_constant__ LowLatencyCombine launch) {
-  extern __shared__ int32_t shared_rows[];
-  constexpr int kBytes = kVectorBytes / Vector<Element>::kSize;
+  auto* const shared_rows = DynamicShared<int32_t>();
+  constexpr int kParts = kPartsOfGroup<Element, kIsRounded>;
+  using Vectors = RowVectors<Element, kParts>;
   const Endpoint& self = launch.self;
   const CombineArgs& a = launch.args;
   const auto row_bytes = static_cast<int64_t>(launch.row_bytes());
-  const auto num_vectors = static_cast<int>(row_bytes / kVectorBytes);
-  const int num_groups = launch.num_groups;
+  const auto num_vectors = static_cast<int>(row_bytes / kVectorBytes / kParts);
+  const int num_groups = launch.groups.first[1];
   const int num_warps = blockDim.x / kWarpSize;
   const int warp = threadIdx.x / kWarpSize;
   const auto place = [&](int holder, int source, uint32_t epoch, int token, int group) {
     return LowLatencyRoom(self, holder, source, epoch) +
-           (int64_t{token} * num_groups + group) * kPacketGroupBytes + PacketLane() * kVectorBytes;
+           (int64_t{token} * launch.groups.count() + group) * kPacketGroupBytes +
+           PacketLane() * kVectorBytes;
+  };
+  // The packets of the scales of a group: behind the rows of their token.
+  const auto place_of_scales = [&](int holder, int source, uint32_t epoch, int token, int group) {
+    return place(holder, source, epoch, token, num_groups) +
+           group * ScaleLanes(a.wire) * kVectorBytes;
   };
   HeldRows held(launch, shared_rows);
   held.Clear();
@@ -175,29 +123,36 @@ __global__ void __launch_bounds__(kLowLatencyCombineThreads, 1)
   if (is_good) held.Find();
   __syncthreads();
   const int num_units = held.num_tokens() * num_groups;
-  uint4 vectors[kPacketVectors];
   for (int n = warp; is_good && n < (self.num_ranks - 1) * num_units; n += num_warps) {
     const int owner = (self.rank + 1 + n / num_units) % self.num_ranks;
-    const int token = n % num_units / num_groups;
+    const int in_block = n % num_units / num_groups;
+    const int token = held.first_token() + in_block;
     const int group = n % num_groups;
     const Strided which = VectorsOf(group, num_vectors);
-    if (!AddRows<Element, kLayout>(a, row_bytes, which, held.Row(owner, token), vectors)) continue;
-    StoreGroup(place(owner, self.rank, call.epoch, held.first_token() + token, group), call.epoch,
-               vectors, NumPackets(num_vectors - group * kGroupVectors));
-  }
-  EndEpoch(self, call, 0);
-  // A peer may send nothing: the next call but one would overwrite what is still read.
-  if (blockIdx.x == 0 && is_good) {
-    for (int r = threadIdx.x; r < self.num_ranks; r += blockDim.x) {
-      if (r == self.rank) continue;
-      Signal called;
-      const bool has_called = AwaitPackets(self, call, r, [&] {
-        called = LoadRelaxed(&self.own()->called[call.epoch & 1][r]);
-        return called.epoch == call.epoch;
-      });
-      is_good = has_called && IsCall(self, call.op, r, call.tag, called.value) && is_good;
+    Vectors sum;
+    if (!AddRows<kLayout>(a, row_bytes, which, held.Row(owner, in_block), sum)) continue;
+    uint4 vectors[kPacketVectors];
+    uint32_t scales[kPacketScales];
+    Wire<kIsRounded>::Pack(sum, a.wire, vectors, scales);
+    StoreGroup(place(owner, self.rank, call.epoch, token, group), call.epoch, vectors,
+               NumPackets(num_vectors - group * kGroupVectors));
+    if constexpr (kIsRounded) {
+      StoreScales(place_of_scales(owner, self.rank, call.epoch, token, group), call.epoch, a.wire,
+                  scales);
     }
   }
+  EndEpoch(self, call);
+  // A peer may send nothing: the next call but one would overwrite what is still read. Each warp
+  // waits for every peer, so that a failed call leaves no row as it is.
+  if (const int r = PacketLane(); is_good && r < self.num_ranks && r != self.rank) {
+    Signal called;
+    const bool has_called = AwaitPackets(self, call, r, [&] {
+      called = LoadRelaxed(&self.own()->called[call.epoch & 1][r]);
+      return called.epoch == call.epoch;
+    });
+    is_good = has_called && IsCall(self, call.op, r, call.tag, called.value);
+  }
+  is_good = __all_sync(~0u, is_good);
   for (int n = warp; n < num_units; n += num_warps) {
     const int token = held.first_token() + n / num_groups;
     const int group = n % num_groups;
@@ -216,9 +171,9 @@ __global__ void __launch_bounds__(kLowLatencyCombineThreads, 1)
     }
     const uint32_t ranks = __reduce_or_sync(~0u, rank >= 0 ? 1u << rank : 0);
     // The own rows are on their way while packets come.
-    uint4 own[kPacketVectors];
-    AddRows<Element, kLayout>(a, row_bytes, which, rank == self.rank ? row : kNoIndex, own);
-    GroupSum<Element> sum;
+    Vectors own;
+    AddRows<kLayout>(a, row_bytes, which, rank == self.rank ? row : kNoIndex, own);
+    GroupSum<Element, kParts> sum;
     for (int r = 0; r < self.num_ranks; ++r) {
       if ((ranks >> r & 1) == 0) continue;
       if (r == self.rank) {
@@ -227,24 +182,28 @@ __global__ void __launch_bounds__(kLowLatencyCombineThreads, 1)
       }
       const std::byte* from = place(self.rank, r, call.epoch, token, group);
       LanePackets packets = LookAt(self, r, call.epoch, from, num_packets);
+      uint4 vectors[kPacketVectors];
+      uint32_t scales[kPacketScales] = {};
       if (is_good) is_good = ReceiveFrom(self, call, r, from, packets, vectors, num_packets);
+      if constexpr (kIsRounded) {
+        from = place_of_scales(self.rank, r, call.epoch, token, group);
+        if (is_good) is_good = AwaitScales(self, call, r, from, a.wire, scales);
+        is_good = __all_sync(~0u, is_good);
+      }
       __syncwarp();
-      sum.Add(vectors);
+      Wire<kIsRounded>::Add(vectors, scales, sum);
     }
     const int64_t own_row = token * row_bytes;
     for (int b = 0; b < a.num_biases; ++b) {
-      LoadVectors<kBytes>(static_cast<const std::byte*>(a.biases[b]) + own_row, which, row_bytes,
-                          vectors);
-      sum.Add(vectors);
+      own.Load(static_cast<const std::byte*>(a.biases[b]) + own_row, which, row_bytes);
+      sum.Add(own);
     }
-    sum.Round(vectors);
-    if (!is_good) {
-#pragma unroll
-      for (uint4& vector : vectors) vector = make_uint4(~0u, ~0u, ~0u, ~0u);
-    }
-    StoreVectors<kBytes>(static_cast<std::byte*>(a.out) + own_row, which, row_bytes, vectors);
+    sum.Round(own);
+    if (!is_good) own.Poison();
+    own.Store(static_cast<std::byte*>(a.out) + own_row, which, row_bytes);
   }
   if (!is_good) NotePeerFailure(self);
+  EndReading(self);
 }
 
 }  // namespace jax_ep

@@ -1,7 +1,10 @@
 #include "ops/combine/sum_rows_cpu.h"
 
 #include <algorithm>
+#include <bit>
+#include <cfloat>
 
+#include "core/limits.h"
 #include "core/numerics.h"
 
 // Compiles a function for each generation of x86; the loader chooses one. Widths differ, values do
@@ -19,6 +22,7 @@ namespace {
 
 // Columns of a block: two f32 sums, and these columns of a few rows, stay in the first-level cache.
 constexpr int64_t kBlock = 256;
+static_assert(kBlock % kFp8Block == 0);
 constexpr int64_t kCacheLine = 64;
 
 // Prefetches the columns of the next block while this block is added: rows lie far from one
@@ -29,6 +33,25 @@ JAX_EP_INLINE void Prefetch(std::span<const RowTerm> terms, int64_t first, int64
     const std::byte* next = term.row + first * sizeof(T);
     for (int64_t i = 0; i < width * int64_t{sizeof(T)}; i += kCacheLine) {
       __builtin_prefetch(next + i);
+    }
+  }
+}
+
+// Rounds elements as quantize_fp8 does, and widens them again.
+JAX_EP_INLINE void RoundThroughFp8(float* values, int64_t width) {
+  constexpr float kLargest = 448.0f;
+  for (float* block = values; block < values + width; block += kFp8Block) {
+    uint32_t most = 0;
+    for (int64_t h = 0; h < kFp8Block; ++h) {
+      most = std::max(most, std::bit_cast<uint32_t>(block[h]) & 0x7fffffffu);
+    }
+    const float wanted = std::bit_cast<float>(most) * (1.0f / kLargest);
+    const float scale = wanted < FLT_MIN ? FLT_MIN : wanted;
+    const float inverse = 1.0f / scale;
+    for (int64_t h = 0; h < kFp8Block; ++h) {
+      const float scaled = block[h] * inverse;
+      const float bounded = scaled > kLargest ? kLargest : scaled < -kLargest ? -kLargest : scaled;
+      block[h] = RoundToE4M3(bounded) * scale;
     }
   }
 }
@@ -45,6 +68,17 @@ JAX_EP_INLINE void AddTerms(std::span<const RowTerm> terms, int64_t first, int64
     while (end < terms.size() && terms[end].joins_previous) ++end;
     const T* x = row(i);
     const float weight = terms[i].weight;
+    if (terms[i].crosses_in_fp8) {
+      for (int64_t h = 0; h < width; ++h) partial[h] = weight * ToF32(x[h]);
+      for (++i; i < end; ++i) {
+        const T* y = row(i);
+        for (int64_t h = 0; h < width; ++h) partial[h] += terms[i].weight * ToF32(y[h]);
+      }
+      for (int64_t h = 0; h < width; ++h) partial[h] = ToF32(FromF32<T>(partial[h]));
+      RoundThroughFp8(partial, width);
+      for (int64_t h = 0; h < width; ++h) sum[h] += partial[h];
+      continue;
+    }
     if (end == i + 1) {
       for (int64_t h = 0; h < width; ++h) sum[h] += ToF32(FromF32<T>(weight * ToF32(x[h])));
       i = end;

@@ -159,9 +159,11 @@ ffi::Error RunLowLatency(const DeviceContext& context, const int32_t* position,
   const int64_t room = call.endpoint.rooms.low_latency_payload;
   JAX_EP_REQUIRE(launch.room() <= room, context.op(), ": a rank sends ", launch.room(),
                  " bytes to another, the group has room for ", room);
-  JAX_EP_REQUIRE(shape.num_topk <= kMaxTopk && shape.experts.num_experts < kMaxPacketExperts,
-                 context.op(), ": low_latency takes at most ", kMaxTopk, " choices and ",
-                 kMaxPacketExperts - 1, " experts");
+  JAX_EP_REQUIRE(shape.num_topk > 0 && shape.num_topk <= kMaxTopk &&
+                     shape.experts.num_experts < kMaxPacketExperts,
+                 context.op(), ": low_latency takes 1 to ", kMaxTopk, " choices and at most ",
+                 kMaxPacketExperts - 1, " experts, got ", shape.num_topk, " and ",
+                 shape.experts.num_experts);
   JAX_EP_REQUIRE(LowLatencyTableBytes(shape) <= kMaxLowLatencyTable, context.op(),
                  ": the table of choices has ", LowLatencyTableBytes(shape), " bytes, at most ",
                  kMaxLowLatencyTable);

@@ -57,7 +57,7 @@ class RoutingWriter {
     __syncthreads();
     if (threadIdx.x != 0) return;
     a_.num_recv[0] = table_.num_recv();
-    a_.num_dropped[0] = 0;
+    a_.num_dropped[0] = table_.num_dropped();
     a_.num_invalid[0] = num_invalid;
   }
 
@@ -76,8 +76,6 @@ class RoutingWriter {
   }
 
   __device__ void Clear(int64_t begin, int64_t end, bool fills) const {
-    // Tokens that name an expert twice may have more rows than fit.
-    end = min(end, a_.shape.recv_capacity);
     for (int64_t row = begin + Thread(); row < end; row += NumThreads()) {
       a_.recv_src[row] = kNoIndex;
       if constexpr (kLayout == RecvLayout::kExpert) {
@@ -123,7 +121,7 @@ template <RecvLayout kLayout, typename Source>
 __global__ void __launch_bounds__(kLowLatencyThreads, 1)
     LowLatencyDispatchKernel(const __grid_constant__ LowLatencyDispatch launch,
                              const __grid_constant__ Results results) {
-  extern __shared__ uint32_t shared[];
+  auto* const shared = DynamicShared<uint32_t>();
   constexpr bool kIsCast = GroupOfRow<Source>::kIsCast;
   const Endpoint& self = launch.self;
   const DispatchArgs& a = launch.args;
@@ -165,7 +163,7 @@ __global__ void __launch_bounds__(kLowLatencyThreads, 1)
       }
     }
   }
-  EndEpoch(self, call, 0);
+  EndEpoch(self, call);
   is_good = is_good && table.Fill(call);
   if (!is_good) {
     for (int i = 0; i < results.count; ++i) {
@@ -173,6 +171,7 @@ __global__ void __launch_bounds__(kLowLatencyThreads, 1)
       SetBytes(static_cast<std::byte*>(span.data), span.bytes, span.value, threadIdx.x, blockDim.x);
     }
     if (threadIdx.x == 0) NotePeerFailure(self);
+    EndReading(self);
     return;
   }
   for (int n = first; n < self.num_ranks * num_units; n += step) {
@@ -180,7 +179,7 @@ __global__ void __launch_bounds__(kLowLatencyThreads, 1)
     const int unit = n % num_units;
     const RowGroup group = group_of(unit);
     if (!is_sent(group)) continue;
-    const TokenRows<kLayout> rows(table, call, source, unit / num_groups);
+    const TokenRows<kLayout> rows(table, source, unit / num_groups);
     if (rows.IsNone()) continue;
     if (source == self.rank) {
       load(unit, group, loaded);
@@ -205,6 +204,7 @@ __global__ void __launch_bounds__(kLowLatencyThreads, 1)
   }
   RoutingWriter<kLayout>(a, table).Write();
   if (!is_good) NotePeerFailure(self);
+  EndReading(self);
 }
 
 }  // namespace jax_ep

@@ -16,9 +16,8 @@ namespace jax_ep {
 template <RecvLayout kLayout>
 class TokenRows {
  public:
-  __device__ TokenRows(const RoutingTable<kLayout>& table, const PushCall& call, int source,
-                       int token)
-      : table_(table), call_(call), source_(source), token_(token) {
+  __device__ TokenRows(const RoutingTable<kLayout>& table, int source, int token)
+      : table_(table), source_(source), token_(token) {
     if constexpr (kLayout == RecvLayout::kRank) {
       row_ = table.RowOfToken(source, token);
       some_ = row_ >= 0 ? 1 : 0;
@@ -26,12 +25,9 @@ class TokenRows {
     }
     const DispatchShape& shape = table.launch().args.shape;
     if (PacketLane() < shape.num_topk) {
-      choice_ = table.ChoiceOf(call, source, token, PacketLane());
+      choice_ = table.ChoiceOf(source, token, PacketLane());
       if (table.IsHere(choice_.expert)) {
-        row_ =
-            table.RowOfChoice(call, source, token, PacketLane(), static_cast<int>(choice_.expert));
-        // Only tokens that name an expert twice can have more rows than fit.
-        if (row_ >= shape.recv_capacity) row_ = kNoIndex;
+        row_ = table.RowOfChoice(source, token, PacketLane(), static_cast<int>(choice_.expert));
       }
     }
     some_ = __ballot_sync(~0u, row_ >= 0);
@@ -64,7 +60,7 @@ class TokenRows {
     }
     if (lane == 0) a.recv_src[row_] = recv_src;
     if (lane >= a.shape.num_topk) return;
-    const Choice choice = table_.ChoiceOf(call_, source_, token_, lane);
+    const Choice choice = table_.ChoiceOf(source_, token_, lane);
     const bool is_here = table_.IsHere(choice.expert);
     const int64_t i = int64_t{row_} * a.shape.num_topk + lane;
     a.recv_topk_idx[i] =
@@ -74,7 +70,6 @@ class TokenRows {
 
  private:
   const RoutingTable<kLayout>& table_;
-  const PushCall& call_;
   const int source_;
   const int token_;
   Choice choice_{kNoPacketExpert, 0.0f};

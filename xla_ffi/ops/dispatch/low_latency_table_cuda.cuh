@@ -22,6 +22,9 @@ namespace jax_ep {
 //   count_   expert layout [num_experts]: rows from all ranks; rank layout [num_local_experts]:
 //            choices of tokens that come here
 //   first_   expert layout [num_experts]: first row of the expert, at its rank
+//   end_     expert layout [num_ranks]: first token, of all ranks, whose choices the rank drops
+//
+// Only tokens that name an expert twice can have more rows than fit.
 template <RecvLayout kLayout>
 class RoutingTable {
  public:
@@ -30,7 +33,7 @@ class RoutingTable {
   // 32-bit words of the table.
   static __host__ __device__ size_t Words(const DispatchShape& shape) {
     const Sizes s(shape);
-    return s.tokens + s.sent + s.before + s.count + s.first + kNumScalars;
+    return s.tokens + s.sent + s.before + s.count + s.first + s.end + kNumScalars;
   }
 
   __device__ RoutingTable(const LowLatencyDispatch& launch, uint32_t* shared)
@@ -44,8 +47,10 @@ class RoutingTable {
     before_ = reinterpret_cast<int*>(sent_ + s.sent);
     count_ = before_ + s.before;
     first_ = count_ + s.count;
-    has_repeats_ = first_ + s.first;
+    end_ = first_ + s.first;
+    has_repeats_ = end_ + s.end;
     num_recv_ = has_repeats_ + 1;
+    num_dropped_ = num_recv_ + 1;
   }
 
   __device__ void Clear() {
@@ -56,6 +61,7 @@ class RoutingTable {
   // Reads the choices of all ranks' tokens. Every thread of a block calls it, behind a barrier
   // after Clear. The result is the same for the whole block: false if the group fails.
   __device__ bool Fill(const PushCall& call) {
+    epoch_ = call.epoch;
     constexpr int kUnroll = 4;
     const int per_token = ChoicePackets(shape_.num_topk);
     const int per_rank = static_cast<int>(shape_.num_tokens) * per_token;
@@ -97,9 +103,9 @@ class RoutingTable {
   }
 
   // The choice of a token of any rank. Its packets have come.
-  __device__ Choice ChoiceOf(const PushCall& call, int source, int token, int k) const {
+  __device__ Choice ChoiceOf(int source, int token, int k) const {
     if (source == self().rank) return OwnChoice(launch_.args, token, k);
-    return ChoiceIn(LoadPacket(ChoicePacketAt(call, source, token, k / 2)), k);
+    return ChoiceIn(LoadPacket(ChoicePacketAt(source, token, k / 2)), k);
   }
 
   __device__ bool IsHere(uint32_t expert) const {
@@ -118,14 +124,14 @@ class RoutingTable {
   }
 
   // Expert layout: the row of a choice, which names a local expert.
-  __device__ int32_t RowOfChoice(const PushCall& call, int source, int token, int k,
-                                 int expert) const {
+  __device__ int32_t RowOfChoice(int source, int token, int k, int expert) const {
+    if (!IsAdmitted(self().rank, source, token)) return kNoIndex;
     const int local = expert - self().rank * num_local_;
-    if (*has_repeats_ != 0) return Place(expert, CountChoices(call, source, token, k, expert));
+    if (*has_repeats_ != 0) return first_[expert] + CountChoices(0, source, token, k, expert);
     const int word = source * num_words_ + token / kWarpSize;
     int nth = __popc(tokens_[word * num_local_ + local] & BitsBefore(token));
     for (int i = 0; i < word; ++i) nth += __popc(tokens_[i * num_local_ + local]);
-    return Place(expert, nth);
+    return first_[expert] + nth;
   }
 
   // The row at the destination of a token of this rank. `slot`: rank or choice.
@@ -142,19 +148,21 @@ class RoutingTable {
       const Choice choice = OwnChoice(launch_.args, token, slot);
       if (choice.expert == kNoPacketExpert) return kNoIndex;
       const auto expert = static_cast<int>(choice.expert);
-      int nth = before_[expert];
-      if (*has_repeats_ != 0) return Place(expert, nth + CountOwn(token, slot, choice.expert));
+      if (!IsAdmitted(expert / num_local_, self().rank, token)) return kNoIndex;
+      int nth = first_[expert] + before_[expert];
+      if (*has_repeats_ != 0)
+        return nth + CountChoices(self().rank, self().rank, token, slot, expert);
       const int num_experts = shape_.experts.num_experts;
       nth += __popc(sent_[word * num_experts + expert] & BitsBefore(token));
       for (int i = 0; i < word; ++i) nth += __popc(sent_[i * num_experts + expert]);
-      return Place(expert, nth);
+      return nth;
     }
   }
 
   // Rows in use on this rank, or with fixed places of groups the rows that have come.
-  __device__ int32_t num_recv() const {
-    return static_cast<int32_t>(min(int64_t{*num_recv_}, shape_.recv_capacity));
-  }
+  __device__ int32_t num_recv() const { return *num_recv_; }
+  // Choices of tokens that found no room here.
+  __device__ int32_t num_dropped() const { return *num_dropped_; }
   __device__ int32_t GroupSize(int local) const {
     if constexpr (kIsRank) return count_[local];
     return SizeOf(count_[self().rank * num_local_ + local]);
@@ -174,7 +182,7 @@ class RoutingTable {
 
  private:
   struct Sizes {
-    size_t tokens, sent, before, count, first;
+    size_t tokens, sent, before, count, first, end;
     __host__ __device__ explicit Sizes(const DispatchShape& shape) {
       const size_t words = NumWords(shape);
       const size_t num_ranks = shape.experts.num_ranks;
@@ -185,37 +193,26 @@ class RoutingTable {
       before = kIsRank ? 0 : num_experts;
       count = kIsRank ? num_local : num_experts;
       first = kIsRank ? 0 : num_experts;
+      end = kIsRank ? 0 : num_ranks;
     }
   };
 
-  static constexpr int kNumScalars = 2;  // has_repeats_, num_recv_
+  static constexpr int kNumScalars = 3;  // has_repeats_, num_recv_, num_dropped_
 
   static __host__ __device__ int NumWords(const DispatchShape& shape) {
     return static_cast<int>((shape.num_tokens + kWarpSize - 1) / kWarpSize);
   }
-  // Expert layout: the n-th row of an expert at its rank. Only tokens that name an expert twice can
-  // have more rows than fit; the others are dropped.
-  __device__ int32_t Place(int expert, int nth) const {
-    const int64_t row = int64_t{first_[expert]} + nth;
-    const bool fits =
-        shape_.expert_stride > 0 ? nth < shape_.expert_stride : row < shape_.recv_capacity;
-    return fits ? static_cast<int32_t>(row) : kNoIndex;
-  }
   static __device__ uint32_t BitsBefore(int token) { return (1u << token % kWarpSize) - 1; }
   __device__ const Endpoint& self() const { return launch_.self; }
   __device__ int32_t SizeOf(int count) const {
-    if (shape_.expert_stride > 0) {
-      return static_cast<int32_t>(min(int64_t{count}, shape_.expert_stride));
-    }
     const auto alignment = static_cast<uint32_t>(shape_.expert_alignment);
     if (alignment == 1) return count;
     return static_cast<int32_t>((count + alignment - 1) / alignment * alignment);
   }
 
-  __device__ std::byte* ChoicePacketAt(const PushCall& call, int source, int token,
-                                       int pair) const {
+  __device__ std::byte* ChoicePacketAt(int source, int token, int pair) const {
     const int i = token * ChoicePackets(shape_.num_topk) + pair;
-    return LowLatencyRoom(self(), self().rank, source, call.epoch) + i * kVectorBytes;
+    return LowLatencyRoom(self(), self().rank, source, epoch_) + i * kVectorBytes;
   }
 
   // Two choices, and the tag of their sender's call.
@@ -231,7 +228,7 @@ class RoutingTable {
       return {PackChoices(launch_.args, call.epoch, token, pair), {call.epoch, call.tag}};
     }
     const Signal called = LoadRelaxed(&self().own()->called[call.epoch & 1][source]);
-    return {LoadPacket(ChoicePacketAt(call, source, token, pair)), called};
+    return {LoadPacket(ChoicePacketAt(source, token, pair)), called};
   }
 
   __device__ static bool IsThere(const ChoicePacket& packet, const PushCall& call) {
@@ -287,49 +284,99 @@ class RoutingTable {
     if (PacketLane() == 0) *num_recv_ = num;
   }
 
-  // Finds the first row of every expert, at its rank.
+  // Whether a rank has room for the choices of a token of `source`.
+  __device__ bool IsAdmitted(int rank, int source, int token) const {
+    return source * static_cast<int>(shape_.num_tokens) + token < end_[rank];
+  }
+
+  // Finds the first row of every expert, at its rank, a warp for each rank. Drops what has no room.
   __device__ void FindFirstRows() {
     const int num_warps = blockDim.x / kWarpSize;
     for (int d = threadIdx.x / kWarpSize; d < self().num_ranks; d += num_warps) {
-      int32_t end = 0;
-      for (int begin = 0; begin < num_local_; begin += kWarpSize) {
-        const int local = begin + PacketLane();
-        const int expert = d * num_local_ + local;
-        const int32_t size = local < num_local_ ? SizeOf(count_[expert]) : 0;
-        int32_t upto = size;
-        for (int i = 1; i < kWarpSize; i *= 2) {
-          const int32_t lower = __shfl_up_sync(~0u, upto, i);
-          if (PacketLane() >= i) upto += lower;
-        }
-        if (local < num_local_) {
-          first_[expert] = shape_.expert_stride > 0
-                               ? static_cast<int32_t>(local * shape_.expert_stride)
-                               : end + upto - size;
-        }
-        end += __shfl_sync(~0u, upto, kWarpSize - 1);
-      }
-      if (d == self().rank && PacketLane() == 0) *num_recv_ = end;
+      if (PacketLane() == 0) end_[d] = self().num_ranks * static_cast<int>(shape_.num_tokens);
+      if (PlaceExperts(d)) continue;
+      AdmitOneByOne(d);
+      PlaceExperts(d);
     }
   }
 
-  // Counts the earlier choices that name an expert, one by one: for tokens that name it twice.
-  __device__ int CountChoices(const PushCall& call, int source, int token, int k,
-                              uint32_t expert) const {
+  // Places the experts of a rank behind one another, or at fixed places. False if the rank has no
+  // room for all rows. For a whole warp.
+  __device__ bool PlaceExperts(int rank) {
+    const auto stride = static_cast<int32_t>(shape_.expert_stride);
+    int32_t end = 0;
+    bool fits = true;
+    for (int begin = 0; begin < num_local_; begin += kWarpSize) {
+      const int local = begin + PacketLane();
+      const int expert = rank * num_local_ + local;
+      const int32_t size = local < num_local_ ? SizeOf(count_[expert]) : 0;
+      int32_t upto = size;
+      for (int i = 1; i < kWarpSize; i *= 2) {
+        const int32_t lower = __shfl_up_sync(~0u, upto, i);
+        if (PacketLane() >= i) upto += lower;
+      }
+      if (local < num_local_) first_[expert] = stride > 0 ? local * stride : end + upto - size;
+      fits &= stride == 0 || size <= stride;
+      end += __shfl_sync(~0u, upto, kWarpSize - 1);
+    }
+    if (rank == self().rank && PacketLane() == 0) *num_recv_ = end;
+    return __all_sync(~0u, fits) && end <= shape_.recv_capacity;
+  }
+
+  // Counts the rows of a rank anew, token by token. The first token that finds no room is dropped
+  // there, and all behind it. For a whole warp, each lane with a choice.
+  __device__ void AdmitOneByOne(int rank) {
+    int32_t num_left = 0;
+    for (int local = PacketLane(); local < num_local_; local += kWarpSize) {
+      const int expert = rank * num_local_ + local;
+      num_left += count_[expert];
+      count_[expert] = before_[expert] = 0;
+    }
+    num_left = __reduce_add_sync(~0u, num_left);
+    const int num_tokens = static_cast<int>(shape_.num_tokens);
+    int64_t num_rows = 0;
+    int i = 0;
+    for (; i < self().num_ranks * num_tokens; ++i) {
+      const int source = i / num_tokens;
+      uint32_t expert = kNoPacketExpert;
+      if (PacketLane() < shape_.num_topk) {
+        expert = ChoiceOf(source, i % num_tokens, PacketLane()).expert;
+      }
+      const bool is_there =
+          expert != kNoPacketExpert && shape_.experts.RankOf(static_cast<int32_t>(expert)) == rank;
+      const uint32_t same = __match_any_sync(~0u, is_there ? expert : kNoPacketExpert);
+      const bool is_first = is_there && __ffs(same) - 1 == PacketLane();
+      const int32_t before = is_first ? count_[expert] : 0;
+      const int32_t after = before + (is_first ? __popc(same) : 0);
+      num_rows += __reduce_add_sync(~0u, SizeOf(after) - SizeOf(before));
+      const bool fits = shape_.expert_stride == 0 || after <= shape_.expert_stride;
+      if (!__all_sync(~0u, fits) || num_rows > shape_.recv_capacity) break;
+      if (is_first) {
+        count_[expert] = after;
+        if (source < self().rank) before_[expert] = after;
+      }
+      num_left -= __popc(__ballot_sync(~0u, is_there));
+      __syncwarp();
+    }
+    if (PacketLane() == 0) {
+      end_[rank] = i;
+      if (rank == self().rank) *num_dropped_ = num_left;
+    }
+    __syncwarp();
+  }
+
+  // Counts the choices of the ranks from `first` on that name an expert before choice k of a token,
+  // one by one: for tokens that name it twice.
+  __device__ int CountChoices(int first, int source, int token, int k, int expert) const {
     int num = 0;
-    for (int s = 0; s <= source; ++s) {
+    for (int s = first; s <= source; ++s) {
       const int end = s == source ? token : static_cast<int>(shape_.num_tokens) - 1;
       for (int t = 0; t <= end; ++t) {
         const int last = s == source && t == token ? k : shape_.num_topk;
-        for (int j = 0; j < last; ++j) num += ChoiceOf(call, s, t, j).expert == expert;
+        for (int j = 0; j < last; ++j) {
+          num += ChoiceOf(s, t, j).expert == static_cast<uint32_t>(expert);
+        }
       }
-    }
-    return num;
-  }
-  __device__ int CountOwn(int token, int k, uint32_t expert) const {
-    int num = 0;
-    for (int t = 0; t <= token; ++t) {
-      const int last = t == token ? k : shape_.num_topk;
-      for (int j = 0; j < last; ++j) num += OwnChoice(launch_.args, t, j).expert == expert;
     }
     return num;
   }
@@ -338,13 +385,16 @@ class RoutingTable {
   const DispatchShape& shape_;
   const int num_words_;  // of one rank's tokens
   const int num_local_;
+  uint32_t epoch_ = 0;
   uint32_t* tokens_;
   uint32_t* sent_;
   int* before_;
   int* count_;
   int* first_;
+  int* end_;
   int* has_repeats_;
   int* num_recv_;
+  int* num_dropped_;
 };
 
 }  // namespace jax_ep

@@ -33,7 +33,7 @@ __device__ OwnAddresses OperandsOf(const DispatchArgs& args) {
 // Floor      remote tokens * 4 * num_topk / NVLink pull; two latencies of NVLink and one of the L2.
 __global__ void __launch_bounds__(kPlanWarps* kWarpSize)
     PlanKernel(const __grid_constant__ PlanArgs plan) {
-  extern __shared__ int32_t memory[];
+  auto* const memory = DynamicShared<int32_t>();
   __shared__ PeerAddresses peers;
   __shared__ int64_t end[kMaxRanks];
   if (!OpenCall(plan.self, OpId::kDispatch, plan.position, OperandsOf(plan.args), peers)) return;

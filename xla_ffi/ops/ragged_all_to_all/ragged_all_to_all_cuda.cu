@@ -1,7 +1,10 @@
+#include <cuda_runtime.h>
+
 #include <algorithm>
 
 #include "device/claims.cuh"
 #include "device/launch.cuh"
+#include "device/machine.cuh"
 #include "ops/cuda_op.h"
 #include "ops/handlers.h"
 #include "ops/ragged_all_to_all/copy_runs_cuda.cuh"
@@ -145,7 +148,7 @@ __device__ void MoveStream(const KernelArgs& k, int stream, const PeerAddresses&
 // Floor      remote rows * row_bytes / NVLink pull, or all bytes / HBM, whichever takes longer.
 __global__ void __launch_bounds__(kThreads)
     RaggedAllToAllKernel(const __grid_constant__ KernelArgs k) {
-  extern __shared__ int32_t memory[];
+  auto* const memory = DynamicShared<int32_t>();
   __shared__ PeerAddresses peers;
   const RaggedAllToAllArgs& args = k.args;
   const bool is_open = OpenCall(k.self, OpId::kRaggedAllToAll, k.position, k.own, peers);

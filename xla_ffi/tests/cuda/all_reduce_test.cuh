@@ -187,8 +187,6 @@ inline void TestMisuse(int num_devices) {
         Way{Algorithm::kTwoShot, kSmall}, Way{Algorithm::kOneShot, kLarge},
         Way{Algorithm::kTwoShot, kLarge}}) {
     for (const Kind misuse : {Kind::kCallMismatch, Kind::kArrivedTwice}) {
-      // With packets the next call of a rank may begin while this one still waits for its peers'.
-      if (misuse == Kind::kArrivedTwice && algorithm == Algorithm::kLowLatency) continue;
       const Ranks ranks(kNumRanks, num_devices, std::chrono::seconds(5));
       const std::string name = "misuse " + std::to_string(static_cast<int>(misuse)) +
                                " algorithm " + std::to_string(static_cast<int>(algorithm)) +

@@ -12,6 +12,7 @@
 
 #include "device/call.cuh"
 #include "device/endpoint.h"
+#include "device/launch.cuh"
 #include "ops/all_reduce/all_reduce_cuda.cuh"
 #include "ops/all_reduce_residual_rmsnorm/all_reduce_residual_rmsnorm_cuda.cuh"
 #include "ops/combine/combine_cuda.cuh"
@@ -313,8 +314,14 @@ inline void TestLateReader(int num_devices, bool gives_up) {
                         .in = ins[r].get(),
                         .delay_ns = kDelays[r],
                         .verdicts = verdicts[r].get()};
-    LateReadKernel<<<kLateBlocks, 128, 0, ranks.stream(r)>>>(call);
-    Cuda(cudaGetLastError());
+    Cuda(Launch(LateReadKernel,
+                {.num_blocks = kLateBlocks,
+                 .num_threads = 128,
+                 .shared_bytes = 0,
+                 .is_behind = false,
+                 .priority = ranks.traits().highest_priority,
+                 .stream = ranks.stream(r)},
+                call));
   }
   ranks.Select(1);
   Cuda(cudaMemsetAsync(ins[1].get(), 0, sizeof(kWhole), ranks.stream(1)));

@@ -21,6 +21,7 @@
 #include "ops/pull_rows/pull_rows_cuda.cuh"
 #include "tests/cuda/all_reduce_test.cuh"
 #include "tests/cuda/failures_test.cuh"
+#include "tests/cuda/packets_test.cuh"
 #include "tests/cuda/ragged_all_to_all_test.cuh"
 #include "tests/cuda/ranks.cuh"
 #include "tests/test.h"
@@ -113,6 +114,8 @@ void TestRoundTrip(const Case& c, DType dtype, const Ranks& ranks, int num_sms, 
   const int slots = shape.num_send_slots();
   const size_t scale_bytes = 20;
   const int num_biases = seed % 3;
+  const bool crosses_in_fp8 =
+      c.mode == ExchangeMode::kLowLatency && hidden % kFp8Block == 0 && seed % 2 == 0;
   const bool has_weights = !is_rank && seed % 5 != 0;
 
   std::vector<std::vector<int32_t>> ids;
@@ -229,6 +232,7 @@ void TestRoundTrip(const Case& c, DType dtype, const Ranks& ranks, int num_sms, 
                                    .num_tokens = c.num_tokens,
                                    .recv_capacity = c.capacity,
                                    .hidden = hidden,
+                                   .wire = crosses_in_fp8 ? Quantize::kFp8 : Quantize::kNone,
                                    .send_rank = is_rank ? nullptr : b.send_rank.get(),
                                    .send_row = b.send_row.get(),
                                    .recv_src = b.recv_src.get(),
@@ -325,7 +329,8 @@ void TestRoundTrip(const Case& c, DType dtype, const Ranks& ranks, int num_sms, 
         const auto& [rank, row] = places[i];
         terms.push_back({reinterpret_cast<const std::byte*>(&y[rank][row * hidden]),
                          has_weights ? recv_weights[rank][row] : 1.0f,
-                         !is_rank && i > 0 && places[i - 1].first == rank});
+                         !is_rank && i > 0 && places[i - 1].first == rank,
+                         crosses_in_fp8 && rank != src});
       }
       for (int i = 0; i < num_biases; ++i) {
         terms.push_back({reinterpret_cast<const std::byte*>(&x[src][t * hidden]), 1.0f, false});
@@ -351,13 +356,16 @@ void TestFewTokens(const Ranks& ranks, const Case& given, int num_sms, int seed)
   TestRoundTrip<BF16>(c, DType::kBF16, ranks, num_sms, seed);
   TestRoundTrip<float>(c, DType::kF32, ranks, num_sms, seed + 1);
   TestRoundTrip<F16>(c, DType::kF16, ranks, num_sms, seed + 2);
-  // Repeated experts have more rows than the worst case of a right routing.
+  // Repeated experts have more rows than the worst case of a right routing, and may find no room.
   c.repeats = true;
-  c.capacity = std::max<int64_t>(c.capacity, c.layout == RecvLayout::kRank
-                                                 ? 0
-                                                 : c.num_tokens * c.num_ranks * c.num_topk +
-                                                       c.num_local_experts * (c.alignment - 1));
   TestRoundTrip<BF16>(c, DType::kBF16, ranks, num_sms, seed + 3);
+  if (c.layout == RecvLayout::kRank) return;
+  const int64_t padding = c.num_local_experts * (c.alignment - 1);
+  const int64_t most = c.num_tokens * c.num_ranks * c.num_topk + padding;
+  for (const int64_t capacity : {most, (c.capacity - padding) / 3 + padding}) {
+    c.capacity = std::max<int64_t>(1, capacity);
+    TestRoundTrip<BF16>(c, DType::kBF16, ranks, num_sms, seed + 4);
+  }
 }
 
 // `is_small`: for tools that make everything a hundred times slower.
@@ -393,7 +401,7 @@ void TestMatrix(int num_devices, bool is_small) {
           c.fill = static_cast<Fill>(seed % 3);
           for (const double share : {1.0, 0.1}) {
             c.capacity = std::max<int64_t>(1, static_cast<int64_t>(most * share));
-            c.row_bytes = std::vector<size_t>{16, 528, 2048, 64}[seed % 4];
+            c.row_bytes = std::vector<size_t>{16, 528, 2048, 512}[seed % 4];
             TestRoundTrip<BF16>(c, DType::kBF16, ranks, num_sms(), seed++);
           }
           c.capacity = most;
@@ -465,6 +473,7 @@ int main(int argc, char** argv) {
     jax_ep::TestMatrix(d, is_small);
     jax_ep::TestMisuse(d);
     jax_ep::TestFailures(d);
+    jax_ep::TestPackets(d);
   }
   std::printf("ok\n");
   return 0;

@@ -61,7 +61,7 @@ class Device {
 class Ranks {
  public:
   Ranks(int num_ranks, int num_devices, std::chrono::milliseconds timeout)
-      : num_devices_(num_devices) {
+      : num_devices_(num_devices), timeout_(timeout) {
     Cuda(cudaHostAlloc(reinterpret_cast<void**>(&records_), num_ranks * sizeof(FailureRecord),
                        cudaHostAllocPortable | cudaHostAllocMapped));
     std::fill_n(records_, num_ranks, FailureRecord{});
@@ -136,6 +136,7 @@ class Ranks {
   cudaStream_t stream(int r) const { return streams_[r]; }
   const int32_t* position(int r) const { return positions_[r]; }
   const DeviceTraits& traits() const { return traits_; }
+  std::chrono::milliseconds timeout() const { return timeout_; }
   FailureRecord record(int r) const { return records_[r]; }
   // The first record, for messages.
   std::string Failure() const {
@@ -161,6 +162,7 @@ class Ranks {
 
  private:
   int num_devices_;
+  std::chrono::milliseconds timeout_;
   DeviceTraits traits_;
   FailureRecord* records_ = nullptr;
   std::vector<ControlBlock*> control_;

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax_ep._src.base import config
 from jax_ep._src.base.errors import ConfigError, ShapeError
 from jax_ep._src.base.handle import DispatchHandle
-from jax_ep._src.base.options import BackendName, ExchangeMode, Layout
+from jax_ep._src.base.options import BackendName, ExchangeMode, Layout, Quantize
 from jax_ep._src.base.spec import RouteSpec, RowIndex
 from jax_ep._src.ops.combine import vjp
 from jax_ep._src.ops.common.checks import Checks
@@ -39,7 +39,8 @@ def combine(
 
     Args:
       rows: [recv_capacity, hidden] bf16, f16 or f32, in the layout of the handle; hidden * itemsize
-        a multiple of 16 bytes.
+        a multiple of 16 bytes. After a low-latency dispatch in the layout "batched" also
+        [num_local_experts, rows of an expert, hidden], and weights like `Dispatched.weights`.
       handle: handle of the dispatch.
       weights: expert layout only: [recv_capacity] at the rows, like `Dispatched.weights`, or
         [num_tokens, num_topk] at the tokens, of any floating dtype, used as f32. None: 1. In the
@@ -69,7 +70,6 @@ def combine(
         bias=bias,
         num_sms=num_sms,
         backend=backend,
-        mode=ExchangeMode.THROUGHPUT,
     )
 
 
@@ -82,27 +82,34 @@ def combine_rows(
     bias: Any,
     num_sms: int | None,
     backend: str | None,
-    mode: ExchangeMode,
+    mode: ExchangeMode | None = None,
+    wire: Quantize = Quantize.NONE,
 ) -> jax.Array:
-    """Checks the arguments of a combine, and combines. `mode`: as in ExchangeSpec."""
+    """Checks the arguments of a combine, and combines. `mode`: None: as `check.plain_mode` says."""
     group, layout = check.handle(handle)
-    rows = check.rows(rows, name="rows", count="recv_capacity")
+    rows = check.rows(_flat(rows, handle, 3), name="rows", count="recv_capacity")
     if rows.shape[0] != handle.recv_capacity:
         raise ShapeError(
             f"{check.op}: rows must be [recv_capacity={handle.recv_capacity}, hidden] for this "
             f"handle (layout={layout.value!r}), got shape {rows.shape}"
         )
     biases = _as_biases(check, bias, rows, handle.send_row.shape[0])
-    weights = _as_weights(check, weights, handle, layout)
+    weights = _as_weights(check, _flat(weights, handle, 2), handle, layout)
     spec = RouteSpec(
         group=group.spec,
         routes=check.routes(backend, num_sms, group, layout, mode),
-        mode=mode,
+        mode=mode or check.plain_mode(num_sms, group),
         few_sms=group.num_sms if num_sms is None else num_sms,
         layout=layout,
         recv_capacity=handle.recv_capacity,
         op=check.op,
+        wire=wire,
     )
+    if wire is not Quantize.NONE and rows.shape[1] % config.FP8_BLOCK:
+        raise ShapeError(
+            f"{check.op}: rows must be [recv_capacity, hidden] with hidden a multiple of "
+            f"{config.FP8_BLOCK} with wire={wire.value!r}, got shape {rows.shape}"
+        )
     if mode is ExchangeMode.LOW_LATENCY:
         require_combine(spec, handle.index(), rows)
     operands = (rows, weights, biases, handle.index())
@@ -110,6 +117,19 @@ def combine_rows(
     if weights is not None and weights.ndim == 2:
         weights = _to_rows(spec, weights, index)
     return vjp.combine(spec, rows, weights, biases, index)
+
+
+def _flat(array: Any, handle: DispatchHandle, num_dims: int) -> Any:
+    """Returns rows or weights without the dimension of the local experts."""
+    if getattr(array, "ndim", None) != num_dims:
+        return array
+    num_local, num_rows = array.shape[:2]
+    sizes = getattr(handle.group_sizes, "shape", None)
+    is_batched = sizes == (num_local,) and num_local * num_rows == handle.recv_capacity
+    # Weights [num_tokens, num_topk] have two dimensions, too.
+    if not is_batched or (num_dims == 2 and array.shape == handle.send_row.shape):
+        return array
+    return array.reshape(num_local * num_rows, *array.shape[2:])
 
 
 def _as_biases(check: Checks, bias: Any, rows: jax.Array, num_tokens: int) -> tuple[jax.Array, ...]:
@@ -195,7 +215,7 @@ def combine_weights(
     spec = RouteSpec(
         group=group.spec,
         routes=routes,
-        mode=ExchangeMode.THROUGHPUT,
+        mode=check.plain_mode(None, group),
         few_sms=None,
         layout=layout,
         recv_capacity=handle.recv_capacity,

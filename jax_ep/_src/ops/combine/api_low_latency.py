@@ -5,8 +5,9 @@ from typing import Any
 
 import jax
 
+from jax_ep._src.base.errors import ConfigError
 from jax_ep._src.base.handle import DispatchHandle
-from jax_ep._src.base.options import BackendName, ExchangeMode
+from jax_ep._src.base.options import BackendName, ExchangeMode, Quantize, WireName
 from jax_ep._src.ops.combine.api import combine_rows
 from jax_ep._src.ops.common.checks import Checks
 
@@ -19,6 +20,7 @@ def low_latency_combine(
     *,
     weights: jax.Array | None = None,
     bias: jax.Array | Sequence[jax.Array] | None = None,
+    wire: WireName | None = None,
     num_sms: int | None = None,
     backend: BackendName | None = None,
 ) -> jax.Array:
@@ -35,6 +37,10 @@ def low_latency_combine(
       weights: as in combine; after a dispatch in the layout "batched" also [num_local_experts, rows
         of an expert], like `Dispatched.weights`.
       bias: one or two arrays [num_tokens, hidden] of the rows' dtype, added to the result.
+      wire: "fp8": what a rank adds up for a token of another rank crosses as float8_e4m3fn with an
+        f32 scale for 128 elements, rounded like `quantize="fp8"`; hidden is a multiple of 128 then.
+        Each such sum is off by at most 1/16 of itself plus 1/400,000 of the largest of its 128
+        elements. None: it crosses in the rows' dtype. Static.
       num_sms: SMs that the kernel uses on the `cuda` back end; None: the group's num_sms, or all.
         Static.
       backend: "cpu", "cuda" or "xla"; None: the group's.
@@ -53,24 +59,21 @@ def low_latency_combine(
     """
     return combine_rows(
         _check,
-        _flat(rows, handle, 3),
-        _flat(weights, handle, 2),
+        rows,
+        weights,
         handle,
         bias=bias,
         num_sms=num_sms,
         backend=backend,
         mode=ExchangeMode.LOW_LATENCY,
+        wire=_format(wire),
     )
 
 
-def _flat(array: Any, handle: Any, num_dims: int) -> Any:
-    """Returns rows or weights without the dimension of the local experts."""
-    if not isinstance(handle, DispatchHandle) or getattr(array, "ndim", None) != num_dims:
-        return array
-    num_local, num_rows = array.shape[:2]
-    sizes = getattr(handle.group_sizes, "shape", None)
-    is_batched = sizes == (num_local,) and num_local * num_rows == handle.recv_capacity
-    # Weights [num_tokens, num_topk] have two dimensions, too.
-    if not is_batched or (num_dims == 2 and array.shape == handle.send_row.shape):
-        return array
-    return array.reshape(num_local * num_rows, *array.shape[2:])
+def _format(wire: Any) -> Quantize:
+    """Returns the format of sums that cross between ranks."""
+    if wire is None:
+        return Quantize.NONE
+    if isinstance(wire, str) and wire == Quantize.FP8:
+        return Quantize.FP8
+    raise ConfigError(f"{_check.op}: wire must be None or 'fp8', got {wire!r}")

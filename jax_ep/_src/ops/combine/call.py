@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jax_ep._src.base import limits, native_modules
 from jax_ep._src.base.errors import ConfigError
-from jax_ep._src.base.options import ExchangeMode
+from jax_ep._src.base.options import ExchangeMode, Quantize
 from jax_ep._src.base.spec import RouteSpec, RowIndex
 from jax_ep._src.ops.combine import stock
 from jax_ep._src.ops.common.check_mesh import check_mesh
@@ -35,7 +35,7 @@ _bind = make_primitive(
     "combine",
     _results,
     platforms=("cpu", "cuda"),
-    attributes=("group", "has_weights", "layout", "mode", "num_sms"),
+    attributes=("group", "has_weights", "layout", "mode", "num_sms", "wire"),
 )
 
 
@@ -64,10 +64,13 @@ def combine(
     """Returns [num_tokens, hidden] from rows [recv_capacity, hidden].
 
     XLA's collectives carry the combine if the custom call has no room to stage the operands. All
-    ranks have the same room. Peers read no operands of the kernels for few tokens.
+    ranks have the same room. Peers read no operands of the kernels for few tokens. The kernels for
+    many tokens round no sums on their way, so XLA's collectives carry these, too.
     """
     mode, num_sms = combine_kernels(spec, index, rows)
     is_few = mode is ExchangeMode.LOW_LATENCY
+    if spec.backend == "cuda" and spec.wire is not Quantize.NONE and not is_few:
+        return stock.combine(spec, index, rows, weights, biases)
     workspace_bytes = 0 if is_few else _workspace_bytes(spec, index, rows)
     if spec.backend == "xla" or not (
         is_few
@@ -96,6 +99,7 @@ def combine(
         layout=spec.layout,
         mode=mode,
         num_sms=num_sms,
+        wire=spec.wire,
         op=spec.op,
         workspace_bytes=workspace_bytes,
     )

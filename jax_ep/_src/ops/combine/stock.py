@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from jax_ep._src.base import exact
-from jax_ep._src.base.options import Layout
+from jax_ep._src.base.options import Layout, Quantize
 from jax_ep._src.base.spec import RouteSpec, RowIndex
 from jax_ep._src.ops.common.check_mesh import check_mesh
 from jax_ep._src.ops.common.tokens import invert, take
+from jax_ep._src.ops.dispatch.fp8 import round_rows
 
 
 def combine(
@@ -33,14 +34,29 @@ def combine(
     else:
         partial = _sum_in_row_order(recv_src, num_all, num_slots, weights, rows)
     # [destination rank, token, hidden]: the partial sums there for the tokens of this rank.
-    parts = jax.lax.all_to_all(
-        partial.reshape(spec.group.num_ranks, num_tokens, -1),
-        spec.group.axes,
-        split_axis=0,
-        concat_axis=0,
-    )
+    parts = _cross(spec, partial.reshape(spec.group.num_ranks, num_tokens, -1))
     terms = [term.astype(jnp.float32) for term in (*parts, *map(exact.kept, biases))]
     return exact.rounded(_sum(terms), rows.dtype)
+
+
+def _cross(spec: RouteSpec, partial: jax.Array) -> jax.Array:
+    """Exchanges [rank, token, hidden]; what crosses between ranks is rounded if `wire` says so."""
+
+    def exchange(x: jax.Array) -> jax.Array:
+        moved: jax.Array = jax.lax.all_to_all(x, spec.group.axes, split_axis=0, concat_axis=0)
+        return moved
+
+    if spec.wire is Quantize.NONE:
+        return exchange(partial)
+    rounded, scales = round_rows(partial.reshape(-1, partial.shape[-1]), spec.wire)
+    bits = jax.lax.bitcast_convert_type(rounded, jnp.uint8).reshape(partial.shape)
+    sent = jax.lax.bitcast_convert_type(exchange(bits), rounded.dtype).astype(jnp.float32)
+    scales = exchange(scales.reshape(*partial.shape[:2], -1))
+    blocks = sent.reshape(*scales.shape, -1) * scales[..., None]
+    rank = jnp.arange(spec.group.num_ranks)[:, None, None]
+    own = rank == jax.lax.axis_index(spec.group.axes)
+    kept: jax.Array = exact.kept(blocks.reshape(partial.shape))
+    return jnp.where(own, partial.astype(jnp.float32), kept)
 
 
 def _sum_in_row_order(

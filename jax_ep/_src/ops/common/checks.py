@@ -137,7 +137,7 @@ class Checks(StaticChecks):
         num_sms: int | None,
         group: Group,
         layout: Layout,
-        mode: ExchangeMode = ExchangeMode.THROUGHPUT,
+        mode: ExchangeMode | None = None,
     ) -> Routes:
         """Returns the routes of this call and its gradient: the group's, or the caller's choice.
 
@@ -147,9 +147,17 @@ class Checks(StaticChecks):
         if num_sms is not None:
             num_sms = self.integer(num_sms, minimum=1, name="num_sms")
         budgets = [group.budgets.of[exchange][layout] for exchange in Routes._fields]
-        if backend is None and num_sms is None and mode is ExchangeMode.THROUGHPUT:
+        if backend is None and num_sms is None and mode is not ExchangeMode.LOW_LATENCY:
             return Routes(*(Route(budget.backend or wanted, budget.sms) for budget in budgets))
         return Routes(*(Route(wanted, num_sms or budget.sms) for budget in budgets))
+
+    def plain_mode(self, num_sms: int | None, group: Group) -> ExchangeMode | None:
+        """Returns the mode of an exchange that is not named low-latency, as in ExchangeSpec.
+
+        A number of SMs asks for the kernels that get along with few.
+        """
+        is_free = num_sms is None and group.num_sms is None
+        return None if is_free else ExchangeMode.THROUGHPUT
 
     # --- routings
 

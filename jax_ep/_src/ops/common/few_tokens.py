@@ -27,7 +27,7 @@ def dispatch_kernels(
     spec: DispatchSpec, routing: tuple[int, ...], rows: Sequence[jax.Array]
 ) -> Kernels:
     """Returns the kernels for a dispatch. `routing`: the shape of topk_idx."""
-    if spec.mode is ExchangeMode.THROUGHPUT or (
+    if not _may_take_few(spec, routing[0]) or (
         _drops_rows(spec, routing) or _why_no_dispatch(spec, routing, rows) is not None
     ):
         return Kernels(ExchangeMode.THROUGHPUT, spec.num_sms)
@@ -36,12 +36,21 @@ def dispatch_kernels(
 
 def combine_kernels(spec: RouteSpec, index: RowIndex, rows: jax.Array) -> Kernels:
     """Returns the kernels for a combine."""
+    slots = index.send_row.shape
+    is_long = spec.mode is None and spec.recv_capacity > config.MAX_FEW_ROWS
     if (
-        spec.mode is ExchangeMode.THROUGHPUT
-        or _why_no_combine(spec, index.send_row.shape, rows) is not None
+        is_long
+        or not _may_take_few(spec, slots[0])
+        or _why_no_combine(spec, slots, rows) is not None
     ):
         return Kernels(ExchangeMode.THROUGHPUT, spec.num_sms)
     return Kernels(ExchangeMode.LOW_LATENCY, spec.few_sms or config.ALL_SMS)
+
+
+def _may_take_few(spec: ExchangeSpec, num_tokens: int) -> bool:
+    if spec.mode is None:
+        return num_tokens <= config.MAX_FEW_TOKENS
+    return spec.mode is ExchangeMode.LOW_LATENCY
 
 
 def require_dispatch(
@@ -122,10 +131,10 @@ def _why_no_held_rows(spec: RouteSpec, slots: tuple[int, ...]) -> str | None:
 
 
 def _why_no_room(
-    spec: ExchangeSpec, num_tokens: int, num_topk: int, rows: Sequence[jax.Array]
+    spec: DispatchSpec | RouteSpec, num_tokens: int, num_topk: int, rows: Sequence[jax.Array]
 ) -> str | None:
-    quantize = spec.quantize if isinstance(spec, DispatchSpec) else Quantize.NONE
-    sent = sent_rows(rows, quantize)
+    how = spec.quantize if isinstance(spec, DispatchSpec) else spec.wire
+    sent = sent_rows(rows, how)
     row_bytes = [math.prod(width) * jnp.dtype(dtype).itemsize for width, dtype in sent]
     needed = limits.low_latency_payload(num_tokens, num_topk, row_bytes)
     if needed <= spec.group.low_latency_room:

@@ -151,11 +151,11 @@ def prepare(
     backend: str | None,
     expert_stride: int = 0,
     quantize: Quantize = Quantize.NONE,
-    mode: ExchangeMode = ExchangeMode.THROUGHPUT,
+    mode: ExchangeMode | None = None,
 ) -> tuple[DispatchSpec, jax.Array, jax.Array | None]:
     """Checks the routing arguments of a dispatch; returns the spec, int32 ids, and the weights.
 
-    `expert_stride`, `quantize`, `mode`: as in DispatchSpec.
+    `expert_stride`, `quantize`: as in DispatchSpec. `mode`: None: as `check.plain_mode` says.
     """
     num_experts = check.num_experts(num_experts, group)
     topk_idx = check.topk_idx(topk_idx, num_experts=num_experts)
@@ -167,7 +167,7 @@ def prepare(
     spec = DispatchSpec(
         group=group.spec,
         routes=check.routes(backend, num_sms, group, arrangement, mode),
-        mode=mode,
+        mode=mode or check.plain_mode(num_sms, group),
         few_sms=group.num_sms if num_sms is None else num_sms,
         layout=arrangement,
         num_experts=num_experts,
@@ -249,7 +249,7 @@ def _dispatch_along(
     spec = RouteSpec(
         group=found.spec,
         routes=routes,
-        mode=ExchangeMode.THROUGHPUT,
+        mode=_check.plain_mode(num_sms, found),
         few_sms=None,
         layout=layout,
         recv_capacity=handle.recv_capacity,

@@ -89,7 +89,7 @@ def low_latency_dispatch(
       `Group.open`. On the `cuda` back end 32 ranks, num_topk 32, and a table of choices of 96 KiB,
       which holds about 400,000 tokens times experts, and at most 4,900 experts, in the expert
       layout; in the rank layout 786,000 tokens times num_ranks squared. If tokens name an expert
-      twice, a call is slow there, and rows that do not fit are dropped one by one, uncounted.
+      twice, a call is slow there.
     Raises: ShapeError, DTypeError, ConfigError, GroupError while tracing; PeerTimeoutError,
       GroupError and RoutingError (debug mode) from `group.check()`.
     Source: DeepEP (DeepSeek, 2025), low-latency kernels; TensorRT-LLM's one-sided exchange (2025).
