@@ -1,6 +1,7 @@
 """all_to_all_v: pytrees, the way back, batches, errors. The suite checks values."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -106,7 +107,8 @@ def test_rows_come_back_by_the_sizes_that_were_received(groups):
 )
 def test_errors_of_all_to_all_v_name_the_argument(groups, changes, error, message):
     group = groups(NUM_RANKS)
-    named = {"x": np.ones((4, 2), np.float32), "send_sizes": np.ones(3, np.int32)}
+    named: dict[str, Any] = {"x": np.ones((4, 2), np.float32)}
+    named["send_sizes"] = np.ones(3, np.int32)
     named |= {"group": group, "recv_capacity": 5, **changes}
     mapped = jax.shard_map(
         lambda: jax_ep.all_to_all_v(**named).x, mesh=group.mesh, in_specs=(), out_specs=P("ep")

@@ -4,8 +4,8 @@
 // subnormals, and are never contracted. In the rank layout, the sum adds the rows in rank order. In
 // the expert layout, each rank has a partial sum of weight * row, in row order (which is expert
 // order), rounded to the rows' type; the sum adds these in rank order. Then the biases are added in
-// order, and the sum is rounded once. If `wire` is not kNone, what a rank adds up for another one is
-// also rounded to fp8, as dispatch rounds rows, before it crosses.
+// order, and the sum is rounded once. If `wire` is not kNone, what a rank adds up for another one
+// is also rounded to fp8, as dispatch rounds rows, before it crosses.
 #pragma once
 
 #include <array>

@@ -10,8 +10,8 @@
 namespace jax_ep {
 
 /// A row and its factor. Joined rows are added in f32, and rounded once, to the rows' type, before
-/// they enter the sum. If `crosses_in_fp8`, that of the first of them counts: what enters the sum is
-/// rounded again, to fp8 with an f32 scale for each kFp8Block elements.
+/// they enter the sum. If `crosses_in_fp8`, that of the first of them counts: what enters the sum
+/// is rounded again, to fp8 with an f32 scale for each kFp8Block elements.
 struct RowTerm {
   const std::byte* row;
   float weight;

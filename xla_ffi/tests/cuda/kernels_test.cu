@@ -357,7 +357,9 @@ void TestFewTokens(const Ranks& ranks, const Case& given, int num_sms, int seed)
   TestRoundTrip<float>(c, DType::kF32, ranks, num_sms, seed + 1);
   TestRoundTrip<F16>(c, DType::kF16, ranks, num_sms, seed + 2);
   // Repeated experts have more rows than the worst case of a right routing, and may find no room.
+  // They are slow.
   c.repeats = true;
+  c.num_tokens = std::min<int64_t>(c.num_tokens, 77);
   TestRoundTrip<BF16>(c, DType::kBF16, ranks, num_sms, seed + 3);
   if (c.layout == RecvLayout::kRank) return;
   const int64_t padding = c.num_local_experts * (c.alignment - 1);
