@@ -244,10 +244,8 @@ def main() -> None:
             seconds = serve(prefill, decode, state, deque(requests), config, group=group)
             took = time.perf_counter() - begin
             answers.append([request.answer for request in requests])
-            count, (p50, p99) = (
-                sum(map(len, answers[-1])),
-                np.percentile(seconds or np.nan, [50, 99]),
-            )
+            count = sum(map(len, answers[-1]))
+            p50, p99 = np.percentile(seconds or np.nan, [50, 99])
             print("decoding with", "low_latency_dispatch:" if low_latency else "dispatch:")
             print(f"  {count} tokens in {took:.2f} s, {count / took:.0f} tokens/s with prefill")
             print(

@@ -14,6 +14,7 @@ from jax_ep._src.base import config, limits, native_modules
 from jax_ep._src.base.options import ExchangeMode, Fill, Layout
 from jax_ep._src.base.spec import DispatchSpec, GroupSpec, Route, Routes, RouteSpec, RowIndex
 from jax_ep._src.ops.common import few_tokens
+from jax_ep.testing.compare import assert_same_bits
 from jax_ep.testing.ranks import make_mesh, on_ranks
 
 NUM_RANKS, NUM_EXPERTS, TOKENS, TOPK, HIDDEN = 2, 4, 5, 2, 128
@@ -279,6 +280,12 @@ def test_bytes_grow_with_what_is_sent():
         assert jax_ep.low_latency_bytes(**{**SIZES, **change}, num_ranks=2) > base, change
     # The combine's rows are not rounded.
     assert jax_ep.low_latency_bytes(**SIZES, num_ranks=2, quantize="fp8") <= base
+    # Scales of rounded sums have packets of their own, so narrow sums need more than in bf16.
+    narrow = {**SIZES, "hidden": 512, "num_topk": 1}
+    room = limits.low_latency_room(2, jax_ep.low_latency_bytes(**narrow, num_ranks=2))
+    assert room >= limits.low_latency_payload(
+        SIZES["max_tokens_per_rank"], 0, [512, 512 // 128 * 4]
+    )
     both = jax_ep.low_latency_bytes(**SIZES, num_ranks=2, scales_bytes=448, payload_bytes=100)
     assert both == base + 2 * 2 * 128 * 2 * 2048  # a group of packets for each
 
@@ -388,11 +395,46 @@ def test_calls_take_the_kernels_for_few_tokens_if_they_can(monkeypatch, case):
     for sms in (None, 5):
         found = few_tokens.dispatch_kernels(_spec(few_sms=sms, **changes), (num_tokens, 2), rows)
         assert (found.mode is ExchangeMode.LOW_LATENCY) == is_few
-        assert found.num_sms == ((sms or config.ALL_SMS) if is_few else 16)
+        most = config.PLAIN_FEW_SMS if changes.get("mode", ...) is None else config.ALL_SMS
+        assert found.num_sms == ((sms or most) if is_few else 16)
         if not case.startswith("drops"):
             index = RowIndex(None, jnp.zeros((num_tokens, NUM_RANKS), jnp.int32), None, None)
             spec = _spec(RouteSpec, few_sms=sms, **changes)
             assert few_tokens.combine_kernels(spec, index, rows[0]) == found
+
+
+@pytest.mark.parametrize("layout", ["rank", "expert"])
+@pytest.mark.parametrize("rounds", [False, True])
+def test_gradients_of_plain_calls_have_what_the_kernels_need(group, monkeypatch, layout, rounds):
+    """The host's handlers check what the kernels for few tokens get; they compute the same."""
+    x, ids, weights = _inputs()
+    send = jax_ep.dispatch_fp8 if rounds else jax_ep.dispatch
+    room = NUM_RANKS * TOKENS * (1 if layout == "rank" else TOPK)
+
+    def loss(x, weights, ids):
+        out = send(
+            x, ids, weights, group=group, num_experts=NUM_EXPERTS, layout=layout, recv_capacity=room
+        )
+        at_rows = None if layout == "rank" else out.weights
+        return jnp.sum(jax_ep.combine(out.x**2, out.handle, weights=at_rows))
+
+    def gradients():
+        return on_ranks(jax.grad(loss, argnums=(0, 1)), group.mesh)(x, weights, ids)
+
+    expected = gradients()
+    seen = []
+    for module in ("dispatch", "combine"):
+        path = f"jax_ep._src.ops.{module}.call.{module}_kernels"
+        choose = getattr(few_tokens, f"{module}_kernels")
+        monkeypatch.setattr(path, lambda *a, choose=choose: seen.append(choose(*a)) or seen[-1])
+    monkeypatch.setattr(few_tokens, "_has_kernels", lambda _: True)
+    for check in ("_why_no_table", "_why_no_room"):
+        monkeypatch.setattr(few_tokens, check, lambda *_: None)
+    jax.tree.map(assert_same_bits, gradients(), expected)
+    group.check()
+    # Two forward, and their gradients: a combine and, along the handle, a pull of rows.
+    assert [kernels.mode for kernels in seen] == [ExchangeMode.LOW_LATENCY] * 3
+    assert {kernels.num_sms for kernels in seen} == {config.PLAIN_FEW_SMS}
 
 
 def test_a_plain_combine_of_many_possible_rows_takes_the_other_kernels(monkeypatch):

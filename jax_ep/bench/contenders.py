@@ -67,15 +67,17 @@ def ours(point: Point, group: jax_ep.Group, backend: str, sms: int | None) -> Co
 
     On GPUs the kernels for many tokens carry it, with the group's budget if `sms` is None.
     """
-    told = sms
-    if backend == "cuda" and sms is None:
-        told = group.budgets.of["dispatch"][Layout(point.layout)].sms
+
+    def told(exchange: str) -> int | None:
+        return sms_of(point, group, exchange) if backend == "cuda" and sms is None else sms
 
     def combine(out: jax_ep.Dispatched) -> jax.Array:
         weights = out.weights if point.layout == "expert" else None
-        return jax_ep.combine(out.x, out.handle, weights=weights, num_sms=told, backend=backend)
+        return jax_ep.combine(
+            out.x, out.handle, weights=weights, num_sms=told("combine"), backend=backend
+        )
 
-    send = partial(dispatch, point, group, backend, num_sms=told)
+    send = partial(dispatch, point, group, backend, num_sms=told("dispatch"))
     return Contender(
         "jax_ep",
         backend,
@@ -85,8 +87,15 @@ def ours(point: Point, group: jax_ep.Group, backend: str, sms: int | None) -> Co
         sms,
         send,
         combine,
-        lambda x, handle: jax_ep.dispatch(x, handle=handle, num_sms=told, backend=backend),
+        lambda x, handle: jax_ep.dispatch(
+            x, handle=handle, num_sms=told("cached_dispatch"), backend=backend
+        ),
     )
+
+
+def sms_of(point: Point, group: jax_ep.Group, *exchanges: str) -> int:
+    """The most SMs in the group's budgets for exchanges in the point's layout."""
+    return max(group.budgets.of[e][Layout(point.layout)].sms for e in exchanges)
 
 
 def takes_few(point: Point, group: jax_ep.Group, entries: Sequence[tuple[str, int | None]]) -> bool:

@@ -9,10 +9,9 @@ import jax
 from jax.experimental.multihost_utils import process_allgather
 
 import jax_ep
-from jax_ep._src.base.options import Layout
 from jax_ep._src.base.tables import EXCHANGES
 from jax_ep.bench import floor, plots, reduce, report, steps, timing
-from jax_ep.bench.contenders import Contender, contenders, ours
+from jax_ep.bench.contenders import Contender, contenders, ours, sms_of
 from jax_ep.bench.record import (
     Measured,
     Place,
@@ -196,9 +195,7 @@ class Session:
 def _subject(op: str, point: Point, contender: Contender, group: jax_ep.Group) -> Subject:
     sms = contender.sms
     if contender.backend == "cuda" and sms is None and contender.algorithm is None:
-        layout = Layout(point.layout)
-        ops = ("dispatch", "combine") if op == "round_trip" else (op,)
-        sms = max(group.budgets.of[o][layout].sms for o in ops)
+        sms = sms_of(point, group, *(("dispatch", "combine") if op == "round_trip" else (op,)))
     return Subject(
         op=op,
         contender=contender.name,

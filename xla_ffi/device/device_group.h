@@ -118,7 +118,7 @@ class DeviceGroup : public Interruptible, public std::enable_shared_from_this<De
   /// The failure that a peer has told the device of a position here, even if no call reads it any
   /// more.
   std::optional<FailureRecord> ToldTo(size_t index) const;
-  /// The epoch behind which a call runs on the device of a position here, if one does.
+  /// The epoch of the call that runs on the device of a position here, if one does.
   std::optional<uint32_t> RunningAt(size_t index) const;
   /// Records a failure that the host has found on a position here, and ends every wait of its
   /// slice.

@@ -77,7 +77,8 @@ std::optional<FailureRecord> DeviceGroup::ToldTo(size_t index) const {
 std::optional<uint32_t> DeviceGroup::RunningAt(size_t index) const {
   Signal turn;
   CopyBeside(index, &turn, &ControlAt(index)->turn, sizeof(turn), cudaMemcpyDeviceToHost);
-  return turn.value == 0 ? std::nullopt : std::optional(turn.epoch);
+  const uint32_t epoch = RunningEpoch(turn);
+  return epoch == 0 ? std::nullopt : std::optional(epoch);
 }
 
 void DeviceGroup::NoteWaits() {

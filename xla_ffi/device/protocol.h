@@ -101,8 +101,9 @@ struct FailureRecord {
 struct CallSignals {
   // Written by the owner's kernels.
   // The low half is the epoch of the last call that has ended. The high half says whether the next
-  // call runs, and how many of its blocks still read pushed operands (device/turn.h). Both are one
-  // word, so that a call that takes an epoch learns whether it is alone.
+  // call runs, and how many blocks of a call still read pushed operands or packets
+  // (device/turn.h). Both are one word, so that a call that takes an epoch learns whether it is
+  // alone.
   Signal turn;
   uint32_t next_item[kMaxRowStreams];  // first item that no warp has claimed, less the first claims
   uint32_t num_blocks_arrived;         // at the GridBarrier of the present call

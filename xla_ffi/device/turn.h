@@ -3,7 +3,7 @@
 //
 // The low half is the epoch of the last call that has counted out. The high half is a sum. Blocks
 // of a call add to it in any order: a mark while the call runs, and one for each block that still
-// reads pushed operands. The sum is 0 when no call runs.
+// reads pushed operands or packets. The sum is 0 when no call runs.
 #pragma once
 
 #include <cstdint>
@@ -31,6 +31,14 @@ JAX_EP_HOST_DEVICE constexpr uint64_t EndOfTurn(uint32_t ended, uint32_t num_rea
 /// before that.
 JAX_EP_HOST_DEVICE constexpr bool IsOverlap(Signal before, uint32_t ended) {
   return before.value + kMostBlocks > kMostBlocks || before.epoch != ended;
+}
+
+/// The epoch of the call that runs, or of the one of which blocks still read; 0 if none runs. Two
+/// calls in a row never give the same.
+JAX_EP_HOST_DEVICE constexpr uint32_t RunningEpoch(Signal turn) {
+  if (turn.value == 0) return 0;
+  const bool has_counted_out = turn.value <= kMostBlocks;
+  return has_counted_out ? turn.epoch : NextEpoch(turn.epoch);
 }
 
 }  // namespace jax_ep

@@ -108,6 +108,9 @@ void TestTurns() {
       CHECK(!has_begun || IsOverlap(turn(), turn().epoch) == !is_over, call, word, num_out,
             num_read);
       CHECK(!has_begun || is_over || IsOverlap(turn(), ended), call, word, ended);
+      // Whoever looks twice, and sees the same epoch, has seen the same call.
+      const uint32_t running = turn().value == 0 ? 0 : NextEpoch(ended);
+      CHECK(RunningEpoch(turn()) == running, call, word, running);
     }
     CHECK(word == NextEpoch(ended), call, word, ended);
   }

@@ -35,6 +35,8 @@ MAX_LOW_LATENCY_BYTES = 64 << 30
 ALL_SMS = 1 << 15  # more than any GPU has
 # Plain dispatches and combines of at most so many tokens of a rank take the kernels for few tokens.
 MAX_FEW_TOKENS = 128
+# They take at most so many SMs: all blocks must run at once, beside stock collectives.
+PLAIN_FEW_SMS = 64
 # Every block of such a combine looks at all rows that the rank could have received.
 MAX_FEW_ROWS = 8192
 MAX_INDEX = 2**31 - 1

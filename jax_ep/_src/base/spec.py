@@ -152,7 +152,7 @@ class ExchangeSpec:
     Their gradients run other exchanges of `routes`. `op` is the name of the public operation in
     errors; another exchange may carry it. `mode`: the kernels that carry it on GPUs; those for
     few tokens only if they can; None: those for few tokens where they are faster. `few_sms`: the
-    SMs that these use; None: all.
+    SMs that these use; None: all, or with `mode` None so many that others find room beside them.
     """
 
     group: GroupSpec

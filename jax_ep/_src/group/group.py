@@ -39,8 +39,8 @@ class Group:
       num_ranks: ranks of one slice.
       ranks_per_node: ranks of one node.
       num_sms: SMs that every dispatch, combine and ragged exchange uses on GPUs unless the call
-        says otherwise; None: `budgets` give the number by exchange and layout.
-      low_latency_bytes: bytes of each GPU for what peers send in low-latency operations.
+        says otherwise; None: `budgets` give the number by exchange and layout, for many tokens.
+      low_latency_bytes: bytes of each GPU for what peers send in calls of few tokens.
       backend: the back end in use.
       timeout: seconds that a rank waits for its peers.
       debug: whether routings are checked on the device.
@@ -124,11 +124,11 @@ class Group:
             unless the call says otherwise. Default: the number in the table for this device and
             number of ranks, by exchange and layout, from 16 to 64 in the package's table
             (`info().budgets`). Fewer SMs leave more to computation that runs at the same time. The
-            all_reduce family takes up to 64. Without num_sms, calls of up to 128 tokens take all
-            SMs for some microseconds.
+            all_reduce family takes up to 64, and so do dispatches and combines of up to 128 tokens
+            without num_sms.
           low_latency_bytes: bytes of each GPU that hold what peers send in dispatches and combines
             of few tokens; `jax_ep.low_latency_bytes` computes them. Default: 16 MiB, enough for 128
-            bf16 rows of 7,168 elements between two ranks. 0: the `cuda` back end has no such calls.
+            bf16 rows of 7,168 elements between two ranks. 0: plain calls take other kernels.
           ranks_per_node: ranks of one node, consecutive; default: all.
           debug: whether the group counts bad ids of every routing and raises them in `check()`;
             default: the environment variable JAX_EP_DEBUG.

@@ -27,12 +27,12 @@ class GroupInfo:
       devices: one line per device, in mesh order.
       timeout: seconds that a rank waits for its peers.
       num_sms: the argument of `Group.open`: SMs that every dispatch and combine uses on GPUs
-        unless the call says otherwise; None: `budgets` give the number.
+        unless the call says otherwise; None: `budgets` give the number, for many tokens.
       budgets: SMs in use on the `cuda` back end by exchange and layout, or "xla" if "auto" takes
         that back end. "cached_dispatch" is a dispatch along a handle, or a move of single numbers.
         A gradient has the budget of the exchange that it runs.
       budgets_from: origin of the budgets.
-      low_latency: whether kernels for few tokens carry low-latency operations, and their room.
+      low_latency: which calls the kernels for few tokens carry, and their room.
       debug: whether routings are checked on the device.
     """
 

@@ -148,7 +148,7 @@ class RoutingTable {
       const Choice choice = OwnChoice(launch_.args, token, slot);
       if (choice.expert == kNoPacketExpert) return kNoIndex;
       const auto expert = static_cast<int>(choice.expert);
-      if (!IsAdmitted(expert / num_local_, self().rank, token)) return kNoIndex;
+      if (!IsAdmitted(shape_.experts.RankOf(expert), self().rank, token)) return kNoIndex;
       int nth = first_[expert] + before_[expert];
       if (*has_repeats_ != 0)
         return nth + CountChoices(self().rank, self().rank, token, slot, expert);
@@ -333,6 +333,7 @@ class RoutingTable {
       count_[expert] = before_[expert] = 0;
     }
     num_left = __reduce_add_sync(~0u, num_left);
+    __syncwarp();
     const int num_tokens = static_cast<int>(shape_.num_tokens);
     int64_t num_rows = 0;
     int i = 0;

@@ -47,7 +47,8 @@ def combine(
         rank layout the caller weights and sums its experts before.
       bias: one or two arrays [num_tokens, hidden] of the rows' dtype, added to the result.
       num_sms: SMs that the call and its gradient use on the `cuda` back end; None: the number in
-        the group's budgets for this exchange and layout. Static.
+        the group's budgets for this exchange and layout, or up to 64 for up to 128 tokens, which
+        then take the kernels of `low_latency_combine`. Static.
       backend: "cpu", "cuda" or "xla"; None: as in dispatch. Every back end takes every handle of
         its group.
 

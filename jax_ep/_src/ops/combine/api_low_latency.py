@@ -40,7 +40,8 @@ def low_latency_combine(
       wire: "fp8": what a rank adds up for a token of another rank crosses as float8_e4m3fn with an
         f32 scale for 128 elements, rounded like `quantize="fp8"`; hidden is a multiple of 128 then.
         Each such sum is off by at most 1/16 of itself plus 1/400,000 of the largest of its 128
-        elements. None: it crosses in the rows' dtype. Static.
+        elements, or 1e-41. If one of these is NaN or infinite, all 128 are NaN. None: it crosses in
+        the rows' dtype. Static.
       num_sms: SMs that the kernel uses on the `cuda` back end; None: the group's num_sms, or all.
         Static.
       backend: "cpu", "cuda" or "xla"; None: the group's.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jax_ep._src.base import limits, native_modules
 from jax_ep._src.base.errors import ConfigError
-from jax_ep._src.base.options import ExchangeMode, Quantize
+from jax_ep._src.base.options import ExchangeMode, Layout, Quantize
 from jax_ep._src.base.spec import RouteSpec, RowIndex
 from jax_ep._src.ops.combine import stock
 from jax_ep._src.ops.common.check_mesh import check_mesh
@@ -69,15 +69,16 @@ def combine(
     """
     mode, num_sms = combine_kernels(spec, index, rows)
     is_few = mode is ExchangeMode.LOW_LATENCY
-    if spec.backend == "cuda" and spec.wire is not Quantize.NONE and not is_few:
-        return stock.combine(spec, index, rows, weights, biases)
     workspace_bytes = 0 if is_few else _workspace_bytes(spec, index, rows)
-    if spec.backend == "xla" or not (
-        is_few
-        or spec.group.can_stage(
-            rows, weights, index.send_rank, index.send_row, scratch_bytes=workspace_bytes
+    operands = (rows, weights, index.send_rank, index.send_row)
+    if spec.backend == "cuda":
+        can_round = spec.wire is Quantize.NONE
+        can_carry = is_few or (
+            can_round and spec.group.can_stage(*operands, scratch_bytes=workspace_bytes)
         )
-    ):
+    else:
+        can_carry = spec.backend == "cpu" and spec.group.can_stage(*operands)
+    if not can_carry:
         return stock.combine(spec, index, rows, weights, biases)
     if spec.backend == "cuda" and index.send_row.shape[1] > limits.MAX_TOPK:
         raise ConfigError(
@@ -90,7 +91,7 @@ def combine(
         absent(jnp.int32) if index.send_rank is None else index.send_rank,
         index.send_row,
         index.recv_src if is_few else absent(jnp.int32),
-        index.recv_k if is_few and index.recv_k is not None else absent(jnp.int32),
+        index.recv_k if is_few and spec.layout is Layout.EXPERT else absent(jnp.int32),
         absent(jnp.float32) if weights is None else weights,
         rows,
         *biases,

@@ -31,7 +31,7 @@ def dispatch_kernels(
         _drops_rows(spec, routing) or _why_no_dispatch(spec, routing, rows) is not None
     ):
         return Kernels(ExchangeMode.THROUGHPUT, spec.num_sms)
-    return Kernels(ExchangeMode.LOW_LATENCY, spec.few_sms or config.ALL_SMS)
+    return Kernels(ExchangeMode.LOW_LATENCY, _few_sms(spec))
 
 
 def combine_kernels(spec: RouteSpec, index: RowIndex, rows: jax.Array) -> Kernels:
@@ -44,7 +44,12 @@ def combine_kernels(spec: RouteSpec, index: RowIndex, rows: jax.Array) -> Kernel
         or _why_no_combine(spec, slots, rows) is not None
     ):
         return Kernels(ExchangeMode.THROUGHPUT, spec.num_sms)
-    return Kernels(ExchangeMode.LOW_LATENCY, spec.few_sms or config.ALL_SMS)
+    return Kernels(ExchangeMode.LOW_LATENCY, _few_sms(spec))
+
+
+def _few_sms(spec: ExchangeSpec) -> int:
+    most = config.PLAIN_FEW_SMS if spec.mode is None else config.ALL_SMS
+    return spec.few_sms or most
 
 
 def _may_take_few(spec: ExchangeSpec, num_tokens: int) -> bool:

@@ -80,7 +80,8 @@ def dispatch(
       handle: handle of an earlier dispatch, along whose routing x and payload travel. Excludes
         every argument about the routing. All rows without a token are zero.
       num_sms: SMs that the call and its gradient use on the `cuda` back end; None: the number in
-        the group's budgets for this exchange and layout. Static.
+        the group's budgets for this exchange and layout, or up to 64 for up to 128 tokens, which
+        then take the kernels of `low_latency_dispatch`. Static.
       backend: "cpu", "cuda" or "xla". None: the group's back end; but `xla` if "auto" chose the
         group's back end, num_sms is None, and the budgets say that `xla` is faster.
 

@@ -65,9 +65,14 @@ def low_latency_bytes(
         scale = 1 if how is Quantize.FP8_E8M0 else 4
         sent = [hidden, hidden // config.FP8_BLOCK * scale]
     sent += [min(size, MAX_ROW_BYTES) for size in extra if size]
+    sums = [[hidden * width]]
+    if (
+        hidden % config.FP8_BLOCK == 0
+    ):  # narrow sums in fp8 need more: scales have their own packets
+        sums.append([hidden, hidden // config.FP8_BLOCK * 4])
     most = max(
         limits.low_latency_payload(tokens, num_topk, sent),
-        limits.low_latency_payload(tokens, 0, [hidden * width]),
+        *(limits.low_latency_payload(tokens, 0, row) for row in sums),
     )
     return 2 * num_ranks * most
 

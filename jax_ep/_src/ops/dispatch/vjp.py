@@ -72,21 +72,25 @@ def _dispatch_fwd(
     spec: DispatchSpec, rows: Rows, topk_weights: jax.Array | None, topk_idx: jax.Array
 ) -> tuple[DispatchResults, Any]:
     routed = dispatch.fun(spec, rows, topk_weights, topk_idx)
-    return routed, (topk_idx, routed.send_row, routed.recv_src)
+    return routed, _residuals(topk_idx, routed)
+
+
+def _residuals(topk_idx: jax.Array, routed: DispatchResults) -> tuple[jax.Array | None, ...]:
+    return topk_idx, routed.send_row, routed.recv_src, routed.recv_k
 
 
 def _dispatch_bwd(spec: DispatchSpec, residuals: Any, ct: DispatchResults) -> tuple[Any, Any, None]:
     refuse_low_latency(spec)
-    topk_idx, send_row, recv_src = residuals
+    topk_idx, send_row, recv_src, recv_k = residuals
     spec = spec.of_gradient()
-    index = RowIndex(send_rank(spec, topk_idx, send_row), send_row, recv_src, None)
+    index = RowIndex(send_rank(spec, topk_idx, send_row), send_row, recv_src, recv_k)
     return _rows_bar(spec, index, ct.rows), _weights_bar(spec, residuals, ct.recv_weights), None
 
 
 def _weights_bar(spec: DispatchSpec, residuals: Any, ct: jax.Array | None) -> jax.Array | None:
     if ct is None:
         return None
-    topk_idx, send_row, _ = residuals
+    topk_idx, send_row, *_ = residuals
     place = _place_of_choice(spec, topk_idx, send_row).reshape(-1)
     moved = pull_rows(spec.to_pull(), place, ct.reshape(-1, 1))
     return moved.reshape(topk_idx.shape)
@@ -132,7 +136,7 @@ def _dispatch_fp8_fwd(
     topk_idx: jax.Array,
 ) -> tuple[DispatchResults, Any]:
     routed = dispatch_fp8.fun(spec, options, x, topk_weights, topk_idx)
-    return routed, (topk_idx, routed.send_row, routed.recv_src)
+    return routed, _residuals(topk_idx, routed)
 
 
 def _dispatch_fp8_bwd(
