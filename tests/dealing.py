@@ -17,16 +17,16 @@ def parse_share(text: str) -> tuple[int, int]:
 def deal(tests: Sequence[tuple[Hashable, str]], own: int, num_runs: int) -> list[bool]:
     """Tells which tests are in the run `own`, by their kinds and names.
 
-    If a kind has at least two tests for each run, the runs take its tests in turns, in an order
-    that has nothing to do with their parameters. Tests of other kinds, and tests whose kind is
-    None, are in every run.
+    If a kind has at least a test for each run, the runs take its tests in turns, in an order that
+    has nothing to do with their parameters. Tests of other kinds, and tests whose kind is None, are
+    in every run.
     """
     members: dict[Hashable, list[int]] = {}
     for place, (kind, _) in enumerate(tests):
         members.setdefault(kind, []).append(place)
     chosen = [True] * len(tests)
     for kind, places in members.items():
-        if kind is not None and len(places) >= 2 * num_runs:
+        if kind is not None and len(places) >= num_runs:
             shuffled = sorted(places, key=lambda place: zlib.crc32(tests[place][1].encode()))
             for turn, place in enumerate(shuffled):
                 chosen[place] = turn % num_runs == own

@@ -9,6 +9,8 @@ from jax.sharding import Mesh
 import jax_ep
 from jax_ep.testing.ranks import make_mesh, on_ranks
 
+pytestmark = pytest.mark.dealt
+
 NUM_RANKS, NUM_TOKENS, HIDDEN, NUM_TOPK, NUM_EXPERTS = 8, 16, 64, 3, 16
 
 

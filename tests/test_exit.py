@@ -6,6 +6,8 @@ import sys
 import pytest
 from process_programs import path_of
 
+pytestmark = pytest.mark.dealt
+
 
 @pytest.mark.parametrize(("last", "code"), [("ends", 0), ("exits", 7), ("raises", 1)])
 def test_an_exit_without_teardown_keeps_exit_code_and_output(last, code):

@@ -14,6 +14,8 @@ from jax_ep._src.opening import usability
 from jax_ep._src.processes.neighbourhoods import neighbourhoods
 from jax_ep.testing.ranks import make_mesh
 
+pytestmark = pytest.mark.dealt
+
 
 @pytest.mark.parametrize(
     ("owners", "slices", "expected"),

@@ -15,6 +15,8 @@ from steps import make_echo
 import jax_ep
 from jax_ep.testing.ranks import make_mesh, on_ranks
 
+pytestmark = pytest.mark.dealt
+
 X, IDS = np.ones((3, 4, 8), np.float32), np.zeros((3, 4, 1), np.int32)
 TIMEOUT = 60.0
 PROMPT = TIMEOUT / 4  # a wait without an interrupt takes the timeout

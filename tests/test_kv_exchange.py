@@ -13,6 +13,8 @@ from jax_ep._src.base.errors import GroupError, PeerTimeoutError
 from jax_ep._src.processes import kv_exchange
 from jax_ep._src.processes.rendezvous import meet_processes
 
+pytestmark = pytest.mark.dealt
+
 
 class Store:
     """Stands for JAX's key-value store."""

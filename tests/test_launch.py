@@ -13,6 +13,8 @@ from process_programs import path_of
 from jax_ep._src.base.errors import ConfigError, LaunchError
 from jax_ep.testing import launch
 
+pytestmark = pytest.mark.dealt
+
 CPU = {"JAX_PLATFORMS": "cpu"}
 
 

@@ -7,6 +7,8 @@ import sys
 import pytest
 from process_programs import path_of
 
+pytestmark = pytest.mark.dealt
+
 
 def _run(*argv):
     done = subprocess.run(

@@ -5,6 +5,8 @@ import re
 import pytest
 from process_programs import has_passed, run_on_cpus
 
+pytestmark = pytest.mark.dealt
+
 
 def _run(how, folder, **options):
     for output in run_on_cpus("differing_processes", how, str(folder), **options):

@@ -6,6 +6,8 @@ import signal
 import pytest
 from process_programs import has_passed, number_behind, run_on_cpus
 
+pytestmark = pytest.mark.dealt
+
 
 def test_opening_again_and_again_leaves_nothing_behind():
     assert all(has_passed(output) for output in run_on_cpus("open_again_and_again", "50"))

@@ -6,6 +6,8 @@ import signal
 import pytest
 from process_programs import has_passed, number_behind, run_on_cpus
 
+pytestmark = pytest.mark.dealt
+
 _ALL = {"marks": [pytest.mark.slow, pytest.mark.timeout(1500)]}
 
 
