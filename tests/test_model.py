@@ -181,6 +181,14 @@ def test_our_records_that_were_not_fitted_are_near(pages):
     assert np.max(np.abs(errors)) < 0.50
 
 
+def test_other_libraries_on_our_gpus_are_near(pages):
+    rows = [row for row in pages.rivals_for_few() if "DeepEP V2" not in row[0]]
+    errors = [predicted / measured - 1 for *_, measured, predicted in rows]
+    assert len(errors) == 28
+    assert np.median(np.abs(errors)) < 0.10
+    assert np.max(np.abs(errors)) < 0.30
+
+
 # docs/scale.md says these numbers.
 @pytest.mark.parametrize(
     ("level", "mode", "count", "size"),

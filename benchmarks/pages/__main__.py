@@ -45,6 +45,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "rivals": rivals.rivals,
     "scale-constants": scale.constants,
     "scale-held-out": scale.held_out,
+    "scale-rivals": scale.rivals,
     "scale-errors": scale.errors,
     "scale-ours": scale.ours,
     "scale-groups": scale.groups,

@@ -5,7 +5,7 @@ from functools import cache
 from statistics import median
 from typing import Any
 
-from records import H200, HERE, Row, files, pick, table, us
+from records import H200, HERE, Row, files, load_rivals, pick, table, us
 
 from jax_ep.bench import fit, model
 from jax_ep.bench.predict import RANKS
@@ -145,6 +145,34 @@ def held_out(page: str) -> str:
         )
     head = ("kernel", "GPUs", "shape", "records", "measured", "predicted", "error")
     return table(head, rows) + f"\n*Records of {files(records, page)}.*\n"
+
+
+def rivals_for_few() -> list[tuple[str, str, str, int, float, float]]:
+    """(name, layout, op, tokens, measured, predicted) of other libraries on two H200."""
+    found = []
+    for r in load_rivals()["few_tokens"]:
+        # DeepEP V2 makes the rows of experts where they arrive.
+        by_expert = r["layout"] == "expert" and "V2" not in r["name"]
+        rows = model.Rows.EXPERT if by_expert else model.Rows.NODE
+        for tokens, times in r["us"].items():
+            for op, measured in zip(model.OPS, times, strict=True):
+                exchange = model.Exchange(num_ranks=2, ranks_per_node=2, tokens=int(tokens))
+                kernel = model.theirs(op, "low_latency", rows)
+                predicted = model.predict(kernel, exchange, MACHINE).us
+                found.append((r["name"], r["layout"], op, int(tokens), measured, predicted))
+    return found
+
+
+def rivals(page: str) -> str:
+    """Other libraries with few tokens on two H200: measured and predicted."""
+    tokens = sorted({row[3] for row in rivals_for_few()})
+    lines: dict[tuple[str, str], dict[int, str]] = {}
+    for name, layout, op, count, measured, predicted in rivals_for_few():
+        own = lines.setdefault((f"{name}, {layout} layout", op), {})
+        own[count] = f"{us(measured)} → {us(predicted)}"
+    head = ("two H200, bf16: measured → predicted", "", *(f"{n:,}" for n in tokens))
+    rows = [(name, op, *(own.get(n, "") for n in tokens)) for (name, op), own in lines.items()]
+    return table(head, rows)
 
 
 def errors(page: str) -> str:
