@@ -126,12 +126,20 @@ def test_more_takes_longer(op, mode):
         ({"num_ranks": 0}, "num_ranks=0 must be"),
         ({"experts": 12}, "experts=12 must be a positive multiple of 8"),
         ({"max_nodes": 0}, "max_nodes must be positive"),
+        ({"tokens": 0}, "tokens must be positive, got 0"),
         ({"topk": 17, "max_nodes": 2}, "topk=17 must be 1 to 16"),
     ],
 )
 def test_sizes_that_do_not_fit_raise(changes, text):
     with pytest.raises(ShapeError, match=text):
         model.Exchange(**SMALL | changes)
+
+
+@pytest.mark.parametrize("num_ranks", [0, 12])
+def test_numbers_of_ranks_that_no_machine_has_raise(num_ranks):
+    base = model.Exchange(num_ranks=1, ranks_per_node=1)
+    with pytest.raises(ShapeError, match=f"num_ranks={num_ranks} must be"):
+        model.grow(base, num_ranks, H200)
 
 
 def test_published_rates_count_what_their_source_counts():

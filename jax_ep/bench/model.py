@@ -156,8 +156,10 @@ class Exchange:
         ):
             if size < 1 or unit < 1 or size % unit:
                 raise ShapeError(f"model: {name}={size} must be a positive multiple of {unit}")
-        if self.max_nodes is not None and self.max_nodes < 1:
-            raise ShapeError(f"model: max_nodes must be positive, got {self.max_nodes}")
+        for name in ("tokens", "hidden", "max_nodes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ShapeError(f"model: {name} must be positive, got {value}")
         pool = self.experts * self.drawn_nodes // self.num_nodes
         if not 1 <= self.topk <= pool:
             raise ShapeError(f"model: topk={self.topk} must be 1 to {pool}, the experts to choose")
@@ -264,5 +266,6 @@ def grow(exchange: Exchange, num_ranks: int, machine: Machine) -> Exchange:
         exchange,
         num_ranks=num_ranks,
         ranks_per_node=min(machine.ranks_per_node, num_ranks),
-        experts=-(-exchange.experts // num_ranks) * num_ranks,
+        # No rank at all is for __post_init__ to refuse.
+        experts=-(-exchange.experts // max(num_ranks, 1)) * max(num_ranks, 1),
     )
