@@ -1,6 +1,6 @@
 """Writes the tables and plots of the pages from the records; no number is typed by hand.
 
-    python benchmarks/pages            # tables: README.md, docs/performance.md, benchmarks/
+    python benchmarks/pages            # tables: README.md, docs/, benchmarks/
     python benchmarks/pages --plots    # and docs/images/*.png; needs matplotlib
     python benchmarks/pages --check    # changes nothing, fails where a table is not up to date
 
@@ -16,11 +16,13 @@ from pathlib import Path
 import exchanges
 import plots
 import rivals
+import scale
+import scale_plots
 import single_steps
 import sums
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("README.md", "docs/performance.md", "benchmarks/NOTES.md")
+PAGES = ("README.md", "docs/performance.md", "docs/scale.md", "benchmarks/NOTES.md")
 _BLOCK = re.compile(r"(<!-- records: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 TABLES: dict[str, Callable[[str], str]] = {
@@ -41,6 +43,12 @@ TABLES: dict[str, Callable[[str], str]] = {
     "decode-layer": sums.decode_layer,
     "cpus": exchanges.cpus,
     "rivals": rivals.rivals,
+    "scale-constants": scale.constants,
+    "scale-held-out": scale.held_out,
+    "scale-rivals": scale.rivals,
+    "scale-errors": scale.errors,
+    "scale-ours": scale.ours,
+    "scale-groups": scale.groups,
 }
 
 
@@ -69,6 +77,7 @@ def main() -> int:
         draw_into = ROOT / "docs" / "images"
         draw_into.mkdir(exist_ok=True)
         plots.draw(draw_into)
+        scale_plots.draw(draw_into)
     return stale if flags.check else 0
 
 

@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 
 from jax_ep.bench.record import Record
 
-_OURS, _STOCK, _FLOOR, _RIVAL = "#1395ba", "#e07b28", "#8b949e", "#a463f2"
-_TEXT = "#7d8590"
-_STYLE: Any = {
-    "text.color": _TEXT,
-    "axes.labelcolor": _TEXT,
-    "axes.edgecolor": _TEXT,
-    "xtick.color": _TEXT,
-    "ytick.color": _TEXT,
+OURS_COLOR, STOCK_COLOR, FLOOR_COLOR, RIVAL_COLOR = "#1395ba", "#e07b28", "#8b949e", "#a463f2"
+TEXT_COLOR = "#7d8590"
+STYLE: Any = {
+    "text.color": TEXT_COLOR,
+    "axes.labelcolor": TEXT_COLOR,
+    "axes.edgecolor": TEXT_COLOR,
+    "xtick.color": TEXT_COLOR,
+    "ytick.color": TEXT_COLOR,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.titlesize": "large",
@@ -85,7 +85,7 @@ def _plot(records: Sequence[Record], path: Path, rivals: Iterable[Rival], axis: 
         panels.setdefault((record.op, record.layout, record.dtype), []).append(record)
     columns = min(len(panels), _MAX_COLUMNS)
     rows = -(-len(panels) // columns)
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(0.6 + 4.4 * columns, 0.5 + 3.9 * rows), layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False)
         for i, (panel, own) in enumerate(panels.items()):
@@ -105,18 +105,18 @@ def _draw(axes: Any, records: Sequence[Record], rivals: Sequence[Rival], axis: _
 
     ours, stock = _ours(records), [r for r in records if r.contender != "jax_ep"]
     lows = []
-    for line, color, name in ((ours, _OURS, "jax_ep"), (stock, _STOCK, "stock JAX")):
+    for line, color, name in ((ours, OURS_COLOR, "jax_ep"), (stock, STOCK_COLOR, "stock JAX")):
         if line:
             points, who = _fastest(line, axis)
             axes.plot(*zip(*points, strict=True), "o-", color=color, label=f"{name} ({who})")
             lows += [us for _, us in points]
     floor = sorted({(axis.x_of(r), r.floor_us) for r in records})
-    style = {"color": _FLOOR, "linestyle": "--", "marker": "" if len(floor) > 1 else "_"}
+    style = {"color": FLOOR_COLOR, "linestyle": "--", "marker": "" if len(floor) > 1 else "_"}
     axes.plot(*zip(*floor, strict=True), label="floor", **style)
     markers = dict(zip(dict.fromkeys(r.name for r in rivals), "D^sv", strict=False))
     for name, marker in markers.items():
         points = sorted((r.x, r.us) for r in rivals if r.name == name)
-        style = {"color": _RIVAL, "marker": marker, "linestyle": "", "label": name}
+        style = {"color": RIVAL_COLOR, "marker": marker, "linestyle": "", "label": name}
         axes.plot(*zip(*points, strict=True), **style)
         lows += [us for _, us in points]
     axes.set(xscale="log", yscale="log", xlabel=axis.label, ylabel="microseconds (median)")
