@@ -10,6 +10,7 @@
 
 #include "device/device_group.h"
 #include "device/devices.h"
+#include "device/turn.h"
 #include "runtime/registry.h"
 
 namespace jax_ep {
