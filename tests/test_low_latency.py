@@ -2,6 +2,7 @@
 
 import re
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -372,8 +373,8 @@ class _Table:
 
 
 # Changes of a spec, the number of tokens, and whether the kernels for few tokens carry the calls.
-PLAIN = {"mode": None, "recv_capacity": 1000}
-CHOICES = {
+PLAIN: dict[str, Any] = {"mode": None, "recv_capacity": 1000}
+CHOICES: dict[str, tuple[dict[str, Any], int, bool]] = {
     "low latency": ({}, 200, True),
     "throughput": ({"mode": ExchangeMode.THROUGHPUT}, 4, False),
     "few": (PLAIN, config.MAX_FEW_TOKENS, True),
