@@ -31,7 +31,7 @@ HIDDEN = 7168  # elements of a row of bf16, where the array has so many
 
 
 class Exchange(NamedTuple):
-    """What every rank sends: rows of each piece [R, K], and the table of ragged_all_to_all."""
+    """Rows of each piece [R, K] that every rank sends, and the table of ragged_all_to_all."""
 
     num_rows: int
     num_places: int

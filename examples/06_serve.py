@@ -56,7 +56,7 @@ class Config:
 
 
 class Request(NamedTuple):
-    """What is asked, and the answer as it grows."""
+    """A prompt, and the answer as it grows."""
 
     prompt: np.ndarray
     limit: int  # of tokens in the answer

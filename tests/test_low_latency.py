@@ -2,23 +2,17 @@
 
 import re
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from decoding import HIDDEN, NUM_EXPERTS, NUM_RANKS, TOKENS, TOPK, inputs, send
 
 import jax_ep
 from jax_ep import reference
-from jax_ep._src.base import config, limits, native_modules
-from jax_ep._src.base.options import ExchangeMode, Fill, Layout
-from jax_ep._src.base.spec import DispatchSpec, GroupSpec, Route, Routes, RouteSpec, RowIndex
-from jax_ep._src.ops.common import few_tokens
-from jax_ep.testing.compare import assert_same_bits
+from jax_ep._src.base import config, limits
 from jax_ep.testing.ranks import make_mesh, on_ranks
-
-NUM_RANKS, NUM_EXPERTS, TOKENS, TOPK, HIDDEN = 2, 4, 5, 2, 128
 
 
 @pytest.fixture(scope="module")
@@ -27,22 +21,8 @@ def group():
         yield opened
 
 
-def _inputs(seed=0, tokens=TOKENS):
-    rng = np.random.default_rng(seed)
-    x = rng.standard_normal((NUM_RANKS, tokens, HIDDEN)).astype(np.float32)
-    ids = rng.permuted(
-        np.broadcast_to(np.arange(NUM_EXPERTS), (NUM_RANKS, tokens, NUM_EXPERTS)), axis=-1
-    )[..., :TOPK]
-    return x, ids.astype(np.int32), rng.random(ids.shape, np.float32)
-
-
-def _send(group, x, ids, weights=None, **options):
-    options = {"num_experts": NUM_EXPERTS, "max_tokens_per_rank": TOKENS, **options}
-    return jax_ep.low_latency_dispatch(x, ids, weights, group=group, **options)
-
-
 def _round_trip(group, x, ids, weights, **options):
-    out = _send(group, x, ids, weights, **options)
+    out = send(group, x, ids, weights, **options)
     at_rows = None if options.get("layout") == "rank" else out.weights
     return jax_ep.low_latency_combine(out.x, out.handle, weights=at_rows)
 
@@ -53,7 +33,7 @@ def test_layouts_bring_the_same_rows_back(group, layout, backend):
     """Handles of low-latency dispatches serve the plain combine, and those of plain dispatches."""
 
     def run(x, ids, weights):
-        out = _send(group, x, ids, weights, layout=layout, backend=backend)
+        out = send(group, x, ids, weights, layout=layout, backend=backend)
         wide = partial(jax.tree.map, lambda a: a.reshape(-1, *a.shape[out.x.ndim - 1 :]))
         rows = wide(out.x)
         at_rows = None if layout == "rank" else out.weights.reshape(-1)
@@ -69,19 +49,19 @@ def test_layouts_bring_the_same_rows_back(group, layout, backend):
         )
         return plain, few
 
-    plain, few = on_ranks(run, group.mesh)(*_inputs())
+    plain, few = on_ranks(run, group.mesh)(*inputs())
     np.testing.assert_array_equal(plain, few)
-    x, _, weights = _inputs()
+    x, _, weights = inputs()
     if layout != "rank":
         expected = x * weights.sum(axis=-1, keepdims=True)
         np.testing.assert_allclose(few, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_shapes_depend_on_the_most_tokens_alone(group):
-    x, ids, _ = _inputs(tokens=3)
+    x, ids, _ = inputs(tokens=3)
     shapes = {}
     for layout in ("expert", "rank", "batched"):
-        fn = on_ranks(lambda x, i, how=layout: _send(group, x, i, layout=how), group.mesh)
+        fn = on_ranks(lambda x, i, how=layout: send(group, x, i, layout=how), group.mesh)
         shapes[layout] = jax.eval_shape(fn, x, ids).x.shape[1:]
     assert shapes == {
         "expert": (TOKENS * NUM_RANKS * TOPK, HIDDEN),
@@ -95,12 +75,12 @@ def test_shapes_depend_on_the_most_tokens_alone(group):
 )
 def test_rounded_rows_are_near_the_rows(group, quantize, dtype):
     def run(x, ids):
-        out = _send(group, x, ids, quantize=quantize)
+        out = send(group, x, ids, quantize=quantize)
         assert out.scales.dtype == dtype
         rows = jax_ep.dequantize_fp8(out.x, out.scales, jnp.float32)
         return jax_ep.low_latency_combine(rows, out.handle)
 
-    x, ids, _ = _inputs()
+    x, ids, _ = inputs()
     y = np.asarray(on_ranks(run, group.mesh)(x, ids))
     largest = np.abs(x).max(axis=-1, keepdims=True)
     assert np.all(np.abs(y / TOPK - x) <= largest * 2**-3)
@@ -108,7 +88,7 @@ def test_rounded_rows_are_near_the_rows(group, quantize, dtype):
 
 
 def test_a_batch_gives_the_bits_of_a_loop(group):
-    x, ids, weights = (np.stack(a, axis=1) for a in zip(_inputs(0), _inputs(1), strict=True))
+    x, ids, weights = (np.stack(a, axis=1) for a in zip(inputs(0), inputs(1), strict=True))
     step = partial(_round_trip, group)
     batched = on_ranks(jax.vmap(step), group.mesh)(x, ids, weights)
     for i in range(2):
@@ -118,11 +98,11 @@ def test_a_batch_gives_the_bits_of_a_loop(group):
 
 @pytest.mark.parametrize("of", ["x", "topk_weights", "rows", "weights"])
 def test_gradients_are_refused_by_name(group, of):
-    x, ids, weights = _inputs()
+    x, ids, weights = inputs()
 
     def loss(moved):
         given = {"x": x[0], "topk_weights": weights[0], of: moved}
-        out = _send(group, given["x"], ids[0], given["topk_weights"])
+        out = send(group, given["x"], ids[0], given["topk_weights"])
         if of in ("x", "topk_weights"):
             return jnp.sum(out.x) + jnp.sum(out.weights)
         rows, at_rows = jnp.ones_like(out.x), jnp.ones_like(out.weights)
@@ -149,17 +129,17 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_bad_options_are_refused(group, name):
     options, message = WRONG[name]
-    x, ids, _ = _inputs()
+    x, ids, _ = inputs()
     with pytest.raises(jax_ep.ConfigError, match=re.escape(f"low_latency_dispatch: {message}")):
-        on_ranks(lambda x, i: _send(group, x, i, **options).x, group.mesh)(x, ids)
+        on_ranks(lambda x, i: send(group, x, i, **options).x, group.mesh)(x, ids)
 
 
 def test_bad_rows_are_refused(group):
-    x, ids, _ = _inputs()
+    x, ids, _ = inputs()
 
     def refused(error, message, make):
         with pytest.raises(error, match=re.escape(message)):
-            on_ranks(lambda x, i: _send(group, *make(x, i)).x, group.mesh)(x, ids)
+            on_ranks(lambda x, i: send(group, *make(x, i)).x, group.mesh)(x, ids)
 
     refused(jax_ep.DTypeError, "x must be bfloat16", lambda x, i: (x.astype(jnp.int8), i))
     refused(jax_ep.ShapeError, "topk_idx must have shape (5, 2)", lambda x, i: (x, i[:3]))
@@ -167,10 +147,10 @@ def test_bad_rows_are_refused(group):
     refused(jax_ep.DTypeError, f"low_latency_dispatch: {pair}", lambda x, i: ((x, x[:, :1]), i))
     refused(jax_ep.ConfigError, "got 3 arrays", lambda x, i: ((x, x, x), i))
     with pytest.raises(jax_ep.ShapeError, match="hidden a multiple of 128 for quantize='fp8'"):
-        on_ranks(lambda x, i: _send(group, x[:, :96], i, quantize="fp8").x, group.mesh)(x, ids)
+        on_ranks(lambda x, i: send(group, x[:, :96], i, quantize="fp8").x, group.mesh)(x, ids)
 
     def combine_wrong(x, ids):
-        out = _send(group, x, ids)
+        out = send(group, x, ids)
         return jax_ep.low_latency_combine(out.x[:4], out.handle)
 
     with pytest.raises(jax_ep.ShapeError, match="low_latency_combine: rows must be"):
@@ -178,12 +158,12 @@ def test_bad_rows_are_refused(group):
 
 
 def test_bad_wires_are_refused(group):
-    x, ids, _ = _inputs()
+    x, ids, _ = inputs()
 
     def combine(wire):
         return on_ranks(
             lambda x, i: jax_ep.low_latency_combine(
-                (out := _send(group, x, i)).x, out.handle, wire=wire
+                (out := send(group, x, i)).x, out.handle, wire=wire
             ),
             group.mesh,
         )
@@ -199,12 +179,12 @@ def test_bad_wires_are_refused(group):
 @pytest.mark.parametrize("backend", ["cpu", "xla"])
 def test_sums_that_cross_in_fp8_keep_to_the_bound(group, backend):
     """Rows of all magnitudes; token 0 has NaN, which must not reach other tokens."""
-    x, ids, weights = _inputs()
+    x, ids, weights = inputs()
     x *= np.float32(10) ** np.random.default_rng(1).uniform(-6, 3, x.shape).astype(np.float32)
     x[:, 0, 3] = np.nan
 
     def run(x, ids, weights):
-        out = _send(group, x, ids, weights, backend=backend)
+        out = send(group, x, ids, weights, backend=backend)
         combine = partial(jax_ep.low_latency_combine, out.x, out.handle, backend=backend)
         return combine(wire="fp8"), combine()
 
@@ -221,27 +201,27 @@ def test_sums_that_cross_in_fp8_keep_to_the_bound(group, backend):
 
 
 def test_what_is_no_array_is_refused(group):
-    x, ids, _ = _inputs()
+    x, ids, _ = inputs()
     with pytest.raises(jax_ep.DTypeError, match="low_latency_combine: rows must be an array"):
         on_ranks(
-            lambda x, i: jax_ep.low_latency_combine([[1.0]], _send(group, x, i).handle), group.mesh
+            lambda x, i: jax_ep.low_latency_combine([[1.0]], send(group, x, i).handle), group.mesh
         )(x, ids)
     with pytest.raises(jax_ep.DTypeError, match="low_latency_combine: weights must be an array"):
         on_ranks(
             lambda x, i: jax_ep.low_latency_combine(
-                (out := _send(group, x, i)).x, out.handle, weights=[0.5]
+                (out := send(group, x, i)).x, out.handle, weights=[0.5]
             ),
             group.mesh,
         )(x, ids)
     for wrong in ("", False, 0):
         with pytest.raises(jax_ep.ConfigError, match="quantize must be one of"):
-            on_ranks(lambda x, i, w=wrong: _send(group, x, i, quantize=w).x, group.mesh)(x, ids)
+            on_ranks(lambda x, i, w=wrong: send(group, x, i, quantize=w).x, group.mesh)(x, ids)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "xla"])
 def test_batches_of_experts_keep_whole_tokens_that_fit(group, backend):
     """All tokens name one expert twice, so its rows are more than its places."""
-    x, ids, _ = _inputs()
+    x, ids, _ = inputs()
     ids = np.full_like(ids, 1)
     plan = reference.make_plan(
         ids,
@@ -251,7 +231,7 @@ def test_batches_of_experts_keep_whole_tokens_that_fit(group, backend):
         expert_stride=NUM_RANKS * TOKENS,
     )
     assert plan.num_dropped.tolist() == [10, 0]
-    out = on_ranks(lambda x, i: _send(group, x, i, layout="batched", backend=backend), group.mesh)(
+    out = on_ranks(lambda x, i: send(group, x, i, layout="batched", backend=backend), group.mesh)(
         x, ids
     )
     np.testing.assert_array_equal(out.num_dropped[:, 0], plan.num_dropped)
@@ -330,192 +310,3 @@ def test_get_finds_a_group_of_the_same_size():
         assert jax_ep.Group.get(mesh, "ep", name="sized", low_latency_bytes=1 << 20) is opened
         with pytest.raises(jax_ep.GroupError, match="low_latency_bytes=1048576, wanted 0"):
             jax_ep.Group.get(mesh, "ep", name="sized", low_latency_bytes=0)
-
-
-# --- the choice of kernels on GPUs
-
-
-def _group_spec(**changes):
-    facts = {
-        "identity": "none",
-        "axes": ("ep",),
-        "mesh_axes": (("ep", NUM_RANKS),),
-        "device_ids": (0, 1),
-        "low_latency_room": 1 << 20,
-        **changes,
-    }
-    return GroupSpec(**facts)
-
-
-def _spec(kind=DispatchSpec, group=None, **changes):
-    facts = {
-        "group": group or _group_spec(),
-        "routes": Routes(*(Route("cuda", 16),) * 3),
-        "layout": Layout.RANK,
-        "recv_capacity": 100_000,
-        "op": "dispatch",
-        "mode": ExchangeMode.LOW_LATENCY,
-        "few_sms": None,
-    }
-    if kind is DispatchSpec:
-        facts |= {"num_experts": NUM_EXPERTS, "expert_alignment": 1, "fill": Fill.ZEROS}
-    return kind(**{**facts, **changes})
-
-
-class _Table:
-    """Stands for the native module of `cuda`."""
-
-    def __init__(self, size):
-        self.size = size
-
-    def low_latency_table_bytes(self, **_):
-        return self.size
-
-
-# Changes of a spec, the number of tokens, and whether the kernels for few tokens carry the calls.
-PLAIN: dict[str, Any] = {"mode": None, "recv_capacity": 1000}
-CHOICES: dict[str, tuple[dict[str, Any], int, bool]] = {
-    "low latency": ({}, 200, True),
-    "throughput": ({"mode": ExchangeMode.THROUGHPUT}, 4, False),
-    "few": (PLAIN, config.MAX_FEW_TOKENS, True),
-    "many": (PLAIN, config.MAX_FEW_TOKENS + 1, False),
-    "cpu": ({"routes": Routes(*(Route("cpu", 16),) * 3)}, 4, False),
-    "no room": ({"group": _group_spec(low_latency_room=4096)}, 4, False),
-    "no room, plain": ({**PLAIN, "group": _group_spec(low_latency_room=4096)}, 4, False),
-    "no packets": ({"group": _group_spec(has_packets=False)}, 4, False),
-    "drops": ({"recv_capacity": 7}, 4, False),
-    "drops, plain": ({"mode": None, "recv_capacity": 7}, 4, False),
-}
-
-
-@pytest.mark.parametrize("case", CHOICES)
-def test_calls_take_the_kernels_for_few_tokens_if_they_can(monkeypatch, case):
-    changes, num_tokens, is_few = CHOICES[case]
-    monkeypatch.setattr(native_modules, "load", lambda _: _Table(1000))
-    rows = [jax.ShapeDtypeStruct((num_tokens, 64), jnp.bfloat16)]
-    for sms in (None, 5):
-        found = few_tokens.dispatch_kernels(_spec(few_sms=sms, **changes), (num_tokens, 2), rows)
-        assert (found.mode is ExchangeMode.LOW_LATENCY) == is_few
-        most = config.PLAIN_FEW_SMS if changes.get("mode", ...) is None else config.ALL_SMS
-        assert found.num_sms == ((sms or most) if is_few else 16)
-        if not case.startswith("drops"):
-            index = RowIndex(None, jnp.zeros((num_tokens, NUM_RANKS), jnp.int32), None, None)
-            spec = _spec(RouteSpec, few_sms=sms, **changes)
-            assert few_tokens.combine_kernels(spec, index, rows[0]) == found
-
-
-@pytest.mark.parametrize("layout", ["rank", "expert"])
-@pytest.mark.parametrize("rounds", [False, True])
-def test_gradients_of_plain_calls_have_what_the_kernels_need(group, monkeypatch, layout, rounds):
-    """The host's handlers check what the kernels for few tokens get; they compute the same."""
-    x, ids, weights = _inputs()
-    send = jax_ep.dispatch_fp8 if rounds else jax_ep.dispatch
-    room = NUM_RANKS * TOKENS * (1 if layout == "rank" else TOPK)
-
-    def loss(x, weights, ids):
-        out = send(
-            x, ids, weights, group=group, num_experts=NUM_EXPERTS, layout=layout, recv_capacity=room
-        )
-        at_rows = None if layout == "rank" else out.weights
-        return jnp.sum(jax_ep.combine(out.x**2, out.handle, weights=at_rows))
-
-    def gradients():
-        return on_ranks(jax.grad(loss, argnums=(0, 1)), group.mesh)(x, weights, ids)
-
-    expected = gradients()
-    seen = []
-    for module in ("dispatch", "combine"):
-        path = f"jax_ep._src.ops.{module}.call.{module}_kernels"
-        choose = getattr(few_tokens, f"{module}_kernels")
-        monkeypatch.setattr(path, lambda *a, choose=choose: seen.append(choose(*a)) or seen[-1])
-    monkeypatch.setattr(few_tokens, "_has_kernels", lambda _: True)
-    for check in ("_why_no_table", "_why_no_room"):
-        monkeypatch.setattr(few_tokens, check, lambda *_: None)
-    jax.tree.map(assert_same_bits, gradients(), expected)
-    group.check()
-    # Two forward, and their gradients: a combine and, along the handle, a pull of rows.
-    assert [kernels.mode for kernels in seen] == [ExchangeMode.LOW_LATENCY] * 3
-    assert {kernels.num_sms for kernels in seen} == {config.PLAIN_FEW_SMS}
-
-
-def test_a_plain_combine_of_many_possible_rows_takes_the_other_kernels(monkeypatch):
-    monkeypatch.setattr(native_modules, "load", lambda _: _Table(1000))
-    rows = jax.ShapeDtypeStruct((config.MAX_FEW_ROWS + 1, 64), jnp.bfloat16)
-    index = RowIndex(None, jnp.zeros((4, NUM_RANKS), jnp.int32), None, None)
-    for mode, is_few in ((None, False), (ExchangeMode.LOW_LATENCY, True)):
-        spec = _spec(RouteSpec, mode=mode, recv_capacity=rows.shape[0])
-        found = few_tokens.combine_kernels(spec, index, rows)
-        assert (found.mode is ExchangeMode.LOW_LATENCY) == is_few
-
-
-def test_plain_calls_with_sms_take_the_kernels_that_need_few(monkeypatch):
-    """A number of SMs, of the call or of the group, is a wish to leave the others alone."""
-    seen = []
-    choose = few_tokens.dispatch_kernels
-    monkeypatch.setattr(
-        "jax_ep._src.ops.dispatch.call.dispatch_kernels",
-        lambda spec, *rest: seen.append(spec.mode) or choose(spec, *rest),
-    )
-    x, ids, _ = _inputs()
-    plain = partial(jax_ep.dispatch, num_experts=NUM_EXPERTS, recv_capacity=100)
-    for of_group, of_call in ((None, None), (7, None), (None, 3)):
-        with jax_ep.Group.open(make_mesh(NUM_RANKS), "ep", name="free", num_sms=of_group) as opened:
-            send = partial(plain, group=opened, num_sms=of_call)
-            jax.eval_shape(on_ranks(lambda x, i, s=send: s(x, i).x, opened.mesh), x, ids)
-    modes = seen[:: len(seen) // 3]
-    assert modes == [None, ExchangeMode.THROUGHPUT, ExchangeMode.THROUGHPUT]
-
-
-def test_large_tables_take_the_other_kernels(monkeypatch):
-    monkeypatch.setattr(native_modules, "load", lambda _: _Table(limits.MAX_LOW_LATENCY_TABLE + 1))
-    rows = [jax.ShapeDtypeStruct((4, 64), jnp.bfloat16)]
-    found = few_tokens.dispatch_kernels(_spec(), (4, 2), rows)
-    assert found.mode is ExchangeMode.THROUGHPUT
-
-
-def test_a_combine_on_few_sms_must_fit_its_table():
-    rows = jax.ShapeDtypeStruct((9, 64), jnp.bfloat16)
-    wide = _group_spec(low_latency_room=1 << 40)
-    facts = {"kind": RouteSpec, "group": wide, "layout": Layout.EXPERT}
-
-    def index(num_tokens):
-        slots = jnp.zeros((num_tokens, 2), jnp.int32)
-        return RowIndex(slots, slots, jnp.zeros((9,), jnp.int32), jnp.zeros((9,), jnp.int32))
-
-    for sms in (None, 64, 1):
-        few_tokens.require_combine(_spec(few_sms=sms, **facts), index(6000), rows)
-    message = "table of rows has 112000 bytes on each of 1 SMs, at most 98304"
-    with pytest.raises(jax_ep.ConfigError, match=message):
-        few_tokens.require_combine(_spec(few_sms=1, **facts), index(7000), rows)
-    few_tokens.require_combine(_spec(few_sms=64, **facts), index(7000), rows)
-
-
-def test_too_little_room_is_told_with_both_numbers():
-    rows = [jax.ShapeDtypeStruct((100, 7168), jnp.bfloat16)]
-    needed = limits.low_latency_payload(100, 2, [7168 * 2])
-    wanted = jax_ep.low_latency_bytes(
-        max_tokens_per_rank=100, hidden=7168, num_topk=2, num_ranks=NUM_RANKS
-    )
-    with pytest.raises(jax_ep.ConfigError, match=r"^low_latency_dispatch: a rank sends") as caught:
-        few_tokens.require_dispatch(_spec(op="low_latency_dispatch"), (100, 2), rows)
-    message = str(caught.value)
-    assert f"sends {needed} bytes to another, and the group has room for 1048576" in message
-    assert f"low_latency_bytes={wanted}" in message
-    # The kernels of dispatch carry what may be dropped, and need no such room.
-    few_tokens.require_dispatch(_spec(recv_capacity=199), (100, 2), rows)
-
-
-def test_sms_of_the_group_hold_for_low_latency_calls(monkeypatch):
-    seen = []
-    choose = few_tokens.dispatch_kernels
-    monkeypatch.setattr(
-        "jax_ep._src.ops.dispatch.call.dispatch_kernels",
-        lambda spec, *rest: seen.append(spec.few_sms) or choose(spec, *rest),
-    )
-    x, ids, _ = _inputs()
-    with jax_ep.Group.open(make_mesh(NUM_RANKS), "ep", name="budget", num_sms=7) as budgeted:
-        for options in ({}, {"num_sms": 3}):
-            fn = on_ranks(lambda x, i, o=options: _send(budgeted, x, i, **o).x, budgeted.mesh)
-            jax.eval_shape(fn, x, ids)
-    assert set(seen[: len(seen) // 2]) == {7}
-    assert set(seen[len(seen) // 2 :]) == {3}

@@ -87,7 +87,7 @@ def shipped() -> dict[str, float]:
 
 
 def constants(page: str) -> str:
-    """What the model consists of, and where each number is from."""
+    """Table of the model's constants, and where each is from."""
     rows: list[Row] = []
     records = []
     for (mode, op), kernel in model.OURS.items():
@@ -234,7 +234,7 @@ def at(num_ranks: int, tokens: int, dtype: str, max_nodes: int | None = None) ->
 
 
 def predict(op: str, exchange: model.Exchange) -> model.Prediction:
-    """Of ours; the kernels for few tokens carry up to 128."""
+    """Table of predictions for ours; the kernels for few tokens carry up to 128."""
     mode = "low_latency" if exchange.tokens <= 128 else "throughput"
     return model.predict(model.OURS[mode, op], exchange, MACHINE)
 

@@ -48,7 +48,7 @@ class Session:
     ):
         """`copy_rate` is the memory's, on CPUs.
 
-        Of sums, and of exchanges of few tokens, `num_steps` steps are timed one by one as well, and
+        Single steps, `num_steps` of sums and exchanges of few tokens, are timed as well, and
         with `delay_us` as many while one rank is late.
 
         None for the back ends: those that are usable; for the SM budgets: the group's of each
