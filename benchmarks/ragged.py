@@ -94,11 +94,15 @@ def chain(run: Callable[..., jax.Array] | None, *own: Any) -> jax.Array:
     return zero[None]
 
 
-def ways(group: jax_ep.Group, exchange: Exchange, sms: list[int]) -> dict[str, Callable[..., Any]]:
+def ways(
+    group: jax_ep.Group, exchange: Exchange, sms: list[int], *, only_ours: bool
+) -> dict[str, Callable[..., Any]]:
     """The contenders by name."""
     ours = partial(jax_ep.ragged_all_to_all, axis_name=group)
     found: dict[str, Callable[..., Any]] = {"jax_ep": ours}
     found |= {f"jax_ep, {n} SMs": partial(ours, num_sms=n) for n in sms}
+    if only_ours:
+        return found
     devices = group.mesh.devices.flat
     # XLA has it for GPUs only, and refuses it by default where they belong to several processes.
     if {d.platform for d in devices} == {"gpu"} and len({d.process_index for d in devices}) == 1:
@@ -106,7 +110,9 @@ def ways(group: jax_ep.Group, exchange: Exchange, sms: list[int]) -> dict[str, C
     return found | {"all_to_all": partial(padded, exchange)}
 
 
-def measure(group: jax_ep.Group, exchange: Exchange, sms: list[int]) -> dict[str, dict[str, float]]:
+def measure(
+    group: jax_ep.Group, exchange: Exchange, sms: list[int], *, only_ours: bool
+) -> dict[str, dict[str, float]]:
     """Microseconds of one exchange, each contender in its turn, without the empty chain."""
     num_ranks = group.num_ranks
     x, out = (
@@ -114,7 +120,7 @@ def measure(group: jax_ep.Group, exchange: Exchange, sms: list[int]) -> dict[str
         for rows in (exchange.num_rows, exchange.num_places)
     )
     operands = place((x, out, *exchange.table), group.mesh)
-    contenders = ways(group, exchange, sms)
+    contenders = ways(group, exchange, sms, only_ours=only_ours)
     runs = []
     for run in (None, *contenders.values()):
         program = on_ranks(partial(chain, run), group.mesh, check_vma=False)
@@ -136,6 +142,7 @@ def main() -> None:
     kinds = ["balanced", "skewed", "mostly_empty"]
     add("--kind", nargs="+", choices=kinds, default=kinds)
     add("--sms", nargs="+", type=int, default=[], help="budgets beside the group's own")
+    add("--only-ours", action="store_true", help="no stock contenders: XLA's take seconds")
     add("--out", type=Path, default=Path("benchmarks/results"))
     add("--commit", help="what to record in place of what git says here")
     args = parser.parse_args()
@@ -149,7 +156,7 @@ def main() -> None:
             sizes = exchange.table[1].reshape(group.num_ranks, group.num_ranks, -1).sum(axis=2)
             remote = sizes * ~np.eye(group.num_ranks, dtype=bool)
             wire = int(remote.sum(axis=0).max()) * 2 * exchange.hidden
-            us = measure(group, exchange, args.sms)
+            us = measure(group, exchange, args.sms, only_ours=args.only_ours)
             print(
                 f"{kind}, {kib} KiB, {per_peer} pieces a peer: "
                 + ", ".join(f"{name} {own['p50']:.1f} us" for name, own in us.items())
