@@ -64,6 +64,17 @@ __device__ inline uint32_t CountBlock(uint32_t* word) {
   return before;
 }
 
+/// Adds to a signal of this rank, without order, and returns it as it was. The result is not waited
+/// for before it is used: after atomicAdd, compilers exchange it between lanes at once.
+__device__ inline uint64_t FetchAdd(Signal* cell, uint64_t value) {
+  uint64_t before;
+  asm volatile("atom.relaxed.gpu.global.add.u64 %0, [%1], %2;"
+               : "=l"(before)
+               : "l"(cell), "l"(value)
+               : "memory");
+  return before;
+}
+
 __device__ inline uint32_t LoadAcquire(const uint32_t* word) {
   uint32_t value;
   asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");

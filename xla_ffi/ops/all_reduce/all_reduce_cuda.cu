@@ -13,7 +13,7 @@
 namespace jax_ep {
 namespace {
 
-constexpr int kMinLowLatencyWarps = 4;
+constexpr int64_t kMinLowLatencyThreads = 128;
 
 // Whether the peers have room for the operand.
 bool IsPushed(const AllReduceArgs& args, Algorithm algorithm) {
@@ -89,12 +89,11 @@ cudaError_t LaunchAllReduce(const AllReduceLaunch& launch, Algorithm algorithm,
                       .stream = stream};
   const int64_t most_blocks = std::min(device.num_sms, kMaxReduceBlocks);
   if (algorithm == Algorithm::kLowLatency) {
-    const int64_t num_groups = divide(num_vectors, kGroupVectors);
-    const int64_t wanted = divide(num_groups, most_blocks);
-    constexpr int64_t kMaxWarps = kReduceThreads / kWarpSize;
-    const int64_t num_warps = std::clamp<int64_t>(wanted, kMinLowLatencyWarps, kMaxWarps);
-    config.num_threads = static_cast<int>(num_warps * kWarpSize);
-    config.num_blocks = static_cast<int>(std::min(most_blocks, divide(num_groups, num_warps)));
+    const int64_t wanted = divide(num_vectors, most_blocks * kPair * kWarpSize) * kWarpSize;
+    config.num_threads =
+        static_cast<int>(std::clamp<int64_t>(wanted, kMinLowLatencyThreads, kReduceThreads));
+    config.num_blocks =
+        static_cast<int>(std::min(most_blocks, divide(num_vectors, config.num_threads)));
     return Launch(kernels.low_latency, config, launch);
   }
   const bool is_two_shot = algorithm == Algorithm::kTwoShot;
@@ -112,7 +111,7 @@ template <>
 ffi::Error RunAllReduce<Cuda>(const DeviceContext& context, I32Buffer position,
                               const AllReduceArgs& args, const AllReduceAttrs& attrs) {
   const Algorithm how = attrs.algorithm;
-  const size_t payload = PacketPayload(args.num_ranks);
+  const size_t payload = SlotPayload(args.num_ranks);
   JAX_EP_REQUIRE(args.bytes > 0, context.op(), ": there are no elements");
   JAX_EP_REQUIRE(how != Algorithm::kLowLatency || args.bytes <= static_cast<int64_t>(payload),
                  context.op(), ": low_latency takes at most ", payload, " bytes from a rank, got ",

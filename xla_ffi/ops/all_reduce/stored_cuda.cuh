@@ -20,12 +20,22 @@ __device__ inline Strided InTurns(int64_t begin, int64_t end) {
           .end = end};
 }
 
-inline constexpr int kFew = 4;  // vectors of a thread, on their way at once
+// Vectors of a thread that are on their way at once: of large operands, and of small ones.
+inline constexpr int kFew = 4;
+inline constexpr int kPair = 2;
 
-// Calls `use` for a few vectors of the share at a time.
+// Calls `use` for so many vectors of the share at a time.
+template <int kCount, typename Use>
+__device__ void ForEach(Strided which, Use&& use) {
+  for (; which.first < which.end; which.first += kCount * which.step) use(which);
+}
 template <typename Use>
-__device__ void ForEachFew(Strided which, Use&& use) {
-  for (; which.first < which.end; which.first += kFew * which.step) use(which);
+__device__ void ForEachFew(const Strided& which, Use&& use) {
+  ForEach<kFew>(which, use);
+}
+template <typename Use>
+__device__ void ForEachPair(const Strided& which, Use&& use) {
+  ForEach<kPair>(which, use);
 }
 
 // Stores at each peer the part of the share that the peer needs.
