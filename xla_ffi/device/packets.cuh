@@ -183,12 +183,18 @@ __device__ inline bool PushedBarrier(const Endpoint& self, const PushCall& call)
 }
 
 /// CountOut for calls in which every rank receives from every other one: they need no CloseCall.
-/// Every thread of every block calls it, and EndReading after the block's last wait.
+/// Every thread of every block calls it, behind a barrier after Begin, and EndReading after the
+/// block's last wait. One thread waits for the count, in the last warp, which often has least to
+/// do.
+__device__ inline void EndEpochBehindBarrier(const Endpoint& self, const PushCall& call) {
+  RefuseOverlap(self, call);
+  if (threadIdx.x == blockDim.x - 1) CountOut(self, call.ended);
+}
+
+/// The same for a block that has met no barrier since Begin.
 __device__ inline void EndEpoch(const Endpoint& self, const PushCall& call) {
   __syncthreads();
-  if (threadIdx.x != 0) return;
-  RefuseOverlap(self, call);
-  CountOut(self, call.ended);
+  EndEpochBehindBarrier(self, call);
 }
 
 }  // namespace jax_ep

@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(kLowLatencyCombineThreads<kIsRounded>, 1)
   if (is_good) held.Find();
   __syncthreads();
   if (is_good) SendSums<kLayout>(units, call, held);
-  EndEpoch(self, call);
+  EndEpochBehindBarrier(self, call);
   ReceiveSums<kLayout>(units, call, is_good, held);
   EndReading(self);
 }

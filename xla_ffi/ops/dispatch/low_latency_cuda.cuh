@@ -17,6 +17,10 @@
 namespace jax_ep {
 
 inline constexpr int kLowLatencyThreads = 512;
+// Warps of a block that read the choices of all ranks while the others send rows, which may wait
+// for the link. In a small block every warp does both.
+inline constexpr int kTableWarps = 4;
+inline constexpr int kMinWarpsOfParts = 8;
 
 // Writes the results of a dispatch that say what has come from where, and the rows without a token.
 template <RecvLayout kLayout>
@@ -25,11 +29,12 @@ class RoutingWriter {
   __device__ RoutingWriter(const DispatchArgs& args, const RoutingTable<kLayout>& table)
       : a_(args), table_(table) {}
 
-  // For all threads of the grid.
+  // For all threads of the grid. The counts are for the last block: the first ones sent most.
   __device__ void Write() const {
     WriteSendRows();
-    ClearUnused();
-    if (blockIdx.x == 0) WriteCounts();
+    const int32_t num_recv = table_.num_recv();
+    ClearUnused(num_recv);
+    if (blockIdx.x == gridDim.x - 1) WriteCounts(num_recv);
   }
 
  private:
@@ -43,25 +48,18 @@ class RoutingWriter {
     }
   }
 
-  __device__ void WriteCounts() const {
+  __device__ void WriteCounts(int32_t num_recv) const {
     const int num_local = a_.shape.experts.num_local_experts();
     for (int e = threadIdx.x; e < num_local; e += blockDim.x) {
       a_.group_sizes[e] = table_.GroupSize(e);
     }
-    __shared__ int num_invalid;
-    if (threadIdx.x == 0) num_invalid = 0;
-    __syncthreads();
-    for (int64_t i = threadIdx.x; i < a_.shape.num_tokens * a_.shape.num_topk; i += blockDim.x) {
-      if (a_.shape.experts.IsInvalid(a_.topk_idx[i])) atomicAdd(&num_invalid, 1);
-    }
-    __syncthreads();
     if (threadIdx.x != 0) return;
-    a_.num_recv[0] = table_.num_recv();
+    a_.num_recv[0] = num_recv;
     a_.num_dropped[0] = table_.num_dropped();
-    a_.num_invalid[0] = num_invalid;
+    a_.num_invalid[0] = table_.num_invalid();
   }
 
-  __device__ void ClearUnused() const {
+  __device__ void ClearUnused(int32_t num_recv) const {
     if constexpr (kLayout == RecvLayout::kExpert) {
       const int num_local = a_.shape.experts.num_local_experts();
       const bool is_padded = a_.shape.expert_alignment > 1 || a_.shape.expert_stride > 0;
@@ -72,7 +70,7 @@ class RoutingWriter {
       }
       if (a_.shape.expert_stride > 0) return;
     }
-    Clear(table_.num_recv(), a_.shape.recv_capacity, a_.fill == Fill::kZeros);
+    Clear(num_recv, a_.shape.recv_capacity, a_.fill == Fill::kZeros);
   }
 
   __device__ void Clear(int64_t begin, int64_t end, bool fills) const {
@@ -113,16 +111,25 @@ class DispatchUnits {
       : launch_(launch),
         num_groups_(launch.groups.count()),
         num_(static_cast<int>(launch.args.shape.num_tokens) * num_groups_),
+        num_table_warps_(blockDim.x / kWarpSize >= kMinWarpsOfParts ? kTableWarps : 0),
         // Neighbouring groups go to different SMs, so that a short call is spread over all SMs.
-        first_(static_cast<int>(threadIdx.x / kWarpSize * gridDim.x + blockIdx.x)),
-        step_(static_cast<int>(blockDim.x / kWarpSize * gridDim.x)) {}
+        first_(Warp() * GridWidth() + static_cast<int>(blockIdx.x)),
+        step_(static_cast<int>(blockDim.x / kWarpSize) * GridWidth()) {}
 
   __device__ const LowLatencyDispatch& launch() const { return launch_; }
   __device__ int num_groups() const { return num_groups_; }
   __device__ int num() const { return num_; }  // of one rank
-  // Those of this warp.
+  // Those that this warp receives, among those of all ranks.
   __device__ int first() const { return first_; }
   __device__ int step() const { return step_; }
+  // Those that it sends.
+  __device__ int first_sent() const {
+    return Warp() < num_table_warps_ ? num_ : first_ - num_table_warps_ * GridWidth();
+  }
+  __device__ int step_sent() const { return step_ - num_table_warps_ * GridWidth(); }
+  __device__ int num_table_threads() const {
+    return num_table_warps_ == 0 ? static_cast<int>(blockDim.x) : num_table_warps_ * kWarpSize;
+  }
 
   __device__ RowGroup GroupAt(int unit) const { return GroupOf(launch_, unit % num_groups_); }
   // Scales go along with the rows that they belong to.
@@ -134,36 +141,53 @@ class DispatchUnits {
     LoadGroup(a, group, a.streams[group.stream].in + token * launch_.in_bytes(group.stream),
               loaded);
   }
-  // Loads the first unit of this warp, which SendTokens needs.
-  __device__ void LoadFirst(GroupOfRow<Source>& loaded) const {
-    if (first_ >= num_) return;
-    const RowGroup group = GroupAt(first_);
-    if (IsSent(group)) Load(first_, group, loaded);
+  // What a thread sends first.
+  struct FirstLoads {
+    GroupOfRow<Source> row;
+    int32_t choice;  // of the row's token, this lane's
+    RawPair pair;    // of choices
+  };
+  __device__ void LoadFirst(FirstLoads& loaded) const {
+    const int thread = first_ * kWarpSize + PacketLane();
+    if (thread < NumPairs(launch_.args.shape)) loaded.pair = LoadPair(launch_.args, thread);
+    const int unit = first_sent();
+    if (unit >= num_) return;
+    loaded.choice = LoadChoiceOfLane(launch_, unit / num_groups_);
+    const RowGroup group = GroupAt(unit);
+    if (IsSent(group)) Load(unit, group, loaded.row);
   }
 
  private:
+  static __device__ int Warp() { return static_cast<int>(threadIdx.x / kWarpSize); }
+  static __device__ int GridWidth() { return static_cast<int>(gridDim.x); }
+
   const LowLatencyDispatch& launch_;
   const int num_groups_;
   const int num_;
+  const int num_table_warps_;
   const int first_;
   const int step_;
 };
 
 // Sends the choices of this rank's tokens to every peer, and each row once to every rank that has
-// one of the token's experts. Every thread of the grid calls it in a call that is good. `loaded`:
-// the first unit of this warp.
+// one of the token's experts. Every thread of the grid calls it in a call that is good.
 template <typename Source>
 __device__ void SendTokens(const DispatchUnits<Source>& units, const PushCall& call,
-                           GroupOfRow<Source>& loaded) {
+                           typename DispatchUnits<Source>::FirstLoads& first) {
   const LowLatencyDispatch& launch = units.launch();
   const Endpoint& self = launch.self;
   SendChoices(launch, call.epoch, units.first() * kWarpSize + PacketLane(),
-              units.step() * kWarpSize);
-  for (int unit = units.first(); unit < units.num(); unit += units.step()) {
+              units.step() * kWarpSize, first.pair);
+  GroupOfRow<Source>& loaded = first.row;
+  for (int unit = units.first_sent(); unit < units.num(); unit += units.step_sent()) {
     const RowGroup group = units.GroupAt(unit);
     if (!units.IsSent(group)) continue;
-    if (unit != units.first()) units.Load(unit, group, loaded);
-    uint32_t peers = RanksOf(launch, unit / units.num_groups()) & ~(1u << self.rank);
+    int32_t choice = first.choice;
+    if (unit != units.first_sent()) {
+      choice = LoadChoiceOfLane(launch, unit / units.num_groups());
+      units.Load(unit, group, loaded);
+    }
+    uint32_t peers = RanksOf(launch, choice) & ~(1u << self.rank);
     for (; peers != 0; peers &= peers - 1) {
       const int peer = __ffs(peers) - 1;
       StoreGroup(PlaceOf(launch, peer, self.rank, call.epoch, unit), call.epoch, loaded.vectors,
@@ -186,7 +210,7 @@ __device__ void ReceiveTokens(const DispatchUnits<Source>& units, const PushCall
   const LowLatencyDispatch& launch = units.launch();
   const Endpoint& self = launch.self;
   const DispatchArgs& a = launch.args;
-  is_good = is_good && table.Fill(call);
+  is_good = is_good && table.Fill(call, units.num_table_threads());
   if (!is_good) {
     for (int i = 0; i < results.count; ++i) {
       const Results::Span& span = results.spans[i];
@@ -246,7 +270,7 @@ __global__ void __launch_bounds__(kLowLatencyThreads, 1)
                              const __grid_constant__ Results results) {
   const Endpoint& self = launch.self;
   const DispatchUnits<Source> units(launch);
-  GroupOfRow<Source> loaded;
+  typename DispatchUnits<Source>::FirstLoads loaded;
   units.LoadFirst(loaded);  // on its way together with the epoch
   RoutingTable<kLayout> table(launch, DynamicShared<uint32_t>());
   table.Clear();
@@ -254,8 +278,8 @@ __global__ void __launch_bounds__(kLowLatencyThreads, 1)
   bool is_good = Begin(self, OpId::kDispatch, launch.position, call);
   is_good = __syncthreads_and(is_good);
   if (is_good) SendTokens(units, call, loaded);
-  EndEpoch(self, call);
-  ReceiveTokens(units, call, is_good, table, results, loaded);
+  EndEpochBehindBarrier(self, call);
+  ReceiveTokens(units, call, is_good, table, results, loaded.row);
   EndReading(self);
 }
 
