@@ -89,14 +89,14 @@ constexpr size_t SharedBytes(int num_ranks, size_t low_latency_bytes = 0) {
 
 /// Sizes of rooms, computed for kernels, where divisions are slow.
 struct Rooms {
-  int64_t slots;
+  int slots;
   int64_t push_payload;
   int64_t low_latency_offset;
   int64_t low_latency_payload;
 };
 constexpr Rooms RoomsOf(int num_ranks, size_t low_latency_bytes = 0) {
   return {
-      .slots = static_cast<int64_t>(Slots(num_ranks)),
+      .slots = static_cast<int>(Slots(num_ranks)),
       .push_payload = static_cast<int64_t>(PushPayload(num_ranks)),
       .low_latency_offset = static_cast<int64_t>(LowLatencyOffset(num_ranks)),
       .low_latency_payload = static_cast<int64_t>(LowLatencyPayload(num_ranks, low_latency_bytes))};

@@ -64,13 +64,14 @@ __device__ inline uint32_t CountBlock(uint32_t* word) {
   return before;
 }
 
-/// Adds to a signal of this rank, without order, and returns it as it was. The result is not waited
-/// for before it is used: after atomicAdd, compilers exchange it between lanes at once.
-__device__ inline uint64_t FetchAdd(Signal* cell, uint64_t value) {
+/// Turns bits of a signal of this rank over, without order, and returns it as it was. The result is
+/// not waited for before it is used: after an addition, compilers exchange it between lanes at
+/// once.
+__device__ inline uint64_t FetchXor(Signal* cell, uint64_t bits) {
   uint64_t before;
-  asm volatile("atom.relaxed.gpu.global.add.u64 %0, [%1], %2;"
+  asm volatile("atom.relaxed.gpu.global.xor.b64 %0, [%1], %2;"
                : "=l"(before)
-               : "l"(cell), "l"(value)
+               : "l"(cell), "l"(bits)
                : "memory");
   return before;
 }

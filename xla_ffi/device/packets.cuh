@@ -125,10 +125,14 @@ template <typename IsThere>
 __device__ inline bool AwaitPackets(const Endpoint& self, const PushCall& call, int peer,
                                     IsThere&& is_there) {
   constexpr int kLooks = 64;
-  for (int n = 0; n < kLooks; ++n) {
-    if (is_there()) return true;
+  uint64_t begun = 0;
+  for (int n = 0; !is_there(); ++n) {
+    if (n < kLooks) continue;
+    n = kLooks;
+    begun = GoesOn(self, call.op, peer, begun);
+    if (begun == 0) return false;
   }
-  return WaitUntil(self, call.op, peer, is_there);
+  return true;
 }
 
 /// Waits for a group of a peer's packets at `from`, and unpacks it. False if the group fails first.

@@ -24,20 +24,30 @@ inline constexpr uint64_t kAbsentWord = kAbsentByte * 0x0101010101010101u;
 inline constexpr uint64_t kStandInWord =
     kAbsentWord ^ 1;  // the upper half; the lower is kAbsentWord
 
-/// Slots of `source` in the memory of `holder`, in the half of `epoch`.
-__device__ inline int64_t FirstSlot(const Endpoint& self, int source, uint32_t epoch) {
-  return int64_t{epoch & 1} * kSlots + source * self.rooms.slots;
+/// Vectors of an operand in slots that a thread takes at once. Their numbers have 32 bits, since
+/// each instruction before a store to a peer counts.
+struct Share {
+  uint32_t first;
+  uint32_t step;
+  uint32_t end;
+
+  __device__ uint32_t at(int v) const { return first + v * step; }
+  __device__ Strided ToStrided() const { return {.first = first, .step = step, .end = end}; }
+};
+
+/// The first slot of `source`, in the half of `epoch`, among those of a holder.
+__device__ inline uint32_t FirstSlot(const Endpoint& self, int source, uint32_t epoch) {
+  return (epoch & 1) * static_cast<uint32_t>(kSlots) + source * self.rooms.slots;
 }
-__device__ inline std::byte* SlotAt(const Endpoint& self, int holder, int source, uint32_t epoch,
-                                    int64_t i) {
+/// Slot `i` of a holder, and its word of escapes.
+__device__ inline std::byte* SlotAt(const Endpoint& self, int holder, uint32_t i) {
   return reinterpret_cast<std::byte*>(self.control[holder]) + kSlotsOffset +
-         (FirstSlot(self, source, epoch) + i) * kVectorBytes;
+         uint64_t{i} * kVectorBytes;
 }
-__device__ inline uint32_t* EscapeAt(const Endpoint& self, int holder, int source, uint32_t epoch,
-                                     int64_t i) {
+__device__ inline uint32_t* EscapeAt(const Endpoint& self, int holder, uint32_t i) {
   auto* const words = reinterpret_cast<uint32_t*>(
       reinterpret_cast<std::byte*>(self.control[holder]) + kEscapesOffset);
-  return words + FirstSlot(self, source, epoch) + i;
+  return words + i;
 }
 
 /// What an escape says in a call: one of two words that differ from those of the calls before.
@@ -62,19 +72,19 @@ static __device__ __noinline__ void StoreEscaped(std::byte* slot, uint32_t* esca
 
 /// Stores this thread's vectors in slots of a peer.
 template <int kCount>
-__device__ void SendVectors(const Endpoint& self, int peer, uint32_t epoch, const Strided& which,
+__device__ void SendVectors(const Endpoint& self, int peer, uint32_t epoch, const Share& which,
                             const uint4 (&vectors)[kCount]) {
-  std::byte* const slots = SlotAt(self, peer, self.rank, epoch, 0);
+  const uint32_t first = FirstSlot(self, self.rank, epoch);
 #pragma unroll
   for (int v = 0; v < kCount; ++v) {
-    const int64_t i = which.at(v);
-    if (i >= which.end) continue;
+    if (which.at(v) >= which.end) continue;
+    const uint32_t i = first + which.at(v);
     const Packet packet = ToPacket(vectors[v]);
     if (packet.low == kAbsentWord && (packet.high | 1) == kAbsentWord) {
-      StoreEscaped(slots + i * kVectorBytes, EscapeAt(self, peer, self.rank, epoch, i), epoch,
+      StoreEscaped(SlotAt(self, peer, i), EscapeAt(self, peer, i), epoch,
                    packet.high == kAbsentWord);
     } else {
-      StorePacket(slots + i * kVectorBytes, packet);
+      StorePacket(SlotAt(self, peer, i), packet);
     }
   }
 }
@@ -89,14 +99,14 @@ struct Arrivals {
 /// Loads slots of a peer's vectors; ReceiveVectors waits for them.
 template <int kCount>
 __device__ Arrivals<kCount> LookAtSlots(const Endpoint& self, int peer, uint32_t epoch,
-                                        const Strided& which) {
+                                        const Share& which) {
   Arrivals<kCount> found;
   found.called = LoadRelaxed(&self.own()->called[epoch & 1][peer]);
-  const std::byte* const slots = SlotAt(self, self.rank, peer, epoch, 0);
+  const std::byte* const slots = SlotAt(self, self.rank, FirstSlot(self, peer, epoch));
 #pragma unroll
   for (int v = 0; v < kCount; ++v) {
-    const int64_t i = which.at(v);
-    found.at[v] = i < which.end ? LoadPacket(slots + i * kVectorBytes) : Packet{};
+    const uint32_t i = which.at(v);
+    found.at[v] = i < which.end ? LoadPacket(slots + uint64_t{i} * kVectorBytes) : Packet{};
   }
   return found;
 }
@@ -114,8 +124,8 @@ __device__ bool AreThere(const Arrivals<kCount>& found, const PushCall& call) {
 
 /// Waits for the escape of a stand-in. 0 if the group fails first, which no escape is.
 static __device__ __noinline__ uint32_t AwaitEscape(const Endpoint& self, OpId op, uint32_t epoch,
-                                                    int peer, int64_t i) {
-  const uint32_t* const escape = EscapeAt(self, self.rank, peer, epoch, i);
+                                                    int peer, uint32_t i) {
+  const uint32_t* const escape = EscapeAt(self, self.rank, i);
   uint32_t found = 0;
   const bool is_there = WaitUntil(self, op, peer, [&] {
     found = LoadRelaxed(escape);
@@ -127,20 +137,20 @@ static __device__ __noinline__ uint32_t AwaitEscape(const Endpoint& self, OpId o
 /// Waits for a peer's vectors, and empties their slots. False if the group fails first.
 template <int kCount>
 __device__ bool ReceiveVectors(const Endpoint& self, const PushCall& call, int peer,
-                               const Strided& which, Arrivals<kCount>& found,
+                               const Share& which, Arrivals<kCount>& found,
                                uint4 (&vectors)[kCount]) {
   bool is_good = AreThere(found, call) || AwaitPackets(self, call, peer, [&] {
                    found = LookAtSlots<kCount>(self, peer, call.epoch, which);
                    return AreThere(found, call);
                  });
   if (!is_good || !IsCall(self, call.op, peer, call.tag, found.called.value)) return false;
-  std::byte* const slots = SlotAt(self, self.rank, peer, call.epoch, 0);
+  const uint32_t first = FirstSlot(self, peer, call.epoch);
 #pragma unroll
   for (int v = 0; v < kCount; ++v) {
-    const int64_t i = which.at(v);
+    const uint32_t i = first + which.at(v);
     vectors[v] = ToVector(found.at[v]);
-    if (i >= which.end) continue;
-    StorePacket(slots + i * kVectorBytes, {.low = kAbsentWord, .high = kAbsentWord});
+    if (which.at(v) >= which.end) continue;
+    StorePacket(SlotAt(self, self.rank, i), {.low = kAbsentWord, .high = kAbsentWord});
     if (found.at[v].low == kAbsentWord && found.at[v].high == kStandInWord) {
       const uint32_t escape = AwaitEscape(self, call.op, call.epoch, peer, i);
       if (escape == EscapeOf(call.epoch, true)) vectors[v].z ^= 1;

@@ -26,6 +26,7 @@ using Kernel = void (*)(AllReduceLaunch);
 
 struct Kernels {
   Kernel low_latency;
+  Kernel low_latency_whole;  // whole vectors
   Kernel push_one_shot;
   Kernel push_two_shot;  // null: none
   Kernel one_shot;
@@ -35,10 +36,16 @@ struct Kernels {
 template <typename Element>
 Kernels KernelsOf() {
   if constexpr (std::is_same_v<Element, Byte>) {
-    return {LowLatencyKernel<Byte>, PushKernel<Byte>, nullptr, OneShotKernel<Byte>, nullptr};
+    return {LowLatencyKernel<Byte, false>,
+            LowLatencyKernel<Byte, true>,
+            PushKernel<Byte>,
+            nullptr,
+            OneShotKernel<Byte>,
+            nullptr};
   } else {
-    return {LowLatencyKernel<Element>, PushKernel<Element>, PushTwoShotKernel<Element>,
-            OneShotKernel<Element>, TwoShotKernel<Element>};
+    return {
+        LowLatencyKernel<Element, false>, LowLatencyKernel<Element, true>, PushKernel<Element>,
+        PushTwoShotKernel<Element>,       OneShotKernel<Element>,          TwoShotKernel<Element>};
   }
 }
 
@@ -63,8 +70,9 @@ cudaError_t LoadAllReduceKernels(DeviceTraits&) {
   for (const Movement movement : {Movement::kAllReduce, Movement::kAllGather}) {
     for (const DType dtype : {DType::kBF16, DType::kF16, DType::kF32, DType::kI32}) {
       const Kernels kernels = KernelsOf(movement, dtype);
-      for (const Kernel kernel : {kernels.low_latency, kernels.push_one_shot, kernels.push_two_shot,
-                                  kernels.one_shot, kernels.two_shot}) {
+      for (const Kernel kernel :
+           {kernels.low_latency, kernels.low_latency_whole, kernels.push_one_shot,
+            kernels.push_two_shot, kernels.one_shot, kernels.two_shot}) {
         cudaFuncAttributes found{};
         if (kernel == nullptr) continue;
         const cudaError_t status = cudaFuncGetAttributes(&found, kernel);
@@ -94,7 +102,8 @@ cudaError_t LaunchAllReduce(const AllReduceLaunch& launch, Algorithm algorithm,
         static_cast<int>(std::clamp<int64_t>(wanted, kMinLowLatencyThreads, kReduceThreads));
     config.num_blocks =
         static_cast<int>(std::min(most_blocks, divide(num_vectors, config.num_threads)));
-    return Launch(kernels.low_latency, config, launch);
+    const bool is_whole = IsWhole(args.bytes, args.in) && IsWhole(args.bytes, args.out);
+    return Launch(is_whole ? kernels.low_latency_whole : kernels.low_latency, config, launch);
   }
   const bool is_two_shot = algorithm == Algorithm::kTwoShot;
   const int64_t num_chunks = is_two_shot ? launch.self.num_ranks : 1;

@@ -24,65 +24,68 @@ namespace jax_ep {
 // Traffic    per rank: bytes read, stored at each peer, as much polled from the own L2 for each
 //            peer and overwritten there, the result written.
 // Floor      bytes * (num_ranks - 1) over NVLink push; a launch, a load, a store's way to a peer.
-template <typename Element>
+//
+// kIsWhole: operand and result consist of whole vectors and are aligned.
+template <typename Element, bool kIsWhole>
 __global__ void __launch_bounds__(kReduceThreads)
     LowLatencyKernel(const __grid_constant__ AllReduceLaunch launch) {
   constexpr bool kGathers = std::is_same_v<Element, Byte>;
   constexpr int kBytes = kElementBytes<Element>;
-  constexpr int kPeersAtOnce = 2;
   const Endpoint& self = launch.self;
   const AllReduceArgs& a = launch.args;
-  const Strided share = InTurns(0, NumVectors(a.bytes));
-  const auto load = [&](int r, const Strided& pair, uint4(&vectors)[kPair]) {
-    LoadVectors<kBytes>(a.in + r * a.in_stride(), pair, a.bytes, vectors);
+  const Share share{.first = blockIdx.x * blockDim.x + threadIdx.x,
+                    .step = gridDim.x * blockDim.x,
+                    .end = static_cast<uint32_t>(NumVectors(a.bytes))};
+  const auto load = [&](const std::byte* from, const Share& pair, uint4(&vectors)[kPair]) {
+    LoadShare<kBytes, kIsWhole>(from, pair, a.bytes, vectors);
   };
-  uint4 vectors[kPair];
-  load(0, share, vectors);  // on its way together with the epoch
+  const auto store = [&](std::byte* to, const Share& pair, const uint4(&vectors)[kPair]) {
+    StoreShare<kBytes, kIsWhole>(to, pair, a.bytes, vectors);
+  };
+  uint4 own[kPair];
+  load(a.in + self.rank * a.in_stride(), share, own);  // on its way together with the epoch
   PushCall call;
   bool is_good = Begin(self, OpOf(a.movement), launch.position, call);
-  if (is_good) {
-    ForEachPair(share, [&](const Strided& pair) {
-      for (int r = 0; r < self.num_ranks; ++r) {
-        if (a.in_stride() != 0 || (r == 0 && pair.first != share.first)) load(r, pair, vectors);
-        if (r != self.rank) SendVectors(self, r, call.epoch, pair, vectors);
-      }
-    });
+  for (Share pair = share; is_good && pair.first < pair.end; pair.first += kPair * pair.step) {
+    const std::byte* part = a.in;
+    for (int r = 0; r < self.num_ranks; ++r, part += a.in_stride()) {
+      if (r == self.rank) continue;
+      uint4 vectors[kPair] = {own[0], own[1]};
+      if (a.in_stride() != 0 || pair.first != share.first) load(part, pair, vectors);
+      SendVectors(self, r, call.epoch, pair, vectors);
+    }
   }
   EndEpoch(self, call);
-  ForEachPair(share, [&](const Strided& pair) {
+  const auto look = [&](int r, const Share& pair) {
+    return r < self.num_ranks ? LookAtSlots<kPair>(self, r, call.epoch, pair) : Arrivals<kPair>{};
+  };
+  const auto peer_from = [&](int r) { return r == self.rank ? r + 1 : r; };
+  for (Share pair = share; pair.first < pair.end; pair.first += kPair * pair.step) {
     Sum<std::conditional_t<kGathers, float, Element>> sums[kPair];
-    uint4 own[kPair];
-    for (int begin = 0; begin < self.num_ranks; begin += kPeersAtOnce) {
-      Arrivals<kPair> found[kPeersAtOnce];
-#pragma unroll
-      for (int u = 0; u < kPeersAtOnce; ++u) {
-        const int r = begin + u;
-        if (r < self.num_ranks && r != self.rank) {
-          found[u] = LookAtSlots<kPair>(self, r, call.epoch, pair);
-        }
+    Arrivals<kPair> next = look(peer_from(0), pair);
+    if (pair.first != share.first) load(a.in + self.rank * a.in_stride(), pair, own);
+    std::byte* part = a.out;
+#pragma unroll 1
+    for (int r = 0; r < self.num_ranks; ++r, part += a.bytes) {
+      uint4 terms[kPair] = {own[0], own[1]};
+      if (r != self.rank) {
+        Arrivals<kPair> found = next;
+        next = look(peer_from(r + 1), pair);
+        if (is_good) is_good = ReceiveVectors(self, call, r, pair, found, terms);
       }
-      if (begin == 0) load(self.rank, pair, own);
-#pragma unroll
-      for (int u = 0; u < kPeersAtOnce; ++u) {
-        const int r = begin + u;
-        if (r >= self.num_ranks) break;
-        uint4 terms[kPair] = {own[0], own[1]};
-        if (r != self.rank && is_good) {
-          is_good = ReceiveVectors(self, call, r, pair, found[u], terms);
-        }
-        if constexpr (kGathers) {
-          if (!is_good) Poison(terms);
-          StoreVectors<kBytes>(a.out + r * a.bytes, pair, a.bytes, terms);
-        } else {
-          Add(sums, r, terms);
-        }
+      if constexpr (kGathers) {
+        if (!is_good) Poison(terms);
+        store(part, pair, terms);
+      } else {
+        Add(sums, r, terms);
       }
     }
     if constexpr (!kGathers) {
-      Round(sums, is_good, own);
-      StoreVectors<kBytes>(a.out, pair, a.bytes, own);
+      uint4 rounded[kPair];
+      Round(sums, is_good, rounded);
+      store(a.out, pair, rounded);
     }
-  });
+  }
   if (!is_good) NotePeerFailure(self);
   EndReading(self);
 }

@@ -28,22 +28,21 @@ constexpr OpId kOp = OpId::kAllReduceResidualRmsnorm;
 //            peer and overwritten there, the residual and the scale read, two rows written.
 // Floor      all bytes over NVLink or all bytes over HBM, whichever takes longer; a launch, a load,
 //            a store's way to a peer.
-template <typename Element, int kHeld>
+template <typename Element, int kHeld, bool kIsWhole>
 __global__ void __launch_bounds__(kMaxNormThreads)
     LowLatencyNormKernel(const __grid_constant__ RmsNormLaunch launch) {
   const Endpoint& self = launch.self;
   const RmsNormArgs& a = launch.args;
-  const RowPart<Element> part(a);
+  const RowPart<Element, kIsWhole> part(a);
   uint4 vectors[kPair];
   part.Load(a.in, blockIdx.x, 0, vectors);  // on its way together with the epoch
   PushCall call;
   bool is_good = Begin(self, kOp, launch.position, call);
   // Rows of slots lie behind one another.
   const auto in_slots = [&](int64_t row, int p) {
-    const Strided pair = part.Of(p);
-    return Strided{.first = row * part.num_vectors + pair.first,
-                   .step = pair.step,
-                   .end = (row + 1) * part.num_vectors};
+    const Share pair = part.Of(p);
+    const auto first = static_cast<uint32_t>(row) * part.num_vectors;
+    return Share{.first = first + pair.first, .step = pair.step, .end = first + part.num_vectors};
   };
   for (int64_t row = blockIdx.x; is_good && row < a.num_rows; row += gridDim.x) {
 #pragma unroll
@@ -55,16 +54,16 @@ __global__ void __launch_bounds__(kMaxNormThreads)
       }
     }
   }
-  RowFactors<Element, kHeld> factors(a, part);
+  RowFactors<Element, kHeld, kIsWhole> factors(a, part);
   factors.BeginRow(blockIdx.x);
   EndEpoch(self, call);
-  is_good = NormRows<Element, kHeld>(
+  is_good = NormRows<Element, kHeld, kIsWhole>(
       a, factors, self.num_ranks, is_good, [&](int64_t row, int p, int r, uint4(&terms)[kPair]) {
         if (r == self.rank) {
           part.Load(a.in, row, p, terms);
           return true;
         }
-        const Strided which = in_slots(row, p);
+        const Share which = in_slots(row, p);
         Arrivals<kPair> found = LookAtSlots<kPair>(self, r, call.epoch, which);
         return ReceiveVectors(self, call, r, which, found, terms);
       });
@@ -80,25 +79,25 @@ __global__ void __launch_bounds__(kMaxNormThreads)
 //            written.
 // Floor      all bytes over NVLink or all bytes over HBM, whichever takes longer; a launch, and two
 //            exchanges of signals.
-template <typename Element, int kHeld>
+template <typename Element, int kHeld, bool kIsWhole>
 __global__ void __launch_bounds__(kMaxNormThreads)
     OneShotNormKernel(const __grid_constant__ RmsNormLaunch launch,
                       const __grid_constant__ Results results) {
   __shared__ PeerAddresses peers;
   const Endpoint& self = launch.self;
   const RmsNormArgs& a = launch.args;
-  const RowPart<Element> part(a);
+  const RowPart<Element, kIsWhole> part(a);
   OwnAddresses own;
   own.at[0] = a.in;
   own.count = 1;
   const bool is_open = OpenCall(self, kOp, launch.position, own, peers);
-  RowFactors<Element, kHeld> factors(a, part);
+  RowFactors<Element, kHeld, kIsWhole> factors(a, part);
   factors.BeginRow(blockIdx.x);
-  NormRows<Element, kHeld>(a, factors, self.num_ranks, is_open,
-                           [&](int64_t row, int p, int r, uint4(&terms)[kPair]) {
-                             part.Load(peers.at[0][r], row, p, terms);
-                             return true;
-                           });
+  NormRows<Element, kHeld, kIsWhole>(a, factors, self.num_ranks, is_open,
+                                     [&](int64_t row, int p, int r, uint4(&terms)[kPair]) {
+                                       part.Load(peers.at[0][r], row, p, terms);
+                                       return true;
+                                     });
   CloseCall(self, kOp, is_open, results);
 }
 
@@ -107,24 +106,28 @@ struct Kernels {
   void (*one_shot)(RmsNormLaunch, Results);
 };
 
-template <typename Element, int kHeld>
-Kernels KernelsOf() {
-  return {LowLatencyNormKernel<Element, kHeld>, OneShotNormKernel<Element, kHeld>};
-}
-
 template <typename Element>
-Kernels KernelsOf(bool has_short_rows) {
-  return has_short_rows ? KernelsOf<Element, kFewHeld>() : KernelsOf<Element, kMostHeld>();
+Kernels KernelsOf(bool has_short_rows, bool is_whole) {
+  if (!is_whole) {
+    return {LowLatencyNormKernel<Element, kMostHeld, false>,
+            OneShotNormKernel<Element, kMostHeld, false>};
+  }
+  if (!has_short_rows) {
+    return {LowLatencyNormKernel<Element, kMostHeld, true>,
+            OneShotNormKernel<Element, kMostHeld, true>};
+  }
+  return {LowLatencyNormKernel<Element, kFewHeld, true>,
+          OneShotNormKernel<Element, kFewHeld, true>};
 }
 
-Kernels KernelsOf(DType dtype, bool has_short_rows) {
+Kernels KernelsOf(DType dtype, bool has_short_rows, bool is_whole) {
   switch (dtype) {
     case DType::kBF16:
-      return KernelsOf<__nv_bfloat162>(has_short_rows);
+      return KernelsOf<__nv_bfloat162>(has_short_rows, is_whole);
     case DType::kF16:
-      return KernelsOf<__half2>(has_short_rows);
+      return KernelsOf<__half2>(has_short_rows, is_whole);
     case DType::kF32:
-      return KernelsOf<float>(has_short_rows);
+      return KernelsOf<float>(has_short_rows, is_whole);
     case DType::kI32:
       break;  // refused at the border
   }
@@ -136,11 +139,13 @@ Kernels KernelsOf(DType dtype, bool has_short_rows) {
 cudaError_t LoadAllReduceResidualRmsnormKernels(DeviceTraits&) {
   for (const DType dtype : {DType::kBF16, DType::kF16, DType::kF32}) {
     for (const bool has_short_rows : {false, true}) {
-      const Kernels kernels = KernelsOf(dtype, has_short_rows);
-      cudaFuncAttributes found{};
-      cudaError_t status = cudaFuncGetAttributes(&found, kernels.low_latency);
-      if (status == cudaSuccess) status = cudaFuncGetAttributes(&found, kernels.one_shot);
-      if (status != cudaSuccess) return status;
+      for (const bool is_whole : {false, true}) {
+        const Kernels kernels = KernelsOf(dtype, has_short_rows, is_whole);
+        cudaFuncAttributes found{};
+        cudaError_t status = cudaFuncGetAttributes(&found, kernels.low_latency);
+        if (status == cudaSuccess) status = cudaFuncGetAttributes(&found, kernels.one_shot);
+        if (status != cudaSuccess) return status;
+      }
     }
   }
   return cudaSuccess;
@@ -159,8 +164,12 @@ cudaError_t LaunchRmsNorm(const RmsNormLaunch& launch, Algorithm algorithm,
       .is_behind = false,
       .priority = device.highest_priority,
       .stream = stream};
-  const Kernels kernels =
-      KernelsOf(args.dtype, num_vectors <= int64_t{config.num_threads} * kFewHeld);
+  const std::byte* const arrays[] = {args.in, args.residual, args.normed, args.new_residual};
+  const bool is_whole = std::all_of(std::begin(arrays), std::end(arrays), [&](const auto* array) {
+    return IsWhole(args.row_bytes(), array);
+  });
+  const bool has_short_rows = num_vectors <= int64_t{config.num_threads} * kFewHeld;
+  const Kernels kernels = KernelsOf(args.dtype, has_short_rows, is_whole);
   if (algorithm == Algorithm::kLowLatency) return Launch(kernels.low_latency, config, launch);
   const Results results =
       Results::Of({{args.normed, args.bytes()}, {args.new_residual, args.bytes()}});

@@ -22,24 +22,26 @@ JAX_EP_HOST_DEVICE inline int64_t RowVectors(const RmsNormArgs& args) {
 }
 
 /// A thread's vectors of one row, in pairs: every kernel deals a row to the threads of its block.
-template <typename Element>
+/// kIsWhole: all rows consist of whole vectors and are aligned.
+template <typename Element, bool kIsWhole>
 struct RowPart {
   static constexpr int kBytes = kElementBytes<Element>;
 
   int64_t row_bytes;
-  int64_t num_vectors;
+  uint32_t num_vectors;
 
   __device__ explicit RowPart(const RmsNormArgs& args)
-      : row_bytes(args.row_bytes()), num_vectors(RowVectors(args)) {}
+      : row_bytes(args.row_bytes()), num_vectors(static_cast<uint32_t>(RowVectors(args))) {}
 
   /// The vectors of pair `p`.
-  __device__ Strided Of(int p) const {
-    return {.first = threadIdx.x + int64_t{p} * kPair * blockDim.x,
-            .step = blockDim.x,
-            .end = num_vectors};
+  __device__ Share Of(int p) const {
+    return {.first = threadIdx.x + p * kPair * blockDim.x, .step = blockDim.x, .end = num_vectors};
   }
   __device__ void Load(const std::byte* array, int64_t row, int p, uint4 (&vectors)[kPair]) const {
-    LoadVectors<kBytes>(array + row * row_bytes, Of(p), row_bytes, vectors);
+    LoadShare<kBytes, kIsWhole>(array + row * row_bytes, Of(p), row_bytes, vectors);
+  }
+  __device__ void Store(std::byte* array, int64_t row, int p, const uint4 (&vectors)[kPair]) const {
+    StoreShare<kBytes, kIsWhole>(array + row * row_bytes, Of(p), row_bytes, vectors);
   }
 };
 
@@ -74,18 +76,18 @@ __device__ inline void LoadScale(const RmsNormArgs& a, int64_t i,
 
 /// A thread's part of the residual and of the scale, loaded before the terms have come if a thread
 /// has few vectors.
-template <typename Element, int kHeld>
+template <typename Element, int kHeld, bool kIsWhole>
 class RowFactors {
  public:
   static constexpr int kSize = Vector<Element>::kSize;
   static constexpr bool kIsEarly = kHeld == kFewHeld;
 
-  __device__ RowFactors(const RmsNormArgs& args, const RowPart<Element>& part)
+  __device__ RowFactors(const RmsNormArgs& args, const RowPart<Element, kIsWhole>& part)
       : a_(args), part_(part) {
     if constexpr (kIsEarly) {
 #pragma unroll
       for (int v = 0; v < kHeld; ++v) {
-        const int64_t i = part_.Of(0).at(v);
+        const uint32_t i = part_.Of(0).at(v);
         if (i < part_.num_vectors) LoadScale<Element>(a_, i, scale_[v]);
       }
     }
@@ -112,7 +114,7 @@ class RowFactors {
 
  private:
   const RmsNormArgs& a_;
-  const RowPart<Element>& part_;
+  const RowPart<Element, kIsWhole>& part_;
   uint4 residual_[kPair] = {};
   float scale_[kIsEarly ? kHeld : 1][kSize] = {};
 };
@@ -121,27 +123,27 @@ class RowFactors {
 /// keeps its vectors in registers between the two steps. `load_terms(row, pair, rank, vectors)`
 /// loads this thread's pair of vectors of a rank's row; it returns false if the call fails. Returns
 /// false, with poisoned rows, if the call has failed.
-template <typename Element, int kHeld, typename LoadTerms>
-__device__ bool NormRows(const RmsNormArgs& a, RowFactors<Element, kHeld>& factors, int num_ranks,
-                         bool is_good, LoadTerms&& load_terms) {
+template <typename Element, int kHeld, bool kIsWhole, typename LoadTerms>
+__device__ bool NormRows(const RmsNormArgs& a, RowFactors<Element, kHeld, kIsWhole>& factors,
+                         int num_ranks, bool is_good, LoadTerms&& load_terms) {
   using Values = Vector<Element>;
   constexpr int kSize = Values::kSize;
-  constexpr int kBytes = kElementBytes<Element>;
+  constexpr int kNumPairs = kHeld / kPair;
   __shared__ float warps[kMaxNormThreads / kWarpSize];
-  const RowPart<Element> part(a);
+  const RowPart<Element, kIsWhole> part(a);
   for (int64_t row = blockIdx.x; row < a.num_rows; row += gridDim.x) {
-    const int64_t at = row * part.row_bytes;
     if (row != blockIdx.x) factors.BeginRow(row);
-    uint4 held[kHeld] = {};
+    uint4 held[kNumPairs][kPair] = {};
     float squares = 0.0f;
 #pragma unroll
-    for (int p = 0; p < kHeld / kPair; ++p) {
-      const Strided pair = part.Of(p);
+    for (int p = 0; p < kNumPairs; ++p) {
+      const Share pair = part.Of(p);
       if (pair.first >= pair.end) break;
       Sum<Element> sums[kPair];
       uint4 residual[kPair];
       uint4 vectors[kPair] = {};
       factors.LoadResidual(row, p, residual);
+#pragma unroll 1
       for (int r = 0; r < num_ranks; ++r) {
         if (is_good) is_good = load_terms(row, p, r, vectors);
         Add(sums, r, vectors);
@@ -155,28 +157,31 @@ __device__ bool NormRows(const RmsNormArgs& a, RowFactors<Element, kHeld>& facto
         Values::Load(residual[v], term);
 #pragma unroll
         for (int e = 0; e < kSize; ++e) h[e] += term[e];
-        const uint4 sum = is_good ? Values::Round(h) : Poison();
-        held[p * kPair + v] = sum;
+        held[p][v] = is_good ? Values::Round(h) : Poison();
         if (pair.at(v) >= pair.end) continue;
-        StoreVector<kBytes>(a.new_residual + at, pair.at(v), part.row_bytes, sum);
-        Values::Load(sum, h);
+        Values::Load(held[p][v], h);
 #pragma unroll
         for (int e = 0; e < kSize; ++e) squares += h[e] * h[e];
       }
+      part.Store(a.new_residual, row, p, held[p]);
     }
     const float mean = SumOfBlock(squares, warps) / static_cast<float>(a.hidden);
     const float factor = 1.0f / sqrtf(mean + a.eps);
 #pragma unroll
-    for (int v = 0; v < kHeld; ++v) {
-      const int64_t i = part.Of(v / kPair).at(v % kPair);
-      if (i >= part.num_vectors) break;
-      float h[kSize];
-      float scale[kSize];
-      Values::Load(held[v], h);
-      factors.Scale(v, scale);
+    for (int p = 0; p < kNumPairs; ++p) {
+      if (part.Of(p).first >= part.num_vectors) break;
 #pragma unroll
-      for (int e = 0; e < kSize; ++e) h[e] = h[e] * factor * scale[e];
-      StoreVector<kBytes>(a.normed + at, i, part.row_bytes, Values::Round(h));
+      for (int v = 0; v < kPair; ++v) {
+        if (part.Of(p).at(v) >= part.num_vectors) break;
+        float h[kSize];
+        float scale[kSize];
+        Values::Load(held[p][v], h);
+        factors.Scale(p * kPair + v, scale);
+#pragma unroll
+        for (int e = 0; e < kSize; ++e) h[e] = h[e] * factor * scale[e];
+        held[p][v] = Values::Round(h);
+      }
+      part.Store(a.normed, row, p, held[p]);
     }
   }
   return is_good;

@@ -17,10 +17,6 @@
 namespace jax_ep {
 
 inline constexpr int kLowLatencyThreads = 512;
-// Warps of a block that read the choices of all ranks while the others send rows, which may wait
-// for the link. In a small block every warp does both.
-inline constexpr int kTableWarps = 4;
-inline constexpr int kMinWarpsOfParts = 8;
 
 // Writes the results of a dispatch that say what has come from where, and the rows without a token.
 template <RecvLayout kLayout>
@@ -111,25 +107,16 @@ class DispatchUnits {
       : launch_(launch),
         num_groups_(launch.groups.count()),
         num_(static_cast<int>(launch.args.shape.num_tokens) * num_groups_),
-        num_table_warps_(blockDim.x / kWarpSize >= kMinWarpsOfParts ? kTableWarps : 0),
         // Neighbouring groups go to different SMs, so that a short call is spread over all SMs.
-        first_(Warp() * GridWidth() + static_cast<int>(blockIdx.x)),
-        step_(static_cast<int>(blockDim.x / kWarpSize) * GridWidth()) {}
+        first_(static_cast<int>(threadIdx.x / kWarpSize * gridDim.x + blockIdx.x)),
+        step_(static_cast<int>(blockDim.x / kWarpSize * gridDim.x)) {}
 
   __device__ const LowLatencyDispatch& launch() const { return launch_; }
   __device__ int num_groups() const { return num_groups_; }
   __device__ int num() const { return num_; }  // of one rank
-  // Those that this warp receives, among those of all ranks.
+  // Those of this warp.
   __device__ int first() const { return first_; }
   __device__ int step() const { return step_; }
-  // Those that it sends.
-  __device__ int first_sent() const {
-    return Warp() < num_table_warps_ ? num_ : first_ - num_table_warps_ * GridWidth();
-  }
-  __device__ int step_sent() const { return step_ - num_table_warps_ * GridWidth(); }
-  __device__ int num_table_threads() const {
-    return num_table_warps_ == 0 ? static_cast<int>(blockDim.x) : num_table_warps_ * kWarpSize;
-  }
 
   __device__ RowGroup GroupAt(int unit) const { return GroupOf(launch_, unit % num_groups_); }
   // Scales go along with the rows that they belong to.
@@ -150,7 +137,7 @@ class DispatchUnits {
   __device__ void LoadFirst(FirstLoads& loaded) const {
     const int thread = first_ * kWarpSize + PacketLane();
     if (thread < NumPairs(launch_.args.shape)) loaded.pair = LoadPair(launch_.args, thread);
-    const int unit = first_sent();
+    const int unit = first();
     if (unit >= num_) return;
     loaded.choice = LoadChoiceOfLane(launch_, unit / num_groups_);
     const RowGroup group = GroupAt(unit);
@@ -158,13 +145,9 @@ class DispatchUnits {
   }
 
  private:
-  static __device__ int Warp() { return static_cast<int>(threadIdx.x / kWarpSize); }
-  static __device__ int GridWidth() { return static_cast<int>(gridDim.x); }
-
   const LowLatencyDispatch& launch_;
   const int num_groups_;
   const int num_;
-  const int num_table_warps_;
   const int first_;
   const int step_;
 };
@@ -179,11 +162,11 @@ __device__ void SendTokens(const DispatchUnits<Source>& units, const PushCall& c
   SendChoices(launch, call.epoch, units.first() * kWarpSize + PacketLane(),
               units.step() * kWarpSize, first.pair);
   GroupOfRow<Source>& loaded = first.row;
-  for (int unit = units.first_sent(); unit < units.num(); unit += units.step_sent()) {
+  for (int unit = units.first(); unit < units.num(); unit += units.step()) {
     const RowGroup group = units.GroupAt(unit);
     if (!units.IsSent(group)) continue;
     int32_t choice = first.choice;
-    if (unit != units.first_sent()) {
+    if (unit != units.first()) {
       choice = LoadChoiceOfLane(launch, unit / units.num_groups());
       units.Load(unit, group, loaded);
     }
@@ -210,7 +193,7 @@ __device__ void ReceiveTokens(const DispatchUnits<Source>& units, const PushCall
   const LowLatencyDispatch& launch = units.launch();
   const Endpoint& self = launch.self;
   const DispatchArgs& a = launch.args;
-  is_good = is_good && table.Fill(call, units.num_table_threads());
+  is_good = is_good && table.Fill(call);
   if (!is_good) {
     for (int i = 0; i < results.count; ++i) {
       const Results::Span& span = results.spans[i];

@@ -59,15 +59,11 @@ class RoutingTable {
     for (int i = threadIdx.x; i < num; i += blockDim.x) tokens_[i] = 0;
   }
 
-  // Reads the choices of all ranks' tokens, by the first `num_threads` threads of a block. All of
-  // its threads call it, behind a barrier after Clear. The result is the same for the whole block:
-  // false if the group fails.
-  __device__ bool Fill(const PushCall& call, int num_threads) {
+  // Reads the choices of all ranks' tokens. Every thread of a block calls it, behind a barrier
+  // after Clear. The result is the same for the whole block: false if the group fails.
+  __device__ bool Fill(const PushCall& call) {
     epoch_ = call.epoch;
-    bool is_good = true;
-    if (static_cast<int>(threadIdx.x) < num_threads) is_good = ReadChoices(call, num_threads);
-    is_good = __syncthreads_and(is_good);
-    if (!is_good) return false;
+    if (!__syncthreads_and(ReadChoices(call))) return false;
     if constexpr (!kIsRank) {
       FindFirstRows();
       __syncthreads();
@@ -225,10 +221,11 @@ class RoutingTable {
     return is_there && IsCall(self(), call.op, source, call.tag, packet.called.value);
   }
 
-  // Counts the choices of all ranks, `num_threads` threads a part of them. False if the group
-  // fails. The own choices come first, while those of the peers are on their way.
-  __device__ bool ReadChoices(const PushCall& call, int num_threads) {
+  // Counts this thread's part of the choices of all ranks. False if the group fails. The own
+  // choices come first, while those of the peers are on their way.
+  __device__ bool ReadChoices(const PushCall& call) {
     constexpr int kUnroll = 4;
+    const int num_threads = static_cast<int>(blockDim.x);
     const int thread = static_cast<int>(threadIdx.x);
     const int per_token = ChoicePackets(shape_.num_topk);
     const int num_pairs = NumPairs(shape_);

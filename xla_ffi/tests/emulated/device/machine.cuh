@@ -63,9 +63,9 @@ inline uint32_t CountBlock(uint32_t* word) {
   return std::atomic_ref(*word).fetch_add(1, std::memory_order_acq_rel);
 }
 
-inline uint64_t FetchAdd(Signal* cell, uint64_t value) {
+inline uint64_t FetchXor(Signal* cell, uint64_t bits) {
   auto* const word = reinterpret_cast<uint64_t*>(cell);
-  return std::atomic_ref(*word).fetch_add(value, std::memory_order_relaxed);
+  return std::atomic_ref(*word).fetch_xor(bits, std::memory_order_relaxed);
 }
 
 inline uint64_t GlobalTimer() {
