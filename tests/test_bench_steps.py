@@ -5,6 +5,7 @@ import re
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,6 +13,7 @@ from jax_ep.bench import reduce, report, steps, timing
 from jax_ep.bench.contenders import contenders
 from jax_ep.bench.record import Record
 from jax_ep.bench.shapes import Shape, make_inputs, make_point, make_reduce_point
+from jax_ep.testing.clock import read_clock
 from jax_ep.testing.ranks import on_ranks
 
 PAGES = Path(__file__).parent.parent / "benchmarks" / "pages"
@@ -115,6 +117,27 @@ def test_a_coarse_clock_is_read_over_several_steps(groups, monkeypatch):
     assert found.clock_us == pytest.approx((2.56 + 4.608) / 2, abs=0.1)
     assert found.us["p50"] == pytest.approx(4.608 - found.clock_us, abs=0.1)
     assert found.us["p99"] == pytest.approx(4.608 - found.clock_us, abs=0.1)
+
+
+def test_a_slow_operation_gets_few_steps(groups, monkeypatch):
+    """A first run decides; the others keep their chain."""
+    monkeypatch.setattr(steps, "_LINKS", 24)
+    group = groups(2)
+    link = _sum_link(group, "all_reduce", "psum")
+
+    def wait(given, made):
+        time, _, passed = read_clock(jnp.full((1,), 20_000, jnp.int32), link.run(given, made))
+        return passed + jnp.minimum(time[0], 0).astype(passed.dtype)
+
+    slow, fast = steps.measure(
+        [steps.Link(wait, link.carry), link], group, num_steps=30, slow_us=5000
+    )
+    assert slow.us["p50"] > 15_000
+    assert slow.count == steps._FEW * steps._FEW_RUNS
+    assert fast.us["p50"] < slow.us["p50"]
+    assert fast.count >= 30
+    (unasked,) = steps.measure([steps.Link(wait, link.carry)], group, num_steps=2)
+    assert unasked.count == 24 - steps._FIRST - unasked.span + 1
 
 
 STEPS = steps.Steps(
