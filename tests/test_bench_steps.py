@@ -178,42 +178,76 @@ def test_the_command_shows_steps_and_a_late_rank():
     assert "step p50" not in report.format_table(rows[1:])
 
 
-def test_pages_have_steps_of_the_records_that_know_them(monkeypatch):
-    """Records of before have no such field; the table of a late rank leaves out who was in time."""
+@pytest.fixture
+def import_pages(monkeypatch):
+    """Imports modules of the program that writes the pages, by name."""
     monkeypatch.syspath_prepend(PAGES)
     before = set(sys.modules)
-    pages = importlib.import_module("single_steps")
-    records = importlib.import_module("records")
-    try:
-        as_stored = {**vars(_record()), "steps": vars(STEPS), "file": "f.jsonl"}
-        old = {name: value for name, value in as_stored.items() if name != "steps"}
-        stock = {**as_stored, "contender": "all_gather", "algorithm": "all_gather, psum_scatter"}
-        in_time = {**vars(STEPS), "delay_us": None, "delayed_us": None}
-        size = {
-            "op": "all_reduce",
-            "shape": "64 KiB",
-            "layout": None,
-            "topk": None,
-            "steps": in_time,
-        }
-        known = [{**old, "op": "combine"}, old, as_stored, stock, {**as_stored, **size}]
-        monkeypatch.setattr(records, "load", lambda: known)
-        table = pages.single_steps("docs/performance.md")
-        rows = [line for line in table.splitlines() if line.startswith("| `")]
-        name = "`round_trip`, rank, bf16, 128 tokens of 7,168, top-8 of 256"
-        assert rows == [
-            f"| {name} | 2 | 30.0 | 12.0 | 13.0 | 21.0 | 12.0 | 21.0 |",
-            "| `all_reduce`, bf16, 64 KiB | 2 | 30.0 | 12.0 | 13.0 | 21.0 |  |  |",
-        ]
-        assert "f.jsonl" in table
-        late = pages.a_late_rank("docs/performance.md")
-        assert [line for line in late.splitlines() if line.startswith("| `")] == [
-            f"| {name} | 2 | 12.0 | 63.0 | 75.0 | 13.0 |"
-        ]
-        monkeypatch.setattr(records, "load", lambda: [old])
-        for make in (pages.single_steps, pages.a_late_rank):
-            assert make("docs/performance.md") == "*No record has these times yet.*\n"
-    finally:
-        for name in set(sys.modules) - before:
-            if str(getattr(sys.modules[name], "__file__", "")).startswith(str(PAGES)):
-                del sys.modules[name]
+    yield lambda *names: [importlib.import_module(name) for name in names]
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(PAGES)):
+            del sys.modules[name]
+
+
+def _stored(**facts):
+    """A record as files have it."""
+    return {**vars(_record()), "steps": vars(STEPS), "file": "f.jsonl", **facts}
+
+
+def _without_steps(record):
+    """As records of before."""
+    return {name: value for name, value in record.items() if name != "steps"}
+
+
+def _rows(text):
+    return [line for line in text.splitlines() if line.startswith(("| `", "| rank", "| expert"))]
+
+
+def test_pages_have_steps_of_the_records_that_know_them(import_pages, monkeypatch):
+    """Records of before have no such field; the table of a late rank leaves out who was in time."""
+    pages, records = import_pages("single_steps", "records")
+    in_time = {**vars(STEPS), "delay_us": None, "delayed_us": None}
+    size = {"op": "all_reduce", "layout": None, "topk": None}
+    small, large = (_stored(shape=shape, **size) for shape in ("1 KiB", "64 KiB"))
+    stock = {**small, "contender": "psum", "algorithm": None}
+    large["steps"] = in_time
+    old = _without_steps(small)
+    known = [{**old, "op": "all_gather"}, old, small, stock, large, _stored()]
+    monkeypatch.setattr(records, "load", lambda: known)
+    table = pages.single_steps("docs/performance.md")
+    assert _rows(table) == [
+        "| `all_reduce`, bf16, 1 KiB | 2 | 30.0 | 12.0 | 13.0 | 21.0 | 12.0 | 21.0 |",
+        "| `all_reduce`, bf16, 64 KiB | 2 | 30.0 | 12.0 | 13.0 | 21.0 |  |  |",
+    ]
+    assert "f.jsonl" in table
+    late = pages.a_late_rank("docs/performance.md")
+    assert _rows(late) == ["| `all_reduce`, bf16, 1 KiB | 2 | 12.0 | 63.0 | 75.0 | 13.0 |"]
+    monkeypatch.setattr(records, "load", lambda: [old])
+    for make in (pages.single_steps, pages.a_late_rank):
+        assert make("docs/performance.md") == "*No record has these times yet.*\n"
+
+
+def test_tables_of_few_tokens_have_the_newest_steps(import_pages, monkeypatch):
+    """Chains where there are no steps; a late rank's peers without its delay."""
+    pages, records = import_pages("few", "records")
+    slower = {**vars(STEPS), "us": {"p50": 22.0, "p90": 23.0, "p99": 24.0}}
+    many = _stored(algorithm=None, steps=slower, sms=16)
+    old = _without_steps(_stored(op="combine", layout="expert", commit="0123456"))
+    newest = _stored(op="dispatch")
+    before = {**newest, "steps": slower, "commit": "0123456"}
+    known = [old, before, _without_steps(before), newest, _stored(tokens=8), _stored(), many]
+    monkeypatch.setattr(records, "load", lambda: known)
+    table = pages.few_tokens("docs/performance.md")
+    sizes = "bf16, 7,168, top-8 of 256"
+    assert _rows(table) == [
+        f"| rank, {sizes} | 8 |  |  |  |  | 12.0 | 21.0 |",
+        f"| rank, {sizes} | 128 | 12.0 | 21.0 |  |  | 12.0 / 22.0 | 21.0 / 24.0 |",
+        f"| expert, {sizes} | 128 |  |  | 30.0 | 33.0 |  |  |",
+    ]
+    late = pages.late_rank("docs/performance.md")
+    assert _rows(late) == [
+        f"| rank, {sizes} | 8 |  |  | 13.0 |",
+        f"| rank, {sizes} | 128 | 13.0 |  | 13.0 / 13.0 |",
+    ]
+    assert "0123456" in table
+    assert "0123456" not in late

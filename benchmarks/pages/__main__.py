@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import exchanges
+import few
 import plots
 import rivals
 import scale
@@ -30,7 +31,8 @@ TABLES: dict[str, Callable[[str], str]] = {
     "beside-stock": exchanges.beside_stock,
     "budgets": exchanges.budgets,
     "mixtral": exchanges.mixtral,
-    "few-tokens": exchanges.few_tokens,
+    "few-tokens": few.few_tokens,
+    "few-tokens-late": few.late_rank,
     "single-steps": single_steps.single_steps,
     "late-rank": single_steps.a_late_rank,
     "over-tokens": exchanges.over_tokens,
