@@ -251,3 +251,32 @@ def test_tables_of_few_tokens_have_the_newest_steps(import_pages, monkeypatch):
     ]
     assert "0123456" in table
     assert "0123456" not in late
+
+
+def test_the_table_of_ragged_exchanges_says_how_few_steps_were_counted(import_pages, monkeypatch):
+    """XLA's other kernel has a column of its own; ours of that run is not in the table."""
+    pages, records = import_pages("ragged_exchanges", "records")
+
+    def line(contender, kind, p50, count, **facts):
+        of = {"op": "ragged_all_to_all", "kind": kind, "kib": 57344, "pieces": 1, "xla_flags": ""}
+        of |= {"timing": "steps", "us": {"p50": p50, "p90": p50, "p99": p50 + 1}}
+        return _stored(contender=contender, steps={"count": count}, **of | facts)
+
+    other = {"xla_flags": "--xla_gpu_experimental_ragged_all_to_all_use_device_kernel=true"}
+    known = [
+        line("jax_ep", "skewed", 140.0, 1020),
+        line("jax_ep", "balanced", 120.0, 1020),
+        line("ragged_all_to_all", "balanced", 87000.0, 16),
+        line("all_to_all", "balanced", 130.0, 1020),
+        line("jax_ep", "balanced", 999.0, 1020, **other),
+        line("ragged_all_to_all", "balanced", 200.0, 1020, **other),
+        line("jax_ep", "balanced", 1.0, 1020, timing="chain"),
+    ]
+    monkeypatch.setattr(records, "load", lambda: known)
+    lines = pages.ragged("docs/performance.md").splitlines()
+    assert lines[2:4] == [
+        "| balanced, 1 a peer | 57,344 | 120 | 121 | 87,000 (16 steps) | 200 | 130 | 10.0 |",
+        "| skewed, 1 a peer | 57,344 | 140 | 141 |  |  |  | 10.0 |",
+    ]
+    monkeypatch.setattr(records, "load", lambda: [known[-1]])
+    assert pages.ragged("docs/performance.md") == "*No record has these times yet.*\n"

@@ -16,6 +16,7 @@ from pathlib import Path
 import exchanges
 import few
 import plots
+import ragged_exchanges
 import rivals
 import scale
 import scale_plots
@@ -43,6 +44,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "sums": sums.sums,
     "sums-of-h100": sums.sums_of_h100,
     "decode-layer": sums.decode_layer,
+    "ragged": ragged_exchanges.ragged,
     "cpus": exchanges.cpus,
     "rivals": rivals.rivals,
     "scale-constants": scale.constants,
