@@ -2,14 +2,17 @@
 
     python benchmarks/ragged.py --kib 8 57344 --pieces 1 3 30 120 --out benchmarks/results
 
-Every rank sends so many KiB of rows. XLA's other kernel for GPUs is measured by running the program
-again under the flags that choose it; records name the flags.
+Every rank sends so many KiB of rows. The devices' clocks time single steps, and percentiles are of
+the slowest rank. Contenders that take milliseconds get few steps; records name the count. XLA's
+other kernel for GPUs is measured by running the program again under the flags that choose it;
+records name the flags.
 """
 
 import argparse
 import itertools
 import uuid
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,14 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_ep
+from jax_ep.bench import steps
+from jax_ep.bench.contenders import has_ragged_all_to_all
 from jax_ep.bench.floor import NVLINK_BYTES_PER_S
 from jax_ep.bench.record import append_brief_records, brief_record
-from jax_ep.bench.timing import percentiles, seconds_of, take_turns
+from jax_ep.bench.timing import Carry
 from jax_ep.testing.conformance.ragged import swap
-from jax_ep.testing.ranks import make_mesh, on_ranks, place, virtual_devices
+from jax_ep.testing.ranks import make_mesh, place, virtual_devices
 
-STEPS = 16  # of one program
-RUNS = 9
+SLOW_US = 2000.0  # an exchange that takes longer gets few steps
 HIDDEN = 7168  # elements of a row of bf16, where the array has so many
 
 
@@ -82,70 +86,54 @@ def padded(exchange: Exchange, x: jax.Array, out: jax.Array, *table: jax.Array) 
     return received.reshape(-1, *x.shape[1:])
 
 
-def chain(run: Callable[..., jax.Array] | None, *own: Any) -> jax.Array:
-    """STEPS exchanges, each after the one before: a zero made of its result enters the rows."""
-    x, out, *table = own
-    zero = jnp.zeros((), x.dtype)
-    for _ in range(STEPS):
-        x = x.at[0, 0].add(zero)  # in place, but for the first
-        if run is not None:
-            out = run(x, out, *table)
-        zero = jax.lax.optimization_barrier(jnp.isnan(out[0, 0]).astype(x.dtype) + zero)
-    return zero[None]
-
-
 def ways(
     group: jax_ep.Group, exchange: Exchange, sms: list[int], *, only_ours: bool
-) -> dict[str, Callable[..., Any]]:
+) -> dict[str, Callable[..., jax.Array]]:
     """The contenders by name."""
     ours = partial(jax_ep.ragged_all_to_all, axis_name=group)
-    found: dict[str, Callable[..., Any]] = {"jax_ep": ours}
+    found: dict[str, Callable[..., jax.Array]] = {"jax_ep": ours}
     found |= {f"jax_ep, {n} SMs": partial(ours, num_sms=n) for n in sms}
     if only_ours:
         return found
-    devices = group.mesh.devices.flat
-    # XLA has it for GPUs only, and refuses it by default where they belong to several processes.
-    if {d.platform for d in devices} == {"gpu"} and len({d.process_index for d in devices}) == 1:
+    if has_ragged_all_to_all(group.mesh):
         found["ragged_all_to_all"] = partial(jax.lax.ragged_all_to_all, axis_name="ep")
     return found | {"all_to_all": partial(padded, exchange)}
 
 
-def measure(
-    group: jax_ep.Group, exchange: Exchange, sms: list[int], *, only_ours: bool
-) -> dict[str, dict[str, float]]:
-    """Microseconds of one exchange, each contender in its turn, without the empty chain."""
-    num_ranks = group.num_ranks
+def links(
+    group: jax_ep.Group, exchange: Exchange, contenders: dict[str, Callable[..., jax.Array]]
+) -> list[steps.Link]:
+    """Every call writes onto what the last one made, so no step copies an array."""
     x, out = (
-        np.ones((num_ranks, rows, exchange.hidden), jnp.bfloat16)
+        np.ones((group.num_ranks, rows, exchange.hidden), jnp.bfloat16)
         for rows in (exchange.num_rows, exchange.num_places)
     )
-    operands = place((x, out, *exchange.table), group.mesh)
-    contenders = ways(group, exchange, sms, only_ours=only_ours)
-    runs = []
-    for run in (None, *contenders.values()):
-        program = on_ranks(partial(chain, run), group.mesh, check_vma=False)
-        runs.append(partial(seconds_of, program, *operands))
-        runs[-1]()  # compiles
-    empty, *taken = take_turns(runs, repeats=RUNS) / STEPS * 1e6
-    return {
-        name: percentiles(np.subtract(full, empty))
-        for name, full in zip(contenders, taken, strict=True)
-    }
+    x, out, *table = place((x, out, *exchange.table), group.mesh)
+    carry = Carry((x, *table), out)
+    return [steps.Link(partial(_call, run), carry) for run in contenders.values()]
+
+
+def _call(run: Callable[..., jax.Array], given: Any, made: jax.Array) -> jax.Array:
+    x, *table = given
+    return run(x, made, *table)
 
 
 def main() -> None:
     """Measures, prints, writes the records."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--kib", nargs="+", type=int, default=[8, 256, 8192, 57344, 262144], help="of each rank")
-    add("--pieces", nargs="+", type=int, default=[1, 3, 30, 120], help="for each peer")
+    add("--kib", nargs="+", type=int, default=[8, 256, 8192, 57344], help="of each rank")
+    add("--pieces", nargs="+", type=int, default=[1, 30], help="for each peer")
     kinds = ["balanced", "skewed", "mostly_empty"]
     add("--kind", nargs="+", choices=kinds, default=kinds)
     add("--sms", nargs="+", type=int, default=[], help="budgets beside the group's own")
-    add("--only-ours", action="store_true", help="no stock contenders: XLA's take seconds")
+    add("--stock-kind", nargs="+", choices=kinds, help="with stock contenders; default: the first")
+    add("--only-ours", action="store_true", help="no stock contenders for any kind")
+    add("--steps", type=int, default=1000, help="of each contender that is not slow")
     add("--out", type=Path, default=Path("benchmarks/results"))
     add("--commit", help="what to record in place of what git says here")
     args = parser.parse_args()
+    stock_kinds = [] if args.only_ours else args.stock_kind or args.kind[:1]
 
     virtual_devices()
     mesh = make_mesh(len(jax.devices()))
@@ -156,11 +144,14 @@ def main() -> None:
             sizes = exchange.table[1].reshape(group.num_ranks, group.num_ranks, -1).sum(axis=2)
             remote = sizes * ~np.eye(group.num_ranks, dtype=bool)
             wire = int(remote.sum(axis=0).max()) * 2 * exchange.hidden
-            us = measure(group, exchange, args.sms, only_ours=args.only_ours)
+            contenders = ways(group, exchange, args.sms, only_ours=kind not in stock_kinds)
+            timed = links(group, exchange, contenders)
+            taken = steps.measure(timed, group, num_steps=args.steps, slow_us=SLOW_US)
+            found = dict(zip(contenders, taken, strict=True))
             print(
                 f"{kind}, {kib} KiB, {per_peer} pieces a peer: "
-                + ", ".join(f"{name} {own['p50']:.1f} us" for name, own in us.items())
-                + f"; ours {wire / us['jax_ep']['p50'] / 1e3:.1f} GB/s over the link",
+                + ", ".join(f"{name} {own.us['p50']:.1f} us" for name, own in found.items())
+                + f"; ours {wire / found['jax_ep'].us['p50'] / 1e3:.1f} GB/s over the link",
                 flush=True,
             )
             run = uuid.uuid4().hex
@@ -169,7 +160,7 @@ def main() -> None:
                     "ragged_all_to_all",
                     name,
                     group.backend if name.startswith("jax_ep") else "xla",
-                    own,
+                    own.us,
                     run,
                     kind=kind,
                     kib=kib,
@@ -179,8 +170,10 @@ def main() -> None:
                     dtype="bf16",
                     wire_bytes=wire,
                     floor_us=wire / NVLINK_BYTES_PER_S * 1e6,
+                    timing="steps",
+                    steps=asdict(own),
                 )
-                for name, own in us.items()
+                for name, own in found.items()
             ]
     append_brief_records(args.out, "ragged", records, args.commit)
 

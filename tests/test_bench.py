@@ -5,7 +5,6 @@ No test here looks at a time.
 
 import argparse
 import ctypes
-import importlib.util
 import json
 import os
 import subprocess
@@ -19,6 +18,7 @@ from typing import Any
 import jax
 import pytest
 from process_programs import path_of
+from scripts import BENCHMARKS, load_script
 
 import jax_ep
 from jax_ep import __main__
@@ -232,12 +232,10 @@ SCRIPTS = {
 def test_scripts_write_records(name, tmp_path, monkeypatch):
     """A record has the fields of all records, a line for each way, and one run for each point."""
     arguments, sizes, contenders = SCRIPTS[name]
-    path = ROOT / "benchmarks" / f"{name}.py"
+    path = BENCHMARKS / f"{name}.py"
     monkeypatch.setattr(sys, "argv", [str(path), *arguments, "--out", str(tmp_path)])
     monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))  # two scripts add to it
-    spec = importlib.util.spec_from_file_location(name, path)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_script(name)
     for size, value in sizes.items():
         monkeypatch.setattr(script, size, value)
     script.main()

@@ -5,6 +5,7 @@ import re
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,6 +13,7 @@ from jax_ep.bench import reduce, report, steps, timing
 from jax_ep.bench.contenders import contenders
 from jax_ep.bench.record import Record
 from jax_ep.bench.shapes import Shape, make_inputs, make_point, make_reduce_point
+from jax_ep.testing.clock import read_clock
 from jax_ep.testing.ranks import on_ranks
 
 PAGES = Path(__file__).parent.parent / "benchmarks" / "pages"
@@ -117,6 +119,27 @@ def test_a_coarse_clock_is_read_over_several_steps(groups, monkeypatch):
     assert found.us["p99"] == pytest.approx(4.608 - found.clock_us, abs=0.1)
 
 
+def test_a_slow_operation_gets_few_steps(groups, monkeypatch):
+    """A first run decides; the others keep their chain."""
+    monkeypatch.setattr(steps, "_LINKS", 24)
+    group = groups(2)
+    link = _sum_link(group, "all_reduce", "psum")
+
+    def wait(given, made):
+        time, _, passed = read_clock(jnp.full((1,), 20_000, jnp.int32), link.run(given, made))
+        return passed + jnp.minimum(time[0], 0).astype(passed.dtype)
+
+    slow, fast = steps.measure(
+        [steps.Link(wait, link.carry), link], group, num_steps=30, slow_us=5000
+    )
+    assert slow.us["p50"] > 15_000
+    assert slow.count == steps._FEW * steps._FEW_RUNS
+    assert fast.us["p50"] < slow.us["p50"]
+    assert fast.count >= 30
+    (unasked,) = steps.measure([steps.Link(wait, link.carry)], group, num_steps=2)
+    assert unasked.count == 24 - steps._FIRST - unasked.span + 1
+
+
 STEPS = steps.Steps(
     count=1020,
     us={"p50": 12.0, "p90": 13.0, "p99": 21.0},
@@ -155,42 +178,105 @@ def test_the_command_shows_steps_and_a_late_rank():
     assert "step p50" not in report.format_table(rows[1:])
 
 
-def test_pages_have_steps_of_the_records_that_know_them(monkeypatch):
-    """Records of before have no such field; the table of a late rank leaves out who was in time."""
+@pytest.fixture
+def import_pages(monkeypatch):
+    """Imports modules of the program that writes the pages, by name."""
     monkeypatch.syspath_prepend(PAGES)
     before = set(sys.modules)
-    pages = importlib.import_module("single_steps")
-    records = importlib.import_module("records")
-    try:
-        as_stored = {**vars(_record()), "steps": vars(STEPS), "file": "f.jsonl"}
-        old = {name: value for name, value in as_stored.items() if name != "steps"}
-        stock = {**as_stored, "contender": "all_gather", "algorithm": "all_gather, psum_scatter"}
-        in_time = {**vars(STEPS), "delay_us": None, "delayed_us": None}
-        size = {
-            "op": "all_reduce",
-            "shape": "64 KiB",
-            "layout": None,
-            "topk": None,
-            "steps": in_time,
-        }
-        known = [{**old, "op": "combine"}, old, as_stored, stock, {**as_stored, **size}]
-        monkeypatch.setattr(records, "load", lambda: known)
-        table = pages.single_steps("docs/performance.md")
-        rows = [line for line in table.splitlines() if line.startswith("| `")]
-        name = "`round_trip`, rank, bf16, 128 tokens of 7,168, top-8 of 256"
-        assert rows == [
-            f"| {name} | 2 | 30.0 | 12.0 | 13.0 | 21.0 | 12.0 | 21.0 |",
-            "| `all_reduce`, bf16, 64 KiB | 2 | 30.0 | 12.0 | 13.0 | 21.0 |  |  |",
-        ]
-        assert "f.jsonl" in table
-        late = pages.a_late_rank("docs/performance.md")
-        assert [line for line in late.splitlines() if line.startswith("| `")] == [
-            f"| {name} | 2 | 12.0 | 63.0 | 75.0 | 13.0 |"
-        ]
-        monkeypatch.setattr(records, "load", lambda: [old])
-        for make in (pages.single_steps, pages.a_late_rank):
-            assert make("docs/performance.md") == "*No record has these times yet.*\n"
-    finally:
-        for name in set(sys.modules) - before:
-            if str(getattr(sys.modules[name], "__file__", "")).startswith(str(PAGES)):
-                del sys.modules[name]
+    yield lambda *names: [importlib.import_module(name) for name in names]
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(PAGES)):
+            del sys.modules[name]
+
+
+def _stored(**facts):
+    """A record as files have it."""
+    return {**vars(_record()), "steps": vars(STEPS), "file": "f.jsonl", **facts}
+
+
+def _without_steps(record):
+    """As records of before."""
+    return {name: value for name, value in record.items() if name != "steps"}
+
+
+def _rows(text):
+    return [line for line in text.splitlines() if line.startswith(("| `", "| rank", "| expert"))]
+
+
+def test_pages_have_steps_of_the_records_that_know_them(import_pages, monkeypatch):
+    """Records of before have no such field; the table of a late rank leaves out who was in time."""
+    pages, records = import_pages("single_steps", "records")
+    in_time = {**vars(STEPS), "delay_us": None, "delayed_us": None}
+    size = {"op": "all_reduce", "layout": None, "topk": None}
+    small, large = (_stored(shape=shape, **size) for shape in ("1 KiB", "64 KiB"))
+    stock = {**small, "contender": "psum", "algorithm": None}
+    large["steps"] = in_time
+    old = _without_steps(small)
+    known = [{**old, "op": "all_gather"}, old, small, stock, large, _stored()]
+    monkeypatch.setattr(records, "load", lambda: known)
+    table = pages.single_steps("docs/performance.md")
+    assert _rows(table) == [
+        "| `all_reduce`, bf16, 1 KiB | 2 | 30.0 | 12.0 | 13.0 | 21.0 | 12.0 | 21.0 |",
+        "| `all_reduce`, bf16, 64 KiB | 2 | 30.0 | 12.0 | 13.0 | 21.0 |  |  |",
+    ]
+    assert "f.jsonl" in table
+    late = pages.a_late_rank("docs/performance.md")
+    assert _rows(late) == ["| `all_reduce`, bf16, 1 KiB | 2 | 12.0 | 63.0 | 75.0 | 13.0 |"]
+    monkeypatch.setattr(records, "load", lambda: [old])
+    for make in (pages.single_steps, pages.a_late_rank):
+        assert make("docs/performance.md") == "*No record has these times yet.*\n"
+
+
+def test_tables_of_few_tokens_have_the_newest_steps(import_pages, monkeypatch):
+    """Chains where there are no steps; a late rank's peers without its delay."""
+    pages, records = import_pages("few", "records")
+    slower = {**vars(STEPS), "us": {"p50": 22.0, "p90": 23.0, "p99": 24.0}}
+    many = _stored(algorithm=None, steps=slower, sms=16)
+    old = _without_steps(_stored(op="combine", layout="expert", commit="0123456"))
+    newest = _stored(op="dispatch")
+    before = {**newest, "steps": slower, "commit": "0123456"}
+    known = [old, before, _without_steps(before), newest, _stored(tokens=8), _stored(), many]
+    monkeypatch.setattr(records, "load", lambda: known)
+    table = pages.few_tokens("docs/performance.md")
+    sizes = "bf16, 7,168, top-8 of 256"
+    assert _rows(table) == [
+        f"| rank, {sizes} | 8 |  |  |  |  | 12.0 | 21.0 |",
+        f"| rank, {sizes} | 128 | 12.0 | 21.0 |  |  | 12.0 / 22.0 | 21.0 / 24.0 |",
+        f"| expert, {sizes} | 128 |  |  | 30.0 | 33.0 |  |  |",
+    ]
+    late = pages.late_rank("docs/performance.md")
+    assert _rows(late) == [
+        f"| rank, {sizes} | 8 |  |  | 13.0 |",
+        f"| rank, {sizes} | 128 | 13.0 |  | 13.0 / 13.0 |",
+    ]
+    assert "0123456" in table
+    assert "0123456" not in late
+
+
+def test_the_table_of_ragged_exchanges_says_how_few_steps_were_counted(import_pages, monkeypatch):
+    """XLA's other kernel has a column of its own; ours of that run is not in the table."""
+    pages, records = import_pages("ragged_exchanges", "records")
+
+    def line(contender, kind, p50, count, **facts):
+        of = {"op": "ragged_all_to_all", "kind": kind, "kib": 57344, "pieces": 1, "xla_flags": ""}
+        of |= {"timing": "steps", "us": {"p50": p50, "p90": p50, "p99": p50 + 1}}
+        return _stored(contender=contender, steps={"count": count}, **of | facts)
+
+    other = {"xla_flags": "--xla_gpu_experimental_ragged_all_to_all_use_device_kernel=true"}
+    known = [
+        line("jax_ep", "skewed", 140.0, 1020),
+        line("jax_ep", "balanced", 120.0, 1020),
+        line("ragged_all_to_all", "balanced", 87000.0, 16),
+        line("all_to_all", "balanced", 130.0, 1020),
+        line("jax_ep", "balanced", 999.0, 1020, **other),
+        line("ragged_all_to_all", "balanced", 200.0, 1020, **other),
+        line("jax_ep", "balanced", 1.0, 1020, timing="chain"),
+    ]
+    monkeypatch.setattr(records, "load", lambda: known)
+    lines = pages.ragged("docs/performance.md").splitlines()
+    assert lines[2:4] == [
+        "| balanced, 1 a peer | 57,344 | 120 | 121 | 87,000 (16 steps) | 200 | 130 | 10.0 |",
+        "| skewed, 1 a peer | 57,344 | 140 | 141 |  |  |  | 10.0 |",
+    ]
+    monkeypatch.setattr(records, "load", lambda: [known[-1]])
+    assert pages.ragged("docs/performance.md") == "*No record has these times yet.*\n"

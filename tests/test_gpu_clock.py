@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scripts import load_script
 
 import jax_ep
 from jax_ep.bench import reduce, steps, timing
@@ -85,6 +86,37 @@ def test_a_step_copies_nothing(group, op, layout):
         assert text.count('"jax_ep.read_clock"') == num_links + 1
         copies.append(len(COPY.findall(text)))
     assert copies[0] == copies[1]
+
+
+@pytest.mark.parametrize("kind", ["balanced", "skewed"])
+def test_a_step_of_a_ragged_exchange_copies_nothing(group, kind):
+    """Each call writes onto what the last one made."""
+    script = load_script("ragged")
+    exchange = script.make_exchange(kind, 16 << 10, 3, group.num_ranks)
+    ours = script.ways(group, exchange, [], only_ours=True)
+    (link,) = script.links(group, exchange, ours)
+    copies = []
+    for num_links in (2, 6):
+        chain = on_ranks(steps.make_chain(link.run, num_links), group.mesh, check_vma=False)
+        text = chain.lower(link.carry, np.zeros((group.num_ranks, 1), np.int32)).compile().as_text()
+        assert text.count('"jax_ep.read_clock"') == num_links + 1
+        copies.append(len(COPY.findall(text)))
+    assert copies[0] == copies[1]
+
+
+def test_xlas_ragged_exchange_is_timed_beside_ours(group):
+    """With few steps if it is slow; where XLA has it."""
+    if group.num_ranks < 2:
+        pytest.skip("needs two GPUs")
+    script = load_script("ragged")
+    exchange = script.make_exchange("balanced", 16 << 10, 1, group.num_ranks)
+    contenders = script.ways(group, exchange, [], only_ours=False)
+    assert list(contenders) == ["jax_ep", "ragged_all_to_all", "all_to_all"]
+    links = script.links(group, exchange, contenders)
+    found = steps.measure(links, group, num_steps=100, slow_us=script.SLOW_US)
+    for name, own in zip(contenders, found, strict=True):
+        assert own.us["p50"] > 0, name
+        assert own.count >= (16 if own.us["p50"] > script.SLOW_US / 2 else 100), name
 
 
 def test_a_late_rank_makes_its_peers_wait(group):

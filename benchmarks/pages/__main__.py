@@ -14,7 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import exchanges
+import few
 import plots
+import ragged_exchanges
 import rivals
 import scale
 import scale_plots
@@ -30,7 +32,8 @@ TABLES: dict[str, Callable[[str], str]] = {
     "beside-stock": exchanges.beside_stock,
     "budgets": exchanges.budgets,
     "mixtral": exchanges.mixtral,
-    "few-tokens": exchanges.few_tokens,
+    "few-tokens": few.few_tokens,
+    "few-tokens-late": few.late_rank,
     "single-steps": single_steps.single_steps,
     "late-rank": single_steps.a_late_rank,
     "over-tokens": exchanges.over_tokens,
@@ -41,6 +44,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "sums": sums.sums,
     "sums-of-h100": sums.sums_of_h100,
     "decode-layer": sums.decode_layer,
+    "ragged": ragged_exchanges.ragged,
     "cpus": exchanges.cpus,
     "rivals": rivals.rivals,
     "scale-constants": scale.constants,

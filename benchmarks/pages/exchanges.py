@@ -64,31 +64,6 @@ def beside_stock(page: str) -> str:
     return table(head, rows) + source(used, page)
 
 
-def few_tokens(page: str) -> str:
-    """The kernels for few tokens beside those for many: dispatch, combine, and both in turn."""
-    at = {"device": H200, "num_ranks": 2, "num_processes": 1}
-    used = [
-        r
-        for shape in ("decode", "decode-22")
-        for r in pick(shape=shape, **at)
-        if r["contender"] == "jax_ep" and r["backend"] == "cuda"
-    ]
-    keys = ("shape", "layout", "dtype", "tokens")
-    points = list(dict.fromkeys(tuple(r[k] for k in keys) for r in used))
-    rows = []
-    for point in points:
-        this = dict(zip(keys, point, strict=True))
-        cells = []
-        for op in ("dispatch", "combine", "round_trip"):
-            kinds = [{"algorithm": "low_latency"}, {"algorithm": None, "backend": "cuda"}]
-            cells.append(" / ".join(filter(None, (cell(op=op, **k, **this, **at) for k in kinds))))
-        some = next(r for r in used if tuple(r[k] for k in keys) == point)
-        sizes = f"{some['hidden']:,}, top-{some['topk']} of {some['experts']}"
-        rows.append((f"{this['layout']}, {this['dtype']}, {sizes}", str(this["tokens"]), *cells))
-    head = ("for few tokens / for many", "tokens", "dispatch", "combine", "both in turn")
-    return table(head, rows) + source(used, page)
-
-
 def mixtral(page: str) -> str:
     """A shape with few choices and large experts: the kernels, `xla` and stock JAX."""
     at = {"shape": "mixtral", "device": H200, "num_ranks": 2, "num_processes": 1}

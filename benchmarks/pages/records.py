@@ -65,6 +65,12 @@ def us(value: float | Sequence[float] | None) -> str:
     return f"{value:.1f}" if value >= 1 else f"{value:.2g}"
 
 
+def times(record: dict[str, Any]) -> dict[str, float]:
+    """Percentiles of single steps where a record has them, else those of its chains."""
+    found: dict[str, float] = (record.get("steps") or record)["us"]
+    return found
+
+
 def median(record: dict[str, Any]) -> str:
     """Median of a record, as a cell."""
     return us(record["us"]["p50"])

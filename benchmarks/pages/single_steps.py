@@ -1,9 +1,9 @@
-"""Tables of single steps, which the devices' clocks have timed, and of a late rank."""
+"""Tables of single steps of sums, which the devices' clocks have timed, and of a late rank."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from records import H200, pick, short_size, source, table, us
+from records import H200, SUMS, pick, short_size, source, table, us
 
 NOTHING = "*No record has these times yet.*\n"
 _POINT = ("op", "shape", "layout", "dtype", "tokens", "hidden", "num_ranks", "num_processes")
@@ -11,7 +11,7 @@ Times = dict[str, Any]
 
 
 def single_steps(page: str) -> str:
-    """Percentiles of the kernels for few tokens and of small sums, beside stock JAX."""
+    """Percentiles of small sums, beside stock JAX."""
 
     def cells(ours: Times, stock: Times | None) -> Sequence[str]:
         own = [us(ours["steps"]["us"][p]) for p in ("p50", "p90", "p99")]
@@ -38,10 +38,10 @@ def a_late_rank(page: str) -> str:
 
 
 def _newest(field: str) -> list[Times]:
-    """The newest record of each point that has a field of the steps; ours, for few tokens."""
+    """The newest record of each sum that has a field of the steps; ours, low latency."""
     newest = {}
     for record in pick(device=H200, contender="jax_ep", algorithm="low_latency"):
-        if (record.get("steps") or {}).get(field):
+        if record["op"] in SUMS and (record.get("steps") or {}).get(field):
             newest[tuple(record[k] for k in _POINT)] = record
     return list(newest.values())
 
@@ -66,11 +66,4 @@ def _table(
 def _name(record: Times) -> str:
     """The operation and its sizes."""
     several = f", {record['num_processes']} processes" if record["num_processes"] > 1 else ""
-    if record["topk"] is None:
-        size = f"{record['dtype']}, {short_size(record['shape'])}"
-    else:
-        size = (
-            f"{record['layout']}, {record['dtype']}, {record['tokens']} tokens of "
-            f"{record['hidden']:,}, top-{record['topk']} of {record['experts']}"
-        )
-    return f"`{record['op']}`, {size}{several}"
+    return f"`{record['op']}`, {record['dtype']}, {short_size(record['shape'])}{several}"

@@ -50,9 +50,7 @@ def contenders(
 ) -> list[Contender]:
     """All contenders of a point, ours first: one for each back end and SM budget."""
     stock = [all_gather] if point.layout == "rank" else [all_to_all]
-    # XLA has it for GPUs only, and refuses it by default where they belong to several processes.
-    kinds = {(device.platform, device.process_index) for device in group.mesh.devices.flat}
-    if point.layout == "expert" and len(kinds) == 1 and kinds.pop()[0] == "gpu":
+    if point.layout == "expert" and has_ragged_all_to_all(group.mesh):
         stock.append(ragged_all_to_all)
     few = [few_tokens(point, group)] if takes_few(point, group, entries) else []
     return [
@@ -60,6 +58,12 @@ def contenders(
         *few,
         *(make(point, group.axes) for make in stock),
     ]
+
+
+def has_ragged_all_to_all(mesh: jax.sharding.Mesh) -> bool:
+    """Whether XLA's ragged_all_to_all runs there: on GPUs, by default of one process."""
+    kinds = {(device.platform, device.process_index) for device in mesh.devices.flat}
+    return len(kinds) == 1 and kinds.pop()[0] == "gpu"
 
 
 def ours(point: Point, group: jax_ep.Group, backend: str, sms: int | None) -> Contender:

@@ -111,15 +111,16 @@ def brief_record(
 ) -> dict[str, Any]:
     """For scripts that measure something else than operations at points: `facts` in their place.
 
-    The rest is what a Record has, once `append_brief_records` has added the place.
+    `facts` may name another `timing`. The rest is what a Record has, once `append_brief_records`
+    has added the place.
     """
     return {
         "op": op,
         "contender": contender,
         "backend": backend,
-        **facts,
         "us": dict(us),
         "timing": "chain",
+        **facts,
         "run": run,
     }
 

@@ -7,7 +7,7 @@ alone, and is subtracted. The same chain with a late rank: its readings wait, so
 operation.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import ceil
@@ -28,6 +28,7 @@ PERCENTILES = (50, 90, 99)
 _LINKS = 64  # operations of a chain
 _FIRST = 4  # steps that are not counted: ranks begin a chain one after the other
 _WARM_UPS = 3  # runs until a command buffer has been captured and is replayed
+_FEW, _FEW_RUNS = 8, 2  # steps that are counted in a short chain, and its runs
 _FINE_NS, _MAX_SPAN = 100, 16  # a clock of larger ticks is read over several steps
 _TICK_DELAY_US, _TICK_REPEATS = 200, 5
 Times = np.ndarray[Any, Any]
@@ -90,12 +91,25 @@ def _read(delay_us: jax.Array, carry: Carry) -> tuple[jax.Array, Carry]:
     return time, jax.tree.unflatten(structure, [passed[id(leaf)] for leaf in leaves])
 
 
+class _Runs(NamedTuple):
+    """Runs of one link, one for each delay; they give [R, steps] in microseconds."""
+
+    is_short: bool
+    of: list[Callable[[], Times]]
+
+
 def measure(
-    links: Sequence[Link], group: jax_ep.Group, *, num_steps: int, delay_us: int | None = None
+    links: Sequence[Link],
+    group: jax_ep.Group,
+    *,
+    num_steps: int,
+    delay_us: int | None = None,
+    slow_us: float | None = None,
 ) -> list[Steps]:
     """Times at least `num_steps` steps of each link, in turns; also with the delay, if it is given.
 
-    One rank alone has no peer that could be late: nothing is delayed then.
+    One rank alone has no peer that could be late: nothing is delayed then. With `slow_us`, an
+    operation that takes longer has a short chain and few runs, after those of the others.
     """
     tick_ns = _measure_tick(group)
     span = int(np.clip(ceil(tick_ns / _FINE_NS), 1, _MAX_SPAN))
@@ -105,15 +119,17 @@ def measure(
     if delay_us is not None and group.num_ranks > 1:
         delays.append(np.where(is_late, delay_us, 0).astype(np.int32)[:, None])
     alone = Link(no_op, Carry(place(in_time, group.mesh, group.axes), ()))
-    runs = _make_runs(alone, group, [in_time], span)
-    for link in links:
-        runs += _make_runs(link, group, delays, span)
-    taken = take_turns(runs, repeats=ceil(num_steps / (_LINKS - _FIRST - span + 1)))
-    # [runs, repeats, R, steps] to [R, all steps] for each run.
-    clock, *steps = (np.concatenate(list(own), axis=1) for own in taken)
-    clock_us = float(np.median(clock))
+    clock = _Runs(is_short=False, of=_make_runs(alone, group, [in_time], span, _LINKS))
+    made = [clock, *(_choose_runs(link, group, delays, span, slow_us) for link in links)]
+    many = ceil(num_steps / (_LINKS - _FIRST - span + 1))
+    taken = {
+        is_short: _take([runs for runs in made if runs.is_short == is_short], repeats)
+        for is_short, repeats in ((False, many), (True, _FEW_RUNS))
+    }
+    (readings,), *steps = (next(taken[runs.is_short]) for runs in made)
+    clock_us = float(np.median(readings))
     found = []
-    for own, *late in zip(*(steps[i :: len(delays)] for i in range(len(delays))), strict=True):
+    for own, *late in steps:
         others = [_percentiles(slow[~is_late] - clock_us) for slow in late]
         found.append(
             Steps(
@@ -129,11 +145,28 @@ def measure(
     return found
 
 
+def _choose_runs(
+    link: Link, group: jax_ep.Group, delays: Sequence[Times], span: int, slow_us: float | None
+) -> _Runs:
+    """Runs of a long chain, or of a short one if the operation takes longer than `slow_us`."""
+    if slow_us is not None:
+        short = _make_runs(link, group, delays, span, _FIRST + span - 1 + _FEW, num_warm_ups=1)
+        if np.median(short[0]()) > slow_us:  # the same in all processes
+            return _Runs(is_short=True, of=short)
+    return _Runs(is_short=False, of=_make_runs(link, group, delays, span, _LINKS))
+
+
 def _make_runs(
-    link: Link, group: jax_ep.Group, delays: Sequence[Times], span: int
+    link: Link,
+    group: jax_ep.Group,
+    delays: Sequence[Times],
+    span: int,
+    num_links: int,
+    *,
+    num_warm_ups: int = _WARM_UPS,
 ) -> list[Callable[[], Times]]:
     """For each of the delays [R, 1] a run of the same program, [R, steps] in microseconds."""
-    chain = on_ranks(make_chain(link.run, _LINKS), group.mesh, axes=group.axes, check_vma=False)
+    chain = on_ranks(make_chain(link.run, num_links), group.mesh, axes=group.axes, check_vma=False)
     placed = [place(delay, group.mesh, group.axes) for delay in delays]
     program = chain.lower(link.carry, placed[0]).compile()
 
@@ -143,9 +176,18 @@ def _make_runs(
         steps: Times = (counted[:, span:] - counted[:, :-span]) / (1e3 * span)
         return steps
 
-    for _ in range(_WARM_UPS):
+    for _ in range(num_warm_ups):
         run(placed[0])
     return [partial(run, delay_us) for delay_us in placed]
+
+
+def _take(made: Sequence[_Runs], repeats: int) -> Iterator[list[Times]]:
+    """For each of them, [R, all steps] of each of its runs; all take turns."""
+    runs = [run for own in made for run in own.of]
+    taken = take_turns(runs, repeats=repeats) if runs else ()
+    # [repeats, R, steps] of each run to [R, all steps].
+    joined = iter([np.concatenate(list(own), axis=1) for own in taken])
+    return iter([[next(joined) for _ in own.of] for own in made])
 
 
 def _measure_tick(group: jax_ep.Group) -> int:
