@@ -22,8 +22,8 @@ def limits() -> dict[str, int]:
 def enums() -> dict[str, dict[str, int]]:
     """Members of the enums that are attributes of custom calls."""
 
-def packet_payload(num_ranks: int) -> int:
-    """Bytes that one rank can send to another in packets, in one call."""
+def slot_payload(num_ranks: int) -> int:
+    """Bytes that one rank can store in the slots of another in one call."""
 
 def push_payload(num_ranks: int) -> int:
     """Bytes that one rank can push to another in one call."""

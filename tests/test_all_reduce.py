@@ -109,7 +109,7 @@ def test_a_residual_may_vary_over_the_ranks(backend):
 def test_a_batch_too_large_for_its_algorithm_takes_one_shot(groups):
     """Each element fits into packets, the batch does not. On CPUs only the attribute shows it."""
     group = groups(2)
-    x = np.ones((2, 4, limits.packet_payload(2) // 8), np.float32)
+    x = np.ones((2, 4, limits.slot_payload(2) // 8), np.float32)
     call = partial(jax_ep.all_reduce, group=group, algorithm="low_latency")
     text = str(jax.make_jaxpr(on_ranks(jax.vmap(call), group.mesh, check_vma=False))(x))
     assert f"algorithm={Algorithm.ONE_SHOT}" in text

@@ -144,7 +144,7 @@ def test_calls_in_a_row_share_memory_without_harm(group):
 
 def test_algorithms_give_the_same_bits(group):
     """Sizes are one element around the limits of low_latency and of pushed arrays."""
-    payloads = (limits.packet_payload, limits.push_payload, limits.two_shot_payload)
+    payloads = (limits.slot_payload, limits.push_payload, limits.two_shot_payload)
     limits_here = [payload(group.num_ranks) for payload in payloads]
     for limit in limits_here:
         for size in (limit // 2 - 1, limit // 2, limit // 2 + 1):
@@ -211,7 +211,7 @@ def test_payloads_that_look_like_flags_are_summed_right(dtype):
 
 
 def test_too_large_for_packets_is_an_error(group):
-    size = limits.packet_payload(group.num_ranks) // 4 + 1
+    size = limits.slot_payload(group.num_ranks) // 4 + 1
     call = partial(jax_ep.all_reduce, group=group, algorithm="low_latency")
     with pytest.raises(jax_ep.ConfigError, match="algorithm='low_latency' takes at most"):
         on_ranks(call, group.mesh, check_vma=False)(np.ones((group.num_ranks, size), np.float32))

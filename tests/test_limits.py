@@ -60,17 +60,17 @@ def test_limits_are_read_by_name():
 
 
 def test_payloads_shrink_as_ranks_are_added():
-    """All ranks share the room for packets. The room for pushes grows up to four ranks."""
+    """All ranks share the slots. The room for pushes grows up to four ranks."""
     for num_ranks in (1, 2, 3, 4, 8, 12, 31, 32):
-        packets = limits.packet_payload(num_ranks)
-        assert packets % limits.PACKET_GROUP_PAYLOAD == 0
-        assert num_ranks * packets <= limits.packet_payload(1)
+        slots = limits.slot_payload(num_ranks)
+        assert slots % limits.SLOT_BYTES == 0
+        assert num_ranks * slots <= limits.slot_payload(1)
         push = limits.push_payload(num_ranks)
         assert push % 512 == 0
         assert num_ranks * push <= 4 * limits.push_payload(1)
         assert limits.two_shot_payload(num_ranks) == num_ranks * push // 2
     assert limits.push_payload(4) == limits.push_payload(1)
-    for payload in (limits.packet_payload, limits.push_payload, limits.two_shot_payload):
+    for payload in (limits.slot_payload, limits.push_payload, limits.two_shot_payload):
         with pytest.raises(ValueError, match="num_ranks must be positive"):
             payload(0)
 

@@ -15,7 +15,7 @@ from jax_ep._src.base import limits, tables
 from jax_ep._src.base.options import Algorithm
 from jax_ep._src.base.spec import ReduceSpec
 from jax_ep._src.ops.all_reduce import choice
-from jax_ep._src.ops.all_reduce_residual_rmsnorm.api import packet_padding
+from jax_ep._src.ops.all_reduce_residual_rmsnorm.api import slot_padding
 from jax_ep._src.ops.common.checks import Checks
 from jax_ep.bench import reduce, tune
 from jax_ep.bench.record import find_place
@@ -70,7 +70,7 @@ def _auto(op, x, has_packets=True):
         tuning=tables.load("NVIDIA H100 80GB HBM3", 2),
     )
     group.spec.can_stage = lambda x: True
-    padding = packet_padding(x) if op == "all_reduce_residual_rmsnorm" else 0
+    padding = slot_padding(x) if op == "all_reduce_residual_rmsnorm" else 0
     options = {"allow_psum": True, "dtypes": (jnp.bfloat16,), "padding": padding, "kernel": op}
     stock = ReduceSpec(group.spec, "cuda", Algorithm.PSUM, "all_reduce")
     num_bytes = x.size * x.dtype.itemsize
@@ -79,7 +79,7 @@ def _auto(op, x, has_packets=True):
 
 @pytest.mark.parametrize("op", tables.OPS)
 def test_auto_changes_at_the_thresholds_of_the_table(op):
-    """Thresholds count the bytes of an operand, as measured, without the padding of packets."""
+    """Thresholds count the bytes of an operand, as measured, without the padding of slots."""
     unit = (8192,) if op == "all_reduce_residual_rmsnorm" else ()
     steps = tables.load("NVIDIA H100 80GB HBM3", 2)[op]
     assert len(steps) > 1
@@ -91,11 +91,11 @@ def test_auto_changes_at_the_thresholds_of_the_table(op):
 
 
 def test_auto_takes_an_algorithm_that_has_room():
-    """Each row of one element fills a whole packet group."""
+    """Each row of one element fills a whole slot."""
     op = "all_reduce_residual_rmsnorm"
-    most = limits.packet_payload(2) // limits.PACKET_GROUP_PAYLOAD
+    most = limits.slot_payload(2) // limits.SLOT_BYTES
     for rows, algorithm in ((most, Algorithm.LOW_LATENCY), (most + 1, Algorithm.ONE_SHOT)):
-        assert _auto(op, jax.ShapeDtypeStruct((rows, 8), jnp.bfloat16)) is algorithm
+        assert _auto(op, jax.ShapeDtypeStruct((rows, 1), jnp.bfloat16)) is algorithm
 
 
 def test_auto_sends_no_packets_that_may_arrive_in_parts():

@@ -95,5 +95,11 @@ found packets -DN=2 -DNB=1 -DE=1 -DOTHER=1 -DKINDS=2 -DTIMEOUTS -DNO_CALLED
 found packets -DN=2 -DNB=1 -DE=2 -DONE_HALF
 found packets -DN=2 -DNB=1 -DE=1 -DOTHER=1 -DKINDS=2 -DTIMEOUTS -DNO_TAG
 found packets -DN=2 -DNB=2 -DE=3 -DKINDS=2 -DBESIDE
+# Vectors that are their own signals, in slots that their readers empty.
+holds slots -DN=2 -DNB=1 -DE=5
+holds slots -DN=2 -DNB=2 -DE=4
+holds slots -DN=3 -DNB=1 -DE=4
+found slots -DN=2 -DNB=1 -DE=5 -DONE_HALF
+found slots -DN=2 -DNB=2 -DE=4 -DSILENT
 LINES
 exit $status

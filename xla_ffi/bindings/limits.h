@@ -79,8 +79,8 @@ inline int64_t TokenBytes(int64_t num_tokens, int num_topk, const std::vector<si
 inline void DefineLimits(nb::module_& m) {
   m.def("limits", &Limits, "Limits of the operations, by name.");
   m.def("enums", &Enums, "Members of the enums that are attributes of custom calls.");
-  m.def("packet_payload", &OfRanks<PacketPayload>, nb::arg("num_ranks"),
-        "Bytes that one rank can send to another in packets, in one call.");
+  m.def("slot_payload", &OfRanks<SlotPayload>, nb::arg("num_ranks"),
+        "Bytes that one rank can store in the slots of another in one call.");
   m.def("push_payload", &OfRanks<PushPayload>, nb::arg("num_ranks"),
         "Bytes that one rank can push to another in one call.");
   m.def(

@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "device/clear_shared.h"
 #include "device/devices.h"
 
 namespace jax_ep {
@@ -76,6 +77,8 @@ void DeviceGroup::Open(uint64_t timeout_ns, const LoadKernels& load_kernels) {
     const size_t staging_offset = SharedBytes(num_ranks_, low_latency_bytes_);
     control_[i] = ShareableMemory::Create(static_cast<int>(device), staging_offset + staging_bytes_,
                                           DevicesHere());
+    CheckCuda("cudaMemset",
+              ClearShared(control_[i].data(), num_ranks_, low_latency_bytes_, /*stream=*/nullptr));
     CheckCuda("cudaMemcpy", cudaMemcpy(&ControlAt(i)->timeout_ns, &timeout_ns, sizeof(timeout_ns),
                                        cudaMemcpyHostToDevice));
     CheckCuda("cudaDeviceSynchronize", cudaDeviceSynchronize());
@@ -218,12 +221,8 @@ void DeviceGroup::Reopen(std::chrono::milliseconds timeout) {
   for (size_t i = 0; i < positions_.size(); ++i) {
     if (!is_here_[i]) continue;
     const OnDevice on_device(positions_[i].device_id);
-    // Pushed operands may stay, since their signals are zeroed. Packets are their own signals.
-    const size_t packets = LowLatencyOffset(num_ranks_);
-    const size_t end = SharedBytes(num_ranks_, low_latency_bytes_);
-    CheckCuda("cudaMemset", cudaMemsetAsync(control_[i].data(), 0, kPushedOffset, copies_[i]));
     CheckCuda("cudaMemset",
-              cudaMemsetAsync(control_[i].data() + packets, 0, end - packets, copies_[i]));
+              ClearShared(control_[i].data(), num_ranks_, low_latency_bytes_, copies_[i]));
     CheckCuda("cudaMemcpy",
               cudaMemcpyAsync(&ControlAt(i)->timeout_ns, &timeout_ns, sizeof(timeout_ns),
                               cudaMemcpyHostToDevice, copies_[i]));

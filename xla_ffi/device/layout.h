@@ -1,5 +1,5 @@
-// The memory of a rank that its peers map, from front to back: signals, packets, pushed operands,
-// packets of exchanges. Copies of operands lie behind these (ops/cuda_op.h).
+// The memory of a rank that its peers map, from front to back: signals, slots with their escapes,
+// pushed operands, packets of exchanges. Copies of operands lie behind these (ops/cuda_op.h).
 //
 // Each operation takes its part here, behind the parts of the others. A new operation comes last.
 #pragma once
@@ -38,23 +38,25 @@ struct ControlBlock : CallSignals, CombineSignals, ReduceSignals {};
 static_assert(sizeof(ControlBlock) ==
               sizeof(CallSignals) + sizeof(CombineSignals) + sizeof(ReduceSignals));
 
-/// Packets of small operands lie behind the signals, and room for pushed operands behind the
-/// packets.
+/// Slots of small operands lie behind the signals, and room for pushed operands behind the slots.
 ///
-/// A packet is one 16-byte store of 12 bytes and the epoch. So a packet needs no signal.
-/// Packets, pushed operands and their signals have two halves. A call of epoch n uses half n % 2. A
-/// peer overwrites that half in epoch n + 2, which it begins only after it has received this rank's
-/// part of epoch n + 1. Epochs skip 0, which unwritten memory holds, and 1, so that the halves
-/// alternate (NextEpoch).
-inline constexpr size_t kPacketGroupBytes = 128 * 16;  // kPacketGroupPayload in packets
-inline constexpr size_t kPacketGroups = 2048;          // of all ranks together, in one half
-inline constexpr size_t kPacketBytes = 2 * kPacketGroups * kPacketGroupBytes;
+/// Slots, pushed operands, packets and their signals have two halves. A call of epoch n uses half
+/// n % 2. A peer overwrites that half in epoch n + 2, which it begins only after it has received
+/// this rank's part of epoch n + 1. Epochs skip 0, which unwritten memory holds, and 1, so that the
+/// halves alternate (NextEpoch).
+///
+/// A slot takes a vector of 16 bytes in one store, and is empty before and after
+/// (device/slots.cuh). Each slot has a word of escapes.
+inline constexpr size_t kSlots = 256 * 1024;  // of all ranks together, in one half
+/// Fills an empty slot.
+inline constexpr uint8_t kAbsentByte = 0xf5;
 
-/// The room for one rank's packets at another rank, in one call.
-constexpr size_t PacketGroups(int num_ranks) { return kPacketGroups / num_ranks; }
-constexpr size_t PacketPayload(int num_ranks) {
-  return PacketGroups(num_ranks) * kPacketGroupPayload;
-}
+/// The room for one rank's vectors at another rank, in one call.
+constexpr size_t Slots(int num_ranks) { return kSlots / num_ranks; }
+constexpr size_t SlotPayload(int num_ranks) { return Slots(num_ranks) * kSlotBytes; }
+
+/// A packet is one 16-byte store of 12 bytes and the epoch. So a packet needs no signal.
+inline constexpr size_t kPacketGroupBytes = 128 * 16;  // kPacketGroupPayload in packets
 
 /// Bytes that one rank can push to another in one call, and the room for pushes of all ranks, in
 /// both halves.
@@ -76,8 +78,9 @@ constexpr size_t LowLatencyPayload(int num_ranks, size_t bytes) {
 }
 
 /// Offsets of the parts. Only the last two depend on the number of ranks.
-inline constexpr size_t kPacketsOffset = (sizeof(ControlBlock) + 255) / 256 * 256;
-inline constexpr size_t kPushedOffset = kPacketsOffset + kPacketBytes;
+inline constexpr size_t kEscapesOffset = (sizeof(ControlBlock) + 255) / 256 * 256;
+inline constexpr size_t kSlotsOffset = kEscapesOffset + 2 * kSlots * sizeof(uint32_t);
+inline constexpr size_t kPushedOffset = kSlotsOffset + 2 * kSlots * kSlotBytes;
 constexpr size_t LowLatencyOffset(int num_ranks) { return kPushedOffset + PushBytes(num_ranks); }
 constexpr size_t SharedBytes(int num_ranks, size_t low_latency_bytes = 0) {
   return LowLatencyOffset(num_ranks) +
@@ -86,14 +89,14 @@ constexpr size_t SharedBytes(int num_ranks, size_t low_latency_bytes = 0) {
 
 /// Sizes of rooms, computed for kernels, where divisions are slow.
 struct Rooms {
-  int64_t packet_groups;
+  int slots;
   int64_t push_payload;
   int64_t low_latency_offset;
   int64_t low_latency_payload;
 };
 constexpr Rooms RoomsOf(int num_ranks, size_t low_latency_bytes = 0) {
   return {
-      .packet_groups = static_cast<int64_t>(PacketGroups(num_ranks)),
+      .slots = static_cast<int>(Slots(num_ranks)),
       .push_payload = static_cast<int64_t>(PushPayload(num_ranks)),
       .low_latency_offset = static_cast<int64_t>(LowLatencyOffset(num_ranks)),
       .low_latency_payload = static_cast<int64_t>(LowLatencyPayload(num_ranks, low_latency_bytes))};

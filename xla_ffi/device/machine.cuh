@@ -64,6 +64,18 @@ __device__ inline uint32_t CountBlock(uint32_t* word) {
   return before;
 }
 
+/// Turns bits of a signal of this rank over, without order, and returns it as it was. The result is
+/// not waited for before it is used: after an addition, compilers exchange it between lanes at
+/// once.
+__device__ inline uint64_t FetchXor(Signal* cell, uint64_t bits) {
+  uint64_t before;
+  asm volatile("atom.relaxed.gpu.global.xor.b64 %0, [%1], %2;"
+               : "=l"(before)
+               : "l"(cell), "l"(bits)
+               : "memory");
+  return before;
+}
+
 __device__ inline uint32_t LoadAcquire(const uint32_t* word) {
   uint32_t value;
   asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");

@@ -1,5 +1,5 @@
-// Operands that a rank stores in its peers' memory: small ones with the epoch in each packet,
-// larger ones with a signal behind each block's part.
+// Operands that a rank stores in its peers' memory: rows of few tokens with the epoch in each
+// packet, operands of sums with a signal behind each block's part.
 #pragma once
 
 #include <cstddef>
@@ -73,15 +73,6 @@ __device__ inline bool Begin(const Endpoint& self, OpId op, const int32_t* posit
   return true;
 }
 
-/// This lane's first packet of a group of `source`, in the memory of `holder`.
-__device__ inline std::byte* PacketsAt(const Endpoint& self, int holder, int source, uint32_t epoch,
-                                       int64_t group) {
-  const int64_t half = int64_t{epoch & 1} * kPacketGroups;
-  const int64_t place = half + source * self.rooms.packet_groups + group;
-  return reinterpret_cast<std::byte*>(self.control[holder]) + kPacketsOffset +
-         place * kPacketGroupBytes + PacketLane() * kVectorBytes;
-}
-
 /// Stores a group of vectors as packets, at this lane's first packet `to`. For a whole warp. A
 /// group that is not full fills fewer packets (NumPackets).
 __device__ inline void StoreGroup(std::byte* to, uint32_t epoch,
@@ -106,12 +97,6 @@ __device__ inline int NumPackets(int num_vectors) {
   return num_vectors > 2 * kWarpSize ? 4 : num_vectors > kWarpSize ? 3 : 2;
 }
 
-/// Sends a group of vectors to a peer. For a whole warp.
-__device__ inline void Send(const Endpoint& self, int peer, uint32_t epoch, int64_t group,
-                            const uint4 (&vectors)[kPacketVectors]) {
-  StoreGroup(PacketsAt(self, peer, self.rank, epoch, group), epoch, vectors);
-}
-
 /// Loads a group of a peer's packets at `from`, which may not be there yet; Receive waits for them.
 /// For a whole warp.
 __device__ inline LanePackets LookAt(const Endpoint& self, int peer, uint32_t epoch,
@@ -124,10 +109,6 @@ __device__ inline LanePackets LookAt(const Endpoint& self, int peer, uint32_t ep
                                     : Packet{.low = 0, .high = uint64_t{epoch} << 32};
   }
   return packets;
-}
-
-__device__ inline LanePackets Look(const Endpoint& self, int peer, uint32_t epoch, int64_t group) {
-  return LookAt(self, peer, epoch, PacketsAt(self, self.rank, peer, epoch, group));
 }
 
 /// Whether the packets are there, or never will be, since the peer makes another call.
@@ -144,10 +125,14 @@ template <typename IsThere>
 __device__ inline bool AwaitPackets(const Endpoint& self, const PushCall& call, int peer,
                                     IsThere&& is_there) {
   constexpr int kLooks = 64;
-  for (int n = 0; n < kLooks; ++n) {
-    if (is_there()) return true;
+  uint64_t begun = 0;
+  for (int n = 0; !is_there(); ++n) {
+    if (n < kLooks) continue;
+    n = kLooks;
+    begun = GoesOn(self, call.op, peer, begun);
+    if (begun == 0) return false;
   }
-  return WaitUntil(self, call.op, peer, is_there);
+  return true;
 }
 
 /// Waits for a group of a peer's packets at `from`, and unpacks it. False if the group fails first.
@@ -169,12 +154,6 @@ __device__ inline bool ReceiveFrom(const Endpoint& self, const PushCall& call, i
   vectors[1] = make_uint4(second(1), third(1), first(2), second(2));
   vectors[2] = make_uint4(third(2), first(3), second(3), third(3));
   return are_there && IsCall(self, call.op, peer, call.tag, packets.called.value);
-}
-
-__device__ inline bool Receive(const Endpoint& self, const PushCall& call, int peer, int64_t group,
-                               LanePackets& packets, uint4 (&vectors)[kPacketVectors]) {
-  return ReceiveFrom(self, call, peer, PacketsAt(self, self.rank, peer, call.epoch, group), packets,
-                     vectors);
 }
 
 /// The room of `source` for packets of a low-latency exchange, in the memory of `holder`.
@@ -208,12 +187,18 @@ __device__ inline bool PushedBarrier(const Endpoint& self, const PushCall& call)
 }
 
 /// CountOut for calls in which every rank receives from every other one: they need no CloseCall.
-/// Every thread of every block calls it, and EndReading after the block's last wait.
+/// Every thread of every block calls it, behind a barrier after Begin, and EndReading after the
+/// block's last wait. One thread waits for the count, in the last warp, which often has least to
+/// do.
+__device__ inline void EndEpochBehindBarrier(const Endpoint& self, const PushCall& call) {
+  RefuseOverlap(self, call);
+  if (threadIdx.x == blockDim.x - 1) CountOut(self, call.ended);
+}
+
+/// The same for a block that has met no barrier since Begin.
 __device__ inline void EndEpoch(const Endpoint& self, const PushCall& call) {
   __syncthreads();
-  if (threadIdx.x != 0) return;
-  RefuseOverlap(self, call);
-  CountOut(self, call.ended);
+  EndEpochBehindBarrier(self, call);
 }
 
 }  // namespace jax_ep

@@ -24,8 +24,8 @@ __device__ inline uint32_t CurrentEpoch(const Endpoint& self) {
 /// Takes the next epoch, by one thread of a call. The word before says whether another call runs
 /// (IsOverlap).
 __device__ inline Signal TakeTurn(const Endpoint& self) {
-  auto* word = reinterpret_cast<unsigned long long*>(&self.own()->turn);
-  const uint64_t before = atomicAdd(word, kRunningMark);
+  // The mark is the highest bit, which a sum turns over, too.
+  const uint64_t before = FetchXor(&self.own()->turn, kRunningMark);
   return {static_cast<uint32_t>(before), static_cast<uint32_t>(before >> 32)};
 }
 
@@ -121,6 +121,20 @@ __device__ bool WaitUntil(const Endpoint& self, OpId op, int peer, IsThere&& is_
     }
   }
   return true;
+}
+
+/// Whether a wait for `peer` that has looked often goes on: not if the group has failed, or the
+/// time is over. `begun`: time of the first such look, 0 in that look. Returns it, or 0 if the wait
+/// ends. Never inlined: the first looks of a wait need not fetch its instructions.
+static __device__ __noinline__ uint64_t GoesOn(const Endpoint& self, OpId op, int peer,
+                                               uint64_t begun) {
+  if (LoadRelaxed(&self.own()->abort)) return 0;
+  const uint64_t now = GlobalTimer();
+  // A clock that was set back begins anew, as in Stopwatch.
+  if (begun == 0 || now < begun) return now;
+  if (now - begun <= WaitLimit(self, peer)) return begun;
+  Fail(self, FailureKind::kPeerTimeout, op, peer, self.num_ranks, self.num_ranks - 1);
+  return 0;
 }
 
 /// The same for a signal that not all peers send at once: only the late peer is known.

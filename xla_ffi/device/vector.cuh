@@ -7,24 +7,25 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/types.h"
+
 namespace jax_ep {
 
 inline constexpr int kVectorBytes = 16;
 
 /// Whether an array begins at a multiple of a vector's size.
-__device__ inline bool IsAligned(const std::byte* array) {
+JAX_EP_HOST_DEVICE inline bool IsAligned(const std::byte* array) {
   return reinterpret_cast<uint64_t>(array) % kVectorBytes == 0;
 }
+/// Whether an array of parts of `bytes` bytes consists of whole vectors.
+JAX_EP_HOST_DEVICE inline bool IsWhole(int64_t bytes, const std::byte* array) {
+  return bytes % kVectorBytes == 0 && IsAligned(array);
+}
 
-/// Vector `i` of an array of `bytes` bytes, with zeros behind its end. The load bypasses the L1
-/// cache, which does not see writes of other devices. Elements of kBytes never lie in two vectors.
+/// A vector of which `left` bytes are in the array, or one that is not aligned. Never inlined: its
+/// many instructions would lie between those that always run.
 template <int kBytes>
-__device__ inline uint4 LoadVector(const std::byte* array, int64_t i, int64_t bytes) {
-  const std::byte* from = array + i * kVectorBytes;
-  const int64_t left = bytes - i * kVectorBytes;
-  if (left >= kVectorBytes && IsAligned(array)) {
-    return __ldcg(reinterpret_cast<const uint4*>(from));
-  }
+static __device__ __noinline__ uint4 LoadInParts(const std::byte* from, int64_t left) {
   uint4 vector{};
   auto* to = reinterpret_cast<std::byte*>(&vector);
 #pragma unroll
@@ -45,18 +46,35 @@ __device__ inline uint4 LoadVector(const std::byte* array, int64_t i, int64_t by
 }
 
 template <int kBytes>
-__device__ inline void StoreVector(std::byte* array, int64_t i, int64_t bytes, uint4 vector) {
-  std::byte* to = array + i * kVectorBytes;
-  const int64_t left = bytes - i * kVectorBytes;
-  if (left >= kVectorBytes && IsAligned(array)) {
-    *reinterpret_cast<uint4*>(to) = vector;
-    return;
-  }
+static __device__ __noinline__ void StoreInParts(std::byte* to, int64_t left, uint4 vector) {
   const auto* from = reinterpret_cast<const std::byte*>(&vector);
 #pragma unroll
   for (int at = 0; at < kVectorBytes; at += kBytes) {
     if (at >= left) break;
     for (int b = 0; b < kBytes; ++b) to[at + b] = from[at + b];
+  }
+}
+
+/// Vector `i` of an array of `bytes` bytes, with zeros behind its end. The load bypasses the L1
+/// cache, which does not see writes of other devices. Elements of kBytes never lie in two vectors.
+template <int kBytes>
+__device__ inline uint4 LoadVector(const std::byte* array, int64_t i, int64_t bytes) {
+  const std::byte* from = array + i * kVectorBytes;
+  const int64_t left = bytes - i * kVectorBytes;
+  if (left >= kVectorBytes && IsAligned(array)) {
+    return __ldcg(reinterpret_cast<const uint4*>(from));
+  }
+  return LoadInParts<kBytes>(from, left);
+}
+
+template <int kBytes>
+__device__ inline void StoreVector(std::byte* array, int64_t i, int64_t bytes, uint4 vector) {
+  std::byte* to = array + i * kVectorBytes;
+  const int64_t left = bytes - i * kVectorBytes;
+  if (left >= kVectorBytes && IsAligned(array)) {
+    *reinterpret_cast<uint4*>(to) = vector;
+  } else {
+    StoreInParts<kBytes>(to, left, vector);
   }
 }
 
@@ -107,7 +125,9 @@ __device__ inline void LoadVectors(const std::byte* array, const Strided& which,
 #pragma unroll
   for (int v = 0; v < kCount; ++v) {
     const int64_t i = which.at(v);
-    if (whole <= i && i < which.end) vectors[v] = LoadVector<kBytes>(array, i, bytes);
+    if (whole <= i && i < which.end) {
+      vectors[v] = LoadInParts<kBytes>(array + i * kVectorBytes, bytes - i * kVectorBytes);
+    }
   }
 }
 
@@ -121,7 +141,9 @@ __device__ inline void StoreVectors(std::byte* array, const Strided& which, int6
 #pragma unroll
   for (int v = 0; v < kCount; ++v) {
     const int64_t i = which.at(v);
-    if (whole <= i && i < which.end) StoreVector<kBytes>(array, i, bytes, vectors[v]);
+    if (whole <= i && i < which.end) {
+      StoreInParts<kBytes>(array + i * kVectorBytes, bytes - i * kVectorBytes, vectors[v]);
+    }
   }
 }
 

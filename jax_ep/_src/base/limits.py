@@ -19,9 +19,9 @@ def __getattr__(name: str) -> int:
     return limits[name]
 
 
-def packet_payload(num_ranks: int) -> int:
-    """Returns the bytes that one rank can send to another in one low-latency call."""
-    size: int = _native().packet_payload(num_ranks)
+def slot_payload(num_ranks: int) -> int:
+    """Returns the bytes that one rank can send to another in a low-latency sum or norm."""
+    size: int = _native().slot_payload(num_ranks)
     return size
 
 

@@ -24,8 +24,8 @@ JAX_EP_HOST_DEVICE constexpr OpId OpOf(Movement movement) {
 
 /// Algorithm by which operands travel between GPUs.
 enum class Algorithm : int64_t {
-  kLowLatency = 0,  // every rank stores its operand at every peer, in packets
-  kOneShot = 1,     // the same without packets; every rank reads large operands in place
+  kLowLatency = 0,  // every rank stores its operand at every peer, in slots
+  kOneShot = 1,     // the same with signals; every rank reads large operands in place
   kTwoShot = 2,     // every rank adds one chunk, then gets the chunks of the others
 };
 

@@ -13,7 +13,7 @@
 namespace jax_ep {
 namespace {
 
-constexpr int kMinLowLatencyWarps = 4;
+constexpr int64_t kMinLowLatencyThreads = 128;
 
 // Whether the peers have room for the operand.
 bool IsPushed(const AllReduceArgs& args, Algorithm algorithm) {
@@ -26,6 +26,7 @@ using Kernel = void (*)(AllReduceLaunch);
 
 struct Kernels {
   Kernel low_latency;
+  Kernel low_latency_whole;  // whole vectors
   Kernel push_one_shot;
   Kernel push_two_shot;  // null: none
   Kernel one_shot;
@@ -35,10 +36,16 @@ struct Kernels {
 template <typename Element>
 Kernels KernelsOf() {
   if constexpr (std::is_same_v<Element, Byte>) {
-    return {LowLatencyKernel<Byte>, PushKernel<Byte>, nullptr, OneShotKernel<Byte>, nullptr};
+    return {LowLatencyKernel<Byte, false>,
+            LowLatencyKernel<Byte, true>,
+            PushKernel<Byte>,
+            nullptr,
+            OneShotKernel<Byte>,
+            nullptr};
   } else {
-    return {LowLatencyKernel<Element>, PushKernel<Element>, PushTwoShotKernel<Element>,
-            OneShotKernel<Element>, TwoShotKernel<Element>};
+    return {
+        LowLatencyKernel<Element, false>, LowLatencyKernel<Element, true>, PushKernel<Element>,
+        PushTwoShotKernel<Element>,       OneShotKernel<Element>,          TwoShotKernel<Element>};
   }
 }
 
@@ -63,8 +70,9 @@ cudaError_t LoadAllReduceKernels(DeviceTraits&) {
   for (const Movement movement : {Movement::kAllReduce, Movement::kAllGather}) {
     for (const DType dtype : {DType::kBF16, DType::kF16, DType::kF32, DType::kI32}) {
       const Kernels kernels = KernelsOf(movement, dtype);
-      for (const Kernel kernel : {kernels.low_latency, kernels.push_one_shot, kernels.push_two_shot,
-                                  kernels.one_shot, kernels.two_shot}) {
+      for (const Kernel kernel :
+           {kernels.low_latency, kernels.low_latency_whole, kernels.push_one_shot,
+            kernels.push_two_shot, kernels.one_shot, kernels.two_shot}) {
         cudaFuncAttributes found{};
         if (kernel == nullptr) continue;
         const cudaError_t status = cudaFuncGetAttributes(&found, kernel);
@@ -89,13 +97,13 @@ cudaError_t LaunchAllReduce(const AllReduceLaunch& launch, Algorithm algorithm,
                       .stream = stream};
   const int64_t most_blocks = std::min(device.num_sms, kMaxReduceBlocks);
   if (algorithm == Algorithm::kLowLatency) {
-    const int64_t num_groups = divide(num_vectors, kGroupVectors);
-    const int64_t wanted = divide(num_groups, most_blocks);
-    constexpr int64_t kMaxWarps = kReduceThreads / kWarpSize;
-    const int64_t num_warps = std::clamp<int64_t>(wanted, kMinLowLatencyWarps, kMaxWarps);
-    config.num_threads = static_cast<int>(num_warps * kWarpSize);
-    config.num_blocks = static_cast<int>(std::min(most_blocks, divide(num_groups, num_warps)));
-    return Launch(kernels.low_latency, config, launch);
+    const int64_t wanted = divide(num_vectors, most_blocks * kPair * kWarpSize) * kWarpSize;
+    config.num_threads =
+        static_cast<int>(std::clamp<int64_t>(wanted, kMinLowLatencyThreads, kReduceThreads));
+    config.num_blocks =
+        static_cast<int>(std::min(most_blocks, divide(num_vectors, config.num_threads)));
+    const bool is_whole = IsWhole(args.bytes, args.in) && IsWhole(args.bytes, args.out);
+    return Launch(is_whole ? kernels.low_latency_whole : kernels.low_latency, config, launch);
   }
   const bool is_two_shot = algorithm == Algorithm::kTwoShot;
   const int64_t num_chunks = is_two_shot ? launch.self.num_ranks : 1;
@@ -112,7 +120,7 @@ template <>
 ffi::Error RunAllReduce<Cuda>(const DeviceContext& context, I32Buffer position,
                               const AllReduceArgs& args, const AllReduceAttrs& attrs) {
   const Algorithm how = attrs.algorithm;
-  const size_t payload = PacketPayload(args.num_ranks);
+  const size_t payload = SlotPayload(args.num_ranks);
   JAX_EP_REQUIRE(args.bytes > 0, context.op(), ": there are no elements");
   JAX_EP_REQUIRE(how != Algorithm::kLowLatency || args.bytes <= static_cast<int64_t>(payload),
                  context.op(), ": low_latency takes at most ", payload, " bytes from a rank, got ",

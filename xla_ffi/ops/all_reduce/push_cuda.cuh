@@ -9,6 +9,7 @@
 #include "device/call.cuh"
 #include "device/packets.cuh"
 #include "device/signals.cuh"
+#include "device/slots.cuh"
 #include "ops/all_reduce/all_reduce_cuda.cuh"
 #include "ops/all_reduce/stored_cuda.cuh"
 #include "ops/all_reduce/terms_cuda.cuh"
@@ -17,73 +18,72 @@ namespace jax_ep {
 
 // Sends each peer the part of this rank's operand that it needs, and receives the peers' parts.
 //
-// Geometry   a warp for a group of 96 vectors of 16 bytes; 128 threads, more where 64 blocks of
-//            them would take groups in turns.
-// Protocol   called and packets to every peer; nothing else, since packets carry their epoch.
-// Traffic    per rank: bytes read, 4/3 of them stored at each peer, as much polled from the own L2
-//            for each peer, the result written.
-// Floor      4/3 * bytes * (num_ranks - 1) over NVLink push; a launch, a load, a store's way to a
-//            peer.
-template <typename Element>
+// Geometry   128 threads of two vectors of 16 bytes at a time, one where 64 blocks take all; more
+//            threads where 64 blocks of 128 would take vectors in turns.
+// Protocol   called and slots to every peer; nothing else, since vectors are their own signals.
+// Traffic    per rank: bytes read, stored at each peer, as much polled from the own L2 for each
+//            peer and overwritten there, the result written.
+// Floor      bytes * (num_ranks - 1) over NVLink push; a launch, a load, a store's way to a peer.
+//
+// kIsWhole: operand and result consist of whole vectors and are aligned.
+template <typename Element, bool kIsWhole>
 __global__ void __launch_bounds__(kReduceThreads)
     LowLatencyKernel(const __grid_constant__ AllReduceLaunch launch) {
   constexpr bool kGathers = std::is_same_v<Element, Byte>;
   constexpr int kBytes = kElementBytes<Element>;
-  constexpr int kPeersAtOnce = 2;
   const Endpoint& self = launch.self;
   const AllReduceArgs& a = launch.args;
-  const int64_t num_vectors = NumVectors(a.bytes);
-  const int64_t num_groups = (num_vectors + kGroupVectors - 1) / kGroupVectors;
-  const int num_warps = blockDim.x / kWarpSize;
-  const int64_t first = int64_t{threadIdx.x / kWarpSize} * gridDim.x + blockIdx.x;
-  const int64_t step = int64_t{gridDim.x} * num_warps;
-  const auto load = [&](const std::byte* array, int64_t group, uint4(&vectors)[kPacketVectors]) {
-    LoadVectors<kBytes>(array, VectorsOf(group, num_vectors), a.bytes, vectors);
+  const Share share{.first = blockIdx.x * blockDim.x + threadIdx.x,
+                    .step = gridDim.x * blockDim.x,
+                    .end = static_cast<uint32_t>(NumVectors(a.bytes))};
+  const auto load = [&](const std::byte* from, const Share& pair, uint4(&vectors)[kPair]) {
+    LoadShare<kBytes, kIsWhole>(from, pair, a.bytes, vectors);
   };
-  uint4 vectors[kPacketVectors];
-  load(a.in, first, vectors);  // on its way together with the epoch
+  const auto store = [&](std::byte* to, const Share& pair, const uint4(&vectors)[kPair]) {
+    StoreShare<kBytes, kIsWhole>(to, pair, a.bytes, vectors);
+  };
+  uint4 own[kPair];
+  load(a.in + self.rank * a.in_stride(), share, own);  // on its way together with the epoch
   PushCall call;
   bool is_good = Begin(self, OpOf(a.movement), launch.position, call);
-  for (int64_t group = first; is_good && group < num_groups; group += step) {
-    if (group != first) load(a.in, group, vectors);
-    for (int r = 0; r < self.num_ranks; ++r) {
-      if (a.in_stride() != 0) load(a.in + r * a.in_stride(), group, vectors);
-      if (r != self.rank) Send(self, r, call.epoch, group, vectors);
+  for (Share pair = share; is_good && pair.first < pair.end; pair.first += kPair * pair.step) {
+    const std::byte* part = a.in;
+    for (int r = 0; r < self.num_ranks; ++r, part += a.in_stride()) {
+      if (r == self.rank) continue;
+      uint4 vectors[kPair] = {own[0], own[1]};
+      if (a.in_stride() != 0 || pair.first != share.first) load(part, pair, vectors);
+      SendVectors(self, r, call.epoch, pair, vectors);
     }
   }
   EndEpoch(self, call);
-  const std::byte* own = a.in + self.rank * a.in_stride();
-  for (int64_t group = first; group < num_groups; group += step) {
-    Sum<std::conditional_t<kGathers, float, Element>> sums[kPacketVectors];
-    const Strided which = VectorsOf(group, num_vectors);
-    uint4 own_vectors[kPacketVectors];
-    for (int begin = 0; begin < self.num_ranks; begin += kPeersAtOnce) {
-      LanePackets packets[kPeersAtOnce];
-#pragma unroll
-      for (int u = 0; u < kPeersAtOnce; ++u) {
-        const int r = begin + u;
-        if (r < self.num_ranks && r != self.rank) packets[u] = Look(self, r, call.epoch, group);
+  const auto look = [&](int r, const Share& pair) {
+    return r < self.num_ranks ? LookAtSlots<kPair>(self, r, call.epoch, pair) : Arrivals<kPair>{};
+  };
+  const auto peer_from = [&](int r) { return r == self.rank ? r + 1 : r; };
+  for (Share pair = share; pair.first < pair.end; pair.first += kPair * pair.step) {
+    Sum<std::conditional_t<kGathers, float, Element>> sums[kPair];
+    Arrivals<kPair> next = look(peer_from(0), pair);
+    if (pair.first != share.first) load(a.in + self.rank * a.in_stride(), pair, own);
+    std::byte* part = a.out;
+#pragma unroll 1
+    for (int r = 0; r < self.num_ranks; ++r, part += a.bytes) {
+      uint4 terms[kPair] = {own[0], own[1]};
+      if (r != self.rank) {
+        Arrivals<kPair> found = next;
+        next = look(peer_from(r + 1), pair);
+        if (is_good) is_good = ReceiveVectors(self, call, r, pair, found, terms);
       }
-      if (begin == 0) load(own, group, own_vectors);
-#pragma unroll
-      for (int u = 0; u < kPeersAtOnce; ++u) {
-        const int r = begin + u;
-        if (r >= self.num_ranks) break;
-        uint4 terms[kPacketVectors] = {own_vectors[0], own_vectors[1], own_vectors[2]};
-        if (r != self.rank && is_good) {
-          is_good = Receive(self, call, r, group, packets[u], terms);
-        }
-        if constexpr (kGathers) {
-          if (!is_good) Poison(terms);
-          StoreVectors<kBytes>(a.out + r * a.bytes, which, a.bytes, terms);
-        } else {
-          Add(sums, r, terms);
-        }
+      if constexpr (kGathers) {
+        if (!is_good) Poison(terms);
+        store(part, pair, terms);
+      } else {
+        Add(sums, r, terms);
       }
     }
     if constexpr (!kGathers) {
-      Round(sums, is_good, own_vectors);
-      StoreVectors<kBytes>(a.out, which, a.bytes, own_vectors);
+      uint4 rounded[kPair];
+      Round(sums, is_good, rounded);
+      store(a.out, pair, rounded);
     }
   }
   if (!is_good) NotePeerFailure(self);

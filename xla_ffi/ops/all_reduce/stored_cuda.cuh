@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "device/packets.cuh"
+#include "device/slots.cuh"
 #include "ops/all_reduce/all_reduce_cuda.cuh"
 #include "ops/all_reduce/terms_cuda.cuh"
 
@@ -20,12 +21,36 @@ __device__ inline Strided InTurns(int64_t begin, int64_t end) {
           .end = end};
 }
 
-inline constexpr int kFew = 4;  // vectors of a thread, on their way at once
+// Vectors of a thread that are on their way at once: of large operands, and of small ones.
+inline constexpr int kFew = 4;
+inline constexpr int kPair = 2;
 
 // Calls `use` for a few vectors of the share at a time.
 template <typename Use>
 __device__ void ForEachFew(Strided which, Use&& use) {
   for (; which.first < which.end; which.first += kFew * which.step) use(which);
+}
+
+// Loads vectors of an array. kIsWhole: it consists of whole vectors and is aligned.
+template <int kBytes, bool kIsWhole>
+__device__ void LoadShare(const std::byte* array, const Share& which, int64_t bytes,
+                          uint4 (&vectors)[kPair]) {
+  if constexpr (!kIsWhole) return LoadVectors<kBytes>(array, which.ToStrided(), bytes, vectors);
+  const auto* from = reinterpret_cast<const uint4*>(array);
+#pragma unroll
+  for (int v = 0; v < kPair; ++v) {
+    vectors[v] = which.at(v) < which.end ? __ldcg(from + which.at(v)) : uint4{};
+  }
+}
+template <int kBytes, bool kIsWhole>
+__device__ void StoreShare(std::byte* array, const Share& which, int64_t bytes,
+                           const uint4 (&vectors)[kPair]) {
+  if constexpr (!kIsWhole) return StoreVectors<kBytes>(array, which.ToStrided(), bytes, vectors);
+  auto* to = reinterpret_cast<uint4*>(array);
+#pragma unroll
+  for (int v = 0; v < kPair; ++v) {
+    if (which.at(v) < which.end) to[which.at(v)] = vectors[v];
+  }
 }
 
 // Stores at each peer the part of the share that the peer needs.

@@ -39,15 +39,17 @@ __device__ inline std::byte* PlaceOf(const LowLatencyDispatch& launch, int holde
          int64_t{unit} * kPacketGroupBytes + PacketLane() * kVectorBytes;
 }
 
-// Ranks that a token of this rank goes to, as bits. For a whole warp.
-__device__ inline uint32_t RanksOf(const LowLatencyDispatch& launch, int token) {
+// The expert of this lane's choice of a token of this rank, or -1.
+__device__ inline int32_t LoadChoiceOfLane(const LowLatencyDispatch& launch, int token) {
   const DispatchShape& shape = launch.args.shape;
-  uint32_t ranks = 0;
-  if (PacketLane() < shape.num_topk) {
-    const int32_t id = launch.args.topk_idx[token * shape.num_topk + PacketLane()];
-    if (shape.experts.IsExpert(id)) ranks = 1u << shape.experts.RankOf(id);
-  }
-  return __reduce_or_sync(~0u, ranks);
+  if (PacketLane() >= shape.num_topk) return -1;
+  return launch.args.topk_idx[token * shape.num_topk + PacketLane()];
+}
+
+// Ranks that a token of this rank goes to, as bits, from each lane's choice. For a whole warp.
+__device__ inline uint32_t RanksOf(const LowLatencyDispatch& launch, int32_t id) {
+  const DispatchShape& shape = launch.args.shape;
+  return __reduce_or_sync(~0u, shape.experts.IsExpert(id) ? 1u << shape.experts.RankOf(id) : 0);
 }
 
 // A choice of a token: an expert, or kNoPacketExpert, and its weight.
@@ -56,11 +58,35 @@ struct Choice {
   float weight;
 };
 
-__device__ inline Choice OwnChoice(const DispatchArgs& a, int token, int k) {
+// A choice of this rank, as its caller named it: -1 or an id that may be invalid.
+struct RawChoice {
+  int32_t id;
+  float weight;
+};
+struct RawPair {
+  RawChoice even;
+  RawChoice odd;
+};
+
+__device__ inline RawChoice LoadChoice(const DispatchArgs& a, int token, int k) {
+  if (k >= a.shape.num_topk) return {-1, 0.0f};
   const int64_t i = int64_t{token} * a.shape.num_topk + k;
-  const int32_t id = a.topk_idx[i];
-  return {a.shape.experts.IsExpert(id) ? static_cast<uint32_t>(id) : kNoPacketExpert,
-          a.topk_weights ? a.topk_weights[i] : 0.0f};
+  return {a.topk_idx[i], a.topk_weights ? a.topk_weights[i] : 0.0f};
+}
+// Pair `i` of the choices of all tokens.
+__device__ inline RawPair LoadPair(const DispatchArgs& a, int i) {
+  const int per_token = ChoicePackets(a.shape.num_topk);
+  const int token = i / per_token;
+  const int k = 2 * (i % per_token);
+  return {LoadChoice(a, token, k), LoadChoice(a, token, k + 1)};
+}
+
+__device__ inline Choice ToChoice(const DispatchArgs& a, const RawChoice& raw) {
+  return {a.shape.experts.IsExpert(raw.id) ? static_cast<uint32_t>(raw.id) : kNoPacketExpert,
+          raw.weight};
+}
+__device__ inline Choice OwnChoice(const DispatchArgs& a, int token, int k) {
+  return ToChoice(a, LoadChoice(a, token, k));
 }
 
 __device__ inline Choice ChoiceIn(const Packet& packet, int k) {
@@ -71,23 +97,27 @@ __device__ inline Choice ChoiceIn(const Packet& packet, int k) {
 }
 
 // Two choices of a token of this rank.
-__device__ inline Packet PackChoices(const DispatchArgs& a, uint32_t epoch, int token, int pair) {
-  const int k = 2 * pair;
-  const Choice even = OwnChoice(a, token, k);
-  const Choice odd =
-      k + 1 < a.shape.num_topk ? OwnChoice(a, token, k + 1) : Choice{kNoPacketExpert, 0.0f};
+__device__ inline Packet PackChoices(const DispatchArgs& a, uint32_t epoch, const RawPair& pair) {
+  const Choice even = ToChoice(a, pair.even);
+  const Choice odd = ToChoice(a, pair.odd);
   return {.low = uint64_t{__float_as_uint(odd.weight)} << 32 | __float_as_uint(even.weight),
           .high = uint64_t{epoch} << 32 | odd.expert << 16 | even.expert};
 }
 
+// Number of packets of the choices of a rank's tokens.
+__device__ inline int NumPairs(const DispatchShape& shape) {
+  return static_cast<int>(shape.num_tokens) * ChoicePackets(shape.num_topk);
+}
+
 // Sends the choices of this rank's tokens to every peer, `thread` of `num_threads` a part of them.
+// `first`: its first pair, loaded before.
 __device__ inline void SendChoices(const LowLatencyDispatch& launch, uint32_t epoch, int thread,
-                                   int num_threads) {
+                                   int num_threads, const RawPair& first) {
   const DispatchArgs& a = launch.args;
   const Endpoint& self = launch.self;
-  const int per_token = ChoicePackets(a.shape.num_topk);
-  for (int i = thread; i < a.shape.num_tokens * per_token; i += num_threads) {
-    const Packet packet = PackChoices(a, epoch, i / per_token, i % per_token);
+  const int num_pairs = NumPairs(a.shape);
+  for (int i = thread; i < num_pairs; i += num_threads) {
+    const Packet packet = PackChoices(a, epoch, i == thread ? first : LoadPair(a, i));
     for (int d = 1; d < self.num_ranks; ++d) {
       const int peer = (self.rank + d) % self.num_ranks;
       StorePacket(LowLatencyRoom(self, peer, self.rank, epoch) + i * kVectorBytes, packet);

@@ -25,11 +25,12 @@ class RoutingWriter {
   __device__ RoutingWriter(const DispatchArgs& args, const RoutingTable<kLayout>& table)
       : a_(args), table_(table) {}
 
-  // For all threads of the grid.
+  // For all threads of the grid. The counts are for the last block: the first ones sent most.
   __device__ void Write() const {
     WriteSendRows();
-    ClearUnused();
-    if (blockIdx.x == 0) WriteCounts();
+    const int32_t num_recv = table_.num_recv();
+    ClearUnused(num_recv);
+    if (blockIdx.x == gridDim.x - 1) WriteCounts(num_recv);
   }
 
  private:
@@ -43,25 +44,18 @@ class RoutingWriter {
     }
   }
 
-  __device__ void WriteCounts() const {
+  __device__ void WriteCounts(int32_t num_recv) const {
     const int num_local = a_.shape.experts.num_local_experts();
     for (int e = threadIdx.x; e < num_local; e += blockDim.x) {
       a_.group_sizes[e] = table_.GroupSize(e);
     }
-    __shared__ int num_invalid;
-    if (threadIdx.x == 0) num_invalid = 0;
-    __syncthreads();
-    for (int64_t i = threadIdx.x; i < a_.shape.num_tokens * a_.shape.num_topk; i += blockDim.x) {
-      if (a_.shape.experts.IsInvalid(a_.topk_idx[i])) atomicAdd(&num_invalid, 1);
-    }
-    __syncthreads();
     if (threadIdx.x != 0) return;
-    a_.num_recv[0] = table_.num_recv();
+    a_.num_recv[0] = num_recv;
     a_.num_dropped[0] = table_.num_dropped();
-    a_.num_invalid[0] = num_invalid;
+    a_.num_invalid[0] = table_.num_invalid();
   }
 
-  __device__ void ClearUnused() const {
+  __device__ void ClearUnused(int32_t num_recv) const {
     if constexpr (kLayout == RecvLayout::kExpert) {
       const int num_local = a_.shape.experts.num_local_experts();
       const bool is_padded = a_.shape.expert_alignment > 1 || a_.shape.expert_stride > 0;
@@ -72,7 +66,7 @@ class RoutingWriter {
       }
       if (a_.shape.expert_stride > 0) return;
     }
-    Clear(table_.num_recv(), a_.shape.recv_capacity, a_.fill == Fill::kZeros);
+    Clear(num_recv, a_.shape.recv_capacity, a_.fill == Fill::kZeros);
   }
 
   __device__ void Clear(int64_t begin, int64_t end, bool fills) const {
@@ -102,9 +96,145 @@ class RoutingWriter {
   const RoutingTable<kLayout>& table_;
 };
 
+// The groups of rows that the warps of a grid send and receive, in turns: unit n is a group of
+// token n / num_groups().
+template <typename Source>
+class DispatchUnits {
+ public:
+  static constexpr bool kIsCast = GroupOfRow<Source>::kIsCast;
+
+  __device__ explicit DispatchUnits(const LowLatencyDispatch& launch)
+      : launch_(launch),
+        num_groups_(launch.groups.count()),
+        num_(static_cast<int>(launch.args.shape.num_tokens) * num_groups_),
+        // Neighbouring groups go to different SMs, so that a short call is spread over all SMs.
+        first_(static_cast<int>(threadIdx.x / kWarpSize * gridDim.x + blockIdx.x)),
+        step_(static_cast<int>(blockDim.x / kWarpSize * gridDim.x)) {}
+
+  __device__ const LowLatencyDispatch& launch() const { return launch_; }
+  __device__ int num_groups() const { return num_groups_; }
+  __device__ int num() const { return num_; }  // of one rank
+  // Those of this warp.
+  __device__ int first() const { return first_; }
+  __device__ int step() const { return step_; }
+
+  __device__ RowGroup GroupAt(int unit) const { return GroupOf(launch_, unit % num_groups_); }
+  // Scales go along with the rows that they belong to.
+  __device__ static bool IsSent(const RowGroup& group) { return !kIsCast || group.stream != 1; }
+  // Loads a unit of this rank.
+  __device__ void Load(int unit, const RowGroup& group, GroupOfRow<Source>& loaded) const {
+    const DispatchArgs& a = launch_.args;
+    const int64_t token = unit / num_groups_;
+    LoadGroup(a, group, a.streams[group.stream].in + token * launch_.in_bytes(group.stream),
+              loaded);
+  }
+  // What a thread sends first.
+  struct FirstLoads {
+    GroupOfRow<Source> row;
+    int32_t choice;  // of the row's token, this lane's
+    RawPair pair;    // of choices
+  };
+  __device__ void LoadFirst(FirstLoads& loaded) const {
+    const int thread = first_ * kWarpSize + PacketLane();
+    if (thread < NumPairs(launch_.args.shape)) loaded.pair = LoadPair(launch_.args, thread);
+    const int unit = first();
+    if (unit >= num_) return;
+    loaded.choice = LoadChoiceOfLane(launch_, unit / num_groups_);
+    const RowGroup group = GroupAt(unit);
+    if (IsSent(group)) Load(unit, group, loaded.row);
+  }
+
+ private:
+  const LowLatencyDispatch& launch_;
+  const int num_groups_;
+  const int num_;
+  const int first_;
+  const int step_;
+};
+
 // Sends the choices of this rank's tokens to every peer, and each row once to every rank that has
-// one of the token's experts. Every block finds the place of the rows that have come from the
-// choices of all ranks, and copies the rows there, once for each row of the result.
+// one of the token's experts. Every thread of the grid calls it in a call that is good.
+template <typename Source>
+__device__ void SendTokens(const DispatchUnits<Source>& units, const PushCall& call,
+                           typename DispatchUnits<Source>::FirstLoads& first) {
+  const LowLatencyDispatch& launch = units.launch();
+  const Endpoint& self = launch.self;
+  SendChoices(launch, call.epoch, units.first() * kWarpSize + PacketLane(),
+              units.step() * kWarpSize, first.pair);
+  GroupOfRow<Source>& loaded = first.row;
+  for (int unit = units.first(); unit < units.num(); unit += units.step()) {
+    const RowGroup group = units.GroupAt(unit);
+    if (!units.IsSent(group)) continue;
+    int32_t choice = first.choice;
+    if (unit != units.first()) {
+      choice = LoadChoiceOfLane(launch, unit / units.num_groups());
+      units.Load(unit, group, loaded);
+    }
+    uint32_t peers = RanksOf(launch, choice) & ~(1u << self.rank);
+    for (; peers != 0; peers &= peers - 1) {
+      const int peer = __ffs(peers) - 1;
+      StoreGroup(PlaceOf(launch, peer, self.rank, call.epoch, unit), call.epoch, loaded.vectors,
+                 group.num_packets);
+      if (units.kIsCast && group.stream == 0) {
+        SendScales(launch, call.epoch, peer, unit, loaded.scales);
+      }
+    }
+  }
+}
+
+// Finds the place of the rows that have come from the choices of all ranks, and copies the rows
+// there, once for each row of the result. Every thread of the grid calls it, behind a barrier after
+// the table was cleared. If the call is not good, or fails, the results are poisoned. `loaded` is
+// scratch.
+template <RecvLayout kLayout, typename Source>
+__device__ void ReceiveTokens(const DispatchUnits<Source>& units, const PushCall& call,
+                              bool is_good, RoutingTable<kLayout>& table, const Results& results,
+                              GroupOfRow<Source>& loaded) {
+  const LowLatencyDispatch& launch = units.launch();
+  const Endpoint& self = launch.self;
+  const DispatchArgs& a = launch.args;
+  is_good = is_good && table.Fill(call);
+  if (!is_good) {
+    for (int i = 0; i < results.count; ++i) {
+      const Results::Span& span = results.spans[i];
+      SetBytes(static_cast<std::byte*>(span.data), span.bytes, span.value, threadIdx.x, blockDim.x);
+    }
+    if (threadIdx.x == 0) NotePeerFailure(self);
+    return;
+  }
+  for (int n = units.first(); n < self.num_ranks * units.num(); n += units.step()) {
+    const int source = (self.rank + n / units.num()) % self.num_ranks;
+    const int unit = n % units.num();
+    const RowGroup group = units.GroupAt(unit);
+    if (!units.IsSent(group)) continue;
+    const TokenRows<kLayout> rows(table, source, unit / units.num_groups());
+    if (rows.IsNone()) continue;
+    if (source == self.rank) {
+      units.Load(unit, group, loaded);
+    } else {
+      const std::byte* from = PlaceOf(launch, self.rank, source, call.epoch, unit);
+      LanePackets packets = LookAt(self, source, call.epoch, from, group.num_packets);
+      if (is_good) {
+        is_good = ReceiveFrom(self, call, source, from, packets, loaded.vectors, group.num_packets);
+      }
+      if (units.kIsCast && group.stream == 0 && is_good) {
+        is_good = ReceiveScales(launch, call, source, unit, loaded.scales);
+      }
+      if (!is_good) {
+#pragma unroll
+        for (uint4& vector : loaded.vectors) vector = make_uint4(~0u, ~0u, ~0u, ~0u);
+#pragma unroll
+        for (uint32_t& scale : loaded.scales) scale = ~0u;
+      }
+    }
+    rows.ForEach([&](int64_t row) { StoreRowOfResult(a, group, row, loaded); });
+    if (unit % units.num_groups() == 0) rows.WriteIndices();
+  }
+  RoutingWriter<kLayout>(a, table).Write();
+  if (!is_good) NotePeerFailure(self);
+}
+
+// Sends this rank's tokens, and receives those of all ranks: SendTokens, then ReceiveTokens.
 //
 // Geometry   a warp for a group of 96 vectors of a row; 512 threads, fewer where all groups fit
 //            into fewer; up to all SMs of the budget.
@@ -121,89 +251,18 @@ template <RecvLayout kLayout, typename Source>
 __global__ void __launch_bounds__(kLowLatencyThreads, 1)
     LowLatencyDispatchKernel(const __grid_constant__ LowLatencyDispatch launch,
                              const __grid_constant__ Results results) {
-  auto* const shared = DynamicShared<uint32_t>();
-  constexpr bool kIsCast = GroupOfRow<Source>::kIsCast;
   const Endpoint& self = launch.self;
-  const DispatchArgs& a = launch.args;
-  const int num_groups = launch.groups.count();
-  const int num_tokens = static_cast<int>(a.shape.num_tokens);
-  const int num_units = num_tokens * num_groups;
-  // Neighbouring groups go to different SMs, so that a short call is spread over all SMs.
-  const int first = static_cast<int>(threadIdx.x / kWarpSize * gridDim.x + blockIdx.x);
-  const int step = static_cast<int>(blockDim.x / kWarpSize * gridDim.x);
-  const auto group_of = [&](int unit) { return GroupOf(launch, unit % num_groups); };
-  // Scales go along with the rows that they belong to.
-  const auto is_sent = [&](const RowGroup& group) { return !kIsCast || group.stream != 1; };
-  const auto load = [&](int unit, const RowGroup& group, GroupOfRow<Source>& loaded) {
-    const int64_t token = unit / num_groups;
-    LoadGroup(a, group, a.streams[group.stream].in + token * launch.in_bytes(group.stream), loaded);
-  };
-  GroupOfRow<Source> loaded;
-  if (first < num_units) {  // on its way together with the epoch
-    const RowGroup group = group_of(first);
-    if (is_sent(group)) load(first, group, loaded);
-  }
-  RoutingTable<kLayout> table(launch, shared);
+  const DispatchUnits<Source> units(launch);
+  typename DispatchUnits<Source>::FirstLoads loaded;
+  units.LoadFirst(loaded);  // on its way together with the epoch
+  RoutingTable<kLayout> table(launch, DynamicShared<uint32_t>());
   table.Clear();
   PushCall call;
   bool is_good = Begin(self, OpId::kDispatch, launch.position, call);
   is_good = __syncthreads_and(is_good);
-  if (is_good) SendChoices(launch, call.epoch, first * kWarpSize + PacketLane(), step * kWarpSize);
-  for (int unit = first; is_good && unit < num_units; unit += step) {
-    const RowGroup group = group_of(unit);
-    if (!is_sent(group)) continue;
-    if (unit != first) load(unit, group, loaded);
-    uint32_t peers = RanksOf(launch, unit / num_groups) & ~(1u << self.rank);
-    for (; peers != 0; peers &= peers - 1) {
-      const int peer = __ffs(peers) - 1;
-      StoreGroup(PlaceOf(launch, peer, self.rank, call.epoch, unit), call.epoch, loaded.vectors,
-                 group.num_packets);
-      if (kIsCast && group.stream == 0) {
-        SendScales(launch, call.epoch, peer, unit, loaded.scales);
-      }
-    }
-  }
-  EndEpoch(self, call);
-  is_good = is_good && table.Fill(call);
-  if (!is_good) {
-    for (int i = 0; i < results.count; ++i) {
-      const Results::Span& span = results.spans[i];
-      SetBytes(static_cast<std::byte*>(span.data), span.bytes, span.value, threadIdx.x, blockDim.x);
-    }
-    if (threadIdx.x == 0) NotePeerFailure(self);
-    EndReading(self);
-    return;
-  }
-  for (int n = first; n < self.num_ranks * num_units; n += step) {
-    const int source = (self.rank + n / num_units) % self.num_ranks;
-    const int unit = n % num_units;
-    const RowGroup group = group_of(unit);
-    if (!is_sent(group)) continue;
-    const TokenRows<kLayout> rows(table, source, unit / num_groups);
-    if (rows.IsNone()) continue;
-    if (source == self.rank) {
-      load(unit, group, loaded);
-    } else {
-      const std::byte* from = PlaceOf(launch, self.rank, source, call.epoch, unit);
-      LanePackets packets = LookAt(self, source, call.epoch, from, group.num_packets);
-      if (is_good) {
-        is_good = ReceiveFrom(self, call, source, from, packets, loaded.vectors, group.num_packets);
-      }
-      if (kIsCast && group.stream == 0 && is_good) {
-        is_good = ReceiveScales(launch, call, source, unit, loaded.scales);
-      }
-      if (!is_good) {
-#pragma unroll
-        for (uint4& vector : loaded.vectors) vector = make_uint4(~0u, ~0u, ~0u, ~0u);
-#pragma unroll
-        for (uint32_t& scale : loaded.scales) scale = ~0u;
-      }
-    }
-    rows.ForEach([&](int64_t row) { StoreRowOfResult(a, group, row, loaded); });
-    if (unit % num_groups == 0) rows.WriteIndices();
-  }
-  RoutingWriter<kLayout>(a, table).Write();
-  if (!is_good) NotePeerFailure(self);
+  if (is_good) SendTokens(units, call, loaded);
+  EndEpochBehindBarrier(self, call);
+  ReceiveTokens(units, call, is_good, table, results, loaded.row);
   EndReading(self);
 }
 

@@ -51,6 +51,7 @@ class RoutingTable {
     has_repeats_ = end_ + s.end;
     num_recv_ = has_repeats_ + 1;
     num_dropped_ = num_recv_ + 1;
+    num_invalid_ = num_dropped_ + 1;
   }
 
   __device__ void Clear() {
@@ -62,50 +63,19 @@ class RoutingTable {
   // after Clear. The result is the same for the whole block: false if the group fails.
   __device__ bool Fill(const PushCall& call) {
     epoch_ = call.epoch;
-    constexpr int kUnroll = 4;
-    const int per_token = ChoicePackets(shape_.num_topk);
-    const int per_rank = static_cast<int>(shape_.num_tokens) * per_token;
-    const int num_packets = self().num_ranks * per_rank;
-    const auto step = static_cast<int>(blockDim.x);
-    bool is_good = true;
-    for (int first = threadIdx.x; first < num_packets; first += kUnroll * step) {
-      ChoicePacket packets[kUnroll];
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const int i = first + u * step;
-        if (i < num_packets) {
-          packets[u] =
-              LookAtChoices(call, i / per_rank, i % per_rank / per_token, i % per_rank % per_token);
-        }
-      }
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const int i = first + u * step;
-        if (i >= num_packets || !is_good) continue;
-        const int source = i / per_rank;
-        const int token = i % per_rank / per_token;
-        const int pair = i % per_rank % per_token;
-        is_good = Receive(call, source, token, pair, packets[u]);
-        if (!is_good) continue;
-        Count(source, token, ChoiceIn(packets[u].choices, 0).expert);
-        Count(source, token, ChoiceIn(packets[u].choices, 1).expert);
-      }
-    }
-    is_good = __syncthreads_and(is_good);
-    if (!is_good) return false;
-    if constexpr (kIsRank) {
-      if (threadIdx.x < kWarpSize) CountTokens();
-    } else {
+    if (!__syncthreads_and(ReadChoices(call))) return false;
+    if constexpr (!kIsRank) {
       FindFirstRows();
+      __syncthreads();
     }
-    __syncthreads();
     return true;
   }
 
   // The choice of a token of any rank. Its packets have come.
   __device__ Choice ChoiceOf(int source, int token, int k) const {
     if (source == self().rank) return OwnChoice(launch_.args, token, k);
-    return ChoiceIn(LoadPacket(ChoicePacketAt(source, token, k / 2)), k);
+    const int i = token * ChoicePackets(shape_.num_topk) + k / 2;
+    return ChoiceIn(LoadPacket(ChoicePacketAt(source, i)), k);
   }
 
   __device__ bool IsHere(uint32_t expert) const {
@@ -159,8 +129,19 @@ class RoutingTable {
     }
   }
 
-  // Rows in use on this rank, or with fixed places of groups the rows that have come.
-  __device__ int32_t num_recv() const { return *num_recv_; }
+  // Rows in use on this rank, or with fixed places of groups the rows that have come. For a whole
+  // warp.
+  __device__ int32_t num_recv() const {
+    if constexpr (!kIsRank) return *num_recv_;
+    const uint32_t* here = TokensTo(self().rank);
+    int num = 0;
+    for (int i = PacketLane(); i < self().num_ranks * num_words_; i += kWarpSize) {
+      num += __popc(here[i]);
+    }
+    return __reduce_add_sync(~0u, num);
+  }
+  // Choices of this rank that name no expert and are not -1.
+  __device__ int32_t num_invalid() const { return *num_invalid_; }
   // Choices of tokens that found no room here.
   __device__ int32_t num_dropped() const { return *num_dropped_; }
   __device__ int32_t GroupSize(int local) const {
@@ -197,7 +178,7 @@ class RoutingTable {
     }
   };
 
-  static constexpr int kNumScalars = 3;  // has_repeats_, num_recv_, num_dropped_
+  static constexpr int kNumScalars = 4;  // has_repeats_ and what follows it
 
   static __host__ __device__ int NumWords(const DispatchShape& shape) {
     return static_cast<int>((shape.num_tokens + kWarpSize - 1) / kWarpSize);
@@ -210,8 +191,7 @@ class RoutingTable {
     return static_cast<int32_t>((count + alignment - 1) / alignment * alignment);
   }
 
-  __device__ std::byte* ChoicePacketAt(int source, int token, int pair) const {
-    const int i = token * ChoicePackets(shape_.num_topk) + pair;
+  __device__ std::byte* ChoicePacketAt(int source, int i) const {
     return LowLatencyRoom(self(), self().rank, source, epoch_) + i * kVectorBytes;
   }
 
@@ -221,14 +201,10 @@ class RoutingTable {
     Signal called;
   };
 
-  // Makes a packet of this rank's choices, or loads a peer's, which may not be there yet.
-  __device__ ChoicePacket LookAtChoices(const PushCall& call, int source, int token,
-                                        int pair) const {
-    if (source == self().rank) {
-      return {PackChoices(launch_.args, call.epoch, token, pair), {call.epoch, call.tag}};
-    }
+  // Loads a packet of a peer's choices, which may not be there yet.
+  __device__ ChoicePacket LookAtChoices(const PushCall& call, int source, int i) const {
     const Signal called = LoadRelaxed(&self().own()->called[call.epoch & 1][source]);
-    return {LoadPacket(ChoicePacketAt(source, token, pair)), called};
+    return {LoadPacket(ChoicePacketAt(source, i)), called};
   }
 
   __device__ static bool IsThere(const ChoicePacket& packet, const PushCall& call) {
@@ -237,13 +213,49 @@ class RoutingTable {
   }
 
   // Waits for a packet of choices. False if the group fails first.
-  __device__ bool Receive(const PushCall& call, int source, int token, int pair,
-                          ChoicePacket& packet) const {
+  __device__ bool Receive(const PushCall& call, int source, int i, ChoicePacket& packet) const {
     const bool is_there = IsThere(packet, call) || AwaitPackets(self(), call, source, [&] {
-                            packet = LookAtChoices(call, source, token, pair);
+                            packet = LookAtChoices(call, source, i);
                             return IsThere(packet, call);
                           });
     return is_there && IsCall(self(), call.op, source, call.tag, packet.called.value);
+  }
+
+  // Counts this thread's part of the choices of all ranks. False if the group fails. The own
+  // choices come first, while those of the peers are on their way.
+  __device__ bool ReadChoices(const PushCall& call) {
+    constexpr int kUnroll = 4;
+    const int num_threads = static_cast<int>(blockDim.x);
+    const int thread = static_cast<int>(threadIdx.x);
+    const int per_token = ChoicePackets(shape_.num_topk);
+    const int num_pairs = NumPairs(shape_);
+    for (int i = thread; i < num_pairs; i += num_threads) {
+      const RawPair pair = LoadPair(launch_.args, i);
+      for (const RawChoice& raw : {pair.even, pair.odd}) {
+        Count(self().rank, i / per_token, ToChoice(launch_.args, raw).expert);
+        if (shape_.experts.IsInvalid(raw.id)) atomicAdd(num_invalid_, 1);
+      }
+    }
+    for (int d = 1; d < self().num_ranks; ++d) {
+      const int source = (self().rank + d) % self().num_ranks;
+      for (int first = thread; first < num_pairs; first += kUnroll * num_threads) {
+        ChoicePacket packets[kUnroll];
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+          const int i = first + u * num_threads;
+          if (i < num_pairs) packets[u] = LookAtChoices(call, source, i);
+        }
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+          const int i = first + u * num_threads;
+          if (i >= num_pairs) break;
+          if (!Receive(call, source, i, packets[u])) return false;
+          Count(source, i / per_token, ChoiceIn(packets[u].choices, 0).expert);
+          Count(source, i / per_token, ChoiceIn(packets[u].choices, 1).expert);
+        }
+      }
+    }
+    return true;
   }
 
   // Rank layout: tokens of all ranks that go to a rank.
@@ -271,17 +283,6 @@ class RoutingTable {
       // A token that names an expert twice has two rows there.
       if (others & bit) *has_repeats_ = 1;
     }
-  }
-
-  // Rank layout: counts the tokens that come here. For one warp.
-  __device__ void CountTokens() {
-    const uint32_t* here = TokensTo(self().rank);
-    int num = 0;
-    for (int i = PacketLane(); i < self().num_ranks * num_words_; i += kWarpSize) {
-      num += __popc(here[i]);
-    }
-    num = __reduce_add_sync(~0u, num);
-    if (PacketLane() == 0) *num_recv_ = num;
   }
 
   // Whether a rank has room for the choices of a token of `source`.
@@ -396,6 +397,7 @@ class RoutingTable {
   int* has_repeats_;
   int* num_recv_;
   int* num_dropped_;
+  int* num_invalid_;
 };
 
 }  // namespace jax_ep

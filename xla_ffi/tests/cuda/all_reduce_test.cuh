@@ -42,6 +42,18 @@ inline Bytes RandomElements(DType dtype, int64_t bytes, std::mt19937& rng) {
   return values;
 }
 
+// Makes some vectors equal to what an empty slot holds, to what stands for that, or nearly so.
+inline void PlantSentinels(Bytes& values, std::mt19937& rng) {
+  for (size_t begin = 0; begin + kSlotBytes <= values.size(); begin += kSlotBytes) {
+    const uint32_t kind = rng() % 64;
+    if (kind >= 6) continue;
+    std::fill_n(values.begin() + begin, kSlotBytes, std::byte{kAbsentByte});
+    // Byte 8 is the lowest of the upper half, as in kStandInWord.
+    if (kind >= 2) values[begin + 8] ^= std::byte{1};
+    if (kind >= 4) values[begin + rng() % kSlotBytes] ^= std::byte{1};
+  }
+}
+
 struct Reduction {
   Movement movement;
   Algorithm algorithm;
@@ -71,6 +83,7 @@ inline void TestReduction(const Reduction& c, const Ranks& ranks, int seed, int 
                     .out = nullptr};
     ranks.Select(r);
     in.push_back(RandomElements(c.dtype, a.in_bytes(), rng));
+    PlantSentinels(in[r], rng);
     ins.emplace_back(in[r]);
     outs.emplace_back(a.out_bytes());
     a.in = ins[r].get();

@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "device/clear_shared.h"
 #include "device/endpoint.h"
 #include "ops/all_reduce/all_reduce_cuda.cuh"
 #include "ops/all_reduce_residual_rmsnorm/all_reduce_residual_rmsnorm_cuda.cuh"
@@ -70,7 +71,8 @@ class Ranks {
       ControlBlock* control = nullptr;
       const size_t bytes = SharedBytes(num_ranks, kLowLatencyBytes);
       Cuda(cudaMalloc(reinterpret_cast<void**>(&control), bytes));
-      Cuda(cudaMemset(control, 0, bytes));
+      Cuda(ClearShared(reinterpret_cast<std::byte*>(control), num_ranks, kLowLatencyBytes,
+                       /*stream=*/nullptr));
       // The calls of a test go over the end of the epochs.
       const uint32_t epoch = 0xfffffff0u;
       Cuda(cudaMemcpy(&control->turn.epoch, &epoch, sizeof(epoch), cudaMemcpyHostToDevice));

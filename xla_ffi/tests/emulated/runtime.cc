@@ -59,7 +59,10 @@ Stream* Of(void* stream) { return static_cast<Stream*>(stream); }
 
 }  // namespace
 
-void Enqueue(void* stream, std::function<void()> work) { Of(stream)->Add(std::move(work)); }
+void Enqueue(void* stream, std::function<void()> work) {
+  // The null stream is only used for memory that no kernel uses yet.
+  stream == nullptr ? work() : Of(stream)->Add(std::move(work));
+}
 
 }  // namespace jax_ep::emulated
 

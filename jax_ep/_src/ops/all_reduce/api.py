@@ -33,7 +33,7 @@ def all_reduce(
         is known while tracing, as with psum.
       group: the ranks.
       algorithm: transport of arrays between GPUs. "low_latency": each rank writes its array to
-        every peer in 16-byte packets (12 bytes of data, 4 of flag); up to 3 MiB divided by the
+        every peer in stores of 16 bytes that are their own signals; up to 4 MiB divided by the
         number of ranks. "one_shot": each rank writes its array to every peer without flags between
         the data, up to 4 MiB, less for more than 4 ranks; every rank reads larger arrays in place.
         "two_shot": each rank adds up one part and passes its sum on; it writes up to 8 MiB (2
@@ -55,7 +55,7 @@ def all_reduce(
     Gradient: as with `lax.psum`, with check_vma on and off.
     Raises: ConfigError, DTypeError, GroupError while tracing; PeerTimeoutError, GroupError from
       `group.check()`.
-    Source: NCCL's LL protocol (NVIDIA, 2017) for low_latency; vLLM's custom all-reduce (2024) for
+    Source: TensorRT-LLM's and SGLang's all-reduce, whose data is its own signal, for low_latency; vLLM's custom all-reduce (2024) for
       the one-shot and the two-shot. These read and write XLA's buffers, without registration.
     """
     check = Checks("all_reduce")

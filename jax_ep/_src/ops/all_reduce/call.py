@@ -49,7 +49,7 @@ def _batch(
     before = int(movement is Movement.REDUCE_SCATTER)
     x = batch_at(x, dims[1], before, x.shape[dims[1]])
     num_bytes = x.size * x.dtype.itemsize // (x.shape[0] if before else 1)
-    if algorithm is Algorithm.LOW_LATENCY and num_bytes > limits.packet_payload(num_ranks):
+    if algorithm is Algorithm.LOW_LATENCY and num_bytes > limits.slot_payload(num_ranks):
         algorithm = Algorithm.ONE_SHOT
     bind = partial(_bind, movement=movement, algorithm=algorithm, num_ranks=num_ranks, **parameters)
     after = int(movement is Movement.ALL_GATHER)

@@ -44,7 +44,7 @@ def make_spec(
       backend: the back end that the caller passed, or None.
       dtypes: dtypes that the custom call takes; None: any.
       movement: the collective.
-      padding: bytes that packets have to carry besides the operand.
+      padding: bytes that slots have to hold besides the operand.
       kernel: operation whose table and limits apply; None: the public operation.
 
     Raises: GroupError, ConfigError, DTypeError.
@@ -82,7 +82,7 @@ def make_spec(
         if wanted is Algorithm.LOW_LATENCY and not group.spec.has_packets:
             raise ConfigError(
                 f"{check.op}: algorithm={algorithm!r} needs GPUs with native atomics between them "
-                "(NVLink): without them the 16 bytes of a packet may arrive in parts"
+                "(NVLink): without them the 16 bytes of a vector may arrive in parts"
             )
         most = _carried(group, spec(wanted), x, kernel, padding)[wanted]
         if most < num_bytes:
@@ -141,16 +141,16 @@ def _carried(
 
     The last algorithm is for the largest arrays.
     """
-    most = limits.packet_payload(group.num_ranks) - padding if group.spec.has_packets else -1
-    packets = {Algorithm.LOW_LATENCY: most}
+    most = limits.slot_payload(group.num_ranks) - padding if group.spec.has_packets else -1
+    slots = {Algorithm.LOW_LATENCY: most}
     if spec.backend != "cuda":
-        # Packets have the GPUs' limit on CPUs, too: a program that runs on CPUs runs on GPUs.
-        return packets | dict.fromkeys((Algorithm.ONE_SHOT, Algorithm.TWO_SHOT), _UNLIMITED)
+        # Slots have the GPUs' limit on CPUs, too: a program that runs on CPUs runs on GPUs.
+        return slots | dict.fromkeys((Algorithm.ONE_SHOT, Algorithm.TWO_SHOT), _UNLIMITED)
     pushed = -1 if kernel == "all_reduce_residual_rmsnorm" else limits.push_payload(group.num_ranks)
     # A large two-shot reads results of its peers in place, and results are never staged.
     pulls = group.spec.staging_bytes is None
     two_shot = _UNLIMITED if pulls else limits.two_shot_payload(group.num_ranks)
-    return packets | {
+    return slots | {
         Algorithm.ONE_SHOT: _UNLIMITED if group.spec.can_stage(x) else pushed,
         Algorithm.TWO_SHOT: two_shot if kernel == "all_reduce" else -1,
     }

@@ -117,7 +117,7 @@ def _choose(
         allow_psum=allow_psum,
         backend=backend,
         dtypes=FLOAT_DTYPES,
-        padding=packet_padding(x),
+        padding=slot_padding(x),
     )
     # An all_reduce may still carry the sum: it has other algorithms than the fused call.
     return None if algorithm == "auto" and spec.algorithm is Algorithm.PSUM else spec
@@ -139,10 +139,10 @@ def _all_reduce_spec(
     )
 
 
-def packet_padding(x: jax.Array) -> int:
-    """Returns the bytes that packets carry besides x: each row begins with a new packet group."""
+def slot_padding(x: jax.Array) -> int:
+    """Returns the bytes that slots hold besides x: each row begins with a new slot."""
     row_bytes = x.shape[-1] * x.dtype.itemsize
-    return -row_bytes % limits.PACKET_GROUP_PAYLOAD * (x.size // max(1, x.shape[-1]))
+    return -row_bytes % limits.SLOT_BYTES * (x.size // max(1, x.shape[-1]))
 
 
 def _vary(

@@ -59,9 +59,9 @@ def _has_room(
     """Returns whether the algorithm chosen for one element has room for x [batch, rows, hidden]."""
     if algorithm is not Algorithm.LOW_LATENCY:
         return not is_staged
-    group = limits.PACKET_GROUP_PAYLOAD
-    row_groups = -(-x.shape[2] * x.dtype.itemsize // group)
-    return x.shape[0] * x.shape[1] * row_groups * group <= limits.packet_payload(num_ranks)
+    slot = limits.SLOT_BYTES
+    row_slots = -(-x.shape[2] * x.dtype.itemsize // slot)
+    return x.shape[0] * x.shape[1] * row_slots * slot <= limits.slot_payload(num_ranks)
 
 
 _bind = make_primitive(

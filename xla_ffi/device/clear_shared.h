@@ -1,0 +1,27 @@
+// The memory that ranks share, as a group finds it when it opens.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+
+#include "device/layout.h"
+
+namespace jax_ep {
+
+/// Clears the memory of one rank, of which `num_ranks` and `low_latency_bytes` are the layout.
+/// Pushed operands may stay, since their signals are zero then. Slots and packets are their own
+/// signals.
+inline cudaError_t ClearShared(std::byte* memory, int num_ranks, size_t low_latency_bytes,
+                               cudaStream_t stream) {
+  const size_t packets = LowLatencyOffset(num_ranks);
+  const size_t end = SharedBytes(num_ranks, low_latency_bytes);
+  cudaError_t status = cudaMemsetAsync(memory, 0, kSlotsOffset, stream);
+  if (status != cudaSuccess) return status;
+  status =
+      cudaMemsetAsync(memory + kSlotsOffset, kAbsentByte, kPushedOffset - kSlotsOffset, stream);
+  if (status != cudaSuccess) return status;
+  return cudaMemsetAsync(memory + packets, 0, end - packets, stream);
+}
+
+}  // namespace jax_ep
