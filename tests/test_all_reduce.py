@@ -107,7 +107,7 @@ def test_a_residual_may_vary_over_the_ranks(backend):
 
 
 def test_a_batch_too_large_for_its_algorithm_takes_one_shot(groups):
-    """Each element fits into packets, the batch does not. On CPUs only the attribute shows it."""
+    """Each element fits into slots, the batch does not. On CPUs only the attribute shows it."""
     group = groups(2)
     x = np.ones((2, 4, limits.slot_payload(2) // 8), np.float32)
     call = partial(jax_ep.all_reduce, group=group, algorithm="low_latency")
@@ -433,7 +433,7 @@ BAD: dict[str, Any] = {
     "scale": (jax_ep.all_reduce_residual_rmsnorm, [np.ones((2, 3)), np.ones((2, 3)), np.ones((2, 4))], {}, jax_ep.ShapeError, r"scale must have shape \(3,\), got \(4,\)"),
     "norm_dtype": (jax_ep.all_reduce_residual_rmsnorm, [np.ones((2, 3), np.int32)] * 3, {}, jax_ep.DTypeError, "x must be bfloat16, float16 or float32, got int32"),
     "eps": (jax_ep.all_reduce_residual_rmsnorm, [np.ones((2, 3))] * 3, {"eps": -1.0}, jax_ep.ConfigError, "eps must be a static number of at least 0, got -1.0"),
-    "packets": (jax_ep.all_reduce, [np.ones((2, 400_000))], {"algorithm": "low_latency"}, jax_ep.ConfigError, "algorithm='low_latency' takes at most 1572864 bytes from a rank here, got 1600000"),
+    "slots": (jax_ep.all_reduce, [np.ones((2, 600_000))], {"algorithm": "low_latency"}, jax_ep.ConfigError, "algorithm='low_latency' takes at most 2097152 bytes from a rank here, got 2400000"),
     "two_halves": (jax_ep.reduce_scatter, [np.ones((2, 2))], {"algorithm": "two_shot"}, jax_ep.ConfigError, "reduce_scatter: algorithm must not be 'two_shot'"),
     "two_others": (jax_ep.all_gather, [np.ones((2, 2))], {"algorithm": "two_shot"}, jax_ep.ConfigError, "all_gather: algorithm must not be 'two_shot'"),
     "neither": (jax_ep.all_reduce, [np.ones((2, 2))], {"algorithm": "psum", "allow_psum": False}, jax_ep.ConfigError, "all_reduce: allow_psum=False forbids algorithm='psum'"),

@@ -20,10 +20,12 @@
 //   pushed[n, p, b] rank p            tag; its block b has stored its     the owner's block b,
 //                                     part of an operand here, in half n; before it reads it, or
 //                                     or has read what it reads in place  ends
-//   packet          any rank          12 bytes of an operand              the owner
-//   called[n, p]    rank p            tag of the call whose packets    the owner, with the packets,
-//                                     are in half n                    or while it waits for an
-//                                                                      address
+//   slot            any rank          a vector of 16 bytes of an          the owner, which empties
+//                                     operand, or that there is none      it
+//   packet          any rank          12 bytes of a row                   the owner
+//   called[n, p]    rank p            tag of the call whose vectors or    the owner, with them, or
+//                                     packets are in half n               while it waits for an
+//                                                                         address
 //   told[p]         rank p            what p has found to be wrong     the owner, before it keeps
 //                                                                      a result
 //   abort           any rank          1, for good, behind told[p] of   the owner, in every wait
@@ -101,7 +103,7 @@ struct FailureRecord {
 struct CallSignals {
   // Written by the owner's kernels.
   // The low half is the epoch of the last call that has ended. The high half says whether the next
-  // call runs, and how many blocks of a call still read pushed operands or packets
+  // call runs, and how many blocks of a call still read what peers store
   // (device/turn.h). Both are one word, so that a call that takes an epoch learns whether it is
   // alone.
   Signal turn;
