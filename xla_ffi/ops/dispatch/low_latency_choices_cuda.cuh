@@ -80,17 +80,20 @@ __device__ inline Packet PackChoices(const DispatchArgs& a, uint32_t epoch, int 
           .high = uint64_t{epoch} << 32 | odd.expert << 16 | even.expert};
 }
 
-// Sends the choices of this rank's tokens to every peer, `thread` of `num_threads` a part of them.
-__device__ inline void SendChoices(const LowLatencyDispatch& launch, uint32_t epoch, int thread,
-                                   int num_threads) {
+// Sends the choices of this rank's tokens to every peer of the call, `thread` of `num_threads` a
+// part of them.
+template <typename Call>
+__device__ void SendChoices(const LowLatencyDispatch& launch, const Call& call, int thread,
+                            int num_threads) {
   const DispatchArgs& a = launch.args;
   const Endpoint& self = launch.self;
   const int per_token = ChoicePackets(a.shape.num_topk);
   for (int i = thread; i < a.shape.num_tokens * per_token; i += num_threads) {
-    const Packet packet = PackChoices(a, epoch, i / per_token, i % per_token);
+    const Packet packet = PackChoices(a, call.epoch, i / per_token, i % per_token);
     for (int d = 1; d < self.num_ranks; ++d) {
       const int peer = (self.rank + d) % self.num_ranks;
-      StorePacket(LowLatencyRoom(self, peer, self.rank, epoch) + i * kVectorBytes, packet);
+      if (!call.Includes(peer)) continue;
+      StorePacket(LowLatencyRoom(self, peer, self.rank, call.epoch) + i * kVectorBytes, packet);
     }
   }
 }
