@@ -21,6 +21,7 @@
 #include "ops/pull_rows/pull_rows_cuda.cuh"
 #include "tests/cuda/all_reduce_test.cuh"
 #include "tests/cuda/failures_test.cuh"
+#include "tests/cuda/masked_calls_test.cuh"
 #include "tests/cuda/packets_test.cuh"
 #include "tests/cuda/ragged_all_to_all_test.cuh"
 #include "tests/cuda/ranks.cuh"
@@ -578,6 +579,7 @@ int main(int argc, char** argv) {
     std::printf("on %d devices\n", d);
     jax_ep::TestMatrix(d, is_small);
     jax_ep::TestMasks(d);
+    jax_ep::TestMaskedCalls(d);
     jax_ep::TestMisuse(d);
     jax_ep::TestFailures(d);
     jax_ep::TestPackets(d);
