@@ -129,15 +129,16 @@ def test_masks_are_read_by_captured_programs(mesh):
             np.testing.assert_array_equal(np.asarray(y)[:, i], expected)
 
 
-def test_a_killed_process_is_left_out():
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGINT"])
+def test_a_process_that_ends_is_left_out(how):
     """The others go on with right values, and the process's end is no failure of the group."""
     num_gpus = launch.count_gpus()
     if num_gpus < 2:
         pytest.skip("needs two GPUs")
     codes = [0] * num_gpus
-    codes[1] = -signal.SIGKILL
+    codes[1] = -getattr(signal, how)
     outputs = launch.launch(
-        [path_of("goes_on_without_a_rank")],
+        [path_of("goes_on_without_a_rank"), how],
         num_processes=num_gpus,
         deadline=120.0,
         environment={"XLA_FLAGS": "", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.1"},

@@ -211,7 +211,7 @@ def test_what_is_no_array_is_refused(group):
         )(x, ids)
     with pytest.raises(jax_ep.DTypeError, match="low_latency_combine: weights must be an array"):
         on_ranks(
-            lambda x, i: jax_ep.low_latency_combine(
+            lambda x, i: jax_ep.low_latency_combine(  # type: ignore[call-overload]
                 (out := send(group, x, i)).x, out.handle, weights=[0.5]
             ),
             group.mesh,

@@ -48,7 +48,10 @@ def test_a_rank_alone_computes_its_own_experts(group, backend):
 def test_a_mask_may_change_from_call_to_call(group):
     """The mask is an operand: one compiled program serves all masks."""
 
+    traced = []
+
     def run(x, ids, mask):
+        traced.append(mask)
         out = _masked(group, x, ids, mask=mask)
         return jax_ep.low_latency_combine(out.x, out.handle)
 
@@ -59,7 +62,7 @@ def test_a_mask_may_change_from_call_to_call(group):
         y = np.asarray(step(x, ids, np.tile(mask, (NUM_RANKS, 1))))
         assert np.array_equal(y, whole) == all(mask)
         assert [bool(np.any(rank)) for rank in y] == mask
-    assert step._cache_size() == 1
+    assert len(traced) == 1
 
 
 def _plain(group, x, ids):
@@ -160,3 +163,21 @@ def test_a_handle_with_a_wrong_mask_is_refused(group):
     x, ids, _ = inputs()
     with pytest.raises(jax_ep.ShapeError, match=re.escape("handle.rank_mask must have shape (2,)")):
         on_ranks(run, group.mesh)(x, ids)
+
+
+def test_a_group_that_survives_has_no_loss(monkeypatch):
+    with jax_ep.Group.open(make_mesh(NUM_RANKS), "ep", name="survivor", survives=True) as group:
+        assert group.survives
+        info = group.info()
+        assert info.survives
+        assert info.left_out == ()
+        monkeypatch.setattr(group._rendezvous, "lost_process", lambda: 7)
+        assert group._failures.loss() is None
+        assert jax_ep.Group.get(group.mesh, "ep", name="survivor", survives=True) is group
+        with pytest.raises(jax_ep.GroupError, match="survives=True, wanted False"):
+            jax_ep.Group.get(group.mesh, "ep", name="survivor", survives=False)
+
+
+def test_survives_is_true_or_false():
+    with pytest.raises(jax_ep.ConfigError, match="survives must be True or False, got 1"):
+        jax_ep.Group.open(make_mesh(NUM_RANKS), "ep", survives=1)

@@ -1,7 +1,9 @@
-"""Loses process 1 amid steps with a mask of ranks: the others go on, and name it."""
+"""Loses process 1 by signal argv[1] amid steps with a mask: the others go on, and name it."""
 
 import os
 import signal
+import sys
+import threading
 import time
 
 import jax
@@ -33,8 +35,13 @@ run = on_group(step, group)
 is_sent = (ids[..., None] // 4 == np.arange(R)).any(axis=-2)
 mask = np.ones(R, bool)
 for i in range(4 * AT):
-    if i == AT and me == LOST:
+    if i == AT and sys.argv[1] == "SIGKILL" and me == LOST:
         os.kill(os.getpid(), signal.SIGKILL)
+    if i == AT and sys.argv[1] == "SIGINT":  # while it waits for the others in its dispatch
+        if me == LOST:
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        else:
+            time.sleep(1.0)
     living = np.arange(R) != LOST if i >= AT else np.ones(R, bool)
     start = time.monotonic()
     y, after = run(x, ids, np.tile(mask, (R, 1)))

@@ -90,9 +90,7 @@ class Group:
         self.budgets = settings.budgets
         self._rendezvous = rendezvous
         self._native_group: NativeGroup | None = None
-        self._failures = Failures(
-            mesh, self.spec, rendezvous, survives=arguments.survives
-        )
+        self._failures = Failures(mesh, self.spec, rendezvous, survives=arguments.survives)
         self._is_open = True
         self._pid = os.getpid()
         registry.groups.add(self)
