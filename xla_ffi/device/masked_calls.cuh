@@ -34,8 +34,7 @@ namespace jax_ep {
 struct MaskedCall : PushCall {
   static constexpr bool kLeavesOut = true;
 
-  /// Reads the mask of the call; null where nothing is masked. Every thread of a warp makes one;
-  /// `ranks` is set by Begin.
+  /// Begins to read the mask of the call. All threads of a warp make one each; Begin sets `ranks`.
   __device__ MaskedCall(const Endpoint& self, const bool* rank_mask)
       : PushCall{},
         start(GlobalTimer()),

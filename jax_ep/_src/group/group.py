@@ -333,7 +333,10 @@ class Group:
 
     def info(self) -> GroupInfo:
         """Describes the ranks of the group and what they run on. Collective: no."""
-        return info.describe(self, self._native_group)
+        native = self._native_group
+        # A forked child has no part in the devices.
+        left_out = () if native is None or self._is_inherited() else native.left_out()
+        return info.describe(self, native, left_out)
 
     def check(self, *results: Any) -> None:
         """Raises the failure of a device: a peer that did not come, or a bad routing.

@@ -58,7 +58,7 @@ class GroupInfo:
     debug: bool
 
 
-def describe(group: "Group", native: NativeGroup | None) -> GroupInfo:
+def describe(group: "Group", native: NativeGroup | None, left_out: tuple[int, ...]) -> GroupInfo:
     """Describes a group. `native`: the native half of the group, if it has one."""
     return GroupInfo(
         identity=group.identity,
@@ -79,7 +79,7 @@ def describe(group: "Group", native: NativeGroup | None) -> GroupInfo:
         budgets_from=group.budgets.source,
         low_latency=_low_latency(group),
         survives=group.survives,
-        left_out=() if native is None else native.left_out(),
+        left_out=left_out,
         debug=group.debug,
     )
 
