@@ -86,7 +86,9 @@ class RoutingTable {
 
   // The choice of a token of any rank. Its packets have come.
   __device__ Choice ChoiceOf(int source, int token, int k) const {
-    if (!Includes(source)) return {kNoPacketExpert, 0.0f};
+    if constexpr (kLeavesOut) {
+      if (!Includes(source)) return {kNoPacketExpert, 0.0f};
+    }
     if (source == self().rank) return OwnChoice(launch_.args, token, k);
     return ChoiceIn(LoadPacket(ChoicePacketAt(source, token, k / 2)), k);
   }
@@ -131,7 +133,9 @@ class RoutingTable {
       const Choice choice = OwnChoice(launch_.args, token, slot);
       if (choice.expert == kNoPacketExpert) return kNoIndex;
       const auto expert = static_cast<int>(choice.expert);
-      if (!Includes(shape_.experts.RankOf(expert))) return kNoIndex;
+      if constexpr (kLeavesOut) {
+        if (!Includes(shape_.experts.RankOf(expert))) return kNoIndex;
+      }
       if (!IsAdmitted(shape_.experts.RankOf(expert), self().rank, token)) return kNoIndex;
       int nth = first_[expert] + before_[expert];
       if (*has_repeats_ != 0)
@@ -247,7 +251,9 @@ class RoutingTable {
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
         const int i = first + u * step;
-        if (i < num_packets && Includes(i / per_rank)) {
+        bool is_asked = i < num_packets;
+        if constexpr (kLeavesOut) is_asked = is_asked && Includes(i / per_rank);
+        if (is_asked) {
           packets[u] =
               LookAtChoices(call, i / per_rank, i % per_rank / per_token, i % per_rank % per_token);
         }
@@ -311,7 +317,9 @@ class RoutingTable {
 
   __device__ void Count(int source, int token, uint32_t expert) {
     if (expert == kNoPacketExpert) return;
-    if (kLeavesOut && !Includes(shape_.experts.RankOf(static_cast<int32_t>(expert)))) return;
+    if constexpr (kLeavesOut) {
+      if (!Includes(shape_.experts.RankOf(static_cast<int32_t>(expert)))) return;
+    }
     const int word = source * num_words_ + token / kWarpSize;
     const uint32_t bit = 1u << token % kWarpSize;
     const int local = static_cast<int>(expert) - self().rank * num_local_;
