@@ -92,6 +92,15 @@ class Group:
         CPU module tells.
         """
 
+    def set_survives(self, survives: bool) -> None:
+        """
+        Whether the group goes on without other processes: an interrupt of this one then ends
+        its own ranks' calls only.
+        """
+
+    def left_out(self) -> list[int]:
+        """Ranks that a device here leaves out of calls with a mask."""
+
     def set_epoch(self, epoch: int) -> None:
         """
         For tests: as if so many calls had been made; all processes, between two calls.

@@ -44,11 +44,13 @@ def make_plan(
     recv_capacity: int,
     expert_alignment: int = 1,
     expert_stride: int = 0,
+    rank_mask: npt.ArrayLike | None = None,
 ) -> Plan:
     """Routes topk_idx [R, T, K], token by token.
 
     `expert_stride`: rows from the first of a local expert to the first of the next; 0: the groups
-    of experts lie side by side.
+    of experts lie side by side. `rank_mask`: [R] bool, False: choices that lead to or from the rank
+    are none. None: all ranks take part.
     """
     ids = np.asarray(topk_idx, np.int64)
     num_ranks, num_tokens, num_topk = ids.shape
@@ -67,6 +69,8 @@ def make_plan(
         num_dropped=np.zeros(num_ranks, np.int32),
         num_invalid=np.sum((ids < -1) | (ids >= num_experts), axis=(1, 2)).astype(np.int32),
     )
+    if rank_mask is not None:
+        ids = _leave_out(ids, np.asarray(rank_mask), num_local)
     for dst in range(num_ranks):
         wanted = [
             (src, token, [(k, int(e) - dst * num_local) for k, e in enumerate(ids[src, token])
@@ -80,6 +84,14 @@ def make_plan(
         else:
             _place_by_expert(plan, dst, wanted, (recv_capacity, expert_alignment, expert_stride))
     return plan
+
+
+def _leave_out(ids: Any, rank_mask: Any, num_local: int) -> Any:
+    left = ids.copy()
+    for rank in np.flatnonzero(~rank_mask):
+        left[rank] = -1
+        left[(ids >= rank * num_local) & (ids < (rank + 1) * num_local)] = -1
+    return left
 
 
 _Wanted = list[tuple[int, int, list[tuple[int, int]]]]  # source, token, its (k, local expert) here

@@ -162,7 +162,7 @@ def test_bad_wires_are_refused(group):
 
     def combine(wire):
         return on_ranks(
-            lambda x, i: jax_ep.low_latency_combine(
+            lambda x, i: jax_ep.low_latency_combine(  # type: ignore[call-overload]
                 (out := send(group, x, i)).x, out.handle, wire=wire
             ),
             group.mesh,
@@ -204,11 +204,14 @@ def test_what_is_no_array_is_refused(group):
     x, ids, _ = inputs()
     with pytest.raises(jax_ep.DTypeError, match="low_latency_combine: rows must be an array"):
         on_ranks(
-            lambda x, i: jax_ep.low_latency_combine([[1.0]], send(group, x, i).handle), group.mesh
+            lambda x, i: jax_ep.low_latency_combine(  # type: ignore[call-overload]
+                [[1.0]], send(group, x, i).handle
+            ),
+            group.mesh,
         )(x, ids)
     with pytest.raises(jax_ep.DTypeError, match="low_latency_combine: weights must be an array"):
         on_ranks(
-            lambda x, i: jax_ep.low_latency_combine(
+            lambda x, i: jax_ep.low_latency_combine(  # type: ignore[call-overload]
                 (out := send(group, x, i)).x, out.handle, weights=[0.5]
             ),
             group.mesh,

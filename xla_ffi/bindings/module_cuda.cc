@@ -170,6 +170,8 @@ size_t RingBytes(int64_t layout, int num_ranks, int64_t num_tokens, int num_slot
 
 NB_MODULE(_jax_ep_cuda, m) {
   using jax_ep::DeviceGroup;
+  // Programs on the devices may call back into Python meanwhile.
+  using NoGil = nanobind::call_guard<nanobind::gil_scoped_release>;
   m.doc() = "CUDA twins of jax_ep's operations, and the native half of groups on GPUs.";
   m.def("registrations", &jax_ep::Registrations, "Target name to handler capsules.");
   m.def("types", &jax_ep::Types, "FFI type name to its capsules.");
@@ -210,6 +212,11 @@ NB_MODULE(_jax_ep_cuda, m) {
           "join_interrupts", &jax_ep::JoinInterrupts, nanobind::arg("interrupts"),
           "From now on calls that wait end when the process is interrupted, as the capsule of the\n"
           "CPU module tells.")
+      .def("set_survives", &DeviceGroup::set_survives, nanobind::arg("survives"),
+           "Whether the group goes on without other processes: an interrupt of this one then ends\n"
+           "its own ranks' calls only.")
+      .def("left_out", &DeviceGroup::LeftOut, NoGil(),
+           "Ranks that a device here leaves out of calls with a mask.")
       .def("set_epoch", &DeviceGroup::SetEpoch, nanobind::arg("epoch"),
            "For tests: as if so many calls had been made; all processes, between two calls.")
       .def("skip_rank", &DeviceGroup::SkipRank, nanobind::arg("rank"),
@@ -217,15 +224,12 @@ NB_MODULE(_jax_ep_cuda, m) {
   m.def("open_group", &jax_ep::OpenGroup, nanobind::arg("identity"), nanobind::arg("positions"),
         nanobind::arg("num_slices"), nanobind::arg("num_ranks"), nanobind::arg("timeout_ms"),
         nanobind::arg("is_here") = std::vector<bool>(), nanobind::arg("staging_bytes") = 0,
-        nanobind::arg("stages_all") = false, nanobind::arg("low_latency_bytes") = 0,
-        nanobind::call_guard<nanobind::gil_scoped_release>(),
+        nanobind::arg("stages_all") = false, nanobind::arg("low_latency_bytes") = 0, NoGil(),
         "Opens a group. Positions are (CUDA device, slice, rank, position in the mesh), of whole "
         "slices.\n"
         "is_here says which of them are this process's; empty: all. staging_bytes of each device\n"
         "hold copies of operands that peers have not mapped, of all operands where stages_all.\n"
         "low_latency_bytes hold packets of low-latency exchanges.");
-  // Without the GIL: programs on the devices may call back into Python meanwhile.
-  using NoGil = nanobind::call_guard<nanobind::gil_scoped_release>;
   m.def("find_closed_group", &jax_ep::FindClosed, nanobind::arg("identity"), NoGil(),
         "The group of an identity that was closed and that executables hold, or None.");
   m.def("reopen_group", &jax_ep::ReopenGroup, nanobind::arg("group"), nanobind::arg("timeout_ms"),

@@ -86,6 +86,13 @@ class DeviceGroup : public Interruptible, public std::enable_shared_from_this<De
   /// Opens the group again in the same memory, which captured programs refer to. All processes call
   /// it, when no call of the group runs in any of them.
   void Reopen(std::chrono::milliseconds timeout);
+  /// Whether the group goes on without other processes: an interrupt of this one then ends its own
+  /// ranks' calls only.
+  void set_survives(bool survives) { survives_ = survives; }
+  /// Ranks that a device here leaves out of calls with a mask. It copies beside the work on the
+  /// devices.
+  std::vector<int> LeftOut() const;
+
   /// Notes that another group has taken this group's identity, in other memory.
   void Supersede() { is_superseded_ = true; }
   bool is_superseded() const { return is_superseded_; }
@@ -121,7 +128,7 @@ class DeviceGroup : public Interruptible, public std::enable_shared_from_this<De
   /// The epoch of the call that runs on the device of a position here, if one does.
   std::optional<uint32_t> RunningAt(size_t index) const;
   /// Records a failure that the host has found on a position here, and ends every wait of its
-  /// slice.
+  /// slice, or if the group survives those of the slice's devices here.
   void FailAt(size_t index, FailureRecord record);
   ControlBlock* ControlAt(size_t index) const;
   void CopyBeside(size_t index, void* to, const void* from, size_t bytes,
@@ -144,6 +151,7 @@ class DeviceGroup : public Interruptible, public std::enable_shared_from_this<De
   std::unordered_map<int64_t, int> index_of_device_;
   std::atomic<bool> is_abandoned_ = false;
   std::atomic<bool> is_superseded_ = false;
+  std::atomic<bool> survives_ = false;
   bool has_native_atomics_ = false;
   HomeProcess home_;
   std::vector<std::optional<uint32_t>> noted_;  // from RunningAt; for the watching thread only

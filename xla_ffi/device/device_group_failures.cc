@@ -82,6 +82,21 @@ std::optional<uint32_t> DeviceGroup::RunningAt(size_t index) const {
   return epoch == 0 ? std::nullopt : std::optional(epoch);
 }
 
+std::vector<int> DeviceGroup::LeftOut() const {
+  uint32_t ranks = 0;
+  for (size_t i = 0; i < positions_.size(); ++i) {
+    if (!is_here_[i]) continue;
+    uint32_t left_out = 0;
+    CopyBeside(i, &left_out, &ControlAt(i)->left_out, sizeof(left_out), cudaMemcpyDeviceToHost);
+    ranks |= left_out;
+  }
+  std::vector<int> found;
+  for (int r = 0; r < num_ranks_; ++r) {
+    if ((ranks >> r & 1) != 0) found.push_back(r);
+  }
+  return found;
+}
+
 void DeviceGroup::NoteWaits() {
   noted_.assign(positions_.size(), std::nullopt);
   for (size_t i = 0; i < positions_.size(); ++i) {
@@ -123,6 +138,7 @@ void DeviceGroup::FailAt(size_t index, FailureRecord record) {
   static_cast<volatile FailureRecord&>(records_[index]).is_set = 1;
   std::vector<size_t> slice;
   for (size_t j = 0; j < positions_.size(); ++j) {
+    if (survives_ && !is_here_[j]) continue;
     if (positions_[j].member.slice == positions_[index].member.slice) slice.push_back(j);
   }
   const uint32_t one = 1;

@@ -33,10 +33,19 @@ struct ReduceSignals {
   Signal called[2][kMaxRanks];
 };
 
+/// Words of calls that leave ranks out (device/masked_calls.cuh).
+struct MaskSignals {
+  // Written by the owner's kernels.
+  Signal agreed;      // ranks whose choices the dispatch of that epoch takes, as bits
+  uint32_t left_out;  // ranks that this rank leaves out, as bits, for good
+  // Written by all ranks.
+  uint32_t waits[kMaxRanks];  // last epoch in which the rank has waited for half of the timeout
+};
+
 /// All signals of a rank, part behind part.
-struct ControlBlock : CallSignals, CombineSignals, ReduceSignals {};
-static_assert(sizeof(ControlBlock) ==
-              sizeof(CallSignals) + sizeof(CombineSignals) + sizeof(ReduceSignals));
+struct ControlBlock : CallSignals, CombineSignals, ReduceSignals, MaskSignals {};
+static_assert(sizeof(ControlBlock) == sizeof(CallSignals) + sizeof(CombineSignals) +
+                                          sizeof(ReduceSignals) + sizeof(MaskSignals));
 
 /// Slots of small operands lie behind the signals, and room for pushed operands behind the slots.
 ///

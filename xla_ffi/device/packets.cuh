@@ -34,8 +34,14 @@ struct LanePackets {
   Signal called;
 };
 
-/// A call that stores operands at its peers.
+/// A call that stores operands at its peers: at all of them.
 struct PushCall {
+  static constexpr bool kLeavesOut = false;
+  // What calls that leave ranks out do otherwise (device/masked_calls.cuh).
+  __device__ static void Settle(const Endpoint&) {}
+  __device__ static constexpr bool Includes(int) { return true; }
+  __device__ static constexpr uint32_t Among(uint32_t ranks) { return ranks; }
+
   OpId op;
   uint32_t ended;  // the epoch before
   uint32_t epoch;
@@ -45,8 +51,8 @@ struct PushCall {
 
 /// Begins a call, and sends its tag to the peers. Every thread of every block calls it. False if
 /// the group has failed, or if the program has this device at another position of the mesh.
-__device__ inline bool Begin(const Endpoint& self, OpId op, const int32_t* position,
-                             PushCall& call) {
+template <typename Call>
+__device__ bool Begin(const Endpoint& self, OpId op, const int32_t* position, Call& call) {
   const bool is_first_block = blockIdx.x == 0;
   const bool is_first = is_first_block && threadIdx.x == 0;
   // All loads are under way before the first is looked at.
@@ -54,11 +60,12 @@ __device__ inline bool Begin(const Endpoint& self, OpId op, const int32_t* posit
   const uint32_t epoch = NextEpoch(ended);
   const bool is_aborted = IsAborted(self);
   const int32_t found = is_first_block ? *position : self.position;
-  call = {.op = op,
-          .ended = ended,
-          .epoch = epoch,
-          .tag = TagOf(op, self.site),
-          .before = is_first ? TakeTurn(self) : Signal{}};
+  static_cast<PushCall&>(call) = {.op = op,
+                                  .ended = ended,
+                                  .epoch = epoch,
+                                  .tag = TagOf(op, self.site),
+                                  .before = is_first ? TakeTurn(self) : Signal{}};
+  call.Settle(self);
   if (is_aborted) return false;
   if (found != self.position) {
     if (is_first) {
@@ -67,7 +74,7 @@ __device__ inline bool Begin(const Endpoint& self, OpId op, const int32_t* posit
     return false;
   }
   for (int r = threadIdx.x; is_first_block && r < self.num_ranks; r += blockDim.x) {
-    if (r == self.rank) continue;
+    if (r == self.rank || !call.Includes(r)) continue;
     StoreRelaxed(&self.control[r]->called[epoch & 1][self.rank], {epoch, call.tag});
   }
   return true;
@@ -119,12 +126,13 @@ __device__ inline bool AreThere(const LanePackets& packets, const PushCall& call
   return packets.called.epoch == call.epoch && (are_there || packets.called.value != call.tag);
 }
 
-/// Waits until `is_there()`, which loads what a peer sends. Most packets come soon, so the first
-/// looks check neither `abort` nor the time. False if the group fails first.
+/// Looks for packets that check neither `abort` nor the time: most packets come soon.
+inline constexpr int kLooks = 64;
+
+/// Waits until `is_there()`, which loads what a peer sends. False if the group fails first.
 template <typename IsThere>
 __device__ inline bool AwaitPackets(const Endpoint& self, const PushCall& call, int peer,
                                     IsThere&& is_there) {
-  constexpr int kLooks = 64;
   uint64_t begun = 0;
   for (int n = 0; !is_there(); ++n) {
     if (n < kLooks) continue;
@@ -135,11 +143,12 @@ __device__ inline bool AwaitPackets(const Endpoint& self, const PushCall& call, 
   return true;
 }
 
-/// Waits for a group of a peer's packets at `from`, and unpacks it. False if the group fails first.
-__device__ inline bool ReceiveFrom(const Endpoint& self, const PushCall& call, int peer,
-                                   const std::byte* from, LanePackets& packets,
-                                   uint4 (&vectors)[kPacketVectors],
-                                   int num_packets = kLanePackets) {
+/// Waits for a group of a peer's packets at `from`, and unpacks it. False if the group fails first,
+/// or if the call leaves the peer out.
+template <typename Call>
+__device__ bool ReceiveFrom(const Endpoint& self, const Call& call, int peer, const std::byte* from,
+                            LanePackets& packets, uint4 (&vectors)[kPacketVectors],
+                            int num_packets = kLanePackets) {
   bool are_there = AreThere(packets, call);
   if (!are_there) {
     are_there = AwaitPackets(self, call, peer, [&] {

@@ -17,6 +17,8 @@ class Stopwatch {
     if (now < start_) start_ = now;
     return now - start_ > limit;
   }
+  /// A stopwatch made at this time goes on with the measure.
+  JAX_EP_HOST_DEVICE uint64_t start() const { return start_; }
 
  private:
   uint64_t start_;

@@ -13,8 +13,10 @@ namespace jax_ep {
 
 using I32Buffer = ffi::Buffer<ffi::S32>;
 using F32Buffer = ffi::Buffer<ffi::F32>;
+using BoolBuffer = ffi::Buffer<ffi::PRED>;
 using I32Result = ffi::Result<I32Buffer>;
 using F32Result = ffi::Result<F32Buffer>;
+using BoolResult = ffi::Result<BoolBuffer>;
 
 /// An error of a handler, which returns it at once or in a future. Every device of the program gets
 /// the same error.
@@ -50,6 +52,12 @@ Refusal InvalidArgument(const Parts&... parts) {
 template <typename Buffer>
 auto DataOrNull(Buffer buffer) -> decltype(buffer.typed_data()) {
   return buffer.element_count() == 0 ? nullptr : buffer.typed_data();
+}
+
+/// Whether the masks of ranks before and after a call have an element for each rank.
+inline bool RankMasksFit(BoolBuffer before, BoolBuffer after, int num_ranks) {
+  const auto size = static_cast<size_t>(num_ranks);
+  return before.element_count() == size && after.element_count() == size;
 }
 
 /// Bytes of one row: all dimensions but the first.

@@ -31,6 +31,7 @@ class DispatchHandle:
       num_experts: experts of the whole group.
       recv_capacity: C.
       group: identity of the group.
+      rank_mask: [R] bool, as in Dispatched; None without a mask.
     """
 
     recv_src: jax.Array
@@ -45,10 +46,11 @@ class DispatchHandle:
     num_experts: int = field(metadata={"static": True})
     recv_capacity: int = field(metadata={"static": True})
     group: str = field(metadata={"static": True})
+    rank_mask: jax.Array | None = None
 
     def index(self) -> RowIndex:
         """Returns the arrays that combine needs."""
-        return RowIndex(self.send_rank, self.send_row, self.recv_src, self.recv_k)
+        return RowIndex(self.send_rank, self.send_row, self.recv_src, self.recv_k, self.rank_mask)
 
 
 @jax.tree_util.register_dataclass
@@ -70,6 +72,9 @@ class Dispatched:
       num_dropped: [1] int32, rows that did not fit into recv_capacity on this rank.
       num_invalid: [1] int32, ids of this rank's topk_idx outside [-1, num_experts).
       handle: the way back.
+      rank_mask: [num_ranks] bool after a low-latency dispatch with rank_mask: the ranks that took
+        part. False for those that the mask left out, and on the `cuda` back end also for those that
+        did not answer. None without a mask.
     """
 
     x: jax.Array
@@ -82,3 +87,4 @@ class Dispatched:
     num_dropped: jax.Array
     num_invalid: jax.Array
     handle: DispatchHandle
+    rank_mask: jax.Array | None = None

@@ -280,6 +280,7 @@ class DispatchResults(NamedTuple):
     recv_topk_idx: jax.Array | None  # rank layout: [C, num_topk]
     recv_weights: jax.Array | None  # rank layout: [C, num_topk], expert layout: [C]
     rows: tuple[jax.Array, ...]  # [C, ...]
+    rank_mask: jax.Array | None = None  # [num_ranks] bool, after the call; None: without a mask
 
 
 class RowIndex(NamedTuple):
@@ -289,3 +290,4 @@ class RowIndex(NamedTuple):
     send_row: jax.Array
     recv_src: jax.Array
     recv_k: jax.Array | None  # expert layout: [C] index of each row among its token's choices
+    rank_mask: jax.Array | None = None  # [num_ranks] bool, False = left out; None: all take part

@@ -28,11 +28,14 @@ class Failures:
         mesh: jax.sharding.Mesh,
         spec: GroupSpec,
         rendezvous: Rendezvous,
+        *,
+        survives: bool,
     ):
         self.native: NativeGroup | None = None  # set once it is open
         self._owners = [d.process_index for d in mesh.devices.flat]
         self._spec = spec
         self._rendezvous = rendezvous
+        self._survives = survives
         self._bad_routings: Counter[str] = Counter()
 
     def add_bad_routing(self, op: str, rank: Any, num_invalid: Any, num_repeated: Any) -> None:
@@ -80,11 +83,16 @@ class Failures:
         return failure
 
     def loss(self) -> JaxEpError | None:
-        """Returns an error for a process that has ended, even if no custom call waits for it."""
+        """Returns an error for a process that has ended, even if no custom call waits for it.
+
+        A group that survives goes on, so it has none: its calls leave the ranks of the process out.
+        """
         process = self._rendezvous.lost_process()
         if process is None:
             return None
         self._leave_alone()
+        if self._survives:
+            return None
         ranks = [position.rank for position in self._spec.positions()]
         here, there = (
             [rank for rank, owner in zip(ranks, self._owners, strict=True) if owner == p]

@@ -43,6 +43,7 @@ class Group:
       low_latency_bytes: bytes of each GPU for what peers send in calls of few tokens.
       backend: the back end in use.
       timeout: seconds that a rank waits for its peers.
+      survives: whether the group goes on without processes that were lost.
       debug: whether routings are checked on the device.
       identity: name and fingerprint, equal in every process.
       spec, backends, tuning, budgets: facts for the operations; `info()` describes them to users.
@@ -57,6 +58,7 @@ class Group:
     low_latency_bytes: int
     backend: str
     timeout: float
+    survives: bool
     debug: bool
     spec: GroupSpec
     backends: dict[str, Usability]
@@ -79,6 +81,7 @@ class Group:
         self.num_sms = arguments.num_sms
         self.low_latency_bytes = arguments.low_latency_bytes
         self.timeout = arguments.timeout
+        self.survives = arguments.survives
         self.spec = arguments.spec
         self.backend = settings.backend
         self.debug = settings.debug
@@ -87,7 +90,7 @@ class Group:
         self.budgets = settings.budgets
         self._rendezvous = rendezvous
         self._native_group: NativeGroup | None = None
-        self._failures = Failures(mesh, self.spec, rendezvous)
+        self._failures = Failures(mesh, self.spec, rendezvous, survives=arguments.survives)
         self._is_open = True
         self._pid = os.getpid()
         registry.groups.add(self)
@@ -104,6 +107,7 @@ class Group:
         num_sms: int | None = None,
         low_latency_bytes: int | None = None,
         ranks_per_node: int | None = None,
+        survives: bool = False,
         debug: bool | None = None,
     ) -> Self:
         """Opens a group over the devices of a mesh.
@@ -130,6 +134,9 @@ class Group:
             of few tokens; `jax_ep.low_latency_bytes` computes them. Default: 16 MiB, enough for 128
             bf16 rows of 7,168 elements between two ranks. 0: plain calls take other kernels.
           ranks_per_node: ranks of one node, consecutive; default: all.
+          survives: whether the group goes on when another process of it ends, in calls with
+            `rank_mask`. Then `check()` does not raise for a process that was lost, and Ctrl-C in
+            one process ends only the calls of its own ranks.
           debug: whether the group counts bad ids of every routing and raises them in `check()`;
             default: the environment variable JAX_EP_DEBUG.
 
@@ -156,6 +163,7 @@ class Group:
             num_sms=num_sms,
             low_latency_bytes=low_latency_bytes,
             ranks_per_node=ranks_per_node,
+            survives=survives,
             debug=debug,
         )
 
@@ -171,6 +179,7 @@ class Group:
         num_sms: int | None = None,
         low_latency_bytes: int | None = None,
         ranks_per_node: int | None = None,
+        survives: bool | None = None,
         debug: bool | None = None,
     ) -> Self:
         """Returns the open group over a mesh and axis, or opens it if there is none.
@@ -191,6 +200,7 @@ class Group:
           num_sms: num_sms that the group must have; None: any.
           low_latency_bytes: low_latency_bytes that the group must have; None: any.
           ranks_per_node: ranks_per_node that the group must have; None: any.
+          survives: survives that the group must have; None: any.
           debug: debug mode that the group must have; None: any.
 
         If the call opens the group, these are its settings, and `Group.open`'s defaults replace
@@ -219,6 +229,7 @@ class Group:
             num_sms=num_sms,
             low_latency_bytes=low_latency_bytes,
             ranks_per_node=ranks_per_node,
+            survives=survives,
             debug=debug,
         )
 
@@ -241,6 +252,8 @@ class Group:
             if self._native_group is not None:
                 self._native_group.abandon()
             return
+        if self.survives:
+            self._failures.loss()  # if a process was lost, the exit must not wait for it
         if self._native_group is not None:
             self._native_group.close(self.spec)
         self._rendezvous.close()
@@ -320,7 +333,10 @@ class Group:
 
     def info(self) -> GroupInfo:
         """Describes the ranks of the group and what they run on. Collective: no."""
-        return info.describe(self, self._native_group)
+        native = self._native_group
+        # A forked child has no part in the devices.
+        left_out = () if native is None or self._is_inherited() else native.left_out()
+        return info.describe(self, native, left_out)
 
     def check(self, *results: Any) -> None:
         """Raises the failure of a device: a peer that did not come, or a bad routing.

@@ -33,6 +33,9 @@ class GroupInfo:
         A gradient has the budget of the exchange that it runs.
       budgets_from: origin of the budgets.
       low_latency: which calls the kernels for few tokens carry, and their room.
+      survives: whether the group goes on without processes that were lost.
+      left_out: ranks that calls with a rank_mask leave out from now on, on the `cuda` back end, as
+        the devices of this process know it: the mask has left them out, or they have not answered.
       debug: whether routings are checked on the device.
     """
 
@@ -50,10 +53,12 @@ class GroupInfo:
     budgets: dict[str, dict[str, int | str]]
     budgets_from: str
     low_latency: str
+    survives: bool
+    left_out: tuple[int, ...]
     debug: bool
 
 
-def describe(group: "Group", native: NativeGroup | None) -> GroupInfo:
+def describe(group: "Group", native: NativeGroup | None, left_out: tuple[int, ...]) -> GroupInfo:
     """Describes a group. `native`: the native half of the group, if it has one."""
     return GroupInfo(
         identity=group.identity,
@@ -73,6 +78,8 @@ def describe(group: "Group", native: NativeGroup | None) -> GroupInfo:
         },
         budgets_from=group.budgets.source,
         low_latency=_low_latency(group),
+        survives=group.survives,
+        left_out=left_out,
         debug=group.debug,
     )
 

@@ -16,6 +16,7 @@ class OpenArguments(NamedTuple):
     num_sms: int | None
     low_latency_bytes: int
     timeout: float
+    survives: bool
     spec: GroupSpec
 
 

@@ -23,6 +23,7 @@ def check_arguments(
     num_sms: int | None,
     low_latency_bytes: int | None,
     ranks_per_node: int | None,
+    survives: bool | None,
     debug: bool | None,
     op: str,
 ) -> OpenArguments:
@@ -37,6 +38,8 @@ def check_arguments(
         raise ConfigError(f"{op}: backend must be one of {names}, got {backend!r}")
     if debug is not None and not isinstance(debug, bool):
         raise ConfigError(f"{op}: debug must be True, False or None, got {debug!r}")
+    if survives is not None and not isinstance(survives, bool):
+        raise ConfigError(f"{op}: survives must be True or False, got {survives!r}")
     sizes = dict(mesh.shape)
     num_ranks = math.prod(sizes[a] for a in axes)
     ranks_per_node = check.integer(
@@ -73,6 +76,7 @@ def check_arguments(
         num_sms=num_sms,
         low_latency_bytes=low_latency_bytes,
         timeout=seconds,
+        survives=bool(survives),
         spec=_make_spec(mesh, axes, name),
     )
 

@@ -62,6 +62,7 @@ def get_group(
                 None if options["low_latency_bytes"] is None else arguments.low_latency_bytes
             ),
             ranks_per_node=None if ranks_per_node is None else arguments.ranks_per_node,
+            survives=options["survives"],
             debug=options["debug"],
         )
         return cast(_Group, group)
@@ -113,7 +114,12 @@ def _open(
 def _open_native(group: Group, rendezvous: Rendezvous, backend: str, *, is_wanted: bool) -> None:
     """Opens the native half. `is_wanted`: whether the caller has named this back end."""
     opening = NativeOpening(
-        group.mesh, group.spec, rendezvous, group.timeout, group.low_latency_bytes
+        group.mesh,
+        group.spec,
+        rendezvous,
+        group.timeout,
+        group.low_latency_bytes,
+        survives=group.survives,
     )
     opened = opening.open_cpu() if backend == "cpu" else opening.open_cuda()
     if not isinstance(opened, str):

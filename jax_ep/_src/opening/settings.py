@@ -36,6 +36,7 @@ def agree_on_settings(
             **{f"the budgets of {op}": b for op, b in budgets.to_plain().items()},
             "ranks_per_node": arguments.ranks_per_node,
             "timeout": arguments.timeout,
+            "survives": arguments.survives,
             "debug": debug,
         },
     )

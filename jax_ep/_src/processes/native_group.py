@@ -45,6 +45,10 @@ class NativeGroup(NamedTuple):
         if self.backend == "cuda":
             self.handle.abandon()
 
+    def left_out(self) -> tuple[int, ...]:
+        """Returns the ranks that calls on this process's devices leave out for good."""
+        return tuple(self.handle.left_out()) if self.backend == "cuda" else ()
+
     def close(self, spec: GroupSpec) -> None:
         """Forgets the group; executables that hold it keep it alive."""
         native_modules.load(self.backend).close_group(spec.identity)
@@ -60,6 +64,8 @@ class NativeOpening:
         rendezvous: Rendezvous,
         timeout: float,
         low_latency_bytes: int,
+        *,
+        survives: bool,
     ):
         self._mesh = mesh
         self._spec = spec
@@ -67,6 +73,7 @@ class NativeOpening:
         self._timeout = timeout
         self._timeout_ms = math.ceil(timeout * 1000)
         self._low_latency_bytes = low_latency_bytes
+        self._survives = survives
         near = {jax.process_index(), *rendezvous.neighbours}
         devices = list(mesh.devices.flat)
         positions = [p for p in spec.positions() if devices[p.place].process_index in near]
@@ -89,6 +96,7 @@ class NativeOpening:
         opened = self._open_or_reopen_cuda()
         if isinstance(opened, str):
             return opened
+        opened.handle.set_survives(self._survives)
         atomics = self._rendezvous.gather("native atomics", opened.handle.has_native_atomics)
         has_packets = all(atomics.values())
         room = limits.low_latency_room(self._spec.num_ranks, self._low_latency_bytes)

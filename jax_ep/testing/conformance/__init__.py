@@ -12,6 +12,7 @@ from jax_ep.testing.conformance import (
     layouts,
     low_latency,
     ragged,
+    rank_masks,
     reductions,
     round_trips,
     weights,
@@ -30,6 +31,7 @@ _PARTS = (
     low_latency,
     reductions,
     ragged,
+    rank_masks,
 )
 
 CHECKS: tuple[Check, ...] = tuple(check for part in _PARTS for check in part.CHECKS)

@@ -40,6 +40,10 @@ struct CombineArgs {
   std::array<const void*, kMaxBiases> biases;  // [num_tokens, hidden]
 
   void* out;  // [num_tokens, hidden]
+
+  // Masks of ranks, as in DispatchArgs; null: all ranks take part.
+  const bool* rank_mask = nullptr;
+  bool* rank_mask_after = nullptr;
 };
 
 }  // namespace jax_ep

@@ -11,6 +11,7 @@ namespace jax_ep {
 /// Attributes, which the primitive of combine sets in Python.
 struct CombineAttrs {
   std::string_view call;
+  int64_t has_rank_mask;
   int64_t has_weights;
   RecvLayout layout;
   ExchangeMode mode;
@@ -25,31 +26,35 @@ typename Backend::Status RunCombine(const typename Backend::Context& context, I3
                                     ffi::AnyBuffer workspace);
 
 /// The handler. send_rank and recv_k are read in the expert layout, and weights if has_weights.
-/// recv_src and recv_k are read in the mode low_latency only.
+/// recv_src, recv_k and, if has_rank_mask, rank_mask are read in the mode low_latency only.
 template <typename Backend>
 typename Backend::Status Combine(typename Backend::Context context, I32Buffer position,
                                  I32Buffer send_rank, I32Buffer send_row, I32Buffer recv_src,
-                                 I32Buffer recv_k, F32Buffer weights, ffi::AnyBuffer rows,
-                                 ffi::RemainingArgs biases, ffi::Result<ffi::AnyBuffer> out,
+                                 I32Buffer recv_k, F32Buffer weights, BoolBuffer rank_mask,
+                                 ffi::AnyBuffer rows, ffi::RemainingArgs biases,
+                                 ffi::Result<ffi::AnyBuffer> out, BoolResult rank_mask_after,
                                  ffi::Result<ffi::AnyBuffer> workspace, CombineAttrs attrs) {
   const bool is_rank_layout = attrs.layout == RecvLayout::kRank;
-  CombineArgs args{.layout = attrs.layout,
-                   .dtype = DType::kF32,
-                   .num_ranks = context.num_ranks(),
-                   .num_slots = static_cast<int>(Dim(send_row, 1)),
-                   .num_tokens = Dim(send_row, 0),
-                   .recv_capacity = Dim(rows, 0),
-                   .hidden = Dim(rows, 1),
-                   .wire = attrs.wire,
-                   .send_rank = is_rank_layout ? nullptr : send_rank.typed_data(),
-                   .send_row = send_row.typed_data(),
-                   .recv_src = nullptr,
-                   .recv_k = nullptr,
-                   .weights = attrs.has_weights ? weights.typed_data() : nullptr,
-                   .rows = rows.untyped_data(),
-                   .num_biases = static_cast<int>(biases.size()),
-                   .biases = {},
-                   .out = out->untyped_data()};
+  CombineArgs args{
+      .layout = attrs.layout,
+      .dtype = DType::kF32,
+      .num_ranks = context.num_ranks(),
+      .num_slots = static_cast<int>(Dim(send_row, 1)),
+      .num_tokens = Dim(send_row, 0),
+      .recv_capacity = Dim(rows, 0),
+      .hidden = Dim(rows, 1),
+      .wire = attrs.wire,
+      .send_rank = is_rank_layout ? nullptr : send_rank.typed_data(),
+      .send_row = send_row.typed_data(),
+      .recv_src = nullptr,
+      .recv_k = nullptr,
+      .weights = attrs.has_weights ? weights.typed_data() : nullptr,
+      .rows = rows.untyped_data(),
+      .num_biases = static_cast<int>(biases.size()),
+      .biases = {},
+      .out = out->untyped_data(),
+      .rank_mask = attrs.has_rank_mask ? rank_mask.typed_data() : nullptr,
+      .rank_mask_after = attrs.has_rank_mask ? rank_mask_after->typed_data() : nullptr};
   ffi::Error error = DecodeDType(context.op(), rows, args.dtype);
   if (error.failure()) return Refusal(error);
   JAX_EP_REQUIRE(args.dtype != DType::kI32, context.op(), ": rows must be bf16, f16 or f32");
@@ -66,6 +71,10 @@ typename Backend::Status Combine(typename Backend::Context context, I32Buffer po
   JAX_EP_REQUIRE(attrs.wire == Quantize::kNone ||
                      (attrs.wire == Quantize::kFp8 && args.hidden % kFp8Block == 0),
                  context.op(), ": sums of ", args.hidden, " elements cannot be rounded so");
+  JAX_EP_REQUIRE(
+      !attrs.has_rank_mask || (attrs.mode == ExchangeMode::kLowLatency &&
+                               RankMasksFit(rank_mask, *rank_mask_after, args.num_ranks)),
+      context.op(), ": rank_mask does not fit num_ranks=", args.num_ranks);
   if (attrs.mode == ExchangeMode::kLowLatency) {
     const auto capacity = static_cast<size_t>(args.recv_capacity);
     JAX_EP_REQUIRE(recv_src.element_count() == capacity &&
@@ -90,6 +99,7 @@ typename Backend::Status Combine(typename Backend::Context context, I32Buffer po
 }  // namespace jax_ep
 
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_ep::CombineAttrs, StructMember<std::string_view>("call"),
+                                      StructMember<int64_t>("has_rank_mask"),
                                       StructMember<int64_t>("has_weights"),
                                       StructMember<jax_ep::RecvLayout>("layout"),
                                       StructMember<jax_ep::ExchangeMode>("mode"),

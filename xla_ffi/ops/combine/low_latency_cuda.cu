@@ -13,26 +13,38 @@ constexpr int kMinWarps = 4;
 
 using Kernel = void (*)(LowLatencyCombine);
 
+// How a kernel differs from others of its layout and dtype.
+struct Variant {
+  bool is_rounded;
+  bool leaves_out;
+};
+
+template <typename Element, RecvLayout kLayout, bool kIsRounded>
+Kernel KernelOf(Variant variant) {
+  return variant.leaves_out ? MaskedLowLatencyCombineKernel<Element, kLayout, kIsRounded>
+                            : LowLatencyCombineKernel<Element, kLayout, kIsRounded>;
+}
+
 template <typename Element, RecvLayout kLayout>
-Kernel KernelOf(bool is_rounded) {
-  return is_rounded ? LowLatencyCombineKernel<Element, kLayout, true>
-                    : LowLatencyCombineKernel<Element, kLayout, false>;
+Kernel KernelOf(Variant variant) {
+  return variant.is_rounded ? KernelOf<Element, kLayout, true>(variant)
+                            : KernelOf<Element, kLayout, false>(variant);
 }
 
 template <typename Element>
-Kernel KernelOf(RecvLayout layout, bool is_rounded) {
-  return layout == RecvLayout::kRank ? KernelOf<Element, RecvLayout::kRank>(is_rounded)
-                                     : KernelOf<Element, RecvLayout::kExpert>(is_rounded);
+Kernel KernelOf(RecvLayout layout, Variant variant) {
+  return layout == RecvLayout::kRank ? KernelOf<Element, RecvLayout::kRank>(variant)
+                                     : KernelOf<Element, RecvLayout::kExpert>(variant);
 }
 
-Kernel KernelOf(RecvLayout layout, DType dtype, bool is_rounded) {
+Kernel KernelOf(RecvLayout layout, DType dtype, Variant variant) {
   switch (dtype) {
     case DType::kBF16:
-      return KernelOf<__nv_bfloat162>(layout, is_rounded);
+      return KernelOf<__nv_bfloat162>(layout, variant);
     case DType::kF16:
-      return KernelOf<__half2>(layout, is_rounded);
+      return KernelOf<__half2>(layout, variant);
     case DType::kF32:
-      return KernelOf<float>(layout, is_rounded);
+      return KernelOf<float>(layout, variant);
     case DType::kI32:
       break;  // refused at the border
   }
@@ -70,8 +82,11 @@ cudaError_t LoadLowLatencyCombineKernels(DeviceTraits& device) {
   for (const RecvLayout layout : {RecvLayout::kRank, RecvLayout::kExpert}) {
     for (const DType dtype : {DType::kBF16, DType::kF16, DType::kF32}) {
       for (const bool is_rounded : {false, true}) {
-        const cudaError_t status = Load(KernelOf(layout, dtype, is_rounded), device);
-        if (status != cudaSuccess) return status;
+        for (const bool leaves_out : {false, true}) {
+          const cudaError_t status =
+              Load(KernelOf(layout, dtype, {is_rounded, leaves_out}), device);
+          if (status != cudaSuccess) return status;
+        }
       }
     }
   }
@@ -95,7 +110,8 @@ cudaError_t LaunchLowLatencyCombine(const LowLatencyCombine& launch, const Devic
       .is_behind = false,
       .priority = device.highest_priority,
       .stream = stream};
-  return Launch(KernelOf(args.layout, args.dtype, is_rounded), config, launch);
+  const Variant variant{.is_rounded = is_rounded, .leaves_out = args.rank_mask != nullptr};
+  return Launch(KernelOf(args.layout, args.dtype, variant), config, launch);
 }
 
 }  // namespace jax_ep

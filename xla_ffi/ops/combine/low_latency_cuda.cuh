@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "device/masked_calls.cuh"
 #include "device/packets.cuh"
 #include "device/signals.cuh"
 #include "device/token_packets.h"
@@ -114,8 +115,8 @@ class CombineUnits {
 
 // Adds this rank's rows of each token of a peer and sends the sum there. Every thread of a block
 // calls it, behind a barrier after the rows were found, in a call that is good.
-template <RecvLayout kLayout, typename Element, bool kIsRounded>
-__device__ void SendSums(const CombineUnits<Element, kIsRounded>& units, const PushCall& call,
+template <RecvLayout kLayout, typename Element, bool kIsRounded, typename Call>
+__device__ void SendSums(const CombineUnits<Element, kIsRounded>& units, const Call& call,
                          const HeldRows& held) {
   const LowLatencyCombine& launch = units.launch();
   const Endpoint& self = launch.self;
@@ -124,6 +125,7 @@ __device__ void SendSums(const CombineUnits<Element, kIsRounded>& units, const P
   const int num_units = held.num_tokens() * units.num_groups();
   for (int n = threadIdx.x / kWarpSize; n < (self.num_ranks - 1) * num_units; n += num_warps) {
     const int owner = (self.rank + 1 + n / num_units) % self.num_ranks;
+    if (!call.Includes(owner)) continue;
     const int in_block = n % num_units / units.num_groups();
     const int token = held.first_token() + in_block;
     const int group = n % units.num_groups();
@@ -143,9 +145,10 @@ __device__ void SendSums(const CombineUnits<Element, kIsRounded>& units, const P
 }
 
 // Adds the sums that have come for the own tokens, in rank order, and the biases. Every thread of a
-// block calls it. If the call is not good, or fails, the results are poisoned.
-template <RecvLayout kLayout, typename Element, bool kIsRounded>
-__device__ void ReceiveSums(const CombineUnits<Element, kIsRounded>& units, const PushCall& call,
+// block calls it. If the call is not good, or fails, the results are poisoned. Sums that do not
+// come from a rank that the call leaves out are left out, too.
+template <RecvLayout kLayout, typename Element, bool kIsRounded, typename Call>
+__device__ void ReceiveSums(const CombineUnits<Element, kIsRounded>& units, const Call& call,
                             bool is_good, const HeldRows& held) {
   constexpr int kParts = CombineUnits<Element, kIsRounded>::kParts;
   const LowLatencyCombine& launch = units.launch();
@@ -155,13 +158,18 @@ __device__ void ReceiveSums(const CombineUnits<Element, kIsRounded>& units, cons
   const int num_units = held.num_tokens() * units.num_groups();
   // A peer may send nothing: the next call but one would overwrite what is still read. Each warp
   // waits for every peer, so that a failed call leaves no row as it is.
-  if (const int r = PacketLane(); is_good && r < self.num_ranks && r != self.rank) {
+  if (const int r = PacketLane();
+      is_good && r < self.num_ranks && r != self.rank && call.Includes(r)) {
     Signal called;
     const bool has_called = AwaitPackets(self, call, r, [&] {
       called = LoadRelaxed(&self.own()->called[call.epoch & 1][r]);
       return called.epoch == call.epoch;
     });
-    is_good = has_called && IsCall(self, call.op, r, call.tag, called.value);
+    if (Call::kLeavesOut && !has_called) {
+      is_good = !IsAborted(self);
+    } else {
+      is_good = has_called && IsCall(self, call.op, r, call.tag, called.value);
+    }
   }
   is_good = __all_sync(~0u, is_good);
   for (int n = threadIdx.x / kWarpSize; n < num_units; n += num_warps) {
@@ -180,7 +188,7 @@ __device__ void ReceiveSums(const CombineUnits<Element, kIsRounded>& units, cons
       const bool is_there = rank >= 0 && rank < a.num_ranks && row >= 0 && row < a.recv_capacity;
       if (!is_there) rank = row = kNoIndex;
     }
-    const uint32_t ranks = __reduce_or_sync(~0u, rank >= 0 ? 1u << rank : 0);
+    const uint32_t ranks = call.Among(__reduce_or_sync(~0u, rank >= 0 ? 1u << rank : 0));
     // The own rows are on their way while packets come.
     typename CombineUnits<Element, kIsRounded>::Vectors own;
     AddRows<kLayout>(a, units.row_bytes(), which, rank == self.rank ? row : kNoIndex, own);
@@ -200,6 +208,12 @@ __device__ void ReceiveSums(const CombineUnits<Element, kIsRounded>& units, cons
         from = units.PlaceOfScales(self.rank, r, call.epoch, token, group);
         if (is_good) is_good = AwaitScales(self, call, r, from, a.wire, scales);
         is_good = __all_sync(~0u, is_good);
+      }
+      if constexpr (Call::kLeavesOut) {
+        if (!__all_sync(~0u, is_good)) {
+          is_good = __all_sync(~0u, !IsAborted(self));
+          continue;
+        }
       }
       __syncwarp();
       Wire<kIsRounded>::Add(vectors, scales, sum);
@@ -247,6 +261,25 @@ __global__ void __launch_bounds__(kLowLatencyCombineThreads<kIsRounded>, 1)
   EndEpochBehindBarrier(self, call);
   ReceiveSums<kLayout>(units, call, is_good, held);
   EndReading(self);
+}
+
+// The same for the ranks of a mask that answer (device/masked_calls.cuh).
+template <typename Element, RecvLayout kLayout, bool kIsRounded>
+__global__ void __launch_bounds__(kLowLatencyCombineThreads<kIsRounded>, 1)
+    MaskedLowLatencyCombineKernel(const __grid_constant__ LowLatencyCombine launch) {
+  const Endpoint& self = launch.self;
+  const CombineUnits<Element, kIsRounded> units(launch);
+  MaskedCall call(self, launch.args.rank_mask);  // on its way together with the epoch
+  HeldRows held(launch, DynamicShared<int32_t>());
+  held.Clear();
+  bool is_good = Begin(self, OpId::kCombine, launch.position, call);
+  is_good = __syncthreads_and(is_good);
+  if (is_good) held.Find();
+  __syncthreads();
+  if (is_good) SendSums<kLayout>(units, call, held);
+  EndEpoch(self, call);
+  ReceiveSums<kLayout>(units, call, is_good, held);
+  EndReading(self, launch.args.rank_mask_after);
 }
 
 }  // namespace jax_ep

@@ -36,6 +36,11 @@ struct DispatchArgs {
   int32_t* send_row;       // [num_tokens, num_send_slots] row at the destination, or kNoIndex
   int32_t* recv_topk_idx;  // rank layout: [C, num_topk] local experts; expert layout: null
   float* recv_weights;     // rank layout: [C, num_topk]; expert layout: [C]; null without weights
+
+  // [num_ranks] whether each rank takes part, before the call and after it, or null if all do. Only
+  // kernels for few tokens read and write them: for all others Python masks topk_idx.
+  const bool* rank_mask = nullptr;
+  bool* rank_mask_after = nullptr;
 };
 
 }  // namespace jax_ep

@@ -79,9 +79,10 @@ __device__ inline void SendScales(const LowLatencyDispatch& launch, uint32_t epo
               scales);
 }
 
-// Waits for the scales of a group, whose rows have come. False if the group fails first.
-__device__ inline bool ReceiveScales(const LowLatencyDispatch& launch, const PushCall& call,
-                                     int source, int unit, uint32_t (&scales)[kPacketScales]) {
+// Waits for the scales of a group, whose rows have come. False as in AwaitScales.
+template <typename Call>
+__device__ bool ReceiveScales(const LowLatencyDispatch& launch, const Call& call, int source,
+                              int unit, uint32_t (&scales)[kPacketScales]) {
   return AwaitScales(launch.self, call, source,
                      ScalesAt(launch, launch.self.rank, source, call.epoch, unit),
                      launch.args.quantize, scales);

@@ -109,18 +109,20 @@ __device__ inline int NumPairs(const DispatchShape& shape) {
   return static_cast<int>(shape.num_tokens) * ChoicePackets(shape.num_topk);
 }
 
-// Sends the choices of this rank's tokens to every peer, `thread` of `num_threads` a part of them.
-// `first`: its first pair, loaded before.
-__device__ inline void SendChoices(const LowLatencyDispatch& launch, uint32_t epoch, int thread,
-                                   int num_threads, const RawPair& first) {
+// Sends the choices of this rank's tokens to every peer of the call, `thread` of `num_threads` a
+// part of them. `first`: its first pair, loaded before.
+template <typename Call>
+__device__ void SendChoices(const LowLatencyDispatch& launch, const Call& call, int thread,
+                            int num_threads, const RawPair& first) {
   const DispatchArgs& a = launch.args;
   const Endpoint& self = launch.self;
   const int num_pairs = NumPairs(a.shape);
   for (int i = thread; i < num_pairs; i += num_threads) {
-    const Packet packet = PackChoices(a, epoch, i == thread ? first : LoadPair(a, i));
+    const Packet packet = PackChoices(a, call.epoch, i == thread ? first : LoadPair(a, i));
     for (int d = 1; d < self.num_ranks; ++d) {
       const int peer = (self.rank + d) % self.num_ranks;
-      StorePacket(LowLatencyRoom(self, peer, self.rank, epoch) + i * kVectorBytes, packet);
+      if (!call.Includes(peer)) continue;
+      StorePacket(LowLatencyRoom(self, peer, self.rank, call.epoch) + i * kVectorBytes, packet);
     }
   }
 }

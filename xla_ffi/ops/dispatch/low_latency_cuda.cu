@@ -13,21 +13,27 @@ constexpr int kMinWarps = 4;
 
 using Kernel = void (*)(LowLatencyDispatch, Results);
 
-template <typename Source>
-Kernel KernelOf(RecvLayout layout) {
-  return layout == RecvLayout::kRank ? LowLatencyDispatchKernel<RecvLayout::kRank, Source>
-                                     : LowLatencyDispatchKernel<RecvLayout::kExpert, Source>;
+template <typename Source, RecvLayout kLayout>
+Kernel KernelOf(bool leaves_out) {
+  return leaves_out ? MaskedLowLatencyDispatchKernel<kLayout, Source>
+                    : LowLatencyDispatchKernel<kLayout, Source>;
 }
 
-Kernel KernelOf(RecvLayout layout, Quantize quantize, DType dtype) {
-  if (quantize == Quantize::kNone) return KernelOf<Unchanged>(layout);
+template <typename Source>
+Kernel KernelOf(RecvLayout layout, bool leaves_out) {
+  return layout == RecvLayout::kRank ? KernelOf<Source, RecvLayout::kRank>(leaves_out)
+                                     : KernelOf<Source, RecvLayout::kExpert>(leaves_out);
+}
+
+Kernel KernelOf(RecvLayout layout, Quantize quantize, DType dtype, bool leaves_out) {
+  if (quantize == Quantize::kNone) return KernelOf<Unchanged>(layout, leaves_out);
   switch (dtype) {
     case DType::kBF16:
-      return KernelOf<__nv_bfloat162>(layout);
+      return KernelOf<__nv_bfloat162>(layout, leaves_out);
     case DType::kF16:
-      return KernelOf<__half2>(layout);
+      return KernelOf<__half2>(layout, leaves_out);
     case DType::kF32:
-      return KernelOf<float>(layout);
+      return KernelOf<float>(layout, leaves_out);
     case DType::kI32:
       break;  // refused at the border
   }
@@ -66,8 +72,10 @@ cudaError_t LoadLowLatencyDispatchKernels(DeviceTraits& device) {
   for (const RecvLayout layout : {RecvLayout::kRank, RecvLayout::kExpert}) {
     for (const Quantize quantize : {Quantize::kNone, Quantize::kFp8}) {
       for (const DType dtype : {DType::kBF16, DType::kF16, DType::kF32}) {
-        const cudaError_t status = Load(KernelOf(layout, quantize, dtype), device);
-        if (status != cudaSuccess) return status;
+        for (const bool leaves_out : {false, true}) {
+          const cudaError_t status = Load(KernelOf(layout, quantize, dtype, leaves_out), device);
+          if (status != cudaSuccess) return status;
+        }
       }
     }
   }
@@ -89,7 +97,8 @@ cudaError_t LaunchLowLatencyDispatch(const LowLatencyDispatch& launch, const Dev
                             .is_behind = false,
                             .priority = device.highest_priority,
                             .stream = stream};
-  return Launch(KernelOf(args.shape.layout, args.quantize, args.dtype), config, launch,
+  const bool leaves_out = args.rank_mask != nullptr;
+  return Launch(KernelOf(args.shape.layout, args.quantize, args.dtype, leaves_out), config, launch,
                 ResultsOf(args));
 }
 

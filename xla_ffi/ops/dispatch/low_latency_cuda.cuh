@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "device/masked_calls.cuh"
 #include "device/packets.cuh"
 #include "device/rows.cuh"
 #include "device/signals.cuh"
@@ -19,10 +20,12 @@ namespace jax_ep {
 inline constexpr int kLowLatencyThreads = 512;
 
 // Writes the results of a dispatch that say what has come from where, and the rows without a token.
-template <RecvLayout kLayout>
+template <RecvLayout kLayout, bool kLeavesOut = false>
 class RoutingWriter {
  public:
-  __device__ RoutingWriter(const DispatchArgs& args, const RoutingTable<kLayout>& table)
+  using Table = RoutingTable<kLayout, kLeavesOut>;
+
+  __device__ RoutingWriter(const DispatchArgs& args, const Table& table)
       : a_(args), table_(table) {}
 
   // For all threads of the grid. The counts are for the last block: the first ones sent most.
@@ -93,7 +96,7 @@ class RoutingWriter {
   }
 
   const DispatchArgs& a_;
-  const RoutingTable<kLayout>& table_;
+  const Table& table_;
 };
 
 // The groups of rows that the warps of a grid send and receive, in turns: unit n is a group of
@@ -152,15 +155,15 @@ class DispatchUnits {
   const int step_;
 };
 
-// Sends the choices of this rank's tokens to every peer, and each row once to every rank that has
-// one of the token's experts. Every thread of the grid calls it in a call that is good.
-template <typename Source>
-__device__ void SendTokens(const DispatchUnits<Source>& units, const PushCall& call,
+// Sends the choices of this rank's tokens to every peer of the call, and each row once to every one
+// that has one of the token's experts. Every thread of the grid calls it in a call that is good.
+template <typename Source, typename Call>
+__device__ void SendTokens(const DispatchUnits<Source>& units, const Call& call,
                            typename DispatchUnits<Source>::FirstLoads& first) {
   const LowLatencyDispatch& launch = units.launch();
   const Endpoint& self = launch.self;
-  SendChoices(launch, call.epoch, units.first() * kWarpSize + PacketLane(),
-              units.step() * kWarpSize, first.pair);
+  SendChoices(launch, call, units.first() * kWarpSize + PacketLane(), units.step() * kWarpSize,
+              first.pair);
   GroupOfRow<Source>& loaded = first.row;
   for (int unit = units.first(); unit < units.num(); unit += units.step()) {
     const RowGroup group = units.GroupAt(unit);
@@ -170,7 +173,7 @@ __device__ void SendTokens(const DispatchUnits<Source>& units, const PushCall& c
       choice = LoadChoiceOfLane(launch, unit / units.num_groups());
       units.Load(unit, group, loaded);
     }
-    uint32_t peers = RanksOf(launch, choice) & ~(1u << self.rank);
+    uint32_t peers = call.Among(RanksOf(launch, choice)) & ~(1u << self.rank);
     for (; peers != 0; peers &= peers - 1) {
       const int peer = __ffs(peers) - 1;
       StoreGroup(PlaceOf(launch, peer, self.rank, call.epoch, unit), call.epoch, loaded.vectors,
@@ -184,12 +187,12 @@ __device__ void SendTokens(const DispatchUnits<Source>& units, const PushCall& c
 
 // Finds the place of the rows that have come from the choices of all ranks, and copies the rows
 // there, once for each row of the result. Every thread of the grid calls it, behind a barrier after
-// the table was cleared. If the call is not good, or fails, the results are poisoned. `loaded` is
-// scratch.
-template <RecvLayout kLayout, typename Source>
-__device__ void ReceiveTokens(const DispatchUnits<Source>& units, const PushCall& call,
-                              bool is_good, RoutingTable<kLayout>& table, const Results& results,
-                              GroupOfRow<Source>& loaded) {
+// the table was cleared. If the call is not good, or fails, the results are poisoned. Rows that do
+// not come from a rank that the call leaves out are zero. `loaded` is scratch.
+template <RecvLayout kLayout, typename Source, typename Call>
+__device__ void ReceiveTokens(const DispatchUnits<Source>& units, const Call& call, bool is_good,
+                              RoutingTable<kLayout, Call::kLeavesOut>& table,
+                              const Results& results, GroupOfRow<Source>& loaded) {
   const LowLatencyDispatch& launch = units.launch();
   const Endpoint& self = launch.self;
   const DispatchArgs& a = launch.args;
@@ -207,7 +210,7 @@ __device__ void ReceiveTokens(const DispatchUnits<Source>& units, const PushCall
     const int unit = n % units.num();
     const RowGroup group = units.GroupAt(unit);
     if (!units.IsSent(group)) continue;
-    const TokenRows<kLayout> rows(table, source, unit / units.num_groups());
+    const TokenRows<kLayout, Call::kLeavesOut> rows(table, source, unit / units.num_groups());
     if (rows.IsNone()) continue;
     if (source == self.rank) {
       units.Load(unit, group, loaded);
@@ -220,17 +223,26 @@ __device__ void ReceiveTokens(const DispatchUnits<Source>& units, const PushCall
       if (units.kIsCast && group.stream == 0 && is_good) {
         is_good = ReceiveScales(launch, call, source, unit, loaded.scales);
       }
-      if (!is_good) {
+      uint32_t absent = ~0u;
+      bool has_come = is_good;
+      if constexpr (Call::kLeavesOut) {
+        has_come = __all_sync(~0u, is_good);
+        if (!has_come) is_good = __all_sync(~0u, !IsAborted(self));
+        if (is_good) absent = 0;
+      }
+      if (!has_come) {
 #pragma unroll
-        for (uint4& vector : loaded.vectors) vector = make_uint4(~0u, ~0u, ~0u, ~0u);
+        for (uint4& vector : loaded.vectors) {
+          vector = make_uint4(absent, absent, absent, absent);
+        }
 #pragma unroll
-        for (uint32_t& scale : loaded.scales) scale = ~0u;
+        for (uint32_t& scale : loaded.scales) scale = absent;
       }
     }
     rows.ForEach([&](int64_t row) { StoreRowOfResult(a, group, row, loaded); });
     if (unit % units.num_groups() == 0) rows.WriteIndices();
   }
-  RoutingWriter<kLayout>(a, table).Write();
+  RoutingWriter<kLayout, Call::kLeavesOut>(a, table).Write();
   if (!is_good) NotePeerFailure(self);
 }
 
@@ -264,6 +276,28 @@ __global__ void __launch_bounds__(kLowLatencyThreads, 1)
   EndEpochBehindBarrier(self, call);
   ReceiveTokens(units, call, is_good, table, results, loaded.row);
   EndReading(self);
+}
+
+// The same for the ranks of a mask that answer (device/masked_calls.cuh).
+//
+// Protocol   also one exchange of a word of this rank by each block, on the ranks that take part.
+template <RecvLayout kLayout, typename Source>
+__global__ void __launch_bounds__(kLowLatencyThreads, 1)
+    MaskedLowLatencyDispatchKernel(const __grid_constant__ LowLatencyDispatch launch,
+                                   const __grid_constant__ Results results) {
+  const Endpoint& self = launch.self;
+  const DispatchUnits<Source> units(launch);
+  MaskedCall call(self, launch.args.rank_mask);  // on its way together with the epoch
+  typename DispatchUnits<Source>::FirstLoads loaded;
+  units.LoadFirst(loaded);
+  RoutingTable<kLayout, true> table(launch, DynamicShared<uint32_t>());
+  table.Clear();
+  bool is_good = Begin(self, OpId::kDispatch, launch.position, call);
+  is_good = __syncthreads_and(is_good);
+  if (is_good) SendTokens(units, call, loaded);
+  EndEpochBehindBarrier(self, call);
+  ReceiveTokens(units, call, is_good, table, results, loaded.row);
+  EndReading(self, launch.args.rank_mask_after);
 }
 
 }  // namespace jax_ep

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "device/masked_calls.cuh"
 #include "device/packets.cuh"
 #include "device/token_packets.h"
 #include "ops/dispatch/dispatch_cuda.cuh"
@@ -24,8 +25,9 @@ namespace jax_ep {
 //   first_   expert layout [num_experts]: first row of the expert, at its rank
 //   end_     expert layout [num_ranks]: first token, of all ranks, whose choices the rank drops
 //
-// Only tokens that name an expert twice can have more rows than fit.
-template <RecvLayout kLayout>
+// Only tokens that name an expert twice can have more rows than fit. If the call may leave ranks
+// out (kLeavesOut), their tokens have no choices, and nobody chooses their experts.
+template <RecvLayout kLayout, bool kLeavesOut = false>
 class RoutingTable {
  public:
   static constexpr bool kIsRank = kLayout == RecvLayout::kRank;
@@ -61,9 +63,16 @@ class RoutingTable {
 
   // Reads the choices of all ranks' tokens. Every thread of a block calls it, behind a barrier
   // after Clear. The result is the same for the whole block: false if the group fails.
-  __device__ bool Fill(const PushCall& call) {
+  template <typename Call>
+  __device__ bool Fill(const Call& call) {
+    static_assert(Call::kLeavesOut == kLeavesOut);
     epoch_ = call.epoch;
-    if (!__syncthreads_and(ReadChoices(call))) return false;
+    if constexpr (kLeavesOut) {
+      if (!ReadAgreedChoices(call)) return false;
+    } else {
+      uint32_t missing = 0;
+      if (!__syncthreads_and(ReadChoices(call, missing))) return false;
+    }
     if constexpr (!kIsRank) {
       FindFirstRows();
       __syncthreads();
@@ -71,8 +80,14 @@ class RoutingTable {
     return true;
   }
 
+  // Whether a rank takes part in the call, as all blocks have agreed. Behind Fill.
+  __device__ bool Includes(int rank) const { return !kLeavesOut || (ranks_ >> rank & 1) != 0; }
+
   // The choice of a token of any rank. Its packets have come.
   __device__ Choice ChoiceOf(int source, int token, int k) const {
+    if constexpr (kLeavesOut) {
+      if (!Includes(source)) return {kNoPacketExpert, 0.0f};
+    }
     if (source == self().rank) return OwnChoice(launch_.args, token, k);
     const int i = token * ChoicePackets(shape_.num_topk) + k / 2;
     return ChoiceIn(LoadPacket(ChoicePacketAt(source, i)), k);
@@ -118,6 +133,9 @@ class RoutingTable {
       const Choice choice = OwnChoice(launch_.args, token, slot);
       if (choice.expert == kNoPacketExpert) return kNoIndex;
       const auto expert = static_cast<int>(choice.expert);
+      if constexpr (kLeavesOut) {
+        if (!Includes(shape_.experts.RankOf(expert))) return kNoIndex;
+      }
       if (!IsAdmitted(shape_.experts.RankOf(expert), self().rank, token)) return kNoIndex;
       int nth = first_[expert] + before_[expert];
       if (*has_repeats_ != 0)
@@ -212,8 +230,10 @@ class RoutingTable {
            (packet.choices.high >> 32 == call.epoch || packet.called.value != call.tag);
   }
 
-  // Waits for a packet of choices. False if the group fails first.
-  __device__ bool Receive(const PushCall& call, int source, int i, ChoicePacket& packet) const {
+  // Waits for a packet of choices. False if the group fails first, or if the call leaves the source
+  // out.
+  template <typename Call>
+  __device__ bool Receive(const Call& call, int source, int i, ChoicePacket& packet) const {
     const bool is_there = IsThere(packet, call) || AwaitPackets(self(), call, source, [&] {
                             packet = LookAtChoices(call, source, i);
                             return IsThere(packet, call);
@@ -221,41 +241,81 @@ class RoutingTable {
     return is_there && IsCall(self(), call.op, source, call.tag, packet.called.value);
   }
 
-  // Counts this thread's part of the choices of all ranks. False if the group fails. The own
-  // choices come first, while those of the peers are on their way.
-  __device__ bool ReadChoices(const PushCall& call) {
-    constexpr int kUnroll = 4;
-    const int num_threads = static_cast<int>(blockDim.x);
+  // Counts this thread's part of the choices of all ranks; `missing`: ranks that have turned out
+  // not to take part, as bits. False if the group fails. The own choices come first, while those of
+  // the peers are on their way.
+  template <typename Call>
+  __device__ bool ReadChoices(const Call& call, uint32_t& missing) {
     const int thread = static_cast<int>(threadIdx.x);
     const int per_token = ChoicePackets(shape_.num_topk);
-    const int num_pairs = NumPairs(shape_);
-    for (int i = thread; i < num_pairs; i += num_threads) {
+    for (int i = thread; i < NumPairs(shape_); i += static_cast<int>(blockDim.x)) {
       const RawPair pair = LoadPair(launch_.args, i);
       for (const RawChoice& raw : {pair.even, pair.odd}) {
-        Count(self().rank, i / per_token, ToChoice(launch_.args, raw).expert);
         if (shape_.experts.IsInvalid(raw.id)) atomicAdd(num_invalid_, 1);
+        if (!Includes(self().rank)) continue;
+        Count(self().rank, i / per_token, ToChoice(launch_.args, raw).expert);
       }
     }
     for (int d = 1; d < self().num_ranks; ++d) {
       const int source = (self().rank + d) % self().num_ranks;
-      for (int first = thread; first < num_pairs; first += kUnroll * num_threads) {
-        ChoicePacket packets[kUnroll];
+      if (!Includes(source) || ReadChoicesOf(call, source)) continue;
+      if (!kLeavesOut || IsAborted(self())) return false;
+      missing |= 1u << source;
+    }
+    return true;
+  }
+
+  // The same for the choices of a peer. False if not all have come.
+  template <typename Call>
+  __device__ bool ReadChoicesOf(const Call& call, int source) {
+    constexpr int kUnroll = 4;
+    const int step = static_cast<int>(blockDim.x);
+    const int per_token = ChoicePackets(shape_.num_topk);
+    const int num_pairs = NumPairs(shape_);
+    for (int first = static_cast<int>(threadIdx.x); first < num_pairs; first += kUnroll * step) {
+      ChoicePacket packets[kUnroll];
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-          const int i = first + u * num_threads;
-          if (i < num_pairs) packets[u] = LookAtChoices(call, source, i);
-        }
+      for (int u = 0; u < kUnroll; ++u) {
+        const int i = first + u * step;
+        if (i < num_pairs) packets[u] = LookAtChoices(call, source, i);
+      }
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-          const int i = first + u * num_threads;
-          if (i >= num_pairs) break;
-          if (!Receive(call, source, i, packets[u])) return false;
-          Count(source, i / per_token, ChoiceIn(packets[u].choices, 0).expert);
-          Count(source, i / per_token, ChoiceIn(packets[u].choices, 1).expert);
-        }
+      for (int u = 0; u < kUnroll; ++u) {
+        const int i = first + u * step;
+        if (i >= num_pairs) break;
+        if (!Receive(call, source, i, packets[u])) return false;
+        Count(source, i / per_token, ChoiceIn(packets[u].choices, 0).expert);
+        Count(source, i / per_token, ChoiceIn(packets[u].choices, 1).expert);
       }
     }
     return true;
+  }
+
+  // ReadChoices of a call that may leave ranks out. All blocks take the same ranks: if this one has
+  // counted others, it counts again.
+  __device__ bool ReadAgreedChoices(const MaskedCall& call) {
+    __shared__ uint32_t missing_anywhere;
+    __shared__ uint32_t agreed;
+    ranks_ = call.ranks;
+    bool is_agreed = false;
+    while (true) {  // twice at most; the code of ReadChoices is here once
+      if (threadIdx.x == 0) missing_anywhere = 0;
+      __syncthreads();
+      uint32_t missing = 0;
+      const bool is_good = ReadChoices(call, missing);
+      if (missing != 0) atomicOr(&missing_anywhere, missing);
+      if (!__syncthreads_and(is_good)) return false;
+      if (is_agreed) return true;
+      if (threadIdx.x == 0) {
+        agreed = AgreeOnRanks(self(), call.epoch, ranks_ & ~missing_anywhere);
+      }
+      __syncthreads();
+      if (missing_anywhere == 0 && agreed == ranks_) return true;
+      is_agreed = true;
+      ranks_ = agreed;
+      Clear();
+      __syncthreads();
+    }
   }
 
   // Rank layout: tokens of all ranks that go to a rank.
@@ -265,6 +325,9 @@ class RoutingTable {
 
   __device__ void Count(int source, int token, uint32_t expert) {
     if (expert == kNoPacketExpert) return;
+    if constexpr (kLeavesOut) {
+      if (!Includes(shape_.experts.RankOf(static_cast<int32_t>(expert)))) return;
+    }
     const int word = source * num_words_ + token / kWarpSize;
     const uint32_t bit = 1u << token % kWarpSize;
     const int local = static_cast<int>(expert) - self().rank * num_local_;
@@ -388,6 +451,7 @@ class RoutingTable {
   const int num_words_;  // of one rank's tokens
   const int num_local_;
   uint32_t epoch_ = 0;
+  uint32_t ranks_ = 0;  // that take part, as bits, if the call may leave ranks out
   uint32_t* tokens_;
   uint32_t* sent_;
   int* before_;

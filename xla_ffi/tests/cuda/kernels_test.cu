@@ -21,6 +21,7 @@
 #include "ops/pull_rows/pull_rows_cuda.cuh"
 #include "tests/cuda/all_reduce_test.cuh"
 #include "tests/cuda/failures_test.cuh"
+#include "tests/cuda/masked_calls_test.cuh"
 #include "tests/cuda/packets_test.cuh"
 #include "tests/cuda/ragged_all_to_all_test.cuh"
 #include "tests/cuda/ranks.cuh"
@@ -43,7 +44,14 @@ struct Case {
   bool is_skewed = false;
   bool repeats = false;  // tokens may name an expert twice
   ExchangeMode mode = ExchangeMode::kThroughput;
+  // Calls with a mask of ranks. All three are ranks as bits.
+  bool has_mask = false;
+  uint32_t asked = ~0u;  // the mask
+  uint32_t dead = 0;     // make no calls, although the mask has them
+  uint32_t dying = 0;    // make no combine, although the mask has them
 
+  uint32_t living() const { return asked & ~dead; }
+  static bool Has(uint32_t ranks, int rank) { return (ranks >> rank & 1) != 0; }
   DispatchShape shape() const {
     return {.layout = layout,
             .experts = {.num_experts = num_ranks * num_local_experts, .num_ranks = num_ranks},
@@ -58,7 +66,10 @@ struct Case {
            std::to_string(num_topk) + " L" + std::to_string(num_local_experts) + " C" +
            std::to_string(capacity) + " A" + std::to_string(alignment) + " B" +
            std::to_string(row_bytes) + (repeats ? " repeats" : "") +
-           (mode == ExchangeMode::kLowLatency ? " low_latency" : "");
+           (mode == ExchangeMode::kLowLatency ? " low_latency" : "") +
+           (has_mask ? " mask " + std::to_string(asked) + " dead " + std::to_string(dead) +
+                           " dying " + std::to_string(dying)
+                     : "");
   }
 };
 
@@ -93,6 +104,22 @@ void Same(const Case& c, const char* what, int rank, const std::vector<T>& got,
       return;
     }
   }
+}
+
+std::vector<uint8_t> BytesOf(uint32_t ranks, int num_ranks) {
+  std::vector<uint8_t> bytes;
+  for (int r = 0; r < num_ranks; ++r) bytes.push_back(Case::Has(ranks, r) ? 1 : 0);
+  return bytes;
+}
+
+// The ids of a rank without choices that lead to or from ranks that are left out.
+std::vector<int32_t> WithoutOthers(const Case& c, int rank, std::vector<int32_t> ids) {
+  const ExpertMap experts = c.shape().experts;
+  for (int32_t& id : ids) {
+    if (!experts.IsExpert(id)) continue;
+    if (!Case::Has(c.living(), rank) || !Case::Has(c.living(), experts.RankOf(id))) id = kNoIndex;
+  }
+  return ids;
 }
 
 template <typename T>
@@ -135,7 +162,11 @@ void TestRoundTrip(const Case& c, DType dtype, const Ranks& ranks, int num_sms, 
     for (std::byte& b : scales[r]) b = static_cast<std::byte>(rng());
   }
   DispatchPlan plan(shape);
-  for (int r = 0; r < num_ranks; ++r) plan.List(r, ids[r].data());
+  std::vector<std::vector<int32_t>> routed;
+  for (int r = 0; r < num_ranks; ++r) {
+    routed.push_back(c.has_mask ? WithoutOthers(c, r, ids[r]) : ids[r]);
+    plan.List(r, routed[r].data());
+  }
   for (int r = 0; r < num_ranks; ++r) plan.Admit(r);
 
   struct Buffers {
@@ -146,6 +177,7 @@ void TestRoundTrip(const Case& c, DType dtype, const Ranks& ranks, int num_sms, 
     Device<int32_t> group_sizes, counts, recv_src, recv_k, send_row, send_rank, recv_topk_idx,
         places;
     Device<float> recv_weights;
+    Device<uint8_t> mask, masks_after;
   };
   const PartialRing ring = PartialRing::Of(c.layout, num_ranks, c.num_tokens, slots, c.row_bytes);
   std::vector<Buffers> buffers;
@@ -175,11 +207,16 @@ void TestRoundTrip(const Case& c, DType dtype, const Ranks& ranks, int num_sms, 
                        Device(send_rank),
                        Device<int32_t>(choices),
                        Device<int32_t>(num_ranks * c.num_tokens * c.num_topk),
-                       Device<float>(is_rank ? choices : c.capacity)});
+                       Device<float>(is_rank ? choices : c.capacity),
+                       Device(BytesOf(c.asked, num_ranks)),
+                       Device<uint8_t>(2 * num_ranks)});
     Cuda(cudaDeviceSynchronize());
   }
   for (int r = 0; r < num_ranks; ++r) {
+    if (Case::Has(c.dead, r)) continue;
     const Buffers& b = buffers[r];
+    const auto* mask = c.has_mask ? reinterpret_cast<const bool*>(b.mask.get()) : nullptr;
+    auto* mask_after = c.has_mask ? reinterpret_cast<bool*>(b.masks_after.get()) : nullptr;
     ranks.Select(r);
     DispatchLaunch launch{.self = ranks.endpoint(r),
                           .position = ranks.position(r),
@@ -197,7 +234,9 @@ void TestRoundTrip(const Case& c, DType dtype, const Ranks& ranks, int num_sms, 
                                    .recv_k = is_rank ? nullptr : b.recv_k.get(),
                                    .send_row = b.send_row.get(),
                                    .recv_topk_idx = is_rank ? b.recv_topk_idx.get() : nullptr,
-                                   .recv_weights = b.recv_weights.get()},
+                                   .recv_weights = b.recv_weights.get(),
+                                   .rank_mask = mask,
+                                   .rank_mask_after = mask_after},
                           .workspace = b.workspace.get()};
     launch.args.streams[0] = {reinterpret_cast<const std::byte*>(b.x.get()),
                               reinterpret_cast<std::byte*>(b.out.get()), c.row_bytes};
@@ -222,7 +261,10 @@ void TestRoundTrip(const Case& c, DType dtype, const Ranks& ranks, int num_sms, 
                  .places = is_rank || seed % 4 == 0 ? nullptr : b.places.get(),
                  .rows = launch.args.streams[0].in,
                  .out = reinterpret_cast<std::byte*>(b.again.get())}};
-    Cuda(LaunchPullRows(pull, ranks.traits(), num_sms, ranks.stream(r)));
+    if ((c.dead | c.dying) == 0) {
+      Cuda(LaunchPullRows(pull, ranks.traits(), num_sms, ranks.stream(r)));
+    }
+    if (Case::Has(c.dying, r)) continue;
     CombineLaunch combine{.self = ranks.endpoint(r),
                           .position = ranks.position(r),
                           .args = {.layout = c.layout,
@@ -241,7 +283,9 @@ void TestRoundTrip(const Case& c, DType dtype, const Ranks& ranks, int num_sms, 
                                    .rows = b.y.get(),
                                    .num_biases = num_biases,
                                    .biases = {b.x.get(), b.x.get()},
-                                   .out = b.back.get()},
+                                   .out = b.back.get(),
+                                   .rank_mask = mask,
+                                   .rank_mask_after = mask ? mask_after + num_ranks : nullptr},
                           .workspace = b.partials.get()};
     if (c.mode == ExchangeMode::kLowLatency) {
       Cuda(LaunchLowLatencyCombine(
@@ -256,6 +300,7 @@ void TestRoundTrip(const Case& c, DType dtype, const Ranks& ranks, int num_sms, 
 
   std::vector<std::vector<float>> recv_weights(num_ranks);
   for (int dst = 0; dst < num_ranks; ++dst) {
+    if (Case::Has(c.dead, dst)) continue;
     const Buffers& b = buffers[dst];
     std::vector<int32_t> src_of(c.capacity, kNoIndex), k_of(c.capacity, kNoIndex);
     std::vector<int32_t> topk(choices, kNoIndex);
@@ -297,7 +342,8 @@ void TestRoundTrip(const Case& c, DType dtype, const Ranks& ranks, int num_sms, 
       const std::byte* wanted_scales =
           from < 0 ? no_scales.data()
                    : &scales[from / c.num_tokens][from % c.num_tokens * scale_bytes];
-      CHECK(std::memcmp(&again[row * hidden], wanted, c.row_bytes) == 0, c.Name(), dst, row);
+      CHECK((c.dead | c.dying) != 0 || std::memcmp(&again[row * hidden], wanted, c.row_bytes) == 0,
+            c.Name(), dst, row);
       const bool is_open = from < 0 && (c.fill == Fill::kNone ||
                                         (c.fill == Fill::kPadding && row >= plan.num_recv(dst)));
       if (is_open) continue;
@@ -307,6 +353,7 @@ void TestRoundTrip(const Case& c, DType dtype, const Ranks& ranks, int num_sms, 
     }
   }
   for (int src = 0; src < num_ranks; ++src) {
+    if (Case::Has(c.dead, src)) continue;
     const Buffers& b = buffers[src];
     std::vector<int32_t> send_row(c.num_tokens * slots, kNoIndex);
     for (int dst = 0; dst < num_ranks; ++dst) {
@@ -315,12 +362,22 @@ void TestRoundTrip(const Case& c, DType dtype, const Ranks& ranks, int num_sms, 
       });
     }
     Same(c, "send_row", src, b.send_row.Read(), send_row);
+    if (Case::Has(c.dying, src)) continue;
+    if (c.has_mask) {
+      std::vector<uint8_t> masks = BytesOf(c.living(), num_ranks);
+      const std::vector<uint8_t> later = BytesOf(c.living() & ~c.dying, num_ranks);
+      masks.insert(masks.end(), later.begin(), later.end());
+      Same(c, "masks", src, b.masks_after.Read(), masks);
+    }
     const std::vector<T> back = b.back.Read();
     for (int64_t t = 0; t < c.num_tokens; ++t) {
       std::vector<std::pair<int, int32_t>> places;
       for (int s = 0; s < slots; ++s) {
         const int32_t row = send_row[t * slots + s];
         if (row < 0) continue;
+        if (Case::Has(c.dying, is_rank ? s : shape.experts.RankOf(ids[src][t * c.num_topk + s]))) {
+          continue;
+        }
         places.emplace_back(is_rank ? s : shape.experts.RankOf(ids[src][t * c.num_topk + s]), row);
       }
       std::sort(places.begin(), places.end());
@@ -368,6 +425,54 @@ void TestFewTokens(const Ranks& ranks, const Case& given, int num_sms, int seed)
     c.capacity = std::max<int64_t>(1, capacity);
     TestRoundTrip<BF16>(c, DType::kBF16, ranks, num_sms, seed + 4);
   }
+}
+
+// Calls with masks: of more and more ranks, of a rank that makes no calls, and of one that makes no
+// combine.
+void TestMasks(int num_devices) {
+  constexpr std::chrono::milliseconds kTimeout{1500};
+  int seed = 0;
+  for (const int num_ranks : {2, 3}) {
+    const uint32_t all = (1u << num_ranks) - 1;
+    const uint32_t last = 1u << (num_ranks - 1);
+    const auto run = [&](const Ranks& ranks, uint32_t asked, uint32_t dead, uint32_t dying) {
+      for (const RecvLayout layout : {RecvLayout::kRank, RecvLayout::kExpert}) {
+        Case c{.layout = layout,
+               .num_ranks = num_ranks,
+               .num_tokens = 12,
+               .num_topk = 3,
+               .num_local_experts = 8,
+               .capacity = 12 * num_ranks * (layout == RecvLayout::kRank ? 1 : 3)};
+        c.row_bytes = seed % 2 == 0 ? 512 : 2064;
+        c.mode = ExchangeMode::kLowLatency;
+        c.has_mask = true;
+        c.asked = asked;
+        c.dead = dead;
+        c.dying = dying;
+        c.repeats = layout == RecvLayout::kExpert && seed % 3 == 0;
+        TestRoundTrip<BF16>(c, DType::kBF16, ranks, 1 + seed % 4, seed);
+        ++seed;
+        // From now on the rank is known to be dead.
+        dead |= dying;
+        dying = 0;
+      }
+    };
+    {
+      const Ranks ranks(num_ranks, num_devices, std::chrono::seconds(20));
+      for (const uint32_t asked : {all, all, all & ~last, 1u, 0u}) run(ranks, asked, 0, 0);
+    }
+    for (const bool dies_late : {false, true}) {
+      const Ranks ranks(num_ranks, num_devices, kTimeout);
+      run(ranks, all, 0, 0);
+      run(ranks, all, dies_late ? 0 : last, dies_late ? last : 0);
+      const auto start = std::chrono::steady_clock::now();
+      for (int i = 0; i < 3; ++i) run(ranks, all, last, 0);
+      // Nobody waits for the dead rank any more.
+      CHECK(std::chrono::steady_clock::now() - start < 5 * kTimeout, num_ranks);
+    }
+  }
+  std::printf("%d cases with masks\n", seed);
+  std::fflush(stdout);
 }
 
 // `is_small`: for tools that make everything a hundred times slower.
@@ -473,6 +578,8 @@ int main(int argc, char** argv) {
     if (only != 0 && d != only) continue;
     std::printf("on %d devices\n", d);
     jax_ep::TestMatrix(d, is_small);
+    jax_ep::TestMasks(d);
+    jax_ep::TestMaskedCalls(d);
     jax_ep::TestMisuse(d);
     jax_ep::TestFailures(d);
     jax_ep::TestPackets(d);

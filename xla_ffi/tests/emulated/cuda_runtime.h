@@ -172,6 +172,7 @@ template <typename T>
 T __ldcg(const T* from) {
   return *from;
 }
+inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 inline void __threadfence_system() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 
 template <typename T>
@@ -181,6 +182,11 @@ T atomicAdd(T* word, std::type_identity_t<T> value) {
 template <typename T>
 T atomicOr(T* word, std::type_identity_t<T> value) {
   return std::atomic_ref(*word).fetch_or(value);
+}
+template <typename T>
+T atomicCAS(T* word, std::type_identity_t<T> expected, std::type_identity_t<T> value) {
+  std::atomic_ref(*word).compare_exchange_strong(expected, value);
+  return expected;
 }
 template <typename T>
 T atomicExch(T* word, std::type_identity_t<T> value) {

@@ -71,7 +71,7 @@ def combine(
         bias=bias,
         num_sms=num_sms,
         backend=backend,
-    )
+    )[0]
 
 
 def combine_rows(
@@ -85,9 +85,14 @@ def combine_rows(
     backend: str | None,
     mode: ExchangeMode | None = None,
     wire: Quantize = Quantize.NONE,
-) -> jax.Array:
-    """Checks the arguments of a combine, and combines. `mode`: None: as `check.plain_mode` says."""
-    group, layout = check.handle(handle)
+) -> tuple[jax.Array, jax.Array | None]:
+    """Checks the arguments of a combine, and combines.
+
+    `mode`: None: as `check.plain_mode` says. Returns also the mask of ranks after the call; None
+    without a mask.
+    """
+    is_few = mode is ExchangeMode.LOW_LATENCY
+    group, layout = check.handle(handle, may_leave_out=is_few)
     rows = check.rows(_flat(rows, handle, 3), name="rows", count="recv_capacity")
     if rows.shape[0] != handle.recv_capacity:
         raise ShapeError(
@@ -111,13 +116,20 @@ def combine_rows(
             f"{check.op}: rows must be [recv_capacity, hidden] with hidden a multiple of "
             f"{config.FP8_BLOCK} with wire={wire.value!r}, got shape {rows.shape}"
         )
-    if mode is ExchangeMode.LOW_LATENCY:
+    if is_few:
         require_combine(spec, handle.index(), rows)
     operands = (rows, weights, biases, handle.index())
     rows, weights, biases, index = vary_alike(operands, group)
     if weights is not None and weights.ndim == 2:
+        if index.rank_mask is not None:
+            raise ConfigError(
+                f"{check.op}: after a dispatch with rank_mask weights must be at the rows, like "
+                "Dispatched.weights: all ranks are needed to move them there"
+            )
         weights = _to_rows(spec, weights, index)
-    return vjp.combine(spec, rows, weights, biases, index)
+    if index.rank_mask is not None:
+        return vjp.combine_living(spec, rows, weights, biases, index)
+    return vjp.combine(spec, rows, weights, biases, index), None
 
 
 def _flat(array: Any, handle: DispatchHandle, num_dims: int) -> Any:
@@ -179,7 +191,7 @@ def _places(spec: RouteSpec, index: RowIndex) -> tuple[jax.Array, jax.Array]:
     Both count over all ranks, as pull_rows does. One is the inverse of the other. Expert layout
     only.
     """
-    send_rank, send_row, recv_src, recv_k = index
+    send_rank, send_row, recv_src, recv_k, _ = index
     assert send_rank is not None
     assert recv_k is not None
     choice = jnp.where(recv_src >= 0, recv_src * send_row.shape[1] + recv_k, -1)

@@ -1,7 +1,7 @@
 """low_latency_combine: the combine of a decoding step, with the results of combine."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 
@@ -14,6 +14,7 @@ from jax_ep._src.ops.common.checks import Checks
 _check = Checks("low_latency_combine")
 
 
+@overload
 def low_latency_combine(
     rows: jax.Array,
     handle: DispatchHandle,
@@ -21,9 +22,37 @@ def low_latency_combine(
     weights: jax.Array | None = None,
     bias: jax.Array | Sequence[jax.Array] | None = None,
     wire: WireName | None = None,
+    return_rank_mask: Literal[False] = False,
     num_sms: int | None = None,
     backend: BackendName | None = None,
-) -> jax.Array:
+) -> jax.Array: ...
+
+
+@overload
+def low_latency_combine(
+    rows: jax.Array,
+    handle: DispatchHandle,
+    *,
+    weights: jax.Array | None = None,
+    bias: jax.Array | Sequence[jax.Array] | None = None,
+    wire: WireName | None = None,
+    return_rank_mask: Literal[True],
+    num_sms: int | None = None,
+    backend: BackendName | None = None,
+) -> tuple[jax.Array, jax.Array]: ...
+
+
+def low_latency_combine(
+    rows: jax.Array,
+    handle: DispatchHandle,
+    *,
+    weights: jax.Array | None = None,
+    bias: jax.Array | Sequence[jax.Array] | None = None,
+    wire: WireName | None = None,
+    return_rank_mask: bool = False,
+    num_sms: int | None = None,
+    backend: BackendName | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Brings the rows of a decoding step back to their tokens and adds them.
 
     The results have the bits of `combine`. On the `cuda` back end one kernel adds this rank's rows
@@ -33,21 +62,27 @@ def low_latency_combine(
     Args:
       rows: [recv_capacity, hidden] bf16, f16 or f32, in the layout of the handle; after a dispatch
         in the layout "batched" also [num_local_experts, rows of an expert, hidden].
-      handle: handle of a dispatch, low-latency or not.
-      weights: as in combine; after a dispatch in the layout "batched" also [num_local_experts, rows
-        of an expert], like `Dispatched.weights`.
+      handle: handle of a dispatch, low-latency or not. If that had a rank_mask, terms of ranks that
+        it left out are left out here, too, without a wait. So are on the `cuda` back end terms of
+        a peer that does not answer within the group's timeout.
+      weights: as in combine, but at the rows only after a dispatch with rank_mask; after a dispatch
+        in the layout "batched" also [num_local_experts, rows of an expert], like
+        `Dispatched.weights`.
       bias: one or two arrays [num_tokens, hidden] of the rows' dtype, added to the result.
       wire: "fp8": what a rank adds up for a token of another rank crosses as float8_e4m3fn with an
         f32 scale for 128 elements, rounded like `quantize="fp8"`; hidden is a multiple of 128 then.
         Each such sum is off by at most 1/16 of itself plus 1/400,000 of the largest of its 128
         elements, or 1e-41. If one of these is NaN or infinite, all 128 are NaN. None: it crosses in
         the rows' dtype. Static.
+      return_rank_mask: whether to return also which ranks have taken part; with the handle of a
+        dispatch with rank_mask only. Static.
       num_sms: SMs that the kernel uses on the `cuda` back end; None: the group's num_sms, or all.
         Static.
       backend: "cpu", "cuda" or "xla"; None: the group's.
 
     Returns:
-      [num_tokens, hidden] of the rows' dtype.
+      [num_tokens, hidden] of the rows' dtype; with return_rank_mask a pair of it and a mask
+      [num_ranks] bool like `Dispatched.rank_mask`, after this call.
 
     Collective: every rank of the group calls it, inside jax.shard_map over the group's mesh.
     Gradient: none: jax.grad raises ConfigError.
@@ -58,7 +93,11 @@ def low_latency_combine(
       GroupError from `group.check()`.
     Source: DeepEP (DeepSeek, 2025), low-latency kernels, with sums in f32 and in a fixed order.
     """
-    return combine_rows(
+    if not isinstance(return_rank_mask, bool):
+        raise ConfigError(
+            f"{_check.op}: return_rank_mask must be True or False, got {return_rank_mask!r}"
+        )
+    sums, rank_mask = combine_rows(
         _check,
         rows,
         weights,
@@ -69,6 +108,13 @@ def low_latency_combine(
         mode=ExchangeMode.LOW_LATENCY,
         wire=_format(wire),
     )
+    if not return_rank_mask:
+        return sums
+    if rank_mask is None:
+        raise ConfigError(
+            f"{_check.op}: return_rank_mask needs the handle of a dispatch with rank_mask"
+        )
+    return sums, rank_mask
 
 
 def _format(wire: Any) -> Quantize:

@@ -20,13 +20,15 @@ class _Results(NamedTuple):
     """Arrays, or their shape and dtype, in the order of the handler."""
 
     sums: Any
+    rank_mask: Any
     workspace: Any
 
 
-def _results(*operands: Any, workspace_bytes: int, **_: Any) -> _Results:
-    send_row, rows = operands[2], operands[6]
+def _results(*operands: Any, has_rank_mask: bool, workspace_bytes: int, **_: Any) -> _Results:
+    send_row, rank_mask, rows = operands[2], operands[6], operands[7]
     return _Results(
         sums=Result((send_row.shape[0], *rows.shape[1:]), rows.dtype),
+        rank_mask=Result(rank_mask.shape if has_rank_mask else (0,), jnp.bool_),
         workspace=Result((workspace_bytes,), jnp.uint8),
     )
 
@@ -35,7 +37,7 @@ _bind = make_primitive(
     "combine",
     _results,
     platforms=("cpu", "cuda"),
-    attributes=("group", "has_weights", "layout", "mode", "num_sms", "wire"),
+    attributes=("group", "has_rank_mask", "has_weights", "layout", "mode", "num_sms", "wire"),
 )
 
 
@@ -61,7 +63,18 @@ def combine(
     weights: jax.Array | None,
     biases: Sequence[jax.Array],
 ) -> jax.Array:
-    """Returns [num_tokens, hidden] from rows [recv_capacity, hidden].
+    """Returns [num_tokens, hidden] from rows [recv_capacity, hidden]."""
+    return combine_living(spec, index, rows, weights, biases)[0]
+
+
+def combine_living(
+    spec: RouteSpec,
+    index: RowIndex,
+    rows: jax.Array,
+    weights: jax.Array | None,
+    biases: Sequence[jax.Array],
+) -> tuple[jax.Array, jax.Array | None]:
+    """Returns the rows of `combine`, and the mask of ranks after the call; None without a mask.
 
     XLA's collectives carry the combine if the custom call has no room to stage the operands. All
     ranks have the same room. Peers read no operands of the kernels for few tokens. The kernels for
@@ -79,7 +92,8 @@ def combine(
     else:
         can_carry = spec.backend == "cpu" and spec.group.can_stage(*operands)
     if not can_carry:
-        return stock.combine(spec, index, rows, weights, biases)
+        return stock.combine(spec, index, rows, weights, biases), index.rank_mask
+    has_rank_mask = is_few and index.rank_mask is not None
     if spec.backend == "cuda" and index.send_row.shape[1] > limits.MAX_TOPK:
         raise ConfigError(
             f"{spec.op}: backend 'cuda' takes at most {limits.MAX_TOPK} choices a token, got "
@@ -93,9 +107,11 @@ def combine(
         index.recv_src if is_few else absent(jnp.int32),
         index.recv_k if is_few and spec.layout is Layout.EXPERT else absent(jnp.int32),
         absent(jnp.float32) if weights is None else weights,
+        index.rank_mask if has_rank_mask else absent(jnp.bool_),
         rows,
         *biases,
         group=spec.group.identity,
+        has_rank_mask=has_rank_mask,
         has_weights=weights is not None,
         layout=spec.layout,
         mode=mode,
@@ -104,5 +120,4 @@ def combine(
         op=spec.op,
         workspace_bytes=workspace_bytes,
     )
-    sums: jax.Array = results.sums
-    return sums
+    return results.sums, results.rank_mask if has_rank_mask else index.rank_mask

@@ -1,7 +1,7 @@
 """combine with its gradient. The gradient of the rows dispatches the cotangent along the handle."""
 
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,36 @@ def combine(
     out = call.combine(spec, index, rows, weights, biases)
     named: jax.Array = checkpoint_name(out, COMBINE_NAME)
     return named
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def combine_living(
+    spec: RouteSpec,
+    rows: jax.Array,
+    weights: jax.Array | None,
+    biases: tuple[jax.Array, ...],
+    index: RowIndex,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Combines along a handle that leaves ranks out; returns the mask after the call, too."""
+    return call.combine_living(spec, index, rows, weights, biases)
+
+
+def _living_fwd(
+    spec: RouteSpec,
+    rows: jax.Array,
+    weights: jax.Array | None,
+    biases: tuple[jax.Array, ...],
+    index: RowIndex,
+) -> tuple[tuple[jax.Array, jax.Array | None], None]:
+    return combine_living.fun(spec, rows, weights, biases, index), None
+
+
+def _living_bwd(spec: RouteSpec, residuals: None, ct: Any) -> NoReturn:
+    refuse_low_latency(spec)
+    raise AssertionError("only low-latency operations leave ranks out")
+
+
+combine_living.defvjp(_living_fwd, _living_bwd)
 
 
 def _fwd(

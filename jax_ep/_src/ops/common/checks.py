@@ -161,6 +161,15 @@ class Checks(StaticChecks):
 
     # --- routings
 
+    def rank_mask(self, value: Any, group: Group) -> jax.Array | None:
+        """Returns [num_ranks] bool, whether each rank takes part; None: all do."""
+        if value is None:
+            return None
+        mask = self.array(value, name="rank_mask")
+        self.shape(mask, (group.num_ranks,), name="rank_mask")
+        self.dtype(mask, (jnp.bool_,), name="rank_mask")
+        return jnp.asarray(mask)
+
     def topk_idx(self, value: Any, *, num_experts: int) -> jax.Array:
         """Returns [num_tokens, num_topk] int32. Wider ids that do not fit stay invalid."""
         topk_idx = self.array(value, name="topk_idx")
@@ -185,12 +194,20 @@ class Checks(StaticChecks):
             )
         return number
 
-    def handle(self, handle: Any) -> tuple[Group, Layout]:
-        """Returns the group and the layout of a handle, after a check that its arrays fit them."""
+    def handle(self, handle: Any, *, may_leave_out: bool = False) -> tuple[Group, Layout]:
+        """Returns the group and the layout of a handle, after a check that its arrays fit them.
+
+        `may_leave_out`: whether the operation takes handles that leave ranks out.
+        """
         if not isinstance(handle, DispatchHandle):
             raise ConfigError(
                 f"{self.op}: handle must be the DispatchHandle of a dispatch, "
                 f"got {type(handle).__name__}"
+            )
+        if handle.rank_mask is not None and not may_leave_out:
+            raise ConfigError(
+                f"{self.op}: the handle is of a dispatch with rank_mask; only low_latency_combine "
+                "takes it, since other operations need all ranks"
             )
         group = self.group(registry.find_group(handle.group, op=self.op))
         layout = self.choice(Layout, handle.layout, name="handle.layout")
@@ -216,6 +233,9 @@ class Checks(StaticChecks):
             if array is not None:
                 self.shape(array, shapes[name], name=f"handle.{name}")
                 self.dtype(array, (jnp.int32,), name=f"handle.{name}")
+        if handle.rank_mask is not None:
+            self.shape(handle.rank_mask, (num_ranks,), name="handle.rank_mask")
+            self.dtype(handle.rank_mask, (jnp.bool_,), name="handle.rank_mask")
 
     def report_bad_routing(self, topk_idx: jax.Array, *, num_experts: int, group: Group) -> None:
         """Makes the group record invalid ids and repeated experts, in debug mode only."""

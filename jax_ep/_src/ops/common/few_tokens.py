@@ -59,20 +59,30 @@ def _may_take_few(spec: ExchangeSpec, num_tokens: int) -> bool:
 
 
 def require_dispatch(
-    spec: DispatchSpec, routing: tuple[int, ...], rows: Sequence[jax.Array]
+    spec: DispatchSpec,
+    routing: tuple[int, ...],
+    rows: Sequence[jax.Array],
+    *,
+    leaves_out: bool = False,
 ) -> None:
     """Raises ConfigError if a low-latency dispatch does not fit into what the group has.
 
     Back ends without such kernels need nothing, nor do calls that may drop rows: the kernels of
-    dispatch carry these.
+    dispatch carry these. `leaves_out`: whether the call has a mask of ranks, which on GPUs only the
+    kernels for few tokens know.
     """
-    if _has_kernels(spec) and not _drops_rows(spec, routing):
+    if leaves_out and spec.backend == "cuda":
+        if _drops_rows(spec, routing):
+            most = spec.worst_capacity(*routing)
+            _require(spec, f"with rank_mask recv_capacity must be at least {most}")
+        _require(spec, _why_no_dispatch(spec, routing, rows))
+    elif _has_kernels(spec) and not _drops_rows(spec, routing):
         _require(spec, _why_no_dispatch(spec, routing, rows))
 
 
 def require_combine(spec: RouteSpec, index: RowIndex, rows: jax.Array) -> None:
     """Raises ConfigError if a low-latency combine does not fit into what the group has."""
-    if _has_kernels(spec):
+    if _has_kernels(spec) or (index.rank_mask is not None and spec.backend == "cuda"):
         _require(spec, _why_no_combine(spec, index.send_row.shape, rows))
 
 

@@ -132,7 +132,7 @@ def dispatch(
         backend=backend,
     )
     rows, topk_weights, topk_idx = vary_alike((rows, topk_weights, topk_idx), group)
-    routed = vjp.dispatch(spec, rows, topk_weights, topk_idx)
+    routed = vjp.dispatch(spec, rows, topk_weights, topk_idx, None)
     return assemble(spec, topk_idx, routed, has_scales=isinstance(x, tuple))
 
 
@@ -200,6 +200,7 @@ def assemble(
         num_experts=spec.num_experts,
         recv_capacity=spec.recv_capacity,
         group=spec.group.identity,
+        rank_mask=routed.rank_mask,
     )
     return _as_dispatched(
         routed.rows, handle, routed.recv_topk_idx, routed.recv_weights, has_scales=has_scales
@@ -226,6 +227,7 @@ def _as_dispatched(
         num_dropped=handle.num_dropped,
         num_invalid=handle.num_invalid,
         handle=handle,
+        rank_mask=handle.rank_mask,
     )
 
 

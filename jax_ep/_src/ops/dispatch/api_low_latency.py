@@ -44,6 +44,7 @@ def low_latency_dispatch(
     layout: LowLatencyLayoutName = "expert",
     quantize: QuantizeName | None = None,
     payload: jax.Array | None = None,
+    rank_mask: jax.Array | None = None,
     num_sms: int | None = None,
     backend: BackendName | None = None,
 ) -> Dispatched:
@@ -73,6 +74,12 @@ def low_latency_dispatch(
         "fp8_pow2": scales are powers of two; "fp8_e8m0": these as exponent bytes. hidden is a
         multiple of 128 then.
       payload: [num_tokens, P] of any type of whole bytes, moved with the rows unchanged; or None.
+      rank_mask: [num_ranks] bool, equal on all ranks that are alive: False leaves a rank out.
+        Choices of its experts count as -1, and so do all choices of its own tokens. On the `cuda`
+        back end nobody waits for it; a peer that does not answer within the group's timeout is
+        left out as well, instead of ending the group; and a rank that was left out once stays so
+        in all calls of the group until it is opened again. None: every rank takes part, and a peer
+        that does not answer ends the group.
       num_sms: SMs that the kernel uses on the `cuda` back end; None: the group's num_sms, or all.
         Static.
       backend: "cpu", "cuda" or "xla"; None: the group's.
@@ -80,7 +87,8 @@ def low_latency_dispatch(
     Returns:
       Dispatched, with the handle that `low_latency_combine` and `combine` take. In the layout
       "batched" x, scales, payload and weights have [num_local_experts, num_ranks *
-      max_tokens_per_rank] in the place of [recv_capacity].
+      max_tokens_per_rank] in the place of [recv_capacity]. With rank_mask, `rank_mask` of the
+      result says which ranks took part. Rows of a rank that was lost amid the call may be zero.
 
     Collective: every rank of the group calls it, inside jax.shard_map over the group's mesh.
     Gradient: none: jax.grad raises ConfigError.
@@ -89,10 +97,11 @@ def low_latency_dispatch(
       `Group.open`. On the `cuda` back end 32 ranks, num_topk 32, and a table of choices of 96 KiB,
       which holds about 400,000 tokens times experts, and at most 4,900 experts, in the expert
       layout; in the rank layout 786,000 tokens times num_ranks squared. If tokens name an expert
-      twice, a call is slow there.
+      twice, a call is slow there. With rank_mask it takes no recv_capacity below the worst case.
     Raises: ShapeError, DTypeError, ConfigError, GroupError while tracing; PeerTimeoutError,
       GroupError and RoutingError (debug mode) from `group.check()`.
     Source: DeepEP (DeepSeek, 2025), low-latency kernels; TensorRT-LLM's one-sided exchange (2025).
+      Rank masks: DeepEP #370, TensorRT-LLM (2026), FlashInfer's fault tolerance (2026).
     """
     group = _check.group(group)
     arrangement = _check.choice(LowLatencyLayout, layout, name="layout")
@@ -143,9 +152,10 @@ def low_latency_dispatch(
         quantize=how,
         mode=ExchangeMode.LOW_LATENCY,
     )
-    require_dispatch(spec, topk_idx.shape, rows)
-    rows, topk_weights, topk_idx = vary_alike((rows, topk_weights, topk_idx), group)
-    routed = vjp.dispatch(spec, rows, topk_weights, topk_idx)
+    mask = _check.rank_mask(rank_mask, group)
+    require_dispatch(spec, topk_idx.shape, rows, leaves_out=mask is not None)
+    rows, topk_weights, topk_idx, mask = vary_alike((rows, topk_weights, topk_idx, mask), group)
+    routed = vjp.dispatch(spec, rows, topk_weights, topk_idx, mask)
     has_scales = how is not Quantize.NONE or isinstance(x, tuple)
     return _batched(spec, assemble(spec, topk_idx, routed, has_scales=has_scales))
 
@@ -193,4 +203,5 @@ def _batched(spec: DispatchSpec, out: Dispatched) -> Dispatched:
         num_dropped=out.num_dropped,
         num_invalid=out.num_invalid,
         handle=out.handle,
+        rank_mask=out.rank_mask,
     )

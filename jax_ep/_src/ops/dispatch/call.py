@@ -29,6 +29,7 @@ class _Results(NamedTuple):
     send_row: Any
     recv_topk_idx: Any
     recv_weights: Any
+    rank_mask: Any
     workspace: Any
     rows: tuple[Any, ...]
 
@@ -37,7 +38,9 @@ def _results(
     position: Any,
     topk_idx: Any,
     topk_weights: Any,
+    rank_mask: Any,
     *rows: Any,
+    has_rank_mask: bool,
     has_weights: bool,
     layout: Layout,
     num_experts: int,
@@ -61,6 +64,7 @@ def _results(
         send_row=Result((num_tokens, num_ranks if is_rank_layout else num_topk), jnp.int32),
         recv_topk_idx=Result(choices if is_rank_layout else (0,), jnp.int32),
         recv_weights=Result(weights if has_weights else (0,), jnp.float32),
+        rank_mask=Result((num_ranks if has_rank_mask else 0,), jnp.bool_),
         workspace=Result((workspace_bytes,), jnp.uint8),
         rows=tuple(
             Result((recv_capacity, *width), dtype) for width, dtype in sent_rows(rows, quantize)
@@ -77,6 +81,7 @@ _bind = make_primitive(
         "expert_stride",
         "fill",
         "group",
+        "has_rank_mask",
         "has_weights",
         "layout",
         "mode",
@@ -112,11 +117,15 @@ def dispatch(
     topk_idx: jax.Array,
     topk_weights: jax.Array | None,
     rows: Sequence[jax.Array],
+    rank_mask: jax.Array | None = None,
 ) -> DispatchResults:
     """Routes the tokens and moves their rows.
 
     XLA's collectives carry the dispatch if the custom call has no room to stage the operands. All
     ranks have the same room. Peers read no operands of the kernels for few tokens.
+
+    Only the kernels for few tokens know of masks. For the others, choices that lead to or from a
+    rank that is left out are none.
     """
     mode, num_sms = dispatch_kernels(spec, topk_idx.shape, rows)
     is_few = mode is ExchangeMode.LOW_LATENCY
@@ -125,20 +134,25 @@ def dispatch(
         not (spec.expert_stride and spec.backend == "cuda")
         and spec.group.can_stage(topk_idx, topk_weights, *rows)
     )
+    if rank_mask is not None and not is_few:
+        topk_idx = _living_choices(spec, topk_idx, rank_mask)
     if spec.quantize is not Quantize.NONE and not is_few:
         rows = (*round_rows(rows[0], spec.quantize), *rows[1:])
     if spec.backend == "xla" or not is_carried:
-        return stock.dispatch(spec, topk_idx, topk_weights, rows)
+        return stock.dispatch(spec, topk_idx, topk_weights, rows)._replace(rank_mask=rank_mask)
+    has_rank_mask = rank_mask is not None and is_few
     position = check_mesh(spec.group.position(), spec.group, op=spec.op)
     results: _Results = _bind(
         position,
         topk_idx,
         absent(jnp.float32) if topk_weights is None else topk_weights,
+        rank_mask if has_rank_mask else absent(jnp.bool_),
         *rows,
         expert_alignment=spec.expert_alignment,
         expert_stride=spec.expert_stride,
         fill=spec.fill,
         group=spec.group.identity,
+        has_rank_mask=has_rank_mask,
         has_weights=topk_weights is not None,
         layout=spec.layout,
         mode=mode,
@@ -162,4 +176,13 @@ def dispatch(
         recv_topk_idx=results.recv_topk_idx if is_rank_layout else None,
         recv_weights=None if topk_weights is None else results.recv_weights,
         rows=results.rows,
+        rank_mask=results.rank_mask if has_rank_mask else rank_mask,
     )
+
+
+def _living_choices(spec: DispatchSpec, topk_idx: jax.Array, rank_mask: jax.Array) -> jax.Array:
+    """Returns topk_idx with -1 for experts of ranks that are left out; on such a rank, for all."""
+    is_expert = (topk_idx >= 0) & (topk_idx < spec.num_experts)
+    to = jnp.where(is_expert, topk_idx // spec.num_local_experts, 0)
+    takes_part = rank_mask[to] & rank_mask[jax.lax.axis_index(spec.group.axes)]
+    return jnp.where(is_expert & ~takes_part, -1, topk_idx)

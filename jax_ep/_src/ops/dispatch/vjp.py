@@ -60,18 +60,26 @@ def send_rank(spec: DispatchSpec, topk_idx: jax.Array, send_row: jax.Array) -> j
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def dispatch(
-    spec: DispatchSpec, rows: Rows, topk_weights: jax.Array | None, topk_idx: jax.Array
+    spec: DispatchSpec,
+    rows: Rows,
+    topk_weights: jax.Array | None,
+    topk_idx: jax.Array,
+    rank_mask: jax.Array | None,
 ) -> DispatchResults:
     """Routes tokens and moves their rows; only the first of `rows` is differentiable."""
-    routed = call.dispatch(spec, topk_idx, topk_weights, rows)
+    routed = call.dispatch(spec, topk_idx, topk_weights, rows, rank_mask)
     named: DispatchResults = jax.tree.map(lambda a: checkpoint_name(a, DISPATCH_NAME), routed)
     return named
 
 
 def _dispatch_fwd(
-    spec: DispatchSpec, rows: Rows, topk_weights: jax.Array | None, topk_idx: jax.Array
+    spec: DispatchSpec,
+    rows: Rows,
+    topk_weights: jax.Array | None,
+    topk_idx: jax.Array,
+    rank_mask: jax.Array | None,
 ) -> tuple[DispatchResults, Any]:
-    routed = dispatch.fun(spec, rows, topk_weights, topk_idx)
+    routed = dispatch.fun(spec, rows, topk_weights, topk_idx, rank_mask)
     return routed, _residuals(topk_idx, routed)
 
 
@@ -79,12 +87,15 @@ def _residuals(topk_idx: jax.Array, routed: DispatchResults) -> tuple[jax.Array 
     return topk_idx, routed.send_row, routed.recv_src, routed.recv_k
 
 
-def _dispatch_bwd(spec: DispatchSpec, residuals: Any, ct: DispatchResults) -> tuple[Any, Any, None]:
+def _dispatch_bwd(
+    spec: DispatchSpec, residuals: Any, ct: DispatchResults
+) -> tuple[Any, Any, None, None]:
     refuse_low_latency(spec)
     topk_idx, send_row, recv_src, recv_k = residuals
     spec = spec.of_gradient()
     index = RowIndex(send_rank(spec, topk_idx, send_row), send_row, recv_src, recv_k)
-    return _rows_bar(spec, index, ct.rows), _weights_bar(spec, residuals, ct.recv_weights), None
+    rows_bar = _rows_bar(spec, index, ct.rows)
+    return rows_bar, _weights_bar(spec, residuals, ct.recv_weights), None, None
 
 
 def _weights_bar(spec: DispatchSpec, residuals: Any, ct: jax.Array | None) -> jax.Array | None:
@@ -122,7 +133,8 @@ def dispatch_fp8(
 ) -> DispatchResults:
     """Dispatches x alone, as fp8; options are block and scales of quantize_fp8."""
     block, scales = options
-    routed = dispatch(spec, quantize_fp8(x, block=block, scales=scales), topk_weights, topk_idx)
+    rounded = quantize_fp8(x, block=block, scales=scales)
+    routed = dispatch(spec, rounded, topk_weights, topk_idx, None)
     rows, row_scales = routed.rows
     received = dequantize_fp8(rows, row_scales, x.dtype)
     return routed._replace(rows=(received,))
@@ -142,7 +154,7 @@ def _dispatch_fp8_fwd(
 def _dispatch_fp8_bwd(
     spec: DispatchSpec, options: tuple[int, str], residuals: Any, ct: DispatchResults
 ) -> tuple[Any, Any, None]:
-    (x_bar,), weights_bar, _ = _dispatch_bwd(spec, residuals, ct)
+    (x_bar,), weights_bar, *_ = _dispatch_bwd(spec, residuals, ct)
     return x_bar, weights_bar, None
 
 
