@@ -23,14 +23,14 @@ inline constexpr int kLowLatencyCombineThreads = kIsRounded ? 256 : 384;
 class HeldRows {
  public:
   __device__ HeldRows(const LowLatencyCombine& launch, int32_t* shared)
-      : launch_(launch),
-        first_(static_cast<int>(blockIdx.x) * launch.tokens_per_block),
-        rows_(shared) {}
+      : launch_(launch), rows_(shared) {}
 
-  __device__ int first_token() const { return first_; }
+  __device__ int first_token() const {
+    return static_cast<int>(blockIdx.x) * launch_.tokens_per_block;
+  }
   __device__ int num_tokens() const {
-    return max(0,
-               min(launch_.tokens_per_block, static_cast<int>(launch_.args.num_tokens) - first_));
+    return max(0, min(launch_.tokens_per_block,
+                      static_cast<int>(launch_.args.num_tokens) - first_token()));
   }
 
   __device__ void Clear() {
@@ -54,7 +54,7 @@ class HeldRows {
       for (int u = 0; u < kUnroll; ++u) {
         if (src[u] < 0) continue;
         const auto source = static_cast<int>(src[u] / num_tokens_all);
-        const int token = static_cast<int>(src[u] % num_tokens_all) - first_;
+        const int token = static_cast<int>(src[u] % num_tokens_all) - first_token();
         if (token < 0 || token >= launch_.tokens_per_block || source >= a.num_ranks) continue;
         const int64_t row = begin + u * blockDim.x;
         const int slot = a.recv_k ? __ldg(a.recv_k + row) : 0;
@@ -73,12 +73,151 @@ class HeldRows {
 
  private:
   const LowLatencyCombine& launch_;
-  const int first_;
   int32_t* const rows_;
 };
 
-// Adds this rank's rows of each token of a peer and sends the sum there. Then adds the sums that
-// have come for the own tokens, in rank order, and the biases.
+// The groups of packets of the sums of tokens, and where they lie.
+template <typename Element, bool kIsRounded>
+class CombineUnits {
+ public:
+  static constexpr int kParts = kPartsOfGroup<Element, kIsRounded>;
+  using Vectors = RowVectors<Element, kParts>;
+
+  __device__ explicit CombineUnits(const LowLatencyCombine& launch) : launch_(launch) {}
+
+  __device__ const LowLatencyCombine& launch() const { return launch_; }
+  __device__ int64_t row_bytes() const { return static_cast<int64_t>(launch_.row_bytes()); }
+  __device__ int num_vectors() const {
+    return static_cast<int>(row_bytes() / kVectorBytes / kParts);
+  }
+  __device__ int num_groups() const { return launch_.groups.first[1]; }
+  __device__ Strided VectorsAt(int group) const { return VectorsOf(group, num_vectors()); }
+  __device__ int PacketsOf(int group) const {
+    return NumPackets(num_vectors() - group * kGroupVectors);
+  }
+  // This lane's first packet of a group of a token, in the memory of `holder`.
+  __device__ std::byte* Place(int holder, int source, uint32_t epoch, int token, int group) const {
+    return LowLatencyRoom(launch_.self, holder, source, epoch) +
+           (int64_t{token} * launch_.groups.count() + group) * kPacketGroupBytes +
+           PacketLane() * kVectorBytes;
+  }
+  // The packets of the scales of a group: behind the rows of their token.
+  __device__ std::byte* PlaceOfScales(int holder, int source, uint32_t epoch, int token,
+                                      int group) const {
+    return Place(holder, source, epoch, token, num_groups()) +
+           group * ScaleLanes(launch_.args.wire) * kVectorBytes;
+  }
+
+ private:
+  const LowLatencyCombine& launch_;
+};
+
+// Adds this rank's rows of each token of a peer and sends the sum there. Every thread of a block
+// calls it, behind a barrier after the rows were found, in a call that is good.
+template <RecvLayout kLayout, typename Element, bool kIsRounded>
+__device__ void SendSums(const CombineUnits<Element, kIsRounded>& units, const PushCall& call,
+                         const HeldRows& held) {
+  const LowLatencyCombine& launch = units.launch();
+  const Endpoint& self = launch.self;
+  const CombineArgs& a = launch.args;
+  const int num_warps = blockDim.x / kWarpSize;
+  const int num_units = held.num_tokens() * units.num_groups();
+  for (int n = threadIdx.x / kWarpSize; n < (self.num_ranks - 1) * num_units; n += num_warps) {
+    const int owner = (self.rank + 1 + n / num_units) % self.num_ranks;
+    const int in_block = n % num_units / units.num_groups();
+    const int token = held.first_token() + in_block;
+    const int group = n % units.num_groups();
+    const Strided which = units.VectorsAt(group);
+    typename CombineUnits<Element, kIsRounded>::Vectors sum;
+    if (!AddRows<kLayout>(a, units.row_bytes(), which, held.Row(owner, in_block), sum)) continue;
+    uint4 vectors[kPacketVectors];
+    uint32_t scales[kPacketScales];
+    Wire<kIsRounded>::Pack(sum, a.wire, vectors, scales);
+    StoreGroup(units.Place(owner, self.rank, call.epoch, token, group), call.epoch, vectors,
+               units.PacketsOf(group));
+    if constexpr (kIsRounded) {
+      StoreScales(units.PlaceOfScales(owner, self.rank, call.epoch, token, group), call.epoch,
+                  a.wire, scales);
+    }
+  }
+}
+
+// Adds the sums that have come for the own tokens, in rank order, and the biases. Every thread of a
+// block calls it. If the call is not good, or fails, the results are poisoned.
+template <RecvLayout kLayout, typename Element, bool kIsRounded>
+__device__ void ReceiveSums(const CombineUnits<Element, kIsRounded>& units, const PushCall& call,
+                            bool is_good, const HeldRows& held) {
+  constexpr int kParts = CombineUnits<Element, kIsRounded>::kParts;
+  const LowLatencyCombine& launch = units.launch();
+  const Endpoint& self = launch.self;
+  const CombineArgs& a = launch.args;
+  const int num_warps = blockDim.x / kWarpSize;
+  const int num_units = held.num_tokens() * units.num_groups();
+  // A peer may send nothing: the next call but one would overwrite what is still read. Each warp
+  // waits for every peer, so that a failed call leaves no row as it is.
+  if (const int r = PacketLane(); is_good && r < self.num_ranks && r != self.rank) {
+    Signal called;
+    const bool has_called = AwaitPackets(self, call, r, [&] {
+      called = LoadRelaxed(&self.own()->called[call.epoch & 1][r]);
+      return called.epoch == call.epoch;
+    });
+    is_good = has_called && IsCall(self, call.op, r, call.tag, called.value);
+  }
+  is_good = __all_sync(~0u, is_good);
+  for (int n = threadIdx.x / kWarpSize; n < num_units; n += num_warps) {
+    const int token = held.first_token() + n / units.num_groups();
+    const int group = n % units.num_groups();
+    const Strided which = units.VectorsAt(group);
+    const int num_packets = units.PacketsOf(group);
+    // The rank and row of this lane's choice. Indices out of range, which an altered handle may
+    // hold, count as absent.
+    int32_t rank = kNoIndex;
+    int32_t row = kNoIndex;
+    if (PacketLane() < a.num_slots) {
+      const int64_t i = int64_t{token} * a.num_slots + PacketLane();
+      rank = kLayout == RecvLayout::kRank ? PacketLane() : a.send_rank[i];
+      row = a.send_row[i];
+      const bool is_there = rank >= 0 && rank < a.num_ranks && row >= 0 && row < a.recv_capacity;
+      if (!is_there) rank = row = kNoIndex;
+    }
+    const uint32_t ranks = __reduce_or_sync(~0u, rank >= 0 ? 1u << rank : 0);
+    // The own rows are on their way while packets come.
+    typename CombineUnits<Element, kIsRounded>::Vectors own;
+    AddRows<kLayout>(a, units.row_bytes(), which, rank == self.rank ? row : kNoIndex, own);
+    GroupSum<Element, kParts> sum;
+    for (int r = 0; r < self.num_ranks; ++r) {
+      if ((ranks >> r & 1) == 0) continue;
+      if (r == self.rank) {
+        sum.Add(own);
+        continue;
+      }
+      const std::byte* from = units.Place(self.rank, r, call.epoch, token, group);
+      LanePackets packets = LookAt(self, r, call.epoch, from, num_packets);
+      uint4 vectors[kPacketVectors];
+      uint32_t scales[kPacketScales] = {};
+      if (is_good) is_good = ReceiveFrom(self, call, r, from, packets, vectors, num_packets);
+      if constexpr (kIsRounded) {
+        from = units.PlaceOfScales(self.rank, r, call.epoch, token, group);
+        if (is_good) is_good = AwaitScales(self, call, r, from, a.wire, scales);
+        is_good = __all_sync(~0u, is_good);
+      }
+      __syncwarp();
+      Wire<kIsRounded>::Add(vectors, scales, sum);
+    }
+    const int64_t own_row = token * units.row_bytes();
+    for (int b = 0; b < a.num_biases; ++b) {
+      own.Load(static_cast<const std::byte*>(a.biases[b]) + own_row, which, units.row_bytes());
+      sum.Add(own);
+    }
+    sum.Round(own);
+    if (!is_good) own.Poison();
+    own.Store(static_cast<std::byte*>(a.out) + own_row, which, units.row_bytes());
+  }
+  if (!is_good) NotePeerFailure(self);
+}
+
+// Sends the sums of peers' tokens, and receives those of the own tokens: SendSums, then
+// ReceiveSums.
 //
 // Geometry   a block for one token number of all ranks, or for a few; a warp for a group of 96
 //            vectors of a row; 384 threads, 256 if sums are rounded,
@@ -95,114 +234,18 @@ class HeldRows {
 template <typename Element, RecvLayout kLayout, bool kIsRounded>
 __global__ void __launch_bounds__(kLowLatencyCombineThreads<kIsRounded>, 1)
     LowLatencyCombineKernel(const __grid_constant__ LowLatencyCombine launch) {
-  auto* const shared_rows = DynamicShared<int32_t>();
-  constexpr int kParts = kPartsOfGroup<Element, kIsRounded>;
-  using Vectors = RowVectors<Element, kParts>;
   const Endpoint& self = launch.self;
-  const CombineArgs& a = launch.args;
-  const auto row_bytes = static_cast<int64_t>(launch.row_bytes());
-  const auto num_vectors = static_cast<int>(row_bytes / kVectorBytes / kParts);
-  const int num_groups = launch.groups.first[1];
-  const int num_warps = blockDim.x / kWarpSize;
-  const int warp = threadIdx.x / kWarpSize;
-  const auto place = [&](int holder, int source, uint32_t epoch, int token, int group) {
-    return LowLatencyRoom(self, holder, source, epoch) +
-           (int64_t{token} * launch.groups.count() + group) * kPacketGroupBytes +
-           PacketLane() * kVectorBytes;
-  };
-  // The packets of the scales of a group: behind the rows of their token.
-  const auto place_of_scales = [&](int holder, int source, uint32_t epoch, int token, int group) {
-    return place(holder, source, epoch, token, num_groups) +
-           group * ScaleLanes(a.wire) * kVectorBytes;
-  };
-  HeldRows held(launch, shared_rows);
+  const CombineUnits<Element, kIsRounded> units(launch);
+  HeldRows held(launch, DynamicShared<int32_t>());
   held.Clear();
   PushCall call;
   bool is_good = Begin(self, OpId::kCombine, launch.position, call);
   is_good = __syncthreads_and(is_good);
   if (is_good) held.Find();
   __syncthreads();
-  const int num_units = held.num_tokens() * num_groups;
-  for (int n = warp; is_good && n < (self.num_ranks - 1) * num_units; n += num_warps) {
-    const int owner = (self.rank + 1 + n / num_units) % self.num_ranks;
-    const int in_block = n % num_units / num_groups;
-    const int token = held.first_token() + in_block;
-    const int group = n % num_groups;
-    const Strided which = VectorsOf(group, num_vectors);
-    Vectors sum;
-    if (!AddRows<kLayout>(a, row_bytes, which, held.Row(owner, in_block), sum)) continue;
-    uint4 vectors[kPacketVectors];
-    uint32_t scales[kPacketScales];
-    Wire<kIsRounded>::Pack(sum, a.wire, vectors, scales);
-    StoreGroup(place(owner, self.rank, call.epoch, token, group), call.epoch, vectors,
-               NumPackets(num_vectors - group * kGroupVectors));
-    if constexpr (kIsRounded) {
-      StoreScales(place_of_scales(owner, self.rank, call.epoch, token, group), call.epoch, a.wire,
-                  scales);
-    }
-  }
+  if (is_good) SendSums<kLayout>(units, call, held);
   EndEpoch(self, call);
-  // A peer may send nothing: the next call but one would overwrite what is still read. Each warp
-  // waits for every peer, so that a failed call leaves no row as it is.
-  if (const int r = PacketLane(); is_good && r < self.num_ranks && r != self.rank) {
-    Signal called;
-    const bool has_called = AwaitPackets(self, call, r, [&] {
-      called = LoadRelaxed(&self.own()->called[call.epoch & 1][r]);
-      return called.epoch == call.epoch;
-    });
-    is_good = has_called && IsCall(self, call.op, r, call.tag, called.value);
-  }
-  is_good = __all_sync(~0u, is_good);
-  for (int n = warp; n < num_units; n += num_warps) {
-    const int token = held.first_token() + n / num_groups;
-    const int group = n % num_groups;
-    const Strided which = VectorsOf(group, num_vectors);
-    const int num_packets = NumPackets(num_vectors - group * kGroupVectors);
-    // The rank and row of this lane's choice. Indices out of range, which an altered handle may
-    // hold, count as absent.
-    int32_t rank = kNoIndex;
-    int32_t row = kNoIndex;
-    if (PacketLane() < a.num_slots) {
-      const int64_t i = int64_t{token} * a.num_slots + PacketLane();
-      rank = kLayout == RecvLayout::kRank ? PacketLane() : a.send_rank[i];
-      row = a.send_row[i];
-      const bool is_there = rank >= 0 && rank < a.num_ranks && row >= 0 && row < a.recv_capacity;
-      if (!is_there) rank = row = kNoIndex;
-    }
-    const uint32_t ranks = __reduce_or_sync(~0u, rank >= 0 ? 1u << rank : 0);
-    // The own rows are on their way while packets come.
-    Vectors own;
-    AddRows<kLayout>(a, row_bytes, which, rank == self.rank ? row : kNoIndex, own);
-    GroupSum<Element, kParts> sum;
-    for (int r = 0; r < self.num_ranks; ++r) {
-      if ((ranks >> r & 1) == 0) continue;
-      if (r == self.rank) {
-        sum.Add(own);
-        continue;
-      }
-      const std::byte* from = place(self.rank, r, call.epoch, token, group);
-      LanePackets packets = LookAt(self, r, call.epoch, from, num_packets);
-      uint4 vectors[kPacketVectors];
-      uint32_t scales[kPacketScales] = {};
-      if (is_good) is_good = ReceiveFrom(self, call, r, from, packets, vectors, num_packets);
-      if constexpr (kIsRounded) {
-        from = place_of_scales(self.rank, r, call.epoch, token, group);
-        if (is_good) is_good = AwaitScales(self, call, r, from, a.wire, scales);
-        is_good = __all_sync(~0u, is_good);
-      }
-      __syncwarp();
-      Wire<kIsRounded>::Add(vectors, scales, sum);
-    }
-    const int64_t own_row = token * row_bytes;
-    for (int b = 0; b < a.num_biases; ++b) {
-      own.Load(static_cast<const std::byte*>(a.biases[b]) + own_row, which, row_bytes);
-      sum.Add(own);
-    }
-    sum.Round(own);
-    if (!is_good) own.Poison();
-    own.Store(static_cast<std::byte*>(a.out) + own_row, which, row_bytes);
-  }
-  if (!is_good) NotePeerFailure(self);
+  ReceiveSums<kLayout>(units, call, is_good, held);
   EndReading(self);
 }
 

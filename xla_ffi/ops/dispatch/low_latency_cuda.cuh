@@ -102,9 +102,132 @@ class RoutingWriter {
   const RoutingTable<kLayout>& table_;
 };
 
+// The groups of rows that the warps of a grid send and receive, in turns: unit n is a group of
+// token n / num_groups().
+template <typename Source>
+class DispatchUnits {
+ public:
+  static constexpr bool kIsCast = GroupOfRow<Source>::kIsCast;
+
+  __device__ explicit DispatchUnits(const LowLatencyDispatch& launch)
+      : launch_(launch),
+        num_groups_(launch.groups.count()),
+        num_(static_cast<int>(launch.args.shape.num_tokens) * num_groups_),
+        // Neighbouring groups go to different SMs, so that a short call is spread over all SMs.
+        first_(static_cast<int>(threadIdx.x / kWarpSize * gridDim.x + blockIdx.x)),
+        step_(static_cast<int>(blockDim.x / kWarpSize * gridDim.x)) {}
+
+  __device__ const LowLatencyDispatch& launch() const { return launch_; }
+  __device__ int num_groups() const { return num_groups_; }
+  __device__ int num() const { return num_; }  // of one rank
+  // Those of this warp.
+  __device__ int first() const { return first_; }
+  __device__ int step() const { return step_; }
+
+  __device__ RowGroup GroupAt(int unit) const { return GroupOf(launch_, unit % num_groups_); }
+  // Scales go along with the rows that they belong to.
+  __device__ static bool IsSent(const RowGroup& group) { return !kIsCast || group.stream != 1; }
+  // Loads a unit of this rank.
+  __device__ void Load(int unit, const RowGroup& group, GroupOfRow<Source>& loaded) const {
+    const DispatchArgs& a = launch_.args;
+    const int64_t token = unit / num_groups_;
+    LoadGroup(a, group, a.streams[group.stream].in + token * launch_.in_bytes(group.stream),
+              loaded);
+  }
+  // Loads the first unit of this warp, which SendTokens needs.
+  __device__ void LoadFirst(GroupOfRow<Source>& loaded) const {
+    if (first_ >= num_) return;
+    const RowGroup group = GroupAt(first_);
+    if (IsSent(group)) Load(first_, group, loaded);
+  }
+
+ private:
+  const LowLatencyDispatch& launch_;
+  const int num_groups_;
+  const int num_;
+  const int first_;
+  const int step_;
+};
+
 // Sends the choices of this rank's tokens to every peer, and each row once to every rank that has
-// one of the token's experts. Every block finds the place of the rows that have come from the
-// choices of all ranks, and copies the rows there, once for each row of the result.
+// one of the token's experts. Every thread of the grid calls it in a call that is good. `loaded`:
+// the first unit of this warp.
+template <typename Source>
+__device__ void SendTokens(const DispatchUnits<Source>& units, const PushCall& call,
+                           GroupOfRow<Source>& loaded) {
+  const LowLatencyDispatch& launch = units.launch();
+  const Endpoint& self = launch.self;
+  SendChoices(launch, call.epoch, units.first() * kWarpSize + PacketLane(),
+              units.step() * kWarpSize);
+  for (int unit = units.first(); unit < units.num(); unit += units.step()) {
+    const RowGroup group = units.GroupAt(unit);
+    if (!units.IsSent(group)) continue;
+    if (unit != units.first()) units.Load(unit, group, loaded);
+    uint32_t peers = RanksOf(launch, unit / units.num_groups()) & ~(1u << self.rank);
+    for (; peers != 0; peers &= peers - 1) {
+      const int peer = __ffs(peers) - 1;
+      StoreGroup(PlaceOf(launch, peer, self.rank, call.epoch, unit), call.epoch, loaded.vectors,
+                 group.num_packets);
+      if (units.kIsCast && group.stream == 0) {
+        SendScales(launch, call.epoch, peer, unit, loaded.scales);
+      }
+    }
+  }
+}
+
+// Finds the place of the rows that have come from the choices of all ranks, and copies the rows
+// there, once for each row of the result. Every thread of the grid calls it, behind a barrier after
+// the table was cleared. If the call is not good, or fails, the results are poisoned. `loaded` is
+// scratch.
+template <RecvLayout kLayout, typename Source>
+__device__ void ReceiveTokens(const DispatchUnits<Source>& units, const PushCall& call,
+                              bool is_good, RoutingTable<kLayout>& table, const Results& results,
+                              GroupOfRow<Source>& loaded) {
+  const LowLatencyDispatch& launch = units.launch();
+  const Endpoint& self = launch.self;
+  const DispatchArgs& a = launch.args;
+  is_good = is_good && table.Fill(call);
+  if (!is_good) {
+    for (int i = 0; i < results.count; ++i) {
+      const Results::Span& span = results.spans[i];
+      SetBytes(static_cast<std::byte*>(span.data), span.bytes, span.value, threadIdx.x, blockDim.x);
+    }
+    if (threadIdx.x == 0) NotePeerFailure(self);
+    return;
+  }
+  for (int n = units.first(); n < self.num_ranks * units.num(); n += units.step()) {
+    const int source = (self.rank + n / units.num()) % self.num_ranks;
+    const int unit = n % units.num();
+    const RowGroup group = units.GroupAt(unit);
+    if (!units.IsSent(group)) continue;
+    const TokenRows<kLayout> rows(table, source, unit / units.num_groups());
+    if (rows.IsNone()) continue;
+    if (source == self.rank) {
+      units.Load(unit, group, loaded);
+    } else {
+      const std::byte* from = PlaceOf(launch, self.rank, source, call.epoch, unit);
+      LanePackets packets = LookAt(self, source, call.epoch, from, group.num_packets);
+      if (is_good) {
+        is_good = ReceiveFrom(self, call, source, from, packets, loaded.vectors, group.num_packets);
+      }
+      if (units.kIsCast && group.stream == 0 && is_good) {
+        is_good = ReceiveScales(launch, call, source, unit, loaded.scales);
+      }
+      if (!is_good) {
+#pragma unroll
+        for (uint4& vector : loaded.vectors) vector = make_uint4(~0u, ~0u, ~0u, ~0u);
+#pragma unroll
+        for (uint32_t& scale : loaded.scales) scale = ~0u;
+      }
+    }
+    rows.ForEach([&](int64_t row) { StoreRowOfResult(a, group, row, loaded); });
+    if (unit % units.num_groups() == 0) rows.WriteIndices();
+  }
+  RoutingWriter<kLayout>(a, table).Write();
+  if (!is_good) NotePeerFailure(self);
+}
+
+// Sends this rank's tokens, and receives those of all ranks: SendTokens, then ReceiveTokens.
 //
 // Geometry   a warp for a group of 96 vectors of a row; 512 threads, fewer where all groups fit
 //            into fewer; up to all SMs of the budget.
@@ -121,89 +244,18 @@ template <RecvLayout kLayout, typename Source>
 __global__ void __launch_bounds__(kLowLatencyThreads, 1)
     LowLatencyDispatchKernel(const __grid_constant__ LowLatencyDispatch launch,
                              const __grid_constant__ Results results) {
-  auto* const shared = DynamicShared<uint32_t>();
-  constexpr bool kIsCast = GroupOfRow<Source>::kIsCast;
   const Endpoint& self = launch.self;
-  const DispatchArgs& a = launch.args;
-  const int num_groups = launch.groups.count();
-  const int num_tokens = static_cast<int>(a.shape.num_tokens);
-  const int num_units = num_tokens * num_groups;
-  // Neighbouring groups go to different SMs, so that a short call is spread over all SMs.
-  const int first = static_cast<int>(threadIdx.x / kWarpSize * gridDim.x + blockIdx.x);
-  const int step = static_cast<int>(blockDim.x / kWarpSize * gridDim.x);
-  const auto group_of = [&](int unit) { return GroupOf(launch, unit % num_groups); };
-  // Scales go along with the rows that they belong to.
-  const auto is_sent = [&](const RowGroup& group) { return !kIsCast || group.stream != 1; };
-  const auto load = [&](int unit, const RowGroup& group, GroupOfRow<Source>& loaded) {
-    const int64_t token = unit / num_groups;
-    LoadGroup(a, group, a.streams[group.stream].in + token * launch.in_bytes(group.stream), loaded);
-  };
+  const DispatchUnits<Source> units(launch);
   GroupOfRow<Source> loaded;
-  if (first < num_units) {  // on its way together with the epoch
-    const RowGroup group = group_of(first);
-    if (is_sent(group)) load(first, group, loaded);
-  }
-  RoutingTable<kLayout> table(launch, shared);
+  units.LoadFirst(loaded);  // on its way together with the epoch
+  RoutingTable<kLayout> table(launch, DynamicShared<uint32_t>());
   table.Clear();
   PushCall call;
   bool is_good = Begin(self, OpId::kDispatch, launch.position, call);
   is_good = __syncthreads_and(is_good);
-  if (is_good) SendChoices(launch, call.epoch, first * kWarpSize + PacketLane(), step * kWarpSize);
-  for (int unit = first; is_good && unit < num_units; unit += step) {
-    const RowGroup group = group_of(unit);
-    if (!is_sent(group)) continue;
-    if (unit != first) load(unit, group, loaded);
-    uint32_t peers = RanksOf(launch, unit / num_groups) & ~(1u << self.rank);
-    for (; peers != 0; peers &= peers - 1) {
-      const int peer = __ffs(peers) - 1;
-      StoreGroup(PlaceOf(launch, peer, self.rank, call.epoch, unit), call.epoch, loaded.vectors,
-                 group.num_packets);
-      if (kIsCast && group.stream == 0) {
-        SendScales(launch, call.epoch, peer, unit, loaded.scales);
-      }
-    }
-  }
+  if (is_good) SendTokens(units, call, loaded);
   EndEpoch(self, call);
-  is_good = is_good && table.Fill(call);
-  if (!is_good) {
-    for (int i = 0; i < results.count; ++i) {
-      const Results::Span& span = results.spans[i];
-      SetBytes(static_cast<std::byte*>(span.data), span.bytes, span.value, threadIdx.x, blockDim.x);
-    }
-    if (threadIdx.x == 0) NotePeerFailure(self);
-    EndReading(self);
-    return;
-  }
-  for (int n = first; n < self.num_ranks * num_units; n += step) {
-    const int source = (self.rank + n / num_units) % self.num_ranks;
-    const int unit = n % num_units;
-    const RowGroup group = group_of(unit);
-    if (!is_sent(group)) continue;
-    const TokenRows<kLayout> rows(table, source, unit / num_groups);
-    if (rows.IsNone()) continue;
-    if (source == self.rank) {
-      load(unit, group, loaded);
-    } else {
-      const std::byte* from = PlaceOf(launch, self.rank, source, call.epoch, unit);
-      LanePackets packets = LookAt(self, source, call.epoch, from, group.num_packets);
-      if (is_good) {
-        is_good = ReceiveFrom(self, call, source, from, packets, loaded.vectors, group.num_packets);
-      }
-      if (kIsCast && group.stream == 0 && is_good) {
-        is_good = ReceiveScales(launch, call, source, unit, loaded.scales);
-      }
-      if (!is_good) {
-#pragma unroll
-        for (uint4& vector : loaded.vectors) vector = make_uint4(~0u, ~0u, ~0u, ~0u);
-#pragma unroll
-        for (uint32_t& scale : loaded.scales) scale = ~0u;
-      }
-    }
-    rows.ForEach([&](int64_t row) { StoreRowOfResult(a, group, row, loaded); });
-    if (unit % num_groups == 0) rows.WriteIndices();
-  }
-  RoutingWriter<kLayout>(a, table).Write();
-  if (!is_good) NotePeerFailure(self);
+  ReceiveTokens(units, call, is_good, table, results, loaded);
   EndReading(self);
 }
 
