@@ -117,9 +117,10 @@ __device__ inline void StoreScales(std::byte* to, uint32_t epoch, Quantize how,
 }
 
 /// Waits for the scales of a group, whose rows have come. False if the group fails first.
-__device__ inline bool AwaitScales(const Endpoint& self, const PushCall& call, int source,
-                                   const std::byte* from, Quantize how,
-                                   uint32_t (&scales)[kPacketScales]) {
+template <typename Call>
+__device__ bool AwaitScales(const Endpoint& self, const Call& call, int source,
+                            const std::byte* from, Quantize how,
+                            uint32_t (&scales)[kPacketScales]) {
   if (PacketLane() >= ScaleLanes(how)) return true;
   Packet packet;
   const bool is_there = AwaitPackets(self, call, source, [&] {

@@ -1,5 +1,5 @@
 // The memory of a rank that its peers map, from front to back: signals, packets, pushed operands,
-// packets of exchanges. Copies of operands lie behind these (ops/cuda_op.h).
+// packets of exchanges, packets of flights. Copies of operands lie behind these (ops/cuda_op.h).
 //
 // Each operation takes its part here, behind the parts of the others. A new operation comes last.
 #pragma once
@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/flights.h"
 #include "core/limits.h"
 #include "device/protocol.h"
 
@@ -33,10 +34,21 @@ struct ReduceSignals {
   Signal called[2][kMaxRanks];
 };
 
+/// Signals of flights: exchanges of few tokens whose sending and receiving are kernels of their own
+/// (core/flights.h). The first four members are the owner's.
+struct FlightSignals {
+  Signal flight_turn;                       // like CallSignals::turn, of the kernels of flights
+  uint32_t flights_sent[kMaxInFlight];      // by slot: the last flight that was sent
+  uint32_t flights_received[kMaxInFlight];  // by slot: the last flight that was received
+  uint32_t num_flight_blocks_done;          // of the present kernel of a flight
+  uint32_t unused;
+  Signal flight_called[kFlightParts][kMaxRanks];  // flight, and the tag of its sending
+};
+
 /// All signals of a rank, part behind part.
-struct ControlBlock : CallSignals, CombineSignals, ReduceSignals {};
-static_assert(sizeof(ControlBlock) ==
-              sizeof(CallSignals) + sizeof(CombineSignals) + sizeof(ReduceSignals));
+struct ControlBlock : CallSignals, CombineSignals, ReduceSignals, FlightSignals {};
+static_assert(sizeof(ControlBlock) == sizeof(CallSignals) + sizeof(CombineSignals) +
+                                          sizeof(ReduceSignals) + sizeof(FlightSignals));
 
 /// Packets of small operands lie behind the signals, and room for pushed operands behind the
 /// packets.
@@ -75,13 +87,29 @@ constexpr size_t LowLatencyPayload(int num_ranks, size_t bytes) {
   return bytes / 2 / num_ranks / kPacketGroupBytes * kPacketGroupBytes;
 }
 
-/// Offsets of the parts. Only the last two depend on the number of ranks.
+/// Packets of flights lie behind those, in kFlightParts parts. Their room is asked for, too.
+/// The room of one sender, in one part, of a room of `bytes` in all.
+constexpr size_t InFlightPayload(int num_ranks, size_t bytes) {
+  return bytes / kFlightParts / num_ranks / kPacketGroupBytes * kPacketGroupBytes;
+}
+
+/// Bytes of the rooms that are asked for when a group opens.
+struct AskedRooms {
+  size_t low_latency = 0;
+  size_t in_flight = 0;
+};
+
+/// Offsets of the parts. Only the last three depend on the number of ranks.
 inline constexpr size_t kPacketsOffset = (sizeof(ControlBlock) + 255) / 256 * 256;
 inline constexpr size_t kPushedOffset = kPacketsOffset + kPacketBytes;
 constexpr size_t LowLatencyOffset(int num_ranks) { return kPushedOffset + PushBytes(num_ranks); }
-constexpr size_t SharedBytes(int num_ranks, size_t low_latency_bytes = 0) {
+constexpr size_t InFlightOffset(int num_ranks, const AskedRooms& asked) {
   return LowLatencyOffset(num_ranks) +
-         2 * num_ranks * LowLatencyPayload(num_ranks, low_latency_bytes);
+         2 * num_ranks * LowLatencyPayload(num_ranks, asked.low_latency);
+}
+constexpr size_t SharedBytes(int num_ranks, const AskedRooms& asked = {}) {
+  return InFlightOffset(num_ranks, asked) +
+         kFlightParts * num_ranks * InFlightPayload(num_ranks, asked.in_flight);
 }
 
 /// Sizes of rooms, computed for kernels, where divisions are slow.
@@ -90,13 +118,17 @@ struct Rooms {
   int64_t push_payload;
   int64_t low_latency_offset;
   int64_t low_latency_payload;
+  int64_t in_flight_offset;
+  int64_t in_flight_payload;
 };
-constexpr Rooms RoomsOf(int num_ranks, size_t low_latency_bytes = 0) {
+constexpr Rooms RoomsOf(int num_ranks, const AskedRooms& asked = {}) {
   return {
       .packet_groups = static_cast<int64_t>(PacketGroups(num_ranks)),
       .push_payload = static_cast<int64_t>(PushPayload(num_ranks)),
       .low_latency_offset = static_cast<int64_t>(LowLatencyOffset(num_ranks)),
-      .low_latency_payload = static_cast<int64_t>(LowLatencyPayload(num_ranks, low_latency_bytes))};
+      .low_latency_payload = static_cast<int64_t>(LowLatencyPayload(num_ranks, asked.low_latency)),
+      .in_flight_offset = static_cast<int64_t>(InFlightOffset(num_ranks, asked)),
+      .in_flight_payload = static_cast<int64_t>(InFlightPayload(num_ranks, asked.in_flight))};
 }
 
 }  // namespace jax_ep

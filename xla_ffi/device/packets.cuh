@@ -34,13 +34,25 @@ struct LanePackets {
   Signal called;
 };
 
-/// A call that stores operands at its peers.
+/// A call that stores operands at its peers. Functions that take any kind of call are templates:
+/// FlightCall (device/flights.cuh) is the other kind.
 struct PushCall {
   OpId op;
   uint32_t ended;  // the epoch before
   uint32_t epoch;
   uint32_t tag;
   Signal before;  // turn before this call; of the first thread of the grid
+
+  /// The signal of `source` in the memory of `holder` that it makes the call.
+  __device__ Signal* Called(const Endpoint& self, int holder, int source) const {
+    return &self.control[holder]->called[epoch & 1][source];
+  }
+  /// The room of `source` for packets of a low-latency exchange, in the memory of `holder`.
+  __device__ std::byte* Room(const Endpoint& self, int holder, int source) const {
+    const int64_t part = int64_t{epoch & 1} * self.num_ranks + source;
+    return reinterpret_cast<std::byte*>(self.control[holder]) + self.rooms.low_latency_offset +
+           part * self.rooms.low_latency_payload;
+  }
 };
 
 /// Begins a call, and sends its tag to the peers. Every thread of every block calls it. False if
@@ -58,7 +70,7 @@ __device__ inline bool Begin(const Endpoint& self, OpId op, const int32_t* posit
           .ended = ended,
           .epoch = epoch,
           .tag = TagOf(op, self.site),
-          .before = is_first ? TakeTurn(self) : Signal{}};
+          .before = is_first ? TakeTurn(&self.own()->turn) : Signal{}};
   if (is_aborted) return false;
   if (found != self.position) {
     if (is_first) {
@@ -68,7 +80,7 @@ __device__ inline bool Begin(const Endpoint& self, OpId op, const int32_t* posit
   }
   for (int r = threadIdx.x; is_first_block && r < self.num_ranks; r += blockDim.x) {
     if (r == self.rank) continue;
-    StoreRelaxed(&self.control[r]->called[epoch & 1][self.rank], {epoch, call.tag});
+    StoreRelaxed(call.Called(self, r, self.rank), {epoch, call.tag});
   }
   return true;
 }
@@ -114,24 +126,27 @@ __device__ inline void Send(const Endpoint& self, int peer, uint32_t epoch, int6
 
 /// Loads a group of a peer's packets at `from`, which may not be there yet; Receive waits for them.
 /// For a whole warp.
-__device__ inline LanePackets LookAt(const Endpoint& self, int peer, uint32_t epoch,
-                                     const std::byte* from, int num_packets = kLanePackets) {
+template <typename Call>
+__device__ LanePackets LookAt(const Endpoint& self, const Call& call, int peer,
+                              const std::byte* from, int num_packets = kLanePackets) {
   LanePackets packets;
-  packets.called = LoadRelaxed(&self.own()->called[epoch & 1][peer]);
+  packets.called = LoadRelaxed(call.Called(self, self.rank, peer));
 #pragma unroll
   for (int p = 0; p < kLanePackets; ++p) {
     packets.at[p] = p < num_packets ? LoadPacket(from + p * kWarpSize * kVectorBytes)
-                                    : Packet{.low = 0, .high = uint64_t{epoch} << 32};
+                                    : Packet{.low = 0, .high = uint64_t{call.epoch} << 32};
   }
   return packets;
 }
 
-__device__ inline LanePackets Look(const Endpoint& self, int peer, uint32_t epoch, int64_t group) {
-  return LookAt(self, peer, epoch, PacketsAt(self, self.rank, peer, epoch, group));
+__device__ inline LanePackets Look(const Endpoint& self, const PushCall& call, int peer,
+                                   int64_t group) {
+  return LookAt(self, call, peer, PacketsAt(self, self.rank, peer, call.epoch, group));
 }
 
 /// Whether the packets are there, or never will be, since the peer makes another call.
-__device__ inline bool AreThere(const LanePackets& packets, const PushCall& call) {
+template <typename Call>
+__device__ bool AreThere(const LanePackets& packets, const Call& call) {
   bool are_there = true;
 #pragma unroll
   for (int p = 0; p < kLanePackets; ++p) are_there &= packets.at[p].high >> 32 == call.epoch;
@@ -140,9 +155,8 @@ __device__ inline bool AreThere(const LanePackets& packets, const PushCall& call
 
 /// Waits until `is_there()`, which loads what a peer sends. Most packets come soon, so the first
 /// looks check neither `abort` nor the time. False if the group fails first.
-template <typename IsThere>
-__device__ inline bool AwaitPackets(const Endpoint& self, const PushCall& call, int peer,
-                                    IsThere&& is_there) {
+template <typename Call, typename IsThere>
+__device__ bool AwaitPackets(const Endpoint& self, const Call& call, int peer, IsThere&& is_there) {
   constexpr int kLooks = 64;
   for (int n = 0; n < kLooks; ++n) {
     if (is_there()) return true;
@@ -151,14 +165,14 @@ __device__ inline bool AwaitPackets(const Endpoint& self, const PushCall& call, 
 }
 
 /// Waits for a group of a peer's packets at `from`, and unpacks it. False if the group fails first.
-__device__ inline bool ReceiveFrom(const Endpoint& self, const PushCall& call, int peer,
-                                   const std::byte* from, LanePackets& packets,
-                                   uint4 (&vectors)[kPacketVectors],
-                                   int num_packets = kLanePackets) {
+template <typename Call>
+__device__ bool ReceiveFrom(const Endpoint& self, const Call& call, int peer, const std::byte* from,
+                            LanePackets& packets, uint4 (&vectors)[kPacketVectors],
+                            int num_packets = kLanePackets) {
   bool are_there = AreThere(packets, call);
   if (!are_there) {
     are_there = AwaitPackets(self, call, peer, [&] {
-      packets = LookAt(self, peer, call.epoch, from, num_packets);
+      packets = LookAt(self, call, peer, from, num_packets);
       return AreThere(packets, call);
     });
   }
@@ -175,14 +189,6 @@ __device__ inline bool Receive(const Endpoint& self, const PushCall& call, int p
                                LanePackets& packets, uint4 (&vectors)[kPacketVectors]) {
   return ReceiveFrom(self, call, peer, PacketsAt(self, self.rank, peer, call.epoch, group), packets,
                      vectors);
-}
-
-/// The room of `source` for packets of a low-latency exchange, in the memory of `holder`.
-__device__ inline std::byte* LowLatencyRoom(const Endpoint& self, int holder, int source,
-                                            uint32_t epoch) {
-  const int64_t part = int64_t{epoch & 1} * self.num_ranks + source;
-  return reinterpret_cast<std::byte*>(self.control[holder]) + self.rooms.low_latency_offset +
-         part * self.rooms.low_latency_payload;
 }
 
 /// Room for the pushed operand of `source` in the memory of `holder`.

@@ -21,11 +21,10 @@ __device__ inline uint32_t CurrentEpoch(const Endpoint& self) {
   return NextEpoch(LoadRelaxed(&self.own()->turn.epoch));
 }
 
-/// Takes the next epoch, by one thread of a call. The word before says whether another call runs
-/// (IsOverlap).
-__device__ inline Signal TakeTurn(const Endpoint& self) {
-  auto* word = reinterpret_cast<unsigned long long*>(&self.own()->turn);
-  const uint64_t before = atomicAdd(word, kRunningMark);
+/// Takes the next epoch, by one thread of a call. `turn`: of this rank. The word before says
+/// whether another call runs (IsOverlap).
+__device__ inline Signal TakeTurn(Signal* turn) {
+  const uint64_t before = atomicAdd(reinterpret_cast<unsigned long long*>(turn), kRunningMark);
   return {static_cast<uint32_t>(before), static_cast<uint32_t>(before >> 32)};
 }
 

@@ -41,6 +41,7 @@ class Group:
       num_sms: SMs that every dispatch, combine and ragged exchange uses on GPUs unless the call
         says otherwise; None: `budgets` give the number by exchange and layout, for many tokens.
       low_latency_bytes: bytes of each GPU for what peers send in calls of few tokens.
+      in_flight_bytes: the same for calls that are sent and received apart.
       backend: the back end in use.
       timeout: seconds that a rank waits for its peers.
       debug: whether routings are checked on the device.
@@ -55,6 +56,7 @@ class Group:
     ranks_per_node: int
     num_sms: int | None
     low_latency_bytes: int
+    in_flight_bytes: int
     backend: str
     timeout: float
     debug: bool
@@ -78,6 +80,7 @@ class Group:
         self.ranks_per_node = arguments.ranks_per_node
         self.num_sms = arguments.num_sms
         self.low_latency_bytes = arguments.low_latency_bytes
+        self.in_flight_bytes = arguments.in_flight_bytes
         self.timeout = arguments.timeout
         self.spec = arguments.spec
         self.backend = settings.backend
@@ -103,6 +106,7 @@ class Group:
         timeout: float = config.DEFAULT_TIMEOUT_S,
         num_sms: int | None = None,
         low_latency_bytes: int | None = None,
+        in_flight_bytes: int | None = None,
         ranks_per_node: int | None = None,
         debug: bool | None = None,
     ) -> Self:
@@ -129,6 +133,8 @@ class Group:
           low_latency_bytes: bytes of each GPU that hold what peers send in dispatches and combines
             of few tokens; `jax_ep.low_latency_bytes` computes them. Default: 16 MiB, enough for 128
             bf16 rows of 7,168 elements between two ranks. 0: plain calls take other kernels.
+          in_flight_bytes: the same for `low_latency_dispatch_send` and `low_latency_combine_send`;
+            `jax_ep.in_flight_bytes` computes them. Default: 0, for groups that do not use these.
           ranks_per_node: ranks of one node, consecutive; default: all.
           debug: whether the group counts bad ids of every routing and raises them in `check()`;
             default: the environment variable JAX_EP_DEBUG.
@@ -155,6 +161,7 @@ class Group:
             timeout=timeout,
             num_sms=num_sms,
             low_latency_bytes=low_latency_bytes,
+            in_flight_bytes=in_flight_bytes,
             ranks_per_node=ranks_per_node,
             debug=debug,
         )
@@ -170,6 +177,7 @@ class Group:
         timeout: float | None = None,
         num_sms: int | None = None,
         low_latency_bytes: int | None = None,
+        in_flight_bytes: int | None = None,
         ranks_per_node: int | None = None,
         debug: bool | None = None,
     ) -> Self:
@@ -190,6 +198,7 @@ class Group:
           timeout: timeout that the group must have; None: any.
           num_sms: num_sms that the group must have; None: any.
           low_latency_bytes: low_latency_bytes that the group must have; None: any.
+          in_flight_bytes: in_flight_bytes that the group must have; None: any.
           ranks_per_node: ranks_per_node that the group must have; None: any.
           debug: debug mode that the group must have; None: any.
 
@@ -218,6 +227,7 @@ class Group:
             timeout=timeout,
             num_sms=num_sms,
             low_latency_bytes=low_latency_bytes,
+            in_flight_bytes=in_flight_bytes,
             ranks_per_node=ranks_per_node,
             debug=debug,
         )

@@ -33,6 +33,7 @@ class GroupInfo:
         A gradient has the budget of the exchange that it runs.
       budgets_from: origin of the budgets.
       low_latency: which calls the kernels for few tokens carry, and their room.
+      in_flight: whether these can send and receive apart, and their room for that.
       debug: whether routings are checked on the device.
     """
 
@@ -50,6 +51,7 @@ class GroupInfo:
     budgets: dict[str, dict[str, int | str]]
     budgets_from: str
     low_latency: str
+    in_flight: str
     debug: bool
 
 
@@ -73,6 +75,7 @@ def describe(group: "Group", native: NativeGroup | None) -> GroupInfo:
         },
         budgets_from=group.budgets.source,
         low_latency=_low_latency(group),
+        in_flight=_in_flight(group),
         debug=group.debug,
     )
 
@@ -89,6 +92,15 @@ def _low_latency(group: "Group") -> str:
     if group.num_sms is None:
         users += f", and by dispatch and combine of up to {config.MAX_FEW_TOKENS} tokens"
     return f"usable by {users}: a rank may send {room} bytes to another in one call"
+
+
+def _in_flight(group: "Group") -> str:
+    room = group.spec.in_flight_room
+    if group.backend != "cuda" or not group.spec.has_packets:
+        return "a receive makes the whole exchange"
+    if room == 0:
+        return "not usable: in_flight_bytes=0"
+    return f"usable: a rank may send {room} bytes to another in one call"
 
 
 def _staging(native: NativeGroup | None) -> str | None:

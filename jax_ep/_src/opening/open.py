@@ -61,6 +61,9 @@ def get_group(
             low_latency_bytes=(
                 None if options["low_latency_bytes"] is None else arguments.low_latency_bytes
             ),
+            in_flight_bytes=(
+                None if options["in_flight_bytes"] is None else arguments.in_flight_bytes
+            ),
             ranks_per_node=None if ranks_per_node is None else arguments.ranks_per_node,
             debug=options["debug"],
         )
@@ -113,7 +116,12 @@ def _open(
 def _open_native(group: Group, rendezvous: Rendezvous, backend: str, *, is_wanted: bool) -> None:
     """Opens the native half. `is_wanted`: whether the caller has named this back end."""
     opening = NativeOpening(
-        group.mesh, group.spec, rendezvous, group.timeout, group.low_latency_bytes
+        group.mesh,
+        group.spec,
+        rendezvous,
+        group.timeout,
+        low_latency_bytes=group.low_latency_bytes,
+        in_flight_bytes=group.in_flight_bytes,
     )
     opened = opening.open_cpu() if backend == "cpu" else opening.open_cuda()
     if not isinstance(opened, str):
@@ -123,6 +131,7 @@ def _open_native(group: Group, rendezvous: Rendezvous, backend: str, *, is_wante
             staging_bytes=opened.staging_bytes,
             has_packets=opened.has_packets,
             low_latency_room=opened.low_latency_room,
+            in_flight_room=opened.in_flight_room,
         )
         return
     why_not = f"the processes cannot map one another's memory: {opened}"

@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kReduceThreads)
 #pragma unroll
       for (int u = 0; u < kPeersAtOnce; ++u) {
         const int r = begin + u;
-        if (r < self.num_ranks && r != self.rank) packets[u] = Look(self, r, call.epoch, group);
+        if (r < self.num_ranks && r != self.rank) packets[u] = Look(self, call, r, group);
       }
       if (begin == 0) load(own, group, own_vectors);
 #pragma unroll

@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kMaxNormThreads)
                                   return true;
                                 }
                                 const int64_t packet_group = row * part.num_groups + group;
-                                LanePackets packets = Look(self, r, call.epoch, packet_group);
+                                LanePackets packets = Look(self, call, r, packet_group);
                                 return Receive(self, call, r, packet_group, packets, term);
                               });
   if (!is_good) NotePeerFailure(self);

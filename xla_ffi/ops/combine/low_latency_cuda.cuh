@@ -96,15 +96,18 @@ class CombineUnits {
     return NumPackets(num_vectors() - group * kGroupVectors);
   }
   // This lane's first packet of a group of a token, in the memory of `holder`.
-  __device__ std::byte* Place(int holder, int source, uint32_t epoch, int token, int group) const {
-    return LowLatencyRoom(launch_.self, holder, source, epoch) +
+  template <typename Call>
+  __device__ std::byte* Place(const Call& call, int holder, int source, int token,
+                              int group) const {
+    return call.Room(launch_.self, holder, source) +
            (int64_t{token} * launch_.groups.count() + group) * kPacketGroupBytes +
            PacketLane() * kVectorBytes;
   }
   // The packets of the scales of a group: behind the rows of their token.
-  __device__ std::byte* PlaceOfScales(int holder, int source, uint32_t epoch, int token,
+  template <typename Call>
+  __device__ std::byte* PlaceOfScales(const Call& call, int holder, int source, int token,
                                       int group) const {
-    return Place(holder, source, epoch, token, num_groups()) +
+    return Place(call, holder, source, token, num_groups()) +
            group * ScaleLanes(launch_.args.wire) * kVectorBytes;
   }
 
@@ -114,8 +117,8 @@ class CombineUnits {
 
 // Adds this rank's rows of each token of a peer and sends the sum there. Every thread of a block
 // calls it, behind a barrier after the rows were found, in a call that is good.
-template <RecvLayout kLayout, typename Element, bool kIsRounded>
-__device__ void SendSums(const CombineUnits<Element, kIsRounded>& units, const PushCall& call,
+template <RecvLayout kLayout, typename Element, bool kIsRounded, typename Call>
+__device__ void SendSums(const CombineUnits<Element, kIsRounded>& units, const Call& call,
                          const HeldRows& held) {
   const LowLatencyCombine& launch = units.launch();
   const Endpoint& self = launch.self;
@@ -133,19 +136,19 @@ __device__ void SendSums(const CombineUnits<Element, kIsRounded>& units, const P
     uint4 vectors[kPacketVectors];
     uint32_t scales[kPacketScales];
     Wire<kIsRounded>::Pack(sum, a.wire, vectors, scales);
-    StoreGroup(units.Place(owner, self.rank, call.epoch, token, group), call.epoch, vectors,
+    StoreGroup(units.Place(call, owner, self.rank, token, group), call.epoch, vectors,
                units.PacketsOf(group));
     if constexpr (kIsRounded) {
-      StoreScales(units.PlaceOfScales(owner, self.rank, call.epoch, token, group), call.epoch,
-                  a.wire, scales);
+      StoreScales(units.PlaceOfScales(call, owner, self.rank, token, group), call.epoch, a.wire,
+                  scales);
     }
   }
 }
 
 // Adds the sums that have come for the own tokens, in rank order, and the biases. Every thread of a
 // block calls it. If the call is not good, or fails, the results are poisoned.
-template <RecvLayout kLayout, typename Element, bool kIsRounded>
-__device__ void ReceiveSums(const CombineUnits<Element, kIsRounded>& units, const PushCall& call,
+template <RecvLayout kLayout, typename Element, bool kIsRounded, typename Call>
+__device__ void ReceiveSums(const CombineUnits<Element, kIsRounded>& units, const Call& call,
                             bool is_good, const HeldRows& held) {
   constexpr int kParts = CombineUnits<Element, kIsRounded>::kParts;
   const LowLatencyCombine& launch = units.launch();
@@ -158,7 +161,7 @@ __device__ void ReceiveSums(const CombineUnits<Element, kIsRounded>& units, cons
   if (const int r = PacketLane(); is_good && r < self.num_ranks && r != self.rank) {
     Signal called;
     const bool has_called = AwaitPackets(self, call, r, [&] {
-      called = LoadRelaxed(&self.own()->called[call.epoch & 1][r]);
+      called = LoadRelaxed(call.Called(self, self.rank, r));
       return called.epoch == call.epoch;
     });
     is_good = has_called && IsCall(self, call.op, r, call.tag, called.value);
@@ -191,13 +194,13 @@ __device__ void ReceiveSums(const CombineUnits<Element, kIsRounded>& units, cons
         sum.Add(own);
         continue;
       }
-      const std::byte* from = units.Place(self.rank, r, call.epoch, token, group);
-      LanePackets packets = LookAt(self, r, call.epoch, from, num_packets);
+      const std::byte* from = units.Place(call, self.rank, r, token, group);
+      LanePackets packets = LookAt(self, call, r, from, num_packets);
       uint4 vectors[kPacketVectors];
       uint32_t scales[kPacketScales] = {};
       if (is_good) is_good = ReceiveFrom(self, call, r, from, packets, vectors, num_packets);
       if constexpr (kIsRounded) {
-        from = units.PlaceOfScales(self.rank, r, call.epoch, token, group);
+        from = units.PlaceOfScales(call, self.rank, r, token, group);
         if (is_good) is_good = AwaitScales(self, call, r, from, a.wire, scales);
         is_good = __all_sync(~0u, is_good);
       }

@@ -30,17 +30,17 @@ typename Backend::Status RunDispatch(const typename Backend::Context& context, I
                                      const DispatchArgs& args, const DispatchAttrs& attrs,
                                      ffi::AnyBuffer workspace);
 
-/// The handler. topk_weights are read if has_weights. Some results may be empty: recv_k in the rank
-/// layout, recv_topk_idx in the expert layout, recv_weights without weights.
-template <typename Backend>
-typename Backend::Status Dispatch(typename Backend::Context context, I32Buffer position,
-                                  I32Buffer topk_idx, F32Buffer topk_weights,
-                                  ffi::RemainingArgs rows, I32Result group_sizes,
-                                  I32Result num_recv, I32Result num_dropped, I32Result num_invalid,
-                                  I32Result recv_src, I32Result recv_k, I32Result send_row,
-                                  I32Result recv_topk_idx, F32Result recv_weights,
-                                  ffi::Result<ffi::AnyBuffer> workspace,
-                                  ffi::RemainingRets recv_rows, DispatchAttrs attrs) {
+/// Reads the operands and results of a dispatch, and calls `run` with them. Operands behind the
+/// rows only order the call.
+template <typename Backend, typename Run>
+typename Backend::Status DecodeDispatch(const typename Backend::Context& context,
+                                        I32Buffer topk_idx, F32Buffer topk_weights,
+                                        ffi::RemainingArgs rows, I32Result group_sizes,
+                                        I32Result num_recv, I32Result num_dropped,
+                                        I32Result num_invalid, I32Result recv_src, I32Result recv_k,
+                                        I32Result send_row, I32Result recv_topk_idx,
+                                        F32Result recv_weights, ffi::RemainingRets recv_rows,
+                                        const DispatchAttrs& attrs, Run&& run) {
   const int num_ranks = context.num_ranks();
   const int64_t num_tokens = Dim(topk_idx, 0);
   const int64_t num_topk = Dim(topk_idx, 1);
@@ -103,7 +103,7 @@ typename Backend::Status Dispatch(typename Backend::Context context, I32Buffer p
                                         recv_weights->element_count() == num_weights),
                  context.op(), ": topk_weights does not fit topk_idx");
   const size_t num_scales = attrs.quantize == Quantize::kNone ? 0 : 1;
-  JAX_EP_REQUIRE(rows.size() + num_scales == recv_rows.size() && rows.size() >= 1 &&
+  JAX_EP_REQUIRE(rows.size() + num_scales >= recv_rows.size() && recv_rows.size() > num_scales &&
                      recv_rows.size() <= kMaxRowStreams,
                  context.op(), ": ", rows.size(), " row arrays in, ", recv_rows.size(),
                  " out; at most ", kMaxRowStreams);
@@ -139,7 +139,26 @@ typename Backend::Status Dispatch(typename Backend::Context context, I32Buffer p
     JAX_EP_REQUIRE(args.streams[1].row_bytes == args.streams[0].row_bytes / kFp8Block * scale_bytes,
                    context.op(), ": the scales do not fit the rows");
   }
-  return RunDispatch<Backend>(context, position, args, attrs, *workspace);
+  return run(args);
+}
+
+/// The handler. topk_weights are read if has_weights. Some results may be empty: recv_k in the rank
+/// layout, recv_topk_idx in the expert layout, recv_weights without weights.
+template <typename Backend>
+typename Backend::Status Dispatch(typename Backend::Context context, I32Buffer position,
+                                  I32Buffer topk_idx, F32Buffer topk_weights,
+                                  ffi::RemainingArgs rows, I32Result group_sizes,
+                                  I32Result num_recv, I32Result num_dropped, I32Result num_invalid,
+                                  I32Result recv_src, I32Result recv_k, I32Result send_row,
+                                  I32Result recv_topk_idx, F32Result recv_weights,
+                                  ffi::Result<ffi::AnyBuffer> workspace,
+                                  ffi::RemainingRets recv_rows, DispatchAttrs attrs) {
+  return DecodeDispatch<Backend>(
+      context, topk_idx, topk_weights, rows, group_sizes, num_recv, num_dropped, num_invalid,
+      recv_src, recv_k, send_row, recv_topk_idx, recv_weights, recv_rows, attrs,
+      [&](const DispatchArgs& args) {
+        return RunDispatch<Backend>(context, position, args, attrs, *workspace);
+      });
 }
 
 }  // namespace jax_ep

@@ -33,9 +33,10 @@ __device__ inline RowGroup GroupOf(const LowLatencyDispatch& launch, int group) 
 
 // This lane's first packet of a group of a token, in the memory of `holder`. `unit`: index of the
 // group among those of all tokens of the source.
-__device__ inline std::byte* PlaceOf(const LowLatencyDispatch& launch, int holder, int source,
-                                     uint32_t epoch, int unit) {
-  return LowLatencyRoom(launch.self, holder, source, epoch) + launch.choice_bytes +
+template <typename Call>
+__device__ std::byte* PlaceOf(const LowLatencyDispatch& launch, const Call& call, int holder,
+                              int source, int unit) {
+  return call.Room(launch.self, holder, source) + launch.choice_bytes +
          int64_t{unit} * kPacketGroupBytes + PacketLane() * kVectorBytes;
 }
 
@@ -81,16 +82,17 @@ __device__ inline Packet PackChoices(const DispatchArgs& a, uint32_t epoch, int 
 }
 
 // Sends the choices of this rank's tokens to every peer, `thread` of `num_threads` a part of them.
-__device__ inline void SendChoices(const LowLatencyDispatch& launch, uint32_t epoch, int thread,
-                                   int num_threads) {
+template <typename Call>
+__device__ void SendChoices(const LowLatencyDispatch& launch, const Call& call, int thread,
+                            int num_threads) {
   const DispatchArgs& a = launch.args;
   const Endpoint& self = launch.self;
   const int per_token = ChoicePackets(a.shape.num_topk);
   for (int i = thread; i < a.shape.num_tokens * per_token; i += num_threads) {
-    const Packet packet = PackChoices(a, epoch, i / per_token, i % per_token);
+    const Packet packet = PackChoices(a, call.epoch, i / per_token, i % per_token);
     for (int d = 1; d < self.num_ranks; ++d) {
       const int peer = (self.rank + d) % self.num_ranks;
-      StorePacket(LowLatencyRoom(self, peer, self.rank, epoch) + i * kVectorBytes, packet);
+      StorePacket(call.Room(self, peer, self.rank) + i * kVectorBytes, packet);
     }
   }
 }

@@ -19,10 +19,10 @@ namespace jax_ep {
 inline constexpr int kLowLatencyThreads = 512;
 
 // Writes the results of a dispatch that say what has come from where, and the rows without a token.
-template <RecvLayout kLayout>
+template <RecvLayout kLayout, typename Call = PushCall>
 class RoutingWriter {
  public:
-  __device__ RoutingWriter(const DispatchArgs& args, const RoutingTable<kLayout>& table)
+  __device__ RoutingWriter(const DispatchArgs& args, const RoutingTable<kLayout, Call>& table)
       : a_(args), table_(table) {}
 
   // For all threads of the grid.
@@ -99,7 +99,7 @@ class RoutingWriter {
   }
 
   const DispatchArgs& a_;
-  const RoutingTable<kLayout>& table_;
+  const RoutingTable<kLayout, Call>& table_;
 };
 
 // The groups of rows that the warps of a grid send and receive, in turns: unit n is a group of
@@ -152,13 +152,12 @@ class DispatchUnits {
 // Sends the choices of this rank's tokens to every peer, and each row once to every rank that has
 // one of the token's experts. Every thread of the grid calls it in a call that is good. `loaded`:
 // the first unit of this warp.
-template <typename Source>
-__device__ void SendTokens(const DispatchUnits<Source>& units, const PushCall& call,
+template <typename Source, typename Call>
+__device__ void SendTokens(const DispatchUnits<Source>& units, const Call& call,
                            GroupOfRow<Source>& loaded) {
   const LowLatencyDispatch& launch = units.launch();
   const Endpoint& self = launch.self;
-  SendChoices(launch, call.epoch, units.first() * kWarpSize + PacketLane(),
-              units.step() * kWarpSize);
+  SendChoices(launch, call, units.first() * kWarpSize + PacketLane(), units.step() * kWarpSize);
   for (int unit = units.first(); unit < units.num(); unit += units.step()) {
     const RowGroup group = units.GroupAt(unit);
     if (!units.IsSent(group)) continue;
@@ -166,10 +165,10 @@ __device__ void SendTokens(const DispatchUnits<Source>& units, const PushCall& c
     uint32_t peers = RanksOf(launch, unit / units.num_groups()) & ~(1u << self.rank);
     for (; peers != 0; peers &= peers - 1) {
       const int peer = __ffs(peers) - 1;
-      StoreGroup(PlaceOf(launch, peer, self.rank, call.epoch, unit), call.epoch, loaded.vectors,
+      StoreGroup(PlaceOf(launch, call, peer, self.rank, unit), call.epoch, loaded.vectors,
                  group.num_packets);
       if (units.kIsCast && group.stream == 0) {
-        SendScales(launch, call.epoch, peer, unit, loaded.scales);
+        SendScales(launch, call, peer, unit, loaded.scales);
       }
     }
   }
@@ -179,9 +178,9 @@ __device__ void SendTokens(const DispatchUnits<Source>& units, const PushCall& c
 // there, once for each row of the result. Every thread of the grid calls it, behind a barrier after
 // the table was cleared. If the call is not good, or fails, the results are poisoned. `loaded` is
 // scratch.
-template <RecvLayout kLayout, typename Source>
-__device__ void ReceiveTokens(const DispatchUnits<Source>& units, const PushCall& call,
-                              bool is_good, RoutingTable<kLayout>& table, const Results& results,
+template <RecvLayout kLayout, typename Source, typename Call>
+__device__ void ReceiveTokens(const DispatchUnits<Source>& units, const Call& call, bool is_good,
+                              RoutingTable<kLayout, Call>& table, const Results& results,
                               GroupOfRow<Source>& loaded) {
   const LowLatencyDispatch& launch = units.launch();
   const Endpoint& self = launch.self;
@@ -200,13 +199,13 @@ __device__ void ReceiveTokens(const DispatchUnits<Source>& units, const PushCall
     const int unit = n % units.num();
     const RowGroup group = units.GroupAt(unit);
     if (!units.IsSent(group)) continue;
-    const TokenRows<kLayout> rows(table, source, unit / units.num_groups());
+    const TokenRows<kLayout, Call> rows(table, source, unit / units.num_groups());
     if (rows.IsNone()) continue;
     if (source == self.rank) {
       units.Load(unit, group, loaded);
     } else {
-      const std::byte* from = PlaceOf(launch, self.rank, source, call.epoch, unit);
-      LanePackets packets = LookAt(self, source, call.epoch, from, group.num_packets);
+      const std::byte* from = PlaceOf(launch, call, self.rank, source, unit);
+      LanePackets packets = LookAt(self, call, source, from, group.num_packets);
       if (is_good) {
         is_good = ReceiveFrom(self, call, source, from, packets, loaded.vectors, group.num_packets);
       }
@@ -223,7 +222,7 @@ __device__ void ReceiveTokens(const DispatchUnits<Source>& units, const PushCall
     rows.ForEach([&](int64_t row) { StoreRowOfResult(a, group, row, loaded); });
     if (unit % units.num_groups() == 0) rows.WriteIndices();
   }
-  RoutingWriter<kLayout>(a, table).Write();
+  RoutingWriter<kLayout, Call>(a, table).Write();
   if (!is_good) NotePeerFailure(self);
 }
 

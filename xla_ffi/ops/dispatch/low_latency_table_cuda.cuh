@@ -25,7 +25,7 @@ namespace jax_ep {
 //   end_     expert layout [num_ranks]: first token, of all ranks, whose choices the rank drops
 //
 // Only tokens that name an expert twice can have more rows than fit.
-template <RecvLayout kLayout>
+template <RecvLayout kLayout, typename Call = PushCall>
 class RoutingTable {
  public:
   static constexpr bool kIsRank = kLayout == RecvLayout::kRank;
@@ -60,8 +60,8 @@ class RoutingTable {
 
   // Reads the choices of all ranks' tokens. Every thread of a block calls it, behind a barrier
   // after Clear. The result is the same for the whole block: false if the group fails.
-  __device__ bool Fill(const PushCall& call) {
-    epoch_ = call.epoch;
+  __device__ bool Fill(const Call& call) {
+    call_ = call;
     constexpr int kUnroll = 4;
     const int per_token = ChoicePackets(shape_.num_topk);
     const int per_rank = static_cast<int>(shape_.num_tokens) * per_token;
@@ -212,7 +212,7 @@ class RoutingTable {
 
   __device__ std::byte* ChoicePacketAt(int source, int token, int pair) const {
     const int i = token * ChoicePackets(shape_.num_topk) + pair;
-    return LowLatencyRoom(self(), self().rank, source, epoch_) + i * kVectorBytes;
+    return call_.Room(self(), self().rank, source) + i * kVectorBytes;
   }
 
   // Two choices, and the tag of their sender's call.
@@ -222,22 +222,21 @@ class RoutingTable {
   };
 
   // Makes a packet of this rank's choices, or loads a peer's, which may not be there yet.
-  __device__ ChoicePacket LookAtChoices(const PushCall& call, int source, int token,
-                                        int pair) const {
+  __device__ ChoicePacket LookAtChoices(const Call& call, int source, int token, int pair) const {
     if (source == self().rank) {
       return {PackChoices(launch_.args, call.epoch, token, pair), {call.epoch, call.tag}};
     }
-    const Signal called = LoadRelaxed(&self().own()->called[call.epoch & 1][source]);
+    const Signal called = LoadRelaxed(call.Called(self(), self().rank, source));
     return {LoadPacket(ChoicePacketAt(source, token, pair)), called};
   }
 
-  __device__ static bool IsThere(const ChoicePacket& packet, const PushCall& call) {
+  __device__ static bool IsThere(const ChoicePacket& packet, const Call& call) {
     return packet.called.epoch == call.epoch &&
            (packet.choices.high >> 32 == call.epoch || packet.called.value != call.tag);
   }
 
   // Waits for a packet of choices. False if the group fails first.
-  __device__ bool Receive(const PushCall& call, int source, int token, int pair,
+  __device__ bool Receive(const Call& call, int source, int token, int pair,
                           ChoicePacket& packet) const {
     const bool is_there = IsThere(packet, call) || AwaitPackets(self(), call, source, [&] {
                             packet = LookAtChoices(call, source, token, pair);
@@ -386,7 +385,7 @@ class RoutingTable {
   const DispatchShape& shape_;
   const int num_words_;  // of one rank's tokens
   const int num_local_;
-  uint32_t epoch_ = 0;
+  Call call_{};
   uint32_t* tokens_;
   uint32_t* sent_;
   int* before_;

@@ -31,12 +31,9 @@ def _results(*operands: Any, workspace_bytes: int, **_: Any) -> _Results:
     )
 
 
-_bind = make_primitive(
-    "combine",
-    _results,
-    platforms=("cpu", "cuda"),
-    attributes=("group", "has_weights", "layout", "mode", "num_sms", "wire"),
-)
+ATTRIBUTES = ("group", "has_weights", "layout", "mode", "num_biases", "num_sms", "wire")
+
+_bind = make_primitive("combine", _results, platforms=("cpu", "cuda"), attributes=ATTRIBUTES)
 
 
 def _workspace_bytes(spec: RouteSpec, index: RowIndex, rows: jax.Array) -> int:
@@ -99,6 +96,7 @@ def combine(
         has_weights=weights is not None,
         layout=spec.layout,
         mode=mode,
+        num_biases=len(biases),
         num_sms=num_sms,
         wire=spec.wire,
         op=spec.op,
