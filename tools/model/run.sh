@@ -95,5 +95,13 @@ found packets -DN=2 -DNB=1 -DE=1 -DOTHER=1 -DKINDS=2 -DTIMEOUTS -DNO_CALLED
 found packets -DN=2 -DNB=1 -DE=2 -DONE_HALF
 found packets -DN=2 -DNB=1 -DE=1 -DOTHER=1 -DKINDS=2 -DTIMEOUTS -DNO_TAG
 found packets -DN=2 -DNB=2 -DE=3 -DKINDS=2 -DBESIDE
+# Flights, and flights without parts of their protocol.
+holds flights -DN=2 -DS=10
+holds flights -DN=2 -DS=8 -DWIRE
+holds flights -DN=3 -DS=7
+holds flights -DN=3 -DS=3 -DWIRE
+found flights -DN=2 -DS=6 -DONE_PART
+found flights -DN=2 -DS=10 -DNO_SLOTS
+found flights -DN=2 -DS=6 -DTHREE
 LINES
 exit $status
