@@ -36,6 +36,11 @@ def low_latency_room(num_ranks: int, bytes: int) -> int:
     Bytes that one rank can send to another, in a group with so many low_latency_bytes.
     """
 
+def in_flight_room(num_ranks: int, bytes: int) -> int:
+    """
+    Bytes that one rank can send to another, in a group with so many in_flight_bytes.
+    """
+
 def two_shot_payload(num_ranks: int) -> int:
     """Bytes from each rank that a two-shot can push."""
 

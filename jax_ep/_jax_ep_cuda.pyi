@@ -38,6 +38,11 @@ def low_latency_room(num_ranks: int, bytes: int) -> int:
     Bytes that one rank can send to another, in a group with so many low_latency_bytes.
     """
 
+def in_flight_room(num_ranks: int, bytes: int) -> int:
+    """
+    Bytes that one rank can send to another, in a group with so many in_flight_bytes.
+    """
+
 def two_shot_payload(num_ranks: int) -> int:
     """Bytes from each rank that a two-shot can push."""
 
@@ -67,6 +72,10 @@ class Group:
     @property
     def low_latency_bytes(self) -> int:
         """Room for packets of low-latency exchanges."""
+
+    @property
+    def in_flight_bytes(self) -> int:
+        """Room for packets of flights: exchanges that are sent and received apart."""
 
     def export_position(self, index: int, address: int) -> tuple[list[int], int, int]:
         """
@@ -109,12 +118,12 @@ class Group:
     def skip_rank(self, rank: int) -> None:
         """For tests: keeps the calls of a rank from its peers; -1 ends it."""
 
-def open_group(identity: str, positions: Sequence[tuple[int, int, int, int]], num_slices: int, num_ranks: int, timeout_ms: int, is_here: Sequence[bool] = [], staging_bytes: int = 0, stages_all: bool = False, low_latency_bytes: int = 0) -> Group:
+def open_group(identity: str, positions: Sequence[tuple[int, int, int, int]], num_slices: int, num_ranks: int, timeout_ms: int, is_here: Sequence[bool] = [], staging_bytes: int = 0, stages_all: bool = False, low_latency_bytes: int = 0, in_flight_bytes: int = 0) -> Group:
     """
     Opens a group. Positions are (CUDA device, slice, rank, position in the mesh), of whole slices.
     is_here says which of them are this process's; empty: all. staging_bytes of each device
     hold copies of operands that peers have not mapped, of all operands where stages_all.
-    low_latency_bytes hold packets of low-latency exchanges.
+    low_latency_bytes hold packets of low-latency exchanges, in_flight_bytes those of flights.
     """
 
 def find_closed_group(identity: str) -> Group:

@@ -7,6 +7,7 @@ import argparse
 import ctypes
 import json
 import os
+import runpy
 import subprocess
 import sys
 import types
@@ -252,6 +253,22 @@ def test_scripts_write_records(name, tmp_path, monkeypatch):
         assert line["op"] == name
         assert set(line["us"]) == {"p50", "p10", "p90", "p99"}
         assert line["command"].startswith(f"python {path}")
+
+
+def test_halves_say_what_is_hidden(tmp_path, monkeypatch, capsys):
+    path = ROOT / "benchmarks" / "halves.py"
+    sizes = "--tokens 2 --hidden 128 --width 8 --experts 8 --topk 2 --steps 2 --delay-us 3000"
+    monkeypatch.setattr(sys, "argv", [str(path), *sizes.split(), "--out", str(tmp_path)])
+    monkeypatch.setattr("jax_ep.bench.steps._LINKS", 8)
+    runpy.run_path(str(path), run_name="__main__")
+    (written,) = tmp_path.glob("*-halves.jsonl")
+    lines = [json.loads(line) for line in written.read_text().splitlines()]
+    assert [line["contender"] for line in lines] == ["dispatch", "matmul", "in_turn", "halves"]
+    for line in lines:
+        # Whoever needs the late rank waits for it: on CPUs a receive is the whole exchange. The
+        # matmul needs nobody, but may wait for a core.
+        assert line["contender"] == "matmul" or line["delayed_us"]["p50"] > 3000, line
+    assert "rank 0 late by 3000 us" in capsys.readouterr().out
 
 
 def test_command_names_the_extra_that_brings_its_progress_bar(monkeypatch):

@@ -127,7 +127,8 @@ def test_command_prints_what_is_here_and_succeeds():
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     ops = (
-        "all_reduce, all_reduce_residual_rmsnorm, combine, dispatch, get_dispatch_layout, "
+        "all_reduce, all_reduce_residual_rmsnorm, combine, combine_recv, combine_send, "
+        "dispatch, dispatch_recv, dispatch_send, get_dispatch_layout, "
         "pull_rows, ragged_all_to_all, read_clock"
     )
     assert f"cpu module: {ops};" in done.stdout

@@ -129,7 +129,7 @@ def test_gradients_of_plain_calls_have_what_the_kernels_need(group, monkeypatch,
         monkeypatch.setattr(path, lambda *a, choose=choose: seen.append(choose(*a)) or seen[-1])
     monkeypatch.setattr(few_tokens, "_has_kernels", lambda _: True)
     for check in ("_why_no_table", "_why_no_room"):
-        monkeypatch.setattr(few_tokens, check, lambda *_: None)
+        monkeypatch.setattr(few_tokens, check, lambda *_, **__: None)
     jax.tree.map(assert_same_bits, gradients(), expected)
     group.check()
     # Two forward, and their gradients: a combine and, along the handle, a pull of rows.
@@ -197,6 +197,26 @@ def test_too_little_room_is_told_with_both_numbers():
     assert f"low_latency_bytes={wanted}" in message
     # The kernels of dispatch carry what may be dropped, and need no such room.
     few_tokens.require_dispatch(_spec(recv_capacity=199), (100, 2), rows)
+
+
+def test_halves_need_a_room_of_their_own(monkeypatch):
+    monkeypatch.setattr(native_modules, "load", lambda _: _Table(1000))
+    rows = [jax.ShapeDtypeStruct((100, 7168), jnp.bfloat16)]
+    needed = limits.low_latency_payload(100, 2, [7168 * 2])
+    sizes = {"max_tokens_per_rank": 100, "hidden": 7168, "num_topk": 2, "num_ranks": NUM_RANKS}
+    none, enough = (
+        _group_spec(low_latency_room=1 << 40, in_flight_room=room) for room in (0, needed)
+    )
+    spec = _spec(group=none, op="low_latency_dispatch_send", recv_capacity=1000)
+    with pytest.raises(jax_ep.ConfigError, match=r"^low_latency_dispatch_send: a rank") as caught:
+        few_tokens.require_dispatch_halves(spec, (100, 2), rows)
+    message = str(caught.value)
+    assert f"sends {needed} bytes to another, and the group has room for 0" in message
+    assert f"in_flight_bytes={jax_ep.in_flight_bytes(**sizes)}" in message
+    few_tokens.require_dispatch_halves(_spec(group=enough, recv_capacity=1000), (100, 2), rows)
+    # No other kernels can send and receive apart what may be dropped.
+    with pytest.raises(jax_ep.ConfigError, match=r"recv_capacity must be at least .* got 10"):
+        few_tokens.require_dispatch_halves(_spec(group=enough, recv_capacity=10), (100, 2), rows)
 
 
 def test_sms_of_the_group_hold_for_low_latency_calls(monkeypatch):

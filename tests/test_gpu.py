@@ -30,7 +30,9 @@ def _mesh():
 
 @pytest.fixture(scope="module")
 def group():
-    with jax_ep.Group.open(_mesh(), "ep", name="gpu", timeout=120.0) as opened:
+    with jax_ep.Group.open(
+        _mesh(), "ep", name="gpu", timeout=120.0, in_flight_bytes=32 << 20
+    ) as opened:
         yield opened
 
 

@@ -65,6 +65,7 @@ def test_public_names_are_those_in_all():
 HELPERS = {
     "overlap": "computes what its caller's function does",
     "export_safety_checks": "a list for jax.export",
+    "in_flight_bytes": "computes a number",
     "low_latency_bytes": "computes a number",
     "recv_capacity": "computes a number",
     "save_communication_policy": "a policy for jax.checkpoint",
@@ -92,7 +93,11 @@ STEMLESS = {
     "dequantize_fp8": "plain JAX",
     "dispatch_fp8": "dispatch between quantize_fp8 and dequantize_fp8",
     "low_latency_combine": "combine, by its kernels for few tokens",
+    "low_latency_combine_recv": "the second half of low_latency_combine",
+    "low_latency_combine_send": "the first half of low_latency_combine",
     "low_latency_dispatch": "dispatch, by its kernels for few tokens",
+    "low_latency_dispatch_recv": "the second half of low_latency_dispatch",
+    "low_latency_dispatch_send": "the first half of low_latency_dispatch",
     "quantize_fp8": "plain JAX",
     "reduce_scatter": "the kernels of all_reduce, which keep a part",
 }

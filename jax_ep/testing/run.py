@@ -14,6 +14,7 @@ from jax_ep._src.base.errors import ConfigError, GroupError
 from jax_ep.testing import conformance
 from jax_ep.testing.ranks import make_mesh, virtual_devices
 
+_IN_FLIGHT_BYTES = 32 << 20  # enough for the sizes of the checks
 _TIMEOUT_S = 120.0
 _PASSED, _FAILED, _NOT_USABLE = "passed", "FAILED", "not usable"
 _WIDTH = 14
@@ -37,7 +38,9 @@ def main(args: argparse.Namespace) -> int:
     virtual_devices(args.ranks or 8)
     mesh = make_mesh(args.ranks or len(jax.devices()))
     seen: Counter[str] = Counter()
-    with jax_ep.Group.open(mesh, "ep", name="conformance", timeout=_TIMEOUT_S) as group:
+    with jax_ep.Group.open(
+        mesh, "ep", name="conformance", timeout=_TIMEOUT_S, in_flight_bytes=_IN_FLIGHT_BYTES
+    ) as group:
         backends = _choose(args.backend, group)
         kind = mesh.devices.flat[0].device_kind
         print(f"{group.num_ranks} ranks of {kind}, jax {jax.__version__}")

@@ -101,5 +101,13 @@ holds slots -DN=2 -DNB=2 -DE=4
 holds slots -DN=3 -DNB=1 -DE=4
 found slots -DN=2 -DNB=1 -DE=5 -DONE_HALF
 found slots -DN=2 -DNB=2 -DE=4 -DSILENT
+# Flights, and flights without parts of their protocol.
+holds flights -DN=2 -DS=10
+holds flights -DN=2 -DS=8 -DWIRE
+holds flights -DN=3 -DS=7
+holds flights -DN=3 -DS=3 -DWIRE
+found flights -DN=2 -DS=6 -DONE_PART
+found flights -DN=2 -DS=10 -DNO_SLOTS
+found flights -DN=2 -DS=6 -DTHREE
 LINES
 exit $status

@@ -95,6 +95,14 @@ inline void DefineLimits(nb::module_& m) {
       },
       nb::arg("num_ranks"), nb::arg("bytes"),
       "Bytes that one rank can send to another, in a group with so many low_latency_bytes.");
+  m.def(
+      "in_flight_room",
+      [](int num_ranks, size_t bytes) {
+        if (num_ranks < 1) throw std::invalid_argument("num_ranks must be positive");
+        return InFlightPayload(num_ranks, bytes);
+      },
+      nb::arg("num_ranks"), nb::arg("bytes"),
+      "Bytes that one rank can send to another, in a group with so many in_flight_bytes.");
   m.def("two_shot_payload", &OfRanks<TwoShotPayload>, nb::arg("num_ranks"),
         "Bytes from each rank that a two-shot can push.");
 }

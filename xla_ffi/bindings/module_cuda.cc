@@ -82,12 +82,13 @@ std::shared_ptr<DeviceGroup> OpenGroup(std::string identity,
                                        const std::vector<PositionTuple>& positions, int,
                                        int num_ranks, int64_t timeout_ms,
                                        const std::vector<bool>& is_here, size_t staging_bytes,
-                                       bool stages_all, size_t low_latency_bytes) {
+                                       bool stages_all, size_t low_latency_bytes,
+                                       size_t in_flight_bytes) {
   if (const auto closed = Registry<DeviceGroup>::Get().FindClosed(identity)) closed->Supersede();
   return Opened(std::shared_ptr<DeviceGroup>(
       new DeviceGroup(std::move(identity), PositionsOf(positions), num_ranks,
                       std::chrono::milliseconds(timeout_ms), LoadKernels, is_here, staging_bytes,
-                      stages_all, low_latency_bytes),
+                      stages_all, {.low_latency = low_latency_bytes, .in_flight = in_flight_bytes}),
       DeleteWithoutLock));
 }
 
@@ -195,8 +196,12 @@ NB_MODULE(_jax_ep_cuda, m) {
                    "Whether 16 bytes arrive at once at all peers, which packets rely on.")
       .def_prop_ro("stages_all", &DeviceGroup::stages_all, "Whether all operands are copied.")
       .def_prop_ro("staging_bytes", &DeviceGroup::staging_bytes, "Room for copies of operands.")
-      .def_prop_ro("low_latency_bytes", &DeviceGroup::low_latency_bytes,
-                   "Room for packets of low-latency exchanges.")
+      .def_prop_ro(
+          "low_latency_bytes", [](const DeviceGroup& group) { return group.asked().low_latency; },
+          "Room for packets of low-latency exchanges.")
+      .def_prop_ro(
+          "in_flight_bytes", [](const DeviceGroup& group) { return group.asked().in_flight; },
+          "Room for packets of flights: exchanges that are sent and received apart.")
       .def("export_position", &jax_ep::Export, nanobind::arg("index"), nanobind::arg("address"),
            "What another process needs to reach a device of this one: numbers, and descriptors of\n"
            "its signals and of the pool that an address of it lies in; -1 where all is staged.")
@@ -224,12 +229,14 @@ NB_MODULE(_jax_ep_cuda, m) {
   m.def("open_group", &jax_ep::OpenGroup, nanobind::arg("identity"), nanobind::arg("positions"),
         nanobind::arg("num_slices"), nanobind::arg("num_ranks"), nanobind::arg("timeout_ms"),
         nanobind::arg("is_here") = std::vector<bool>(), nanobind::arg("staging_bytes") = 0,
-        nanobind::arg("stages_all") = false, nanobind::arg("low_latency_bytes") = 0, NoGil(),
+        nanobind::arg("stages_all") = false, nanobind::arg("low_latency_bytes") = 0,
+        nanobind::arg("in_flight_bytes") = 0, NoGil(),
         "Opens a group. Positions are (CUDA device, slice, rank, position in the mesh), of whole "
         "slices.\n"
         "is_here says which of them are this process's; empty: all. staging_bytes of each device\n"
         "hold copies of operands that peers have not mapped, of all operands where stages_all.\n"
-        "low_latency_bytes hold packets of low-latency exchanges.");
+        "low_latency_bytes hold packets of low-latency exchanges, in_flight_bytes those of "
+        "flights.");
   m.def("find_closed_group", &jax_ep::FindClosed, nanobind::arg("identity"), NoGil(),
         "The group of an identity that was closed and that executables hold, or None.");
   m.def("reopen_group", &jax_ep::ReopenGroup, nanobind::arg("group"), nanobind::arg("timeout_ms"),

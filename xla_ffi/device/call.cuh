@@ -134,7 +134,7 @@ __device__ inline bool OpenCall(const Endpoint& self, OpId op, const int32_t* po
   if (publishes && threadIdx.x < self.num_ranks * own.count) ReleaseFence();
   // By a thread that does not publish.
   const bool is_busy =
-      publishes && threadIdx.x == blockDim.x - 1 && IsOverlap(TakeTurn(self), ended);
+      publishes && threadIdx.x == blockDim.x - 1 && IsOverlap(TakeTurn(&self.own()->turn), ended);
   const uint32_t tag = TagOf(op, self.site);
   bool is_good = !is_aborted;
   // A group that has failed knows why already.

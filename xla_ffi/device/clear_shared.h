@@ -9,13 +9,13 @@
 
 namespace jax_ep {
 
-/// Clears the memory of one rank, of which `num_ranks` and `low_latency_bytes` are the layout.
+/// Clears the memory of one rank, of which `num_ranks` and `asked` are the layout.
 /// Pushed operands may stay, since their signals are zero then. Slots and packets are their own
 /// signals.
-inline cudaError_t ClearShared(std::byte* memory, int num_ranks, size_t low_latency_bytes,
+inline cudaError_t ClearShared(std::byte* memory, int num_ranks, const AskedRooms& asked,
                                cudaStream_t stream) {
   const size_t packets = LowLatencyOffset(num_ranks);
-  const size_t end = SharedBytes(num_ranks, low_latency_bytes);
+  const size_t end = SharedBytes(num_ranks, asked);
   cudaError_t status = cudaMemsetAsync(memory, 0, kSlotsOffset, stream);
   if (status != cudaSuccess) return status;
   status =

@@ -23,13 +23,13 @@ void Close(const DeviceGroup::Exported& exported) {
 DeviceGroup::DeviceGroup(std::string identity, std::vector<MeshPosition> positions, int num_ranks,
                          std::chrono::milliseconds timeout, const LoadKernels& load_kernels,
                          std::vector<bool> is_here, size_t staging_bytes, bool stages_all,
-                         size_t low_latency_bytes)
+                         AskedRooms asked)
     : identity_(std::move(identity)),
       num_ranks_(num_ranks),
       positions_(std::move(positions)),
       staging_bytes_(staging_bytes),
       stages_all_(stages_all),
-      low_latency_bytes_(low_latency_bytes),
+      asked_(asked),
       is_here_(is_here.empty() ? std::vector<bool>(positions_.size(), true) : std::move(is_here)) {
   if (num_ranks > kMaxRanks) {
     throw std::runtime_error("a group has at most " + std::to_string(kMaxRanks) + " ranks, got " +
@@ -74,11 +74,11 @@ void DeviceGroup::Open(uint64_t timeout_ns, const LoadKernels& load_kernels) {
     const int64_t device = positions_[i].device_id;
     const OnDevice on_device(device);
     CheckCuda("cudaFree", cudaFree(nullptr));  // makes the context if there is none
-    const size_t staging_offset = SharedBytes(num_ranks_, low_latency_bytes_);
+    const size_t staging_offset = SharedBytes(num_ranks_, asked_);
     control_[i] = ShareableMemory::Create(static_cast<int>(device), staging_offset + staging_bytes_,
                                           DevicesHere());
     CheckCuda("cudaMemset",
-              ClearShared(control_[i].data(), num_ranks_, low_latency_bytes_, /*stream=*/nullptr));
+              ClearShared(control_[i].data(), num_ranks_, asked_, /*stream=*/nullptr));
     CheckCuda("cudaMemcpy", cudaMemcpy(&ControlAt(i)->timeout_ns, &timeout_ns, sizeof(timeout_ns),
                                        cudaMemcpyHostToDevice));
     CheckCuda("cudaDeviceSynchronize", cudaDeviceSynchronize());
@@ -90,7 +90,7 @@ void DeviceGroup::Open(uint64_t timeout_ns, const LoadKernels& load_kernels) {
                             .num_ranks = num_ranks_,
                             .position = static_cast<int32_t>(positions_[i].position),
                             .site = 0,
-                            .rooms = RoomsOf(num_ranks_, low_latency_bytes_),
+                            .rooms = RoomsOf(num_ranks_, asked_),
                             .control = {},
                             .control_bytes = control_[i].bytes(),
                             .record = &records_[i]};
@@ -221,8 +221,7 @@ void DeviceGroup::Reopen(std::chrono::milliseconds timeout) {
   for (size_t i = 0; i < positions_.size(); ++i) {
     if (!is_here_[i]) continue;
     const OnDevice on_device(positions_[i].device_id);
-    CheckCuda("cudaMemset",
-              ClearShared(control_[i].data(), num_ranks_, low_latency_bytes_, copies_[i]));
+    CheckCuda("cudaMemset", ClearShared(control_[i].data(), num_ranks_, asked_, copies_[i]));
     CheckCuda("cudaMemcpy",
               cudaMemcpyAsync(&ControlAt(i)->timeout_ns, &timeout_ns, sizeof(timeout_ns),
                               cudaMemcpyHostToDevice, copies_[i]));
@@ -258,6 +257,13 @@ void DeviceGroup::SetEpoch(uint32_t epoch) {
     CheckCuda("cudaDeviceSynchronize", cudaDeviceSynchronize());
     CheckCuda("cudaMemcpy",
               cudaMemcpy(&ControlAt(i)->turn.epoch, &epoch, sizeof(epoch), cudaMemcpyHostToDevice));
+    uint32_t flights[kMaxInFlight];
+    for (int slot = 0; slot < kMaxInFlight; ++slot) {
+      flights[slot] = epoch / kMaxInFlight * kMaxInFlight + slot;
+    }
+    for (uint32_t* words : {ControlAt(i)->flights_sent, ControlAt(i)->flights_received}) {
+      CheckCuda("cudaMemcpy", cudaMemcpy(words, flights, sizeof(flights), cudaMemcpyHostToDevice));
+    }
   }
 }
 

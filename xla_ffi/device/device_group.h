@@ -33,11 +33,11 @@ class DeviceGroup : public Interruptible, public std::enable_shared_from_this<De
   /// empty: all are. A group over several processes may be used when what the others export of
   /// their positions has been imported, and Complete was called. `staging_bytes` of each device
   /// hold copies of operands that peers have not mapped, which all are where `stages_all`.
-  /// `low_latency_bytes` hold the packets of low-latency exchanges.
+  /// `asked`: rooms for the packets of low-latency exchanges and of flights.
   DeviceGroup(std::string identity, std::vector<MeshPosition> positions, int num_ranks,
               std::chrono::milliseconds timeout, const LoadKernels& load_kernels,
               std::vector<bool> is_here = {}, size_t staging_bytes = 0, bool stages_all = false,
-              size_t low_latency_bytes = 0);
+              AskedRooms asked = {});
   ~DeviceGroup() override;
   DeviceGroup(const DeviceGroup&) = delete;
   DeviceGroup& operator=(const DeviceGroup&) = delete;
@@ -98,7 +98,7 @@ class DeviceGroup : public Interruptible, public std::enable_shared_from_this<De
   bool is_superseded() const { return is_superseded_; }
   bool stages_all() const { return stages_all_; }
   size_t staging_bytes() const { return staging_bytes_; }
-  size_t low_latency_bytes() const { return low_latency_bytes_; }
+  const AskedRooms& asked() const { return asked_; }
   /// Whether packets may be sent between this process's devices and all others; when complete.
   bool has_native_atomics() const { return has_native_atomics_; }
 
@@ -113,11 +113,18 @@ class DeviceGroup : public Interruptible, public std::enable_shared_from_this<De
   /// For tests: calls of `rank` end at once, poisoned, and never reach the peers. kNoIndex undoes
   /// this.
   void SkipRank(int rank);
-  /// For tests: sets the epoch as if so many calls had been made. All processes call it, between
-  /// two calls of the group.
+  /// For tests: sets the epoch, and the flights of each slot, as if so many calls had been made.
+  /// All processes call it, between two calls of the group, with no flight under way.
   void SetEpoch(uint32_t epoch);
 
  private:
+  /// Epochs as RunningEpoch gives them: of calls, and of the kernels of flights.
+  struct Running {
+    uint32_t call;
+    uint32_t flight;
+    bool operator==(const Running&) const = default;
+  };
+
   void Open(uint64_t timeout_ns, const LoadKernels& load_kernels);
   void Release();
   std::vector<int> DevicesHere() const;
@@ -125,8 +132,8 @@ class DeviceGroup : public Interruptible, public std::enable_shared_from_this<De
   /// The failure that a peer has told the device of a position here, even if no call reads it any
   /// more.
   std::optional<FailureRecord> ToldTo(size_t index) const;
-  /// The epoch of the call that runs on the device of a position here, if one does.
-  std::optional<uint32_t> RunningAt(size_t index) const;
+  /// The epochs of the calls that run on the device of a position here, if one does.
+  std::optional<Running> RunningAt(size_t index) const;
   /// Records a failure that the host has found on a position here, and ends every wait of its
   /// slice, or if the group survives those of the slice's devices here.
   void FailAt(size_t index, FailureRecord record);
@@ -139,7 +146,7 @@ class DeviceGroup : public Interruptible, public std::enable_shared_from_this<De
   std::vector<MeshPosition> positions_;
   size_t staging_bytes_;
   bool stages_all_;
-  size_t low_latency_bytes_;
+  AskedRooms asked_;
   std::vector<bool> is_here_;             // by position, as is all that follows
   std::vector<Member> members_;           // of devices elsewhere only the traits are known
   std::vector<uint64_t> gpus_;            // GpuOf each device
@@ -154,7 +161,7 @@ class DeviceGroup : public Interruptible, public std::enable_shared_from_this<De
   std::atomic<bool> survives_ = false;
   bool has_native_atomics_ = false;
   HomeProcess home_;
-  std::vector<std::optional<uint32_t>> noted_;  // from RunningAt; for the watching thread only
+  std::vector<std::optional<Running>> noted_;  // from RunningAt; for the watching thread only
 };
 
 }  // namespace jax_ep

@@ -75,11 +75,15 @@ std::optional<FailureRecord> DeviceGroup::ToldTo(size_t index) const {
   return *find_first();
 }
 
-std::optional<uint32_t> DeviceGroup::RunningAt(size_t index) const {
-  Signal turn;
-  CopyBeside(index, &turn, &ControlAt(index)->turn, sizeof(turn), cudaMemcpyDeviceToHost);
-  const uint32_t epoch = RunningEpoch(turn);
-  return epoch == 0 ? std::nullopt : std::optional(epoch);
+std::optional<DeviceGroup::Running> DeviceGroup::RunningAt(size_t index) const {
+  const auto epoch_of = [&](const Signal* at) {
+    Signal turn;
+    CopyBeside(index, &turn, at, sizeof(turn), cudaMemcpyDeviceToHost);
+    return RunningEpoch(turn);
+  };
+  const Running running{.call = epoch_of(&ControlAt(index)->turn),
+                        .flight = epoch_of(&ControlAt(index)->flight_turn)};
+  return running == Running{} ? std::nullopt : std::optional(running);
 }
 
 std::vector<int> DeviceGroup::LeftOut() const {

@@ -1,5 +1,6 @@
 // The memory of a rank that its peers map, from front to back: signals, slots with their escapes,
-// pushed operands, packets of exchanges. Copies of operands lie behind these (ops/cuda_op.h).
+// pushed operands, packets of exchanges, packets of flights. Copies of operands lie behind these
+// (ops/cuda_op.h).
 //
 // Each operation takes its part here, behind the parts of the others. A new operation comes last.
 #pragma once
@@ -7,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/flights.h"
 #include "core/limits.h"
 #include "device/protocol.h"
 
@@ -42,10 +44,22 @@ struct MaskSignals {
   uint32_t waits[kMaxRanks];  // last epoch in which the rank has waited for half of the timeout
 };
 
+/// Signals of flights: exchanges of few tokens whose sending and receiving are kernels of their own
+/// (core/flights.h). The first four members are the owner's.
+struct FlightSignals {
+  Signal flight_turn;                       // like CallSignals::turn, of the kernels of flights
+  uint32_t flights_sent[kMaxInFlight];      // by slot: the last flight that was sent
+  uint32_t flights_received[kMaxInFlight];  // by slot: the last flight that was received
+  uint32_t num_flight_blocks_done;          // of the present kernel of a flight
+  uint32_t unused;
+  Signal flight_called[kFlightParts][kMaxRanks];  // flight, and the tag of its sending
+};
+
 /// All signals of a rank, part behind part.
-struct ControlBlock : CallSignals, CombineSignals, ReduceSignals, MaskSignals {};
+struct ControlBlock : CallSignals, CombineSignals, ReduceSignals, MaskSignals, FlightSignals {};
 static_assert(sizeof(ControlBlock) == sizeof(CallSignals) + sizeof(CombineSignals) +
-                                          sizeof(ReduceSignals) + sizeof(MaskSignals));
+                                          sizeof(ReduceSignals) + sizeof(MaskSignals) +
+                                          sizeof(FlightSignals));
 
 /// Slots of small operands lie behind the signals, and room for pushed operands behind the slots.
 ///
@@ -86,14 +100,30 @@ constexpr size_t LowLatencyPayload(int num_ranks, size_t bytes) {
   return bytes / 2 / num_ranks / kPacketGroupBytes * kPacketGroupBytes;
 }
 
-/// Offsets of the parts. Only the last two depend on the number of ranks.
+/// Packets of flights lie behind those, in kFlightParts parts. Their room is asked for, too.
+/// The room of one sender, in one part, of a room of `bytes` in all.
+constexpr size_t InFlightPayload(int num_ranks, size_t bytes) {
+  return bytes / kFlightParts / num_ranks / kPacketGroupBytes * kPacketGroupBytes;
+}
+
+/// Bytes of the rooms that are asked for when a group opens.
+struct AskedRooms {
+  size_t low_latency = 0;
+  size_t in_flight = 0;
+};
+
+/// Offsets of the parts. Only the last three depend on the number of ranks.
 inline constexpr size_t kEscapesOffset = (sizeof(ControlBlock) + 255) / 256 * 256;
 inline constexpr size_t kSlotsOffset = kEscapesOffset + 2 * kSlots * sizeof(uint32_t);
 inline constexpr size_t kPushedOffset = kSlotsOffset + 2 * kSlots * kSlotBytes;
 constexpr size_t LowLatencyOffset(int num_ranks) { return kPushedOffset + PushBytes(num_ranks); }
-constexpr size_t SharedBytes(int num_ranks, size_t low_latency_bytes = 0) {
+constexpr size_t InFlightOffset(int num_ranks, const AskedRooms& asked) {
   return LowLatencyOffset(num_ranks) +
-         2 * num_ranks * LowLatencyPayload(num_ranks, low_latency_bytes);
+         2 * num_ranks * LowLatencyPayload(num_ranks, asked.low_latency);
+}
+constexpr size_t SharedBytes(int num_ranks, const AskedRooms& asked = {}) {
+  return InFlightOffset(num_ranks, asked) +
+         kFlightParts * num_ranks * InFlightPayload(num_ranks, asked.in_flight);
 }
 
 /// Sizes of rooms, computed for kernels, where divisions are slow.
@@ -102,13 +132,17 @@ struct Rooms {
   int64_t push_payload;
   int64_t low_latency_offset;
   int64_t low_latency_payload;
+  int64_t in_flight_offset;
+  int64_t in_flight_payload;
 };
-constexpr Rooms RoomsOf(int num_ranks, size_t low_latency_bytes = 0) {
+constexpr Rooms RoomsOf(int num_ranks, const AskedRooms& asked = {}) {
   return {
       .slots = static_cast<int>(Slots(num_ranks)),
       .push_payload = static_cast<int64_t>(PushPayload(num_ranks)),
       .low_latency_offset = static_cast<int64_t>(LowLatencyOffset(num_ranks)),
-      .low_latency_payload = static_cast<int64_t>(LowLatencyPayload(num_ranks, low_latency_bytes))};
+      .low_latency_payload = static_cast<int64_t>(LowLatencyPayload(num_ranks, asked.low_latency)),
+      .in_flight_offset = static_cast<int64_t>(InFlightOffset(num_ranks, asked)),
+      .in_flight_payload = static_cast<int64_t>(InFlightPayload(num_ranks, asked.in_flight))};
 }
 
 }  // namespace jax_ep

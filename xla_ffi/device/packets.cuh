@@ -34,7 +34,9 @@ struct LanePackets {
   Signal called;
 };
 
-/// A call that stores operands at its peers: at all of them.
+/// A call that stores operands at its peers: at all of them. Functions that take any kind of call
+/// are templates: MaskedCall (device/masked_calls.cuh) and FlightCall (device/flights.cuh) are the
+/// other kinds.
 struct PushCall {
   static constexpr bool kLeavesOut = false;
   // What calls that leave ranks out do otherwise (device/masked_calls.cuh).
@@ -47,6 +49,17 @@ struct PushCall {
   uint32_t epoch;
   uint32_t tag;
   Signal before;  // turn before this call; of the first thread of the grid
+
+  /// The signal of `source` in the memory of `holder` that it makes the call.
+  __device__ Signal* Called(const Endpoint& self, int holder, int source) const {
+    return &self.control[holder]->called[epoch & 1][source];
+  }
+  /// The room of `source` for packets of a low-latency exchange, in the memory of `holder`.
+  __device__ std::byte* Room(const Endpoint& self, int holder, int source) const {
+    const int64_t part = int64_t{epoch & 1} * self.num_ranks + source;
+    return reinterpret_cast<std::byte*>(self.control[holder]) + self.rooms.low_latency_offset +
+           part * self.rooms.low_latency_payload;
+  }
 };
 
 /// Begins a call, and sends its tag to the peers. Every thread of every block calls it. False if
@@ -64,7 +77,7 @@ __device__ bool Begin(const Endpoint& self, OpId op, const int32_t* position, Ca
                                   .ended = ended,
                                   .epoch = epoch,
                                   .tag = TagOf(op, self.site),
-                                  .before = is_first ? TakeTurn(self) : Signal{}};
+                                  .before = is_first ? TakeTurn(&self.own()->turn) : Signal{}};
   call.Settle(self);
   if (is_aborted) return false;
   if (found != self.position) {
@@ -75,7 +88,7 @@ __device__ bool Begin(const Endpoint& self, OpId op, const int32_t* position, Ca
   }
   for (int r = threadIdx.x; is_first_block && r < self.num_ranks; r += blockDim.x) {
     if (r == self.rank || !call.Includes(r)) continue;
-    StoreRelaxed(&self.control[r]->called[epoch & 1][self.rank], {epoch, call.tag});
+    StoreRelaxed(call.Called(self, r, self.rank), {epoch, call.tag});
   }
   return true;
 }
@@ -106,20 +119,22 @@ __device__ inline int NumPackets(int num_vectors) {
 
 /// Loads a group of a peer's packets at `from`, which may not be there yet; Receive waits for them.
 /// For a whole warp.
-__device__ inline LanePackets LookAt(const Endpoint& self, int peer, uint32_t epoch,
-                                     const std::byte* from, int num_packets = kLanePackets) {
+template <typename Call>
+__device__ LanePackets LookAt(const Endpoint& self, const Call& call, int peer,
+                              const std::byte* from, int num_packets = kLanePackets) {
   LanePackets packets;
-  packets.called = LoadRelaxed(&self.own()->called[epoch & 1][peer]);
+  packets.called = LoadRelaxed(call.Called(self, self.rank, peer));
 #pragma unroll
   for (int p = 0; p < kLanePackets; ++p) {
     packets.at[p] = p < num_packets ? LoadPacket(from + p * kWarpSize * kVectorBytes)
-                                    : Packet{.low = 0, .high = uint64_t{epoch} << 32};
+                                    : Packet{.low = 0, .high = uint64_t{call.epoch} << 32};
   }
   return packets;
 }
 
 /// Whether the packets are there, or never will be, since the peer makes another call.
-__device__ inline bool AreThere(const LanePackets& packets, const PushCall& call) {
+template <typename Call>
+__device__ bool AreThere(const LanePackets& packets, const Call& call) {
   bool are_there = true;
 #pragma unroll
   for (int p = 0; p < kLanePackets; ++p) are_there &= packets.at[p].high >> 32 == call.epoch;
@@ -130,9 +145,8 @@ __device__ inline bool AreThere(const LanePackets& packets, const PushCall& call
 inline constexpr int kLooks = 64;
 
 /// Waits until `is_there()`, which loads what a peer sends. False if the group fails first.
-template <typename IsThere>
-__device__ inline bool AwaitPackets(const Endpoint& self, const PushCall& call, int peer,
-                                    IsThere&& is_there) {
+template <typename Call, typename IsThere>
+__device__ bool AwaitPackets(const Endpoint& self, const Call& call, int peer, IsThere&& is_there) {
   uint64_t begun = 0;
   for (int n = 0; !is_there(); ++n) {
     if (n < kLooks) continue;
@@ -152,7 +166,7 @@ __device__ bool ReceiveFrom(const Endpoint& self, const Call& call, int peer, co
   bool are_there = AreThere(packets, call);
   if (!are_there) {
     are_there = AwaitPackets(self, call, peer, [&] {
-      packets = LookAt(self, peer, call.epoch, from, num_packets);
+      packets = LookAt(self, call, peer, from, num_packets);
       return AreThere(packets, call);
     });
   }
@@ -163,14 +177,6 @@ __device__ bool ReceiveFrom(const Endpoint& self, const Call& call, int peer, co
   vectors[1] = make_uint4(second(1), third(1), first(2), second(2));
   vectors[2] = make_uint4(third(2), first(3), second(3), third(3));
   return are_there && IsCall(self, call.op, peer, call.tag, packets.called.value);
-}
-
-/// The room of `source` for packets of a low-latency exchange, in the memory of `holder`.
-__device__ inline std::byte* LowLatencyRoom(const Endpoint& self, int holder, int source,
-                                            uint32_t epoch) {
-  const int64_t part = int64_t{epoch & 1} * self.num_ranks + source;
-  return reinterpret_cast<std::byte*>(self.control[holder]) + self.rooms.low_latency_offset +
-         part * self.rooms.low_latency_payload;
 }
 
 /// Room for the pushed operand of `source` in the memory of `holder`.

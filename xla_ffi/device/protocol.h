@@ -26,6 +26,9 @@
 //   called[n, p]    rank p            tag of the call whose vectors or    the owner, with them, or
 //                                     packets are in half n               while it waits for an
 //                                                                         address
+//   flight_called[n, p] rank p        tag of the send whose packets    the owner, with the packets
+//                                     are in part n; its epoch is the
+//                                     number of the flight
 //   told[p]         rank p            what p has found to be wrong     the owner, before it keeps
 //                                                                      a result
 //   abort           any rank          1, for good, behind told[p] of   the owner, in every wait

@@ -21,11 +21,11 @@ __device__ inline uint32_t CurrentEpoch(const Endpoint& self) {
   return NextEpoch(LoadRelaxed(&self.own()->turn.epoch));
 }
 
-/// Takes the next epoch, by one thread of a call. The word before says whether another call runs
-/// (IsOverlap).
-__device__ inline Signal TakeTurn(const Endpoint& self) {
+/// Takes the next epoch, by one thread of a call. `turn`: of this rank. The word before says
+/// whether another call runs (IsOverlap).
+__device__ inline Signal TakeTurn(Signal* turn) {
   // The mark is the highest bit, which a sum turns over, too.
-  const uint64_t before = FetchXor(&self.own()->turn, kRunningMark);
+  const uint64_t before = FetchXor(turn, kRunningMark);
   return {static_cast<uint32_t>(before), static_cast<uint32_t>(before >> 32)};
 }
 

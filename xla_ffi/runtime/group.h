@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "runtime/exchange.h"
+#include "runtime/flights.h"
 #include "runtime/mesh_position.h"
 
 namespace jax_ep {
@@ -25,6 +26,7 @@ class Group {
   int num_ranks() const { return num_ranks_; }
   Exchange& exchange() { return exchange_; }
   const Exchange& exchange() const { return exchange_; }
+  Flights& flights() { return flights_; }
 
   /// The member at `position` of the mesh. If the group has another device there, the program runs
   /// over another mesh or in another device order. Then the group fails, and the result is the
@@ -37,6 +39,7 @@ class Group {
   std::vector<MeshPosition> positions_;
   std::unordered_map<int64_t, const MeshPosition*> position_of_device_;
   Exchange exchange_;
+  Flights flights_;
 };
 
 }  // namespace jax_ep

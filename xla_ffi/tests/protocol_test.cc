@@ -5,6 +5,7 @@
 #include <set>
 #include <vector>
 
+#include "core/flights.h"
 #include "device/endpoint.h"
 #include "device/stopwatch.h"
 #include "device/told_address.h"
@@ -130,6 +131,25 @@ void TestTags() {
   CHECK(tags.size() == kSites << kOpBits, tags.size());
 }
 
+// The flights of a slot, over the end of their numbers: each is in another part than the one
+// before, and no other slot has its parts.
+void TestFlightNumbers() {
+  for (int slot = 0; slot < kMaxInFlight; ++slot) {
+    CHECK(NextFlight(slot, 0) == kFirstFlight + slot, slot);
+    uint32_t last = NextFlight(slot, 0);
+    for (int n = 0; n < 12; ++n) {
+      if (n == 4) last = 0xfffffffau + slot;
+      CHECK(last >= kFirstFlight && SlotOf(last) == slot, slot, last);
+      CHECK(PartOf(last) < kFlightParts && SlotOf(PartOf(last)) == slot, slot, last);
+      const uint32_t next = NextFlight(slot, last);
+      CHECK(next != last && PartOf(next) != PartOf(last), slot, last, next);
+      CHECK(PartOf(NextFlight(slot, next)) == PartOf(last), slot, last, next);
+      CHECK(CountOfSends(next, 0) != CountOfSends(last, 0), slot, last, next);
+      last = next;
+    }
+  }
+}
+
 void TestStopwatch() {
   Stopwatch watch(1000);
   CHECK(!watch.IsOver(1000, 10) && !watch.IsOver(1010, 10) && watch.IsOver(1011, 10), "forward");
@@ -143,6 +163,7 @@ Tests ProtocolTests() {
   return {{"protocol_told_addresses", TestToldAddresses},
           {"protocol_turns", TestTurns},
           {"protocol_tags", TestTags},
+          {"protocol_flight_numbers", TestFlightNumbers},
           {"protocol_stopwatch", TestStopwatch}};
 }
 

@@ -117,24 +117,32 @@ def error_of(record: dict[str, Any]) -> JaxEpError:
         return GroupInterruptedError(
             f"{op}: the process of rank {rank} was interrupted while it waited for {waited}"
         )
-    if kind == "mesh_mismatch":
-        return GroupError(
-            f"{op}: the program ran over another mesh or device order than the group: the device "
-            f"of mesh position {record['seen']} is at {record['expected']} in the group's mesh "
-            "(-1: not in it)"
-        )
-    if kind == "call_mismatch":
-        return GroupError(
-            f"{op}: rank {rank} met rank {peer} at another call: the ranks of a group must make "
-            "the same calls in the same order"
-        )
-    if kind == "not_mapped":
-        return GroupError(
-            f"{op}: peers cannot read an operand of rank {peer} where it lies, and it is larger "
-            "than the room for copies (JAX_EP_STAGING_MB): the operand is a constant of the "
-            "program, or memory of another library or allocator"
-        )
-    return GroupError(f"{op}: rank {rank} arrived twice at one call: {record}")
+    messages = {
+        "mesh_mismatch": (
+            "the program ran over another mesh or device order than the group: the device of mesh "
+            f"position {record['seen']} is at {record['expected']} in the group's mesh (-1: not in "
+            "it)"
+        ),
+        "call_mismatch": (
+            f"rank {rank} met rank {peer} at another call: the ranks of a group must make the same "
+            "calls in the same order"
+        ),
+        "not_mapped": (
+            f"peers cannot read an operand of rank {peer} where it lies, and it is larger than the "
+            "room for copies (JAX_EP_STAGING_MB): the operand is a constant of the program, or "
+            "memory of another library or allocator"
+        ),
+        "too_many_in_flight": (
+            f"rank {rank} sent exchange number {record['seen']} while {record['expected']} were in "
+            "flight, which is the most: receive one before, and let the send wait for it (after=)"
+        ),
+        "not_in_flight": (
+            f"rank {rank} received exchange {record['seen']}, which is not in flight: each send "
+            "has one receive, while the group is open"
+        ),
+    }
+    twice = f"rank {rank} arrived twice at one call: {record}"
+    return GroupError(f"{op}: {messages.get(kind, twice)}")
 
 
 def program_error(op: str, cause: Exception) -> ProgramError:

@@ -1,10 +1,11 @@
 """Results of dispatch: the received rows, and the handle that leads back."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 
-from jax_ep._src.base.spec import RowIndex
+from jax_ep._src.base.spec import DispatchSpec, RouteSpec, RowIndex
 
 
 @jax.tree_util.register_dataclass
@@ -88,3 +89,26 @@ class Dispatched:
     num_invalid: jax.Array
     handle: DispatchHandle
     rank_mask: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class InFlight:
+    """An exchange that one rank has sent and not yet received. A pytree.
+
+    It may cross jit, scan and cond, and another program may receive it.
+
+    Attributes:
+      number: [2] int32, the number of the exchange and its tag; zeros if the send failed, and where
+        a receive makes the whole exchange.
+      through: the arrays that the send has passed through, in the caller's pytree.
+      operands: what the receive reads besides.
+      spec: the static facts of the exchange.
+      has_scales: whether a dispatch has scales.
+    """
+
+    number: jax.Array
+    through: Any
+    operands: Any
+    spec: DispatchSpec | RouteSpec = field(metadata={"static": True})
+    has_scales: bool = field(metadata={"static": True}, default=False)

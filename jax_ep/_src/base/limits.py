@@ -58,6 +58,12 @@ def low_latency_room(num_ranks: int, low_latency_bytes: int) -> int:
     return size
 
 
+def in_flight_room(num_ranks: int, in_flight_bytes: int) -> int:
+    """Returns the bytes that one rank can send to another in an exchange with two halves."""
+    size: int = _native().in_flight_room(num_ranks, in_flight_bytes)
+    return size
+
+
 def _native() -> ModuleType:
     try:
         from jax_ep import _jax_ep_cpu

@@ -51,6 +51,7 @@ class GroupSpec:
       staging_bytes: room for the operands of one call if operands are staged; None: they are not.
       has_packets: whether 16 bytes arrive at a peer at once; algorithm low_latency needs that.
       low_latency_room: bytes that one rank can send to another in a low-latency exchange on GPUs.
+      in_flight_room: the same where the exchange is sent and received apart.
     """
 
     identity: str
@@ -60,6 +61,7 @@ class GroupSpec:
     staging_bytes: int | None = None
     has_packets: bool = True
     low_latency_room: int = 0
+    in_flight_room: int = 0
 
     @property
     def num_ranks(self) -> int:

@@ -41,6 +41,7 @@ class Group:
       num_sms: SMs that every dispatch, combine and ragged exchange uses on GPUs unless the call
         says otherwise; None: `budgets` give the number by exchange and layout, for many tokens.
       low_latency_bytes: bytes of each GPU for what peers send in calls of few tokens.
+      in_flight_bytes: the same for calls that are sent and received apart.
       backend: the back end in use.
       timeout: seconds that a rank waits for its peers.
       survives: whether the group goes on without processes that were lost.
@@ -56,6 +57,7 @@ class Group:
     ranks_per_node: int
     num_sms: int | None
     low_latency_bytes: int
+    in_flight_bytes: int
     backend: str
     timeout: float
     survives: bool
@@ -80,6 +82,7 @@ class Group:
         self.ranks_per_node = arguments.ranks_per_node
         self.num_sms = arguments.num_sms
         self.low_latency_bytes = arguments.low_latency_bytes
+        self.in_flight_bytes = arguments.in_flight_bytes
         self.timeout = arguments.timeout
         self.survives = arguments.survives
         self.spec = arguments.spec
@@ -106,6 +109,7 @@ class Group:
         timeout: float = config.DEFAULT_TIMEOUT_S,
         num_sms: int | None = None,
         low_latency_bytes: int | None = None,
+        in_flight_bytes: int | None = None,
         ranks_per_node: int | None = None,
         survives: bool = False,
         debug: bool | None = None,
@@ -133,6 +137,8 @@ class Group:
           low_latency_bytes: bytes of each GPU that hold what peers send in dispatches and combines
             of few tokens; `jax_ep.low_latency_bytes` computes them. Default: 16 MiB, enough for 128
             bf16 rows of 7,168 elements between two ranks. 0: plain calls take other kernels.
+          in_flight_bytes: the same for `low_latency_dispatch_send` and `low_latency_combine_send`;
+            `jax_ep.in_flight_bytes` computes them. Default: 0, for groups that do not use these.
           ranks_per_node: ranks of one node, consecutive; default: all.
           survives: whether the group goes on when another process of it ends, in calls with
             `rank_mask`. Then `check()` does not raise for a process that was lost, and Ctrl-C in
@@ -162,6 +168,7 @@ class Group:
             timeout=timeout,
             num_sms=num_sms,
             low_latency_bytes=low_latency_bytes,
+            in_flight_bytes=in_flight_bytes,
             ranks_per_node=ranks_per_node,
             survives=survives,
             debug=debug,
@@ -178,6 +185,7 @@ class Group:
         timeout: float | None = None,
         num_sms: int | None = None,
         low_latency_bytes: int | None = None,
+        in_flight_bytes: int | None = None,
         ranks_per_node: int | None = None,
         survives: bool | None = None,
         debug: bool | None = None,
@@ -199,6 +207,7 @@ class Group:
           timeout: timeout that the group must have; None: any.
           num_sms: num_sms that the group must have; None: any.
           low_latency_bytes: low_latency_bytes that the group must have; None: any.
+          in_flight_bytes: in_flight_bytes that the group must have; None: any.
           ranks_per_node: ranks_per_node that the group must have; None: any.
           survives: survives that the group must have; None: any.
           debug: debug mode that the group must have; None: any.
@@ -228,6 +237,7 @@ class Group:
             timeout=timeout,
             num_sms=num_sms,
             low_latency_bytes=low_latency_bytes,
+            in_flight_bytes=in_flight_bytes,
             ranks_per_node=ranks_per_node,
             survives=survives,
             debug=debug,

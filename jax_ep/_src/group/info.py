@@ -36,6 +36,7 @@ class GroupInfo:
       survives: whether the group goes on without processes that were lost.
       left_out: ranks that calls with a rank_mask leave out from now on, on the `cuda` back end, as
         the devices of this process know it: the mask has left them out, or they have not answered.
+      in_flight: whether these can send and receive apart, and their room for that.
       debug: whether routings are checked on the device.
     """
 
@@ -55,6 +56,7 @@ class GroupInfo:
     low_latency: str
     survives: bool
     left_out: tuple[int, ...]
+    in_flight: str
     debug: bool
 
 
@@ -80,6 +82,7 @@ def describe(group: "Group", native: NativeGroup | None, left_out: tuple[int, ..
         low_latency=_low_latency(group),
         survives=group.survives,
         left_out=left_out,
+        in_flight=_in_flight(group),
         debug=group.debug,
     )
 
@@ -96,6 +99,15 @@ def _low_latency(group: "Group") -> str:
     if group.num_sms is None:
         users += f", and by dispatch and combine of up to {config.MAX_FEW_TOKENS} tokens"
     return f"usable by {users}: a rank may send {room} bytes to another in one call"
+
+
+def _in_flight(group: "Group") -> str:
+    room = group.spec.in_flight_room
+    if group.backend != "cuda" or not group.spec.has_packets:
+        return "a receive makes the whole exchange"
+    if room == 0:
+        return "not usable: in_flight_bytes=0"
+    return f"usable: a rank may send {room} bytes to another in one call"
 
 
 def _staging(native: NativeGroup | None) -> str | None:

@@ -15,6 +15,7 @@ class OpenArguments(NamedTuple):
     ranks_per_node: int
     num_sms: int | None
     low_latency_bytes: int
+    in_flight_bytes: int
     timeout: float
     survives: bool
     spec: GroupSpec

@@ -22,6 +22,7 @@ def check_arguments(
     timeout: float,
     num_sms: int | None,
     low_latency_bytes: int | None,
+    in_flight_bytes: int | None,
     ranks_per_node: int | None,
     survives: bool | None,
     debug: bool | None,
@@ -59,12 +60,10 @@ def check_arguments(
         num_sms = check.integer(num_sms, minimum=1, name="num_sms")
     if low_latency_bytes is None:
         low_latency_bytes = config.DEFAULT_LOW_LATENCY_BYTES
-    low_latency_bytes = check.integer(low_latency_bytes, minimum=0, name="low_latency_bytes")
-    if low_latency_bytes > config.MAX_LOW_LATENCY_BYTES:
-        raise ConfigError(
-            f"{op}: low_latency_bytes must be at most {config.MAX_LOW_LATENCY_BYTES}, "
-            f"got {low_latency_bytes}"
-        )
+    low_latency_bytes = _room(check, low_latency_bytes, name="low_latency_bytes")
+    in_flight_bytes = _room(
+        check, 0 if in_flight_bytes is None else in_flight_bytes, name="in_flight_bytes"
+    )
     name = name if name is not None else "_".join(axes)
     if not isinstance(name, str):
         raise ConfigError(f"{op}: name must be a string, got {name!r}")
@@ -75,10 +74,21 @@ def check_arguments(
         ranks_per_node=ranks_per_node,
         num_sms=num_sms,
         low_latency_bytes=low_latency_bytes,
+        in_flight_bytes=in_flight_bytes,
         timeout=seconds,
         survives=bool(survives),
         spec=_make_spec(mesh, axes, name),
     )
+
+
+def _room(check: StaticChecks, value: Any, *, name: str) -> int:
+    """Returns the bytes of a room for packets."""
+    size = check.integer(value, minimum=0, name=name)
+    if size > config.MAX_LOW_LATENCY_BYTES:
+        raise ConfigError(
+            f"{check.op}: {name} must be at most {config.MAX_LOW_LATENCY_BYTES}, got {size}"
+        )
+    return size
 
 
 def _check_mesh(mesh: jax.sharding.Mesh, axis: Any, op: str) -> tuple[str, ...]:

@@ -61,6 +61,9 @@ def get_group(
             low_latency_bytes=(
                 None if options["low_latency_bytes"] is None else arguments.low_latency_bytes
             ),
+            in_flight_bytes=(
+                None if options["in_flight_bytes"] is None else arguments.in_flight_bytes
+            ),
             ranks_per_node=None if ranks_per_node is None else arguments.ranks_per_node,
             survives=options["survives"],
             debug=options["debug"],
@@ -118,7 +121,8 @@ def _open_native(group: Group, rendezvous: Rendezvous, backend: str, *, is_wante
         group.spec,
         rendezvous,
         group.timeout,
-        group.low_latency_bytes,
+        low_latency_bytes=group.low_latency_bytes,
+        in_flight_bytes=group.in_flight_bytes,
         survives=group.survives,
     )
     opened = opening.open_cpu() if backend == "cpu" else opening.open_cuda()
@@ -129,6 +133,7 @@ def _open_native(group: Group, rendezvous: Rendezvous, backend: str, *, is_wante
             staging_bytes=opened.staging_bytes,
             has_packets=opened.has_packets,
             low_latency_room=opened.low_latency_room,
+            in_flight_room=opened.in_flight_room,
         )
         return
     why_not = f"the processes cannot map one another's memory: {opened}"

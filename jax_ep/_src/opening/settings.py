@@ -33,6 +33,7 @@ def agree_on_settings(
             **{f"the table of {op}": s for op, s in tables.to_plain(tuning).items()},
             "num_sms": arguments.num_sms,
             "low_latency_bytes": arguments.low_latency_bytes,
+            "in_flight_bytes": arguments.in_flight_bytes,
             **{f"the budgets of {op}": b for op, b in budgets.to_plain().items()},
             "ranks_per_node": arguments.ranks_per_node,
             "timeout": arguments.timeout,

@@ -31,6 +31,7 @@ class NativeGroup(NamedTuple):
         carry more.
       has_packets: whether 16 bytes arrive at a peer at once.
       low_latency_room: bytes that one rank can send to another in a low-latency exchange.
+      in_flight_room: the same where the exchange is sent and received apart.
     """
 
     handle: Any
@@ -39,6 +40,7 @@ class NativeGroup(NamedTuple):
     staging_bytes: int | None = None
     has_packets: bool = True
     low_latency_room: int = 0
+    in_flight_room: int = 0
 
     def abandon(self) -> None:
         """Makes the end of the group not wait for devices: after a loss, or in a forked child."""
@@ -63,8 +65,9 @@ class NativeOpening:
         spec: GroupSpec,
         rendezvous: Rendezvous,
         timeout: float,
-        low_latency_bytes: int,
         *,
+        low_latency_bytes: int,
+        in_flight_bytes: int,
         survives: bool,
     ):
         self._mesh = mesh
@@ -73,6 +76,7 @@ class NativeOpening:
         self._timeout = timeout
         self._timeout_ms = math.ceil(timeout * 1000)
         self._low_latency_bytes = low_latency_bytes
+        self._in_flight_bytes = in_flight_bytes
         self._survives = survives
         near = {jax.process_index(), *rendezvous.neighbours}
         devices = list(mesh.devices.flat)
@@ -99,8 +103,13 @@ class NativeOpening:
         opened.handle.set_survives(self._survives)
         atomics = self._rendezvous.gather("native atomics", opened.handle.has_native_atomics)
         has_packets = all(atomics.values())
-        room = limits.low_latency_room(self._spec.num_ranks, self._low_latency_bytes)
-        return opened._replace(has_packets=has_packets, low_latency_room=room if has_packets else 0)
+        if not has_packets:
+            return opened._replace(has_packets=False)
+        num_ranks = self._spec.num_ranks
+        return opened._replace(
+            low_latency_room=limits.low_latency_room(num_ranks, self._low_latency_bytes),
+            in_flight_room=limits.in_flight_room(num_ranks, self._in_flight_bytes),
+        )
 
     def _open_or_reopen_cuda(self) -> NativeGroup | str:
         spare, most = config.staging_bytes_from_environment()
@@ -132,6 +141,7 @@ class NativeOpening:
         is_usable = (
             closed is not None
             and closed.low_latency_bytes == self._low_latency_bytes
+            and closed.in_flight_bytes == self._in_flight_bytes
             and (
                 closed.staging_bytes == most
                 if closed.stages_all
@@ -208,6 +218,7 @@ class NativeOpening:
             staging_bytes=staging_bytes,
             stages_all=why_staged is not None,
             low_latency_bytes=self._low_latency_bytes,
+            in_flight_bytes=self._in_flight_bytes,
         )
         handle.join_interrupts(native_modules.load("cpu").interrupts())
         return NativeGroup(

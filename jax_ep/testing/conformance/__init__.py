@@ -8,6 +8,7 @@ compares the shards on its own devices.
 from jax_ep.testing.conformance import (
     gradient_bits,
     gradients,
+    halves,
     handles,
     layouts,
     low_latency,
@@ -29,6 +30,7 @@ _PARTS = (
     layouts,
     wide,
     low_latency,
+    halves,
     reductions,
     ragged,
     rank_masks,

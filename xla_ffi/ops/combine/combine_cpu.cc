@@ -1,3 +1,5 @@
+#include "ops/combine/combine_cpu.h"
+
 #include <algorithm>
 #include <cstring>
 #include <span>
@@ -112,10 +114,14 @@ class CombineCall : public CallOf<CombineArgs> {
 
 }  // namespace
 
+ffi::Future JoinCombine(const HostContext& context, I32Buffer position, const CombineArgs& args) {
+  return JoinGroup<CombineCall>(context, position, args);
+}
+
 template <>
 ffi::Future RunCombine<Cpu>(const HostContext& context, I32Buffer position, const CombineArgs& args,
                             const CombineAttrs&, ffi::AnyBuffer) {
-  return JoinGroup<CombineCall>(context, position, args);
+  return JoinCombine(context, position, args);
 }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxEpCombineCpu, Combine<Cpu>, BindingOf(Combine<Cpu>));

@@ -7,6 +7,7 @@
 #include "device/rows.cuh"
 #include "ops/combine/combine_cuda.cuh"
 #include "ops/combine/combine_ffi.h"
+#include "ops/combine/few_tokens_cuda.h"
 #include "ops/combine/row_sums_cuda.cuh"
 #include "ops/cuda_op.h"
 #include "ops/handlers.h"
@@ -126,18 +127,13 @@ namespace {
 // A combine of few tokens. Peers read none of its operands.
 ffi::Error RunLowLatency(const DeviceContext& context, const int32_t* position,
                          const CombineArgs& args, const CombineAttrs& attrs) {
-  JAX_EP_REQUIRE(args.num_tokens > 0, context.op(), ": there are no tokens");
   DeviceCall call;
   ffi::Error error = FindDevice(context, attrs.num_sms, call);
   if (error.failure()) return error;
   const LowLatencyCombine launch =
       MakeLowLatencyCombine(call.endpoint, position, args, call.num_sms);
-  const int64_t room = call.endpoint.rooms.low_latency_payload;
-  JAX_EP_REQUIRE(launch.room() <= room, context.op(), ": a rank sends ", launch.room(),
-                 " bytes to another, the group has room for ", room);
-  JAX_EP_REQUIRE(LowLatencyCombineSharedBytes(launch) <= kMaxLowLatencyTable, context.op(),
-                 ": the table of rows has ", LowLatencyCombineSharedBytes(launch),
-                 " bytes, at most ", kMaxLowLatencyTable);
+  error = CheckFewTokens(context.op(), launch, call.endpoint.rooms.low_latency_payload);
+  if (error.failure()) return error;
   return CudaError(context.op(),
                    LaunchLowLatencyCombine(launch, call.member->traits, context.stream));
 }
@@ -152,12 +148,8 @@ ffi::Error RunCombine<Cuda>(const DeviceContext& context, I32Buffer position,
                        .position = position.typed_data(),
                        .args = decoded,
                        .workspace = workspace.untyped_data()};
-  JAX_EP_REQUIRE(decoded.num_slots <= kMaxTerms, context.op(), ": num_topk=", decoded.num_slots,
-                 " must be at most ", kMaxTerms);
-  JAX_EP_REQUIRE(launch.row_bytes() > 0 && launch.row_bytes() % kRowBytesMultiple == 0,
-                 context.op(), ": a row must be a multiple of ", kRowBytesMultiple, " bytes");
-  JAX_EP_REQUIRE(launch.row_bytes() <= kMaxRowBytes, context.op(), ": a row has ",
-                 launch.row_bytes(), " bytes, at most ", kMaxRowBytes);
+  ffi::Error error = CheckRows(context.op(), decoded, launch.row_bytes());
+  if (error.failure()) return error;
   JAX_EP_REQUIRE(
       decoded.num_tokens <= INT32_MAX / kMaxRowParts, context.op(),
       ": parts of tokens must be countable in int32, got num_tokens=", decoded.num_tokens);
@@ -170,7 +162,7 @@ ffi::Error RunCombine<Cuda>(const DeviceContext& context, I32Buffer position,
                  ": the workspace has ", workspace.size_bytes(), " bytes, needs ",
                  launch.workspace_bytes());
   DeviceCall call;
-  ffi::Error error = FindDevice(context, attrs.num_sms, call);
+  error = FindDevice(context, attrs.num_sms, call);
   if (error.failure()) return error;
   launch.self = call.endpoint;
   CombineArgs& args = launch.args;

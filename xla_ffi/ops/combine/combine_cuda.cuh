@@ -56,6 +56,19 @@ cudaError_t LaunchLowLatencyCombine(const LowLatencyCombine& launch, const Devic
                                     cudaStream_t stream);
 cudaError_t LoadLowLatencyCombineKernels(DeviceTraits& device);
 
+struct LaunchConfig;
+/// The launch of a kernel for few tokens.
+LaunchConfig ConfigOf(const LowLatencyCombine& launch, const DeviceTraits& device,
+                      cudaStream_t stream);
+
+/// The halves (halves_cuda.cuh). `flight`: kFlightWords, which joins the halves.
+cudaError_t LaunchCombineSend(const LowLatencyCombine& launch, int32_t* flight,
+                              const DeviceTraits& device, cudaStream_t stream);
+cudaError_t LaunchCombineRecv(const LowLatencyCombine& launch, const int32_t* flight,
+                              const DeviceTraits& device, cudaStream_t stream);
+cudaError_t LoadCombineSendKernels(DeviceTraits& device);
+cudaError_t LoadCombineRecvKernels(DeviceTraits& device);
+
 cudaError_t LaunchCombine(const CombineLaunch& launch, const DeviceTraits& device, int num_sms,
                           cudaStream_t stream);
 /// Must be called once per device before the first launch.

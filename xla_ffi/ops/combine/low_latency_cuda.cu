@@ -93,25 +93,31 @@ cudaError_t LoadLowLatencyCombineKernels(DeviceTraits& device) {
   return cudaSuccess;
 }
 
-cudaError_t LaunchLowLatencyCombine(const LowLatencyCombine& launch, const DeviceTraits& device,
-                                    cudaStream_t stream) {
+LaunchConfig ConfigOf(const LowLatencyCombine& launch, const DeviceTraits& device,
+                      cudaStream_t stream) {
   const CombineArgs& args = launch.args;
   const bool is_rounded = args.wire != Quantize::kNone;
   const int64_t max_warps =
       (is_rounded ? kLowLatencyCombineThreads<true> : kLowLatencyCombineThreads<false>) / kWarpSize;
   const int64_t num_units =
       int64_t{args.num_ranks} * launch.tokens_per_block * launch.groups.first[1];
-  const LaunchConfig config{
-      .num_blocks = static_cast<int>((args.num_tokens + launch.tokens_per_block - 1) /
-                                     launch.tokens_per_block),
-      .num_threads =
-          static_cast<int>(std::clamp<int64_t>(num_units, kMinWarps, max_warps) * kWarpSize),
-      .shared_bytes = LowLatencyCombineSharedBytes(launch),
-      .is_behind = false,
-      .priority = device.highest_priority,
-      .stream = stream};
-  const Variant variant{.is_rounded = is_rounded, .leaves_out = args.rank_mask != nullptr};
-  return Launch(KernelOf(args.layout, args.dtype, variant), config, launch);
+  return {.num_blocks = static_cast<int>((args.num_tokens + launch.tokens_per_block - 1) /
+                                         launch.tokens_per_block),
+          .num_threads =
+              static_cast<int>(std::clamp<int64_t>(num_units, kMinWarps, max_warps) * kWarpSize),
+          .shared_bytes = LowLatencyCombineSharedBytes(launch),
+          .is_behind = false,
+          .priority = device.highest_priority,
+          .stream = stream};
+}
+
+cudaError_t LaunchLowLatencyCombine(const LowLatencyCombine& launch, const DeviceTraits& device,
+                                    cudaStream_t stream) {
+  const CombineArgs& args = launch.args;
+  const Variant variant{.is_rounded = args.wire != Quantize::kNone,
+                        .leaves_out = args.rank_mask != nullptr};
+  return Launch(KernelOf(args.layout, args.dtype, variant), ConfigOf(launch, device, stream),
+                launch);
 }
 
 }  // namespace jax_ep

@@ -97,15 +97,18 @@ class CombineUnits {
     return NumPackets(num_vectors() - group * kGroupVectors);
   }
   // This lane's first packet of a group of a token, in the memory of `holder`.
-  __device__ std::byte* Place(int holder, int source, uint32_t epoch, int token, int group) const {
-    return LowLatencyRoom(launch_.self, holder, source, epoch) +
+  template <typename Call>
+  __device__ std::byte* Place(const Call& call, int holder, int source, int token,
+                              int group) const {
+    return call.Room(launch_.self, holder, source) +
            (int64_t{token} * launch_.groups.count() + group) * kPacketGroupBytes +
            PacketLane() * kVectorBytes;
   }
   // The packets of the scales of a group: behind the rows of their token.
-  __device__ std::byte* PlaceOfScales(int holder, int source, uint32_t epoch, int token,
+  template <typename Call>
+  __device__ std::byte* PlaceOfScales(const Call& call, int holder, int source, int token,
                                       int group) const {
-    return Place(holder, source, epoch, token, num_groups()) +
+    return Place(call, holder, source, token, num_groups()) +
            group * ScaleLanes(launch_.args.wire) * kVectorBytes;
   }
 
@@ -135,11 +138,11 @@ __device__ void SendSums(const CombineUnits<Element, kIsRounded>& units, const C
     uint4 vectors[kPacketVectors];
     uint32_t scales[kPacketScales];
     Wire<kIsRounded>::Pack(sum, a.wire, vectors, scales);
-    StoreGroup(units.Place(owner, self.rank, call.epoch, token, group), call.epoch, vectors,
+    StoreGroup(units.Place(call, owner, self.rank, token, group), call.epoch, vectors,
                units.PacketsOf(group));
     if constexpr (kIsRounded) {
-      StoreScales(units.PlaceOfScales(owner, self.rank, call.epoch, token, group), call.epoch,
-                  a.wire, scales);
+      StoreScales(units.PlaceOfScales(call, owner, self.rank, token, group), call.epoch, a.wire,
+                  scales);
     }
   }
 }
@@ -162,7 +165,7 @@ __device__ void ReceiveSums(const CombineUnits<Element, kIsRounded>& units, cons
       is_good && r < self.num_ranks && r != self.rank && call.Includes(r)) {
     Signal called;
     const bool has_called = AwaitPackets(self, call, r, [&] {
-      called = LoadRelaxed(&self.own()->called[call.epoch & 1][r]);
+      called = LoadRelaxed(call.Called(self, self.rank, r));
       return called.epoch == call.epoch;
     });
     if (Call::kLeavesOut && !has_called) {
@@ -199,13 +202,13 @@ __device__ void ReceiveSums(const CombineUnits<Element, kIsRounded>& units, cons
         sum.Add(own);
         continue;
       }
-      const std::byte* from = units.Place(self.rank, r, call.epoch, token, group);
-      LanePackets packets = LookAt(self, r, call.epoch, from, num_packets);
+      const std::byte* from = units.Place(call, self.rank, r, token, group);
+      LanePackets packets = LookAt(self, call, r, from, num_packets);
       uint4 vectors[kPacketVectors];
       uint32_t scales[kPacketScales] = {};
       if (is_good) is_good = ReceiveFrom(self, call, r, from, packets, vectors, num_packets);
       if constexpr (kIsRounded) {
-        from = units.PlaceOfScales(self.rank, r, call.epoch, token, group);
+        from = units.PlaceOfScales(call, self.rank, r, token, group);
         if (is_good) is_good = AwaitScales(self, call, r, from, a.wire, scales);
         is_good = __all_sync(~0u, is_good);
       }

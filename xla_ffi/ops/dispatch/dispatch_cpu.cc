@@ -1,3 +1,5 @@
+#include "ops/dispatch/dispatch_cpu.h"
+
 #include <algorithm>
 #include <cstring>
 #include <limits>
@@ -187,11 +189,15 @@ void DispatchCall::Poison(const DispatchArgs& a) {
 
 }  // namespace
 
+ffi::Future JoinDispatch(const HostContext& context, I32Buffer position, const DispatchArgs& args) {
+  return JoinGroup<DispatchCall>(context, position, args);
+}
+
 template <>
 ffi::Future RunDispatch<Cpu>(const HostContext& context, I32Buffer position,
                              const DispatchArgs& args, const DispatchAttrs&, ffi::AnyBuffer) {
   JAX_EP_REQUIRE(args.quantize == Quantize::kNone, context.op(), ": rows are rounded before");
-  return JoinGroup<DispatchCall>(context, position, args);
+  return JoinDispatch(context, position, args);
 }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxEpDispatchCpu, Dispatch<Cpu>, BindingOf(Dispatch<Cpu>));

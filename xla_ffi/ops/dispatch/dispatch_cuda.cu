@@ -4,6 +4,7 @@
 #include "ops/cuda_op.h"
 #include "ops/dispatch/dispatch_cuda.cuh"
 #include "ops/dispatch/dispatch_ffi.h"
+#include "ops/dispatch/few_tokens_cuda.h"
 #include "ops/dispatch/plan_cuda.cuh"
 #include "ops/handlers.h"
 
@@ -151,25 +152,14 @@ namespace {
 // A dispatch of few tokens. Peers read none of its operands.
 ffi::Error RunLowLatency(const DeviceContext& context, const int32_t* position,
                          const DispatchArgs& args, const DispatchAttrs& attrs) {
-  const DispatchShape& shape = args.shape;
   DeviceCall call;
   ffi::Error error = FindDevice(context, attrs.num_sms, call);
   if (error.failure()) return error;
   const LowLatencyDispatch launch = MakeLowLatencyDispatch(call.endpoint, position, args);
-  const int64_t room = call.endpoint.rooms.low_latency_payload;
-  JAX_EP_REQUIRE(launch.room() <= room, context.op(), ": a rank sends ", launch.room(),
-                 " bytes to another, the group has room for ", room);
-  JAX_EP_REQUIRE(shape.num_topk > 0 && shape.num_topk <= kMaxTopk &&
-                     shape.experts.num_experts < kMaxPacketExperts,
-                 context.op(), ": low_latency takes 1 to ", kMaxTopk, " choices and at most ",
-                 kMaxPacketExperts - 1, " experts, got ", shape.num_topk, " and ",
-                 shape.experts.num_experts);
-  JAX_EP_REQUIRE(LowLatencyTableBytes(shape) <= kMaxLowLatencyTable, context.op(),
-                 ": the table of choices has ", LowLatencyTableBytes(shape), " bytes, at most ",
-                 kMaxLowLatencyTable);
-  JAX_EP_REQUIRE(shape.recv_capacity >= shape.worst_capacity(), context.op(),
-                 ": recv_capacity=", shape.recv_capacity, " must be at least ",
-                 shape.worst_capacity());
+  error = CheckSentTokens(context.op(), launch, call.endpoint.rooms.low_latency_payload);
+  if (error.failure()) return error;
+  error = CheckReceivedTokens(context.op(), launch);
+  if (error.failure()) return error;
   return CudaError(context.op(), LaunchLowLatencyDispatch(launch, call.member->traits, call.num_sms,
                                                           context.stream));
 }
@@ -182,17 +172,15 @@ ffi::Error RunDispatch<Cuda>(const DeviceContext& context, I32Buffer position,
                              ffi::AnyBuffer workspace) {
   const DispatchShape& shape = decoded.shape;
   JAX_EP_REQUIRE(shape.num_tokens > 0, context.op(), ": there are no tokens");
-  for (int i = 0; i < decoded.num_streams; ++i) {
-    JAX_EP_REQUIRE(decoded.streams[i].row_bytes <= kMaxRowBytes, context.op(), ": a row of array ",
-                   i, " has ", decoded.streams[i].row_bytes, " bytes, at most ", kMaxRowBytes);
-  }
+  ffi::Error error = CheckRowBytes(context.op(), decoded);
+  if (error.failure()) return error;
   if (attrs.mode == ExchangeMode::kLowLatency) {
     return RunLowLatency(context, position.typed_data(), decoded, attrs);
   }
   JAX_EP_REQUIRE(shape.expert_stride == 0 && decoded.quantize == Quantize::kNone, context.op(),
                  ": the kernels for many tokens round no rows and leave none between experts");
   DeviceCall call;
-  ffi::Error error = FindDevice(context, attrs.num_sms, call);
+  error = FindDevice(context, attrs.num_sms, call);
   if (error.failure()) return error;
   const size_t workspace_bytes = DispatchWorkspaceBytes(shape);
   JAX_EP_REQUIRE(workspace_bytes > 0 && workspace.size_bytes() >= workspace_bytes, context.op(),

@@ -51,6 +51,11 @@ size_t LowLatencyTableBytes(const DispatchShape& shape);
 cudaError_t LaunchLowLatencyDispatch(const LowLatencyDispatch& launch, const DeviceTraits& device,
                                      int num_sms, cudaStream_t stream);
 
+struct LaunchConfig;
+/// The launch of a kernel for few tokens.
+LaunchConfig ConfigOf(const LowLatencyDispatch& launch, const DeviceTraits& device, int num_sms,
+                      cudaStream_t stream);
+
 struct Results;
 /// All results, with the bytes that poison them.
 Results ResultsOf(const DispatchArgs& args);
@@ -58,5 +63,14 @@ Results ResultsOf(const DispatchArgs& args);
 /// Must be called once per device before the first launch.
 cudaError_t LoadDispatchKernels(DeviceTraits& device);
 cudaError_t LoadLowLatencyDispatchKernels(DeviceTraits& device);
+
+/// The halves (halves_cuda.cuh). A send needs no results in the arguments, a receive all. `flight`:
+/// kFlightWords, which joins the halves.
+cudaError_t LaunchDispatchSend(const LowLatencyDispatch& launch, int32_t* flight,
+                               const DeviceTraits& device, int num_sms, cudaStream_t stream);
+cudaError_t LaunchDispatchRecv(const LowLatencyDispatch& launch, const int32_t* flight,
+                               const DeviceTraits& device, int num_sms, cudaStream_t stream);
+cudaError_t LoadDispatchSendKernels(DeviceTraits& device);
+cudaError_t LoadDispatchRecvKernels(DeviceTraits& device);
 
 }  // namespace jax_ep

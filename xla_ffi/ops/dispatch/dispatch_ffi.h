@@ -31,18 +31,17 @@ typename Backend::Status RunDispatch(const typename Backend::Context& context, I
                                      const DispatchArgs& args, const DispatchAttrs& attrs,
                                      ffi::AnyBuffer workspace);
 
-/// The handler. topk_weights are read if has_weights, and rank_mask if has_rank_mask, in the mode
-/// low_latency only. Some results may be empty: recv_k in the rank
-/// layout, recv_topk_idx in the expert layout, recv_weights without weights.
-template <typename Backend>
-typename Backend::Status Dispatch(typename Backend::Context context, I32Buffer position,
-                                  I32Buffer topk_idx, F32Buffer topk_weights, BoolBuffer rank_mask,
-                                  ffi::RemainingArgs rows, I32Result group_sizes,
-                                  I32Result num_recv, I32Result num_dropped, I32Result num_invalid,
-                                  I32Result recv_src, I32Result recv_k, I32Result send_row,
-                                  I32Result recv_topk_idx, F32Result recv_weights,
-                                  BoolResult rank_mask_after, ffi::Result<ffi::AnyBuffer> workspace,
-                                  ffi::RemainingRets recv_rows, DispatchAttrs attrs) {
+/// Reads the operands and results of a dispatch, and calls `run` with them. Operands behind the
+/// rows only order the call.
+template <typename Backend, typename Run>
+typename Backend::Status DecodeDispatch(const typename Backend::Context& context,
+                                        I32Buffer topk_idx, F32Buffer topk_weights,
+                                        ffi::RemainingArgs rows, I32Result group_sizes,
+                                        I32Result num_recv, I32Result num_dropped,
+                                        I32Result num_invalid, I32Result recv_src, I32Result recv_k,
+                                        I32Result send_row, I32Result recv_topk_idx,
+                                        F32Result recv_weights, ffi::RemainingRets recv_rows,
+                                        const DispatchAttrs& attrs, Run&& run) {
   const int num_ranks = context.num_ranks();
   const int64_t num_tokens = Dim(topk_idx, 0);
   const int64_t num_topk = Dim(topk_idx, 1);
@@ -65,33 +64,30 @@ typename Backend::Status Dispatch(typename Backend::Context context, I32Buffer p
                  context.op(),
                  ": choices of all ranks must be countable in int32, got recv_capacity=",
                  recv_capacity, ", num_tokens=", num_tokens, ", num_topk=", num_topk);
-  DispatchArgs args{
-      .shape = {.layout = attrs.layout,
-                .experts = {.num_experts = static_cast<int>(attrs.num_experts),
-                            .num_ranks = num_ranks},
-                .num_tokens = num_tokens,
-                .num_topk = static_cast<int>(num_topk),
-                .recv_capacity = recv_capacity,
-                .expert_alignment = attrs.expert_alignment,
-                .expert_stride = attrs.expert_stride},
-      .fill = attrs.fill,
-      .quantize = attrs.quantize,
-      .dtype = DType::kF32,
-      .topk_idx = topk_idx.typed_data(),
-      .topk_weights = attrs.has_weights ? topk_weights.typed_data() : nullptr,
-      .num_streams = static_cast<int>(recv_rows.size()),
-      .streams = {},
-      .group_sizes = group_sizes->typed_data(),
-      .num_recv = num_recv->typed_data(),
-      .num_dropped = num_dropped->typed_data(),
-      .num_invalid = num_invalid->typed_data(),
-      .recv_src = recv_src->typed_data(),
-      .recv_k = DataOrNull(*recv_k),
-      .send_row = send_row->typed_data(),
-      .recv_topk_idx = DataOrNull(*recv_topk_idx),
-      .recv_weights = attrs.has_weights ? recv_weights->typed_data() : nullptr,
-      .rank_mask = attrs.has_rank_mask ? rank_mask.typed_data() : nullptr,
-      .rank_mask_after = attrs.has_rank_mask ? rank_mask_after->typed_data() : nullptr};
+  DispatchArgs args{.shape = {.layout = attrs.layout,
+                              .experts = {.num_experts = static_cast<int>(attrs.num_experts),
+                                          .num_ranks = num_ranks},
+                              .num_tokens = num_tokens,
+                              .num_topk = static_cast<int>(num_topk),
+                              .recv_capacity = recv_capacity,
+                              .expert_alignment = attrs.expert_alignment,
+                              .expert_stride = attrs.expert_stride},
+                    .fill = attrs.fill,
+                    .quantize = attrs.quantize,
+                    .dtype = DType::kF32,
+                    .topk_idx = topk_idx.typed_data(),
+                    .topk_weights = attrs.has_weights ? topk_weights.typed_data() : nullptr,
+                    .num_streams = static_cast<int>(recv_rows.size()),
+                    .streams = {},
+                    .group_sizes = group_sizes->typed_data(),
+                    .num_recv = num_recv->typed_data(),
+                    .num_dropped = num_dropped->typed_data(),
+                    .num_invalid = num_invalid->typed_data(),
+                    .recv_src = recv_src->typed_data(),
+                    .recv_k = DataOrNull(*recv_k),
+                    .send_row = send_row->typed_data(),
+                    .recv_topk_idx = DataOrNull(*recv_topk_idx),
+                    .recv_weights = attrs.has_weights ? recv_weights->typed_data() : nullptr};
   const bool is_rank_layout = attrs.layout == RecvLayout::kRank;
   const size_t recv_choices = recv_capacity * num_topk;
   const size_t num_weights = is_rank_layout ? recv_choices : recv_capacity;
@@ -107,11 +103,8 @@ typename Backend::Status Dispatch(typename Backend::Context context, I32Buffer p
   JAX_EP_REQUIRE(!attrs.has_weights || (topk_weights.element_count() == topk_idx.element_count() &&
                                         recv_weights->element_count() == num_weights),
                  context.op(), ": topk_weights does not fit topk_idx");
-  JAX_EP_REQUIRE(!attrs.has_rank_mask || (attrs.mode == ExchangeMode::kLowLatency &&
-                                          RankMasksFit(rank_mask, *rank_mask_after, num_ranks)),
-                 context.op(), ": rank_mask does not fit num_ranks=", num_ranks);
   const size_t num_scales = attrs.quantize == Quantize::kNone ? 0 : 1;
-  JAX_EP_REQUIRE(rows.size() + num_scales == recv_rows.size() && rows.size() >= 1 &&
+  JAX_EP_REQUIRE(rows.size() + num_scales >= recv_rows.size() && recv_rows.size() > num_scales &&
                      recv_rows.size() <= kMaxRowStreams,
                  context.op(), ": ", rows.size(), " row arrays in, ", recv_rows.size(),
                  " out; at most ", kMaxRowStreams);
@@ -147,7 +140,33 @@ typename Backend::Status Dispatch(typename Backend::Context context, I32Buffer p
     JAX_EP_REQUIRE(args.streams[1].row_bytes == args.streams[0].row_bytes / kFp8Block * scale_bytes,
                    context.op(), ": the scales do not fit the rows");
   }
-  return RunDispatch<Backend>(context, position, args, attrs, *workspace);
+  return run(args);
+}
+
+/// The handler. topk_weights are read if has_weights, and rank_mask if has_rank_mask, in the mode
+/// low_latency only. Some results may be empty: recv_k in the rank layout, recv_topk_idx in the
+/// expert layout, recv_weights without weights.
+template <typename Backend>
+typename Backend::Status Dispatch(typename Backend::Context context, I32Buffer position,
+                                  I32Buffer topk_idx, F32Buffer topk_weights, BoolBuffer rank_mask,
+                                  ffi::RemainingArgs rows, I32Result group_sizes,
+                                  I32Result num_recv, I32Result num_dropped, I32Result num_invalid,
+                                  I32Result recv_src, I32Result recv_k, I32Result send_row,
+                                  I32Result recv_topk_idx, F32Result recv_weights,
+                                  BoolResult rank_mask_after, ffi::Result<ffi::AnyBuffer> workspace,
+                                  ffi::RemainingRets recv_rows, DispatchAttrs attrs) {
+  const int num_ranks = context.num_ranks();
+  JAX_EP_REQUIRE(!attrs.has_rank_mask || (attrs.mode == ExchangeMode::kLowLatency &&
+                                          RankMasksFit(rank_mask, *rank_mask_after, num_ranks)),
+                 context.op(), ": rank_mask does not fit num_ranks=", num_ranks);
+  return DecodeDispatch<Backend>(
+      context, topk_idx, topk_weights, rows, group_sizes, num_recv, num_dropped, num_invalid,
+      recv_src, recv_k, send_row, recv_topk_idx, recv_weights, recv_rows, attrs,
+      [&](DispatchArgs args) {
+        args.rank_mask = attrs.has_rank_mask ? rank_mask.typed_data() : nullptr;
+        args.rank_mask_after = attrs.has_rank_mask ? rank_mask_after->typed_data() : nullptr;
+        return RunDispatch<Backend>(context, position, args, attrs, *workspace);
+      });
 }
 
 }  // namespace jax_ep

@@ -64,19 +64,21 @@ __device__ void LoadGroup(const DispatchArgs& a, const RowGroup& group, const st
 
 // This lane's packet of the scales of a group: in the places of the scales' own groups, which are
 // large enough.
-__device__ inline std::byte* ScalesAt(const LowLatencyDispatch& launch, int holder, int source,
-                                      uint32_t epoch, int unit) {
+template <typename Call>
+__device__ std::byte* ScalesAt(const LowLatencyDispatch& launch, const Call& call, int holder,
+                               int source, int unit) {
   const int num_groups = launch.groups.count();
   const int group = unit % num_groups;
   const int scales = unit - group + launch.groups.first[1];
   const int packet = group * ScaleLanes(launch.args.quantize);
-  return PlaceOf(launch, holder, source, epoch, scales) + packet * kVectorBytes;
+  return PlaceOf(launch, call, holder, source, scales) + packet * kVectorBytes;
 }
 
-__device__ inline void SendScales(const LowLatencyDispatch& launch, uint32_t epoch, int peer,
-                                  int unit, const uint32_t (&scales)[kPacketScales]) {
-  StoreScales(ScalesAt(launch, peer, launch.self.rank, epoch, unit), epoch, launch.args.quantize,
-              scales);
+template <typename Call>
+__device__ void SendScales(const LowLatencyDispatch& launch, const Call& call, int peer, int unit,
+                           const uint32_t (&scales)[kPacketScales]) {
+  StoreScales(ScalesAt(launch, call, peer, launch.self.rank, unit), call.epoch,
+              launch.args.quantize, scales);
 }
 
 // Waits for the scales of a group, whose rows have come. False as in AwaitScales.
@@ -84,8 +86,8 @@ template <typename Call>
 __device__ bool ReceiveScales(const LowLatencyDispatch& launch, const Call& call, int source,
                               int unit, uint32_t (&scales)[kPacketScales]) {
   return AwaitScales(launch.self, call, source,
-                     ScalesAt(launch, launch.self.rank, source, call.epoch, unit),
-                     launch.args.quantize, scales);
+                     ScalesAt(launch, call, launch.self.rank, source, unit), launch.args.quantize,
+                     scales);
 }
 
 // Stores a group of a row of the result.

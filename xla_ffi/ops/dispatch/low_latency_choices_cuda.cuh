@@ -33,9 +33,10 @@ __device__ inline RowGroup GroupOf(const LowLatencyDispatch& launch, int group) 
 
 // This lane's first packet of a group of a token, in the memory of `holder`. `unit`: index of the
 // group among those of all tokens of the source.
-__device__ inline std::byte* PlaceOf(const LowLatencyDispatch& launch, int holder, int source,
-                                     uint32_t epoch, int unit) {
-  return LowLatencyRoom(launch.self, holder, source, epoch) + launch.choice_bytes +
+template <typename Call>
+__device__ std::byte* PlaceOf(const LowLatencyDispatch& launch, const Call& call, int holder,
+                              int source, int unit) {
+  return call.Room(launch.self, holder, source) + launch.choice_bytes +
          int64_t{unit} * kPacketGroupBytes + PacketLane() * kVectorBytes;
 }
 
@@ -122,7 +123,7 @@ __device__ void SendChoices(const LowLatencyDispatch& launch, const Call& call, 
     for (int d = 1; d < self.num_ranks; ++d) {
       const int peer = (self.rank + d) % self.num_ranks;
       if (!call.Includes(peer)) continue;
-      StorePacket(LowLatencyRoom(self, peer, self.rank, call.epoch) + i * kVectorBytes, packet);
+      StorePacket(call.Room(self, peer, self.rank) + i * kVectorBytes, packet);
     }
   }
 }

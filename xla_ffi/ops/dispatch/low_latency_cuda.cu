@@ -82,24 +82,29 @@ cudaError_t LoadLowLatencyDispatchKernels(DeviceTraits& device) {
   return cudaSuccess;
 }
 
-cudaError_t LaunchLowLatencyDispatch(const LowLatencyDispatch& launch, const DeviceTraits& device,
-                                     int num_sms, cudaStream_t stream) {
+LaunchConfig ConfigOf(const LowLatencyDispatch& launch, const DeviceTraits& device, int num_sms,
+                      cudaStream_t stream) {
   const DispatchArgs& args = launch.args;
   const auto divide = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   const int64_t num_units = args.shape.num_tokens * std::max(1, launch.groups.count());
   constexpr int64_t kMaxWarps = kLowLatencyThreads / kWarpSize;
   const int64_t num_warps =
       std::clamp<int64_t>(divide(num_units * launch.self.num_ranks, num_sms), kMinWarps, kMaxWarps);
-  const LaunchConfig config{.num_blocks = static_cast<int>(std::min<int64_t>(
-                                num_sms, divide(num_units * launch.self.num_ranks, num_warps))),
-                            .num_threads = static_cast<int>(num_warps * kWarpSize),
-                            .shared_bytes = LowLatencyTableBytes(args.shape),
-                            .is_behind = false,
-                            .priority = device.highest_priority,
-                            .stream = stream};
+  return {.num_blocks = static_cast<int>(
+              std::min<int64_t>(num_sms, divide(num_units * launch.self.num_ranks, num_warps))),
+          .num_threads = static_cast<int>(num_warps * kWarpSize),
+          .shared_bytes = LowLatencyTableBytes(args.shape),
+          .is_behind = false,
+          .priority = device.highest_priority,
+          .stream = stream};
+}
+
+cudaError_t LaunchLowLatencyDispatch(const LowLatencyDispatch& launch, const DeviceTraits& device,
+                                     int num_sms, cudaStream_t stream) {
+  const DispatchArgs& args = launch.args;
   const bool leaves_out = args.rank_mask != nullptr;
-  return Launch(KernelOf(args.shape.layout, args.quantize, args.dtype, leaves_out), config, launch,
-                ResultsOf(args));
+  return Launch(KernelOf(args.shape.layout, args.quantize, args.dtype, leaves_out),
+                ConfigOf(launch, device, num_sms, stream), launch, ResultsOf(args));
 }
 
 }  // namespace jax_ep

@@ -20,12 +20,10 @@ namespace jax_ep {
 inline constexpr int kLowLatencyThreads = 512;
 
 // Writes the results of a dispatch that say what has come from where, and the rows without a token.
-template <RecvLayout kLayout, bool kLeavesOut = false>
+template <RecvLayout kLayout, typename Call = PushCall>
 class RoutingWriter {
  public:
-  using Table = RoutingTable<kLayout, kLeavesOut>;
-
-  __device__ RoutingWriter(const DispatchArgs& args, const Table& table)
+  __device__ RoutingWriter(const DispatchArgs& args, const RoutingTable<kLayout, Call>& table)
       : a_(args), table_(table) {}
 
   // For all threads of the grid. The counts are for the last block: the first ones sent most.
@@ -96,7 +94,7 @@ class RoutingWriter {
   }
 
   const DispatchArgs& a_;
-  const Table& table_;
+  const RoutingTable<kLayout, Call>& table_;
 };
 
 // The groups of rows that the warps of a grid send and receive, in turns: unit n is a group of
@@ -176,10 +174,10 @@ __device__ void SendTokens(const DispatchUnits<Source>& units, const Call& call,
     uint32_t peers = call.Among(RanksOf(launch, choice)) & ~(1u << self.rank);
     for (; peers != 0; peers &= peers - 1) {
       const int peer = __ffs(peers) - 1;
-      StoreGroup(PlaceOf(launch, peer, self.rank, call.epoch, unit), call.epoch, loaded.vectors,
+      StoreGroup(PlaceOf(launch, call, peer, self.rank, unit), call.epoch, loaded.vectors,
                  group.num_packets);
       if (units.kIsCast && group.stream == 0) {
-        SendScales(launch, call.epoch, peer, unit, loaded.scales);
+        SendScales(launch, call, peer, unit, loaded.scales);
       }
     }
   }
@@ -191,8 +189,8 @@ __device__ void SendTokens(const DispatchUnits<Source>& units, const Call& call,
 // not come from a rank that the call leaves out are zero. `loaded` is scratch.
 template <RecvLayout kLayout, typename Source, typename Call>
 __device__ void ReceiveTokens(const DispatchUnits<Source>& units, const Call& call, bool is_good,
-                              RoutingTable<kLayout, Call::kLeavesOut>& table,
-                              const Results& results, GroupOfRow<Source>& loaded) {
+                              RoutingTable<kLayout, Call>& table, const Results& results,
+                              GroupOfRow<Source>& loaded) {
   const LowLatencyDispatch& launch = units.launch();
   const Endpoint& self = launch.self;
   const DispatchArgs& a = launch.args;
@@ -210,13 +208,13 @@ __device__ void ReceiveTokens(const DispatchUnits<Source>& units, const Call& ca
     const int unit = n % units.num();
     const RowGroup group = units.GroupAt(unit);
     if (!units.IsSent(group)) continue;
-    const TokenRows<kLayout, Call::kLeavesOut> rows(table, source, unit / units.num_groups());
+    const TokenRows<kLayout, Call> rows(table, source, unit / units.num_groups());
     if (rows.IsNone()) continue;
     if (source == self.rank) {
       units.Load(unit, group, loaded);
     } else {
-      const std::byte* from = PlaceOf(launch, self.rank, source, call.epoch, unit);
-      LanePackets packets = LookAt(self, source, call.epoch, from, group.num_packets);
+      const std::byte* from = PlaceOf(launch, call, self.rank, source, unit);
+      LanePackets packets = LookAt(self, call, source, from, group.num_packets);
       if (is_good) {
         is_good = ReceiveFrom(self, call, source, from, packets, loaded.vectors, group.num_packets);
       }
@@ -242,7 +240,7 @@ __device__ void ReceiveTokens(const DispatchUnits<Source>& units, const Call& ca
     rows.ForEach([&](int64_t row) { StoreRowOfResult(a, group, row, loaded); });
     if (unit % units.num_groups() == 0) rows.WriteIndices();
   }
-  RoutingWriter<kLayout, Call::kLeavesOut>(a, table).Write();
+  RoutingWriter<kLayout, Call>(a, table).Write();
   if (!is_good) NotePeerFailure(self);
 }
 
@@ -290,7 +288,7 @@ __global__ void __launch_bounds__(kLowLatencyThreads, 1)
   MaskedCall call(self, launch.args.rank_mask);  // on its way together with the epoch
   typename DispatchUnits<Source>::FirstLoads loaded;
   units.LoadFirst(loaded);
-  RoutingTable<kLayout, true> table(launch, DynamicShared<uint32_t>());
+  RoutingTable<kLayout, MaskedCall> table(launch, DynamicShared<uint32_t>());
   table.Clear();
   bool is_good = Begin(self, OpId::kDispatch, launch.position, call);
   is_good = __syncthreads_and(is_good);

@@ -13,12 +13,10 @@ namespace jax_ep {
 
 // The rows of this rank that a token becomes. For a whole warp: in the expert layout, each lane has
 // the row of one choice.
-template <RecvLayout kLayout, bool kLeavesOut = false>
+template <RecvLayout kLayout, typename Call = PushCall>
 class TokenRows {
  public:
-  using Table = RoutingTable<kLayout, kLeavesOut>;
-
-  __device__ TokenRows(const Table& table, int source, int token)
+  __device__ TokenRows(const RoutingTable<kLayout, Call>& table, int source, int token)
       : table_(table), source_(source), token_(token) {
     if constexpr (kLayout == RecvLayout::kRank) {
       row_ = table.RowOfToken(source, token);
@@ -71,7 +69,7 @@ class TokenRows {
   }
 
  private:
-  const Table& table_;
+  const RoutingTable<kLayout, Call>& table_;
   const int source_;
   const int token_;
   Choice choice_{kNoPacketExpert, 0.0f};

@@ -26,11 +26,12 @@ namespace jax_ep {
 //   end_     expert layout [num_ranks]: first token, of all ranks, whose choices the rank drops
 //
 // Only tokens that name an expert twice can have more rows than fit. If the call may leave ranks
-// out (kLeavesOut), their tokens have no choices, and nobody chooses their experts.
-template <RecvLayout kLayout, bool kLeavesOut = false>
+// out, their tokens have no choices, and nobody chooses their experts.
+template <RecvLayout kLayout, typename Call = PushCall>
 class RoutingTable {
  public:
   static constexpr bool kIsRank = kLayout == RecvLayout::kRank;
+  static constexpr bool kLeavesOut = Call::kLeavesOut;
 
   // 32-bit words of the table.
   static __host__ __device__ size_t Words(const DispatchShape& shape) {
@@ -63,10 +64,8 @@ class RoutingTable {
 
   // Reads the choices of all ranks' tokens. Every thread of a block calls it, behind a barrier
   // after Clear. The result is the same for the whole block: false if the group fails.
-  template <typename Call>
   __device__ bool Fill(const Call& call) {
-    static_assert(Call::kLeavesOut == kLeavesOut);
-    epoch_ = call.epoch;
+    call_ = &call;
     if constexpr (kLeavesOut) {
       if (!ReadAgreedChoices(call)) return false;
     } else {
@@ -210,7 +209,7 @@ class RoutingTable {
   }
 
   __device__ std::byte* ChoicePacketAt(int source, int i) const {
-    return LowLatencyRoom(self(), self().rank, source, epoch_) + i * kVectorBytes;
+    return call_->Room(self(), self().rank, source) + i * kVectorBytes;
   }
 
   // Two choices, and the tag of their sender's call.
@@ -220,19 +219,18 @@ class RoutingTable {
   };
 
   // Loads a packet of a peer's choices, which may not be there yet.
-  __device__ ChoicePacket LookAtChoices(const PushCall& call, int source, int i) const {
-    const Signal called = LoadRelaxed(&self().own()->called[call.epoch & 1][source]);
+  __device__ ChoicePacket LookAtChoices(const Call& call, int source, int i) const {
+    const Signal called = LoadRelaxed(call.Called(self(), self().rank, source));
     return {LoadPacket(ChoicePacketAt(source, i)), called};
   }
 
-  __device__ static bool IsThere(const ChoicePacket& packet, const PushCall& call) {
+  __device__ static bool IsThere(const ChoicePacket& packet, const Call& call) {
     return packet.called.epoch == call.epoch &&
            (packet.choices.high >> 32 == call.epoch || packet.called.value != call.tag);
   }
 
   // Waits for a packet of choices. False if the group fails first, or if the call leaves the source
   // out.
-  template <typename Call>
   __device__ bool Receive(const Call& call, int source, int i, ChoicePacket& packet) const {
     const bool is_there = IsThere(packet, call) || AwaitPackets(self(), call, source, [&] {
                             packet = LookAtChoices(call, source, i);
@@ -244,7 +242,6 @@ class RoutingTable {
   // Counts this thread's part of the choices of all ranks; `missing`: ranks that have turned out
   // not to take part, as bits. False if the group fails. The own choices come first, while those of
   // the peers are on their way.
-  template <typename Call>
   __device__ bool ReadChoices(const Call& call, uint32_t& missing) {
     const int thread = static_cast<int>(threadIdx.x);
     const int per_token = ChoicePackets(shape_.num_topk);
@@ -266,7 +263,6 @@ class RoutingTable {
   }
 
   // The same for the choices of a peer. False if not all have come.
-  template <typename Call>
   __device__ bool ReadChoicesOf(const Call& call, int source) {
     constexpr int kUnroll = 4;
     const int step = static_cast<int>(blockDim.x);
@@ -293,7 +289,7 @@ class RoutingTable {
 
   // ReadChoices of a call that may leave ranks out. All blocks take the same ranks: if this one has
   // counted others, it counts again.
-  __device__ bool ReadAgreedChoices(const MaskedCall& call) {
+  __device__ bool ReadAgreedChoices(const Call& call) {
     __shared__ uint32_t missing_anywhere;
     __shared__ uint32_t agreed;
     ranks_ = call.ranks;
@@ -450,7 +446,7 @@ class RoutingTable {
   const DispatchShape& shape_;
   const int num_words_;  // of one rank's tokens
   const int num_local_;
-  uint32_t epoch_ = 0;
+  const Call* call_ = nullptr;
   uint32_t ranks_ = 0;  // that take part, as bits, if the call may leave ranks out
   uint32_t* tokens_;
   uint32_t* sent_;

@@ -21,6 +21,7 @@
 #include "ops/pull_rows/pull_rows_cuda.cuh"
 #include "tests/cuda/all_reduce_test.cuh"
 #include "tests/cuda/failures_test.cuh"
+#include "tests/cuda/flights_test.cuh"
 #include "tests/cuda/masked_calls_test.cuh"
 #include "tests/cuda/packets_test.cuh"
 #include "tests/cuda/ragged_all_to_all_test.cuh"
@@ -44,6 +45,7 @@ struct Case {
   bool is_skewed = false;
   bool repeats = false;  // tokens may name an expert twice
   ExchangeMode mode = ExchangeMode::kThroughput;
+  bool is_halved = false;  // of few tokens: sent and received apart
   // Calls with a mask of ranks. All three are ranks as bits.
   bool has_mask = false;
   uint32_t asked = ~0u;  // the mask
@@ -66,7 +68,9 @@ struct Case {
            std::to_string(num_topk) + " L" + std::to_string(num_local_experts) + " C" +
            std::to_string(capacity) + " A" + std::to_string(alignment) + " B" +
            std::to_string(row_bytes) + (repeats ? " repeats" : "") +
-           (mode == ExchangeMode::kLowLatency ? " low_latency" : "") +
+           (is_halved                           ? " halved"
+            : mode == ExchangeMode::kLowLatency ? " low_latency"
+                                                : "") +
            (has_mask ? " mask " + std::to_string(asked) + " dead " + std::to_string(dead) +
                            " dying " + std::to_string(dying)
                      : "");
@@ -174,8 +178,8 @@ void TestRoundTrip(const Case& c, DType dtype, const Ranks& ranks, int num_sms, 
     Device<float> weights;
     Device<T> x, y, out, back, again;
     Device<std::byte> scales, out_scales, workspace, partials;
-    Device<int32_t> group_sizes, counts, recv_src, recv_k, send_row, send_rank, recv_topk_idx,
-        places;
+    Device<int32_t> flight, group_sizes, counts, recv_src, recv_k, send_row, send_rank,
+        recv_topk_idx, places;
     Device<float> recv_weights;
     Device<uint8_t> mask, masks_after;
   };
@@ -199,6 +203,7 @@ void TestRoundTrip(const Case& c, DType dtype, const Ranks& ranks, int num_sms, 
                        Device<std::byte>(c.capacity * scale_bytes),
                        Device<std::byte>(DispatchWorkspaceBytes(shape)),
                        Device<std::byte>(ring.Bytes(num_ranks, c.row_bytes)),
+                       Device<int32_t>(kFlightWords),
                        Device<int32_t>(c.num_local_experts),
                        Device<int32_t>(3),
                        Device<int32_t>(c.capacity),
@@ -242,9 +247,14 @@ void TestRoundTrip(const Case& c, DType dtype, const Ranks& ranks, int num_sms, 
                               reinterpret_cast<std::byte*>(b.out.get()), c.row_bytes};
     launch.args.streams[1] = {b.scales.get(), b.out_scales.get(), scale_bytes};
     if (c.mode == ExchangeMode::kLowLatency) {
-      Cuda(LaunchLowLatencyDispatch(
-          MakeLowLatencyDispatch(launch.self, launch.position, launch.args), ranks.traits(),
-          num_sms, ranks.stream(r)));
+      const LowLatencyDispatch few =
+          MakeLowLatencyDispatch(launch.self, launch.position, launch.args);
+      if (c.is_halved) {
+        Cuda(LaunchDispatchSend(few, b.flight.get(), ranks.traits(), num_sms, ranks.stream(r)));
+        Cuda(LaunchDispatchRecv(few, b.flight.get(), ranks.traits(), num_sms, ranks.stream(r)));
+      } else {
+        Cuda(LaunchLowLatencyDispatch(few, ranks.traits(), num_sms, ranks.stream(r)));
+      }
     } else {
       Cuda(LaunchDispatch(launch, ranks.traits(), num_sms, ranks.stream(r)));
     }
@@ -288,9 +298,14 @@ void TestRoundTrip(const Case& c, DType dtype, const Ranks& ranks, int num_sms, 
                                    .rank_mask_after = mask ? mask_after + num_ranks : nullptr},
                           .workspace = b.partials.get()};
     if (c.mode == ExchangeMode::kLowLatency) {
-      Cuda(LaunchLowLatencyCombine(
-          MakeLowLatencyCombine(combine.self, combine.position, combine.args, num_sms),
-          ranks.traits(), ranks.stream(r)));
+      const LowLatencyCombine few =
+          MakeLowLatencyCombine(combine.self, combine.position, combine.args, num_sms);
+      if (c.is_halved) {
+        Cuda(LaunchCombineSend(few, b.flight.get(), ranks.traits(), ranks.stream(r)));
+        Cuda(LaunchCombineRecv(few, b.flight.get(), ranks.traits(), ranks.stream(r)));
+      } else {
+        Cuda(LaunchLowLatencyCombine(few, ranks.traits(), ranks.stream(r)));
+      }
     } else {
       Cuda(LaunchCombine(combine, ranks.traits(), num_sms, ranks.stream(r)));
     }
@@ -413,6 +428,11 @@ void TestFewTokens(const Ranks& ranks, const Case& given, int num_sms, int seed)
   TestRoundTrip<BF16>(c, DType::kBF16, ranks, num_sms, seed);
   TestRoundTrip<float>(c, DType::kF32, ranks, num_sms, seed + 1);
   TestRoundTrip<F16>(c, DType::kF16, ranks, num_sms, seed + 2);
+  if (room <= ranks.endpoint(0).rooms.in_flight_payload) {
+    c.is_halved = true;
+    TestRoundTrip<BF16>(c, DType::kBF16, ranks, num_sms, seed + 5);
+    c.is_halved = false;
+  }
   // Repeated experts have more rows than the worst case of a right routing, and may find no room.
   // They take time with the square of their number.
   c.repeats = true;
@@ -583,6 +603,7 @@ int main(int argc, char** argv) {
     jax_ep::TestMisuse(d);
     jax_ep::TestFailures(d);
     jax_ep::TestPackets(d);
+    jax_ep::TestFlights(d);
   }
   std::printf("ok\n");
   return 0;

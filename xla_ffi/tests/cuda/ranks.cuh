@@ -22,7 +22,8 @@
 
 namespace jax_ep {
 
-inline constexpr size_t kLowLatencyBytes = 32 * 1024 * 1024;
+inline constexpr AskedRooms kAskedRooms{.low_latency = 32 * 1024 * 1024,
+                                        .in_flight = 8 * 1024 * 1024};
 
 inline void Cuda(cudaError_t status) {
   if (status == cudaSuccess) return;
@@ -69,13 +70,17 @@ class Ranks {
     for (int r = 0; r < num_ranks; ++r) {
       Select(r);
       ControlBlock* control = nullptr;
-      const size_t bytes = SharedBytes(num_ranks, kLowLatencyBytes);
+      const size_t bytes = SharedBytes(num_ranks, kAskedRooms);
       Cuda(cudaMalloc(reinterpret_cast<void**>(&control), bytes));
-      Cuda(ClearShared(reinterpret_cast<std::byte*>(control), num_ranks, kLowLatencyBytes,
+      Cuda(ClearShared(reinterpret_cast<std::byte*>(control), num_ranks, kAskedRooms,
                        /*stream=*/nullptr));
       // The calls of a test go over the end of the epochs.
       const uint32_t epoch = 0xfffffff0u;
       Cuda(cudaMemcpy(&control->turn.epoch, &epoch, sizeof(epoch), cudaMemcpyHostToDevice));
+      const uint32_t flights[kMaxInFlight] = {0xfffffff8u, 0xfffffff9u};
+      for (uint32_t* words : {control->flights_sent, control->flights_received}) {
+        Cuda(cudaMemcpy(words, flights, sizeof(flights), cudaMemcpyHostToDevice));
+      }
       const uint64_t timeout_ns = std::chrono::nanoseconds(timeout).count();
       Cuda(cudaMemcpy(&control->timeout_ns, &timeout_ns, sizeof(timeout_ns),
                       cudaMemcpyHostToDevice));
@@ -104,6 +109,10 @@ class Ranks {
       Cuda(LoadAllReduceResidualRmsnormKernels(traits_));
       Cuda(LoadDispatchKernels(traits_));
       Cuda(LoadCombineKernels(traits_));
+      Cuda(LoadDispatchSendKernels(traits_));
+      Cuda(LoadDispatchRecvKernels(traits_));
+      Cuda(LoadCombineSendKernels(traits_));
+      Cuda(LoadCombineRecvKernels(traits_));
       Cuda(LoadPullRowsKernels(traits_));
       Cuda(LoadRaggedAllToAllKernels(traits_));
       Cuda(cudaDeviceSynchronize());
@@ -113,9 +122,9 @@ class Ranks {
                         .num_ranks = num_ranks,
                         .position = r,
                         .site = 0,
-                        .rooms = RoomsOf(num_ranks, kLowLatencyBytes),
+                        .rooms = RoomsOf(num_ranks, kAskedRooms),
                         .control = {},
-                        .control_bytes = SharedBytes(num_ranks, kLowLatencyBytes),
+                        .control_bytes = SharedBytes(num_ranks, kAskedRooms),
                         .record = &records_[r]};
       std::copy(control_.begin(), control_.end(), endpoint.control);
       endpoints_.push_back(endpoint);

@@ -1,7 +1,7 @@
 """combine: brings the rows of a dispatch back to their tokens and adds them."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jax_ep._src.base.errors import ConfigError, ShapeError
 from jax_ep._src.base.handle import DispatchHandle
 from jax_ep._src.base.options import BackendName, ExchangeMode, Layout, Quantize
 from jax_ep._src.base.spec import RouteSpec, RowIndex
+from jax_ep._src.group.group import Group
 from jax_ep._src.ops.combine import vjp
 from jax_ep._src.ops.common.checks import Checks
 from jax_ep._src.ops.common.few_tokens import require_combine
@@ -92,14 +93,68 @@ def combine_rows(
     without a mask.
     """
     is_few = mode is ExchangeMode.LOW_LATENCY
-    group, layout = check.handle(handle, may_leave_out=is_few)
+    operands = prepare_combine(
+        check,
+        rows,
+        weights,
+        handle,
+        bias=bias,
+        num_sms=num_sms,
+        backend=backend,
+        mode=mode,
+        wire=wire,
+        may_leave_out=is_few,
+    )
+    spec, rows, weights, biases, index, group = operands
+    if is_few:
+        require_combine(spec, index, rows)
+    rows, weights, biases, index = vary_alike((rows, weights, biases, index), group)
+    if index.rank_mask is None:
+        return vjp.combine(spec, rows, to_rows(spec, weights, index), biases, index), None
+    if weights is not None and weights.ndim == 2:
+        raise ConfigError(
+            f"{check.op}: after a dispatch with rank_mask weights must be at the rows, like "
+            "Dispatched.weights: all ranks are needed to move them there"
+        )
+    return vjp.combine_living(spec, rows, weights, biases, index)
+
+
+class CombineOperands(NamedTuple):
+    """The checked arguments of a combine. `weights`: at the rows or at the tokens."""
+
+    spec: RouteSpec
+    rows: jax.Array
+    weights: jax.Array | None
+    biases: tuple[jax.Array, ...]
+    places: RowIndex
+    group: Group
+
+
+def prepare_combine(
+    check: Checks,
+    rows: Any,
+    weights: Any,
+    handle: DispatchHandle,
+    *,
+    bias: Any,
+    num_sms: int | None,
+    backend: str | None,
+    mode: ExchangeMode | None,
+    wire: Quantize,
+    may_leave_out: bool = False,
+) -> CombineOperands:
+    """Checks the arguments of a combine, but not whether the group has room for it.
+
+    `may_leave_out`: whether the handle may be of a dispatch with a mask of ranks.
+    """
+    group, layout = check.handle(handle, may_leave_out=may_leave_out)
     rows = check.rows(_flat(rows, handle, 3), name="rows", count="recv_capacity")
     if rows.shape[0] != handle.recv_capacity:
         raise ShapeError(
             f"{check.op}: rows must be [recv_capacity={handle.recv_capacity}, hidden] for this "
             f"handle (layout={layout.value!r}), got shape {rows.shape}"
         )
-    biases = _as_biases(check, bias, rows, handle.send_row.shape[0])
+    biases = as_biases(check, bias, rows, handle.send_row.shape[0])
     weights = _as_weights(check, _flat(weights, handle, 2), handle, layout)
     spec = RouteSpec(
         group=group.spec,
@@ -116,20 +171,7 @@ def combine_rows(
             f"{check.op}: rows must be [recv_capacity, hidden] with hidden a multiple of "
             f"{config.FP8_BLOCK} with wire={wire.value!r}, got shape {rows.shape}"
         )
-    if is_few:
-        require_combine(spec, handle.index(), rows)
-    operands = (rows, weights, biases, handle.index())
-    rows, weights, biases, index = vary_alike(operands, group)
-    if weights is not None and weights.ndim == 2:
-        if index.rank_mask is not None:
-            raise ConfigError(
-                f"{check.op}: after a dispatch with rank_mask weights must be at the rows, like "
-                "Dispatched.weights: all ranks are needed to move them there"
-            )
-        weights = _to_rows(spec, weights, index)
-    if index.rank_mask is not None:
-        return vjp.combine_living(spec, rows, weights, biases, index)
-    return vjp.combine(spec, rows, weights, biases, index), None
+    return CombineOperands(spec, rows, weights, biases, handle.index(), group)
 
 
 def _flat(array: Any, handle: DispatchHandle, num_dims: int) -> Any:
@@ -145,7 +187,7 @@ def _flat(array: Any, handle: DispatchHandle, num_dims: int) -> Any:
     return array.reshape(num_local * num_rows, *array.shape[2:])
 
 
-def _as_biases(check: Checks, bias: Any, rows: jax.Array, num_tokens: int) -> tuple[jax.Array, ...]:
+def as_biases(check: Checks, bias: Any, rows: jax.Array, num_tokens: int) -> tuple[jax.Array, ...]:
     given = () if bias is None else bias if isinstance(bias, (tuple, list)) else (bias,)
     if len(given) > config.MAX_BIASES:
         raise ConfigError(
@@ -178,8 +220,10 @@ def _as_weights(
     return given
 
 
-def _to_rows(spec: RouteSpec, weights: jax.Array, index: RowIndex) -> jax.Array:
-    """Moves weights [T, K] at the tokens to the rows: [C]."""
+def to_rows(spec: RouteSpec, weights: jax.Array | None, index: RowIndex) -> jax.Array | None:
+    """Returns the weights at the rows, [C]. Moves those at the tokens, [T, K]."""
+    if weights is None or weights.ndim == 1:
+        return weights
     from_tokens, from_rows = _places(spec, index)
     moved = pull_rows(spec, weights.reshape(-1, 1), from_tokens, from_rows.reshape(-1))
     return moved[:, 0]

@@ -106,7 +106,7 @@ def low_latency_combine(
         num_sms=num_sms,
         backend=backend,
         mode=ExchangeMode.LOW_LATENCY,
-        wire=_format(wire),
+        wire=format_of(_check, wire),
     )
     if not return_rank_mask:
         return sums
@@ -117,10 +117,10 @@ def low_latency_combine(
     return sums, rank_mask
 
 
-def _format(wire: Any) -> Quantize:
+def format_of(check: Checks, wire: Any) -> Quantize:
     """Returns the format of sums that cross between ranks."""
     if wire is None:
         return Quantize.NONE
     if isinstance(wire, str) and wire == Quantize.FP8:
         return Quantize.FP8
-    raise ConfigError(f"{_check.op}: wire must be None or 'fp8', got {wire!r}")
+    raise ConfigError(f"{check.op}: wire must be None or 'fp8', got {wire!r}")

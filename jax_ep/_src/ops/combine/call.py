@@ -33,12 +33,18 @@ def _results(*operands: Any, has_rank_mask: bool, workspace_bytes: int, **_: Any
     )
 
 
-_bind = make_primitive(
-    "combine",
-    _results,
-    platforms=("cpu", "cuda"),
-    attributes=("group", "has_rank_mask", "has_weights", "layout", "mode", "num_sms", "wire"),
+ATTRIBUTES = (
+    "group",
+    "has_rank_mask",
+    "has_weights",
+    "layout",
+    "mode",
+    "num_biases",
+    "num_sms",
+    "wire",
 )
+
+_bind = make_primitive("combine", _results, platforms=("cpu", "cuda"), attributes=ATTRIBUTES)
 
 
 def _workspace_bytes(spec: RouteSpec, index: RowIndex, rows: jax.Array) -> int:
@@ -115,6 +121,7 @@ def combine_living(
         has_weights=weights is not None,
         layout=spec.layout,
         mode=mode,
+        num_biases=len(biases),
         num_sms=num_sms,
         wire=spec.wire,
         op=spec.op,

@@ -86,6 +86,38 @@ def require_combine(spec: RouteSpec, index: RowIndex, rows: jax.Array) -> None:
         _require(spec, _why_no_combine(spec, index.send_row.shape, rows))
 
 
+def has_halves(spec: DispatchSpec | RouteSpec) -> bool:
+    """Returns whether kernels send and receive apart; elsewhere a receive does everything."""
+    return _has_kernels(spec)
+
+
+def half_sms(spec: DispatchSpec | RouteSpec) -> int:
+    """Returns the SMs of a kernel that sends or receives."""
+    return _few_sms(spec) if _has_kernels(spec) else spec.num_sms
+
+
+def require_dispatch_halves(
+    spec: DispatchSpec, routing: tuple[int, ...], rows: Sequence[jax.Array]
+) -> None:
+    """Raises ConfigError if kernels cannot send and receive a dispatch apart."""
+    if not _has_kernels(spec):
+        return
+    if _drops_rows(spec, routing):
+        raise ConfigError(
+            f"{spec.op}: recv_capacity must be at least {spec.worst_capacity(*routing)}, the worst "
+            f"case, got {spec.recv_capacity}"
+        )
+    num_tokens, num_topk = routing
+    _require(spec, _why_no_room(spec, num_tokens, num_topk, rows, is_halved=True))
+    _require(spec, _why_no_table(spec, num_tokens, num_topk))
+
+
+def require_combine_halves(spec: RouteSpec, index: RowIndex, rows: jax.Array) -> None:
+    """Raises ConfigError if kernels cannot send and receive a combine apart."""
+    if _has_kernels(spec):
+        _require(spec, _why_no_combine(spec, index.send_row.shape, rows, is_halved=True))
+
+
 def _require(spec: ExchangeSpec, why_not: str | None) -> None:
     if why_not is not None:
         raise ConfigError(f"{spec.op}: {why_not}")
@@ -121,14 +153,17 @@ def _why_no_dispatch(
     )
 
 
-def _why_no_combine(spec: RouteSpec, slots: tuple[int, ...], rows: jax.Array) -> str | None:
+def _why_no_combine(
+    spec: RouteSpec, slots: tuple[int, ...], rows: jax.Array, *, is_halved: bool = False
+) -> str | None:
     """`slots`: the shape of send_row."""
     if not _has_kernels(spec):
         return "the back end has no kernels for few tokens"
     num_tokens, num_slots = slots
     if num_slots > limits.MAX_TOPK:
         return f"a token has at most {limits.MAX_TOPK} choices, got {num_slots}"
-    return _why_no_room(spec, num_tokens, 0, (rows,)) or _why_no_held_rows(spec, slots)
+    no_room = _why_no_room(spec, num_tokens, 0, (rows,), is_halved=is_halved)
+    return no_room or _why_no_held_rows(spec, slots)
 
 
 def _why_no_held_rows(spec: RouteSpec, slots: tuple[int, ...]) -> str | None:
@@ -146,19 +181,28 @@ def _why_no_held_rows(spec: RouteSpec, slots: tuple[int, ...]) -> str | None:
 
 
 def _why_no_room(
-    spec: DispatchSpec | RouteSpec, num_tokens: int, num_topk: int, rows: Sequence[jax.Array]
+    spec: DispatchSpec | RouteSpec,
+    num_tokens: int,
+    num_topk: int,
+    rows: Sequence[jax.Array],
+    *,
+    is_halved: bool = False,
 ) -> str | None:
     how = spec.quantize if isinstance(spec, DispatchSpec) else spec.wire
     sent = sent_rows(rows, how)
     row_bytes = [math.prod(width) * jnp.dtype(dtype).itemsize for width, dtype in sent]
     needed = limits.low_latency_payload(num_tokens, num_topk, row_bytes)
-    if needed <= spec.group.low_latency_room:
+    group = spec.group
+    room, name = group.low_latency_room, "low_latency_bytes"
+    num_parts = 2 * group.num_ranks
+    if is_halved:
+        room, name = group.in_flight_room, "in_flight_bytes"
+        num_parts *= limits.MAX_IN_FLIGHT
+    if needed <= room:
         return None
-    num_parts = 2 * spec.group.num_ranks
     return (
-        f"a rank sends {needed} bytes to another, and the group has room for "
-        f"{spec.group.low_latency_room}: open it with low_latency_bytes={num_parts * needed} or "
-        "more (jax_ep.low_latency_bytes)"
+        f"a rank sends {needed} bytes to another, and the group has room for {room}: open it with "
+        f"{name}={num_parts * needed} or more (jax_ep.{name})"
     )
 
 

@@ -1,6 +1,7 @@
 """make_primitive: makes the JAX primitive of a custom call; all primitives have one form.
 
 The calls are pure, so JAX may merge, drop or repeat them. It does so alike on every rank.
+Calls that come in pairs are not pure.
 """
 
 import hashlib
@@ -46,6 +47,7 @@ def make_primitive(
     varying: VaryingRule | None = None,
     batch: BatchRule | None = None,
     aliases: AliasRule | None = None,
+    is_pure: bool = True,
 ) -> Callable[..., Any]:
     """Makes the primitive of target `jax_ep.<stem>`.
 
@@ -63,6 +65,7 @@ def make_primitive(
       batch: rule of jax.vmap; None: one call for each element, in order.
       aliases: rule for the operands over which results are written; XLA copies an operand that is
         still used. None: no operand.
+      is_pure: whether XLA may merge, drop or repeat a call.
 
     Returns:
       bind(*operands, **parameters) -> arrays in the pytree that `results` returns.
@@ -88,7 +91,7 @@ def make_primitive(
             del values["group"]
         shared = {} if aliases is None else aliases(*ctx.avals_in, **parameters)
         call = jax.ffi.ffi_lowering(
-            f"jax_ep.{stem}", has_side_effect=False, operand_output_aliases=shared
+            f"jax_ep.{stem}", has_side_effect=not is_pure, operand_output_aliases=shared
         )
         return call(ctx, *operands, **values)
 

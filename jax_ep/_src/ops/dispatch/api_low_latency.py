@@ -1,7 +1,7 @@
 """low_latency_dispatch: the dispatch of a decoding step, with the results of dispatch."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jax_ep._src.base.options import (
     Quantize,
     QuantizeName,
 )
-from jax_ep._src.base.spec import DispatchSpec
+from jax_ep._src.base.spec import DispatchResults, DispatchSpec
 from jax_ep._src.group.group import Group
 from jax_ep._src.ops.common.checks import Checks
 from jax_ep._src.ops.common.few_tokens import require_dispatch
@@ -104,29 +104,80 @@ def low_latency_dispatch(
       Rank masks: DeepEP #370, TensorRT-LLM (2026), FlashInfer's fault tolerance (2026).
     """
     group = _check.group(group)
-    arrangement = _check.choice(LowLatencyLayout, layout, name="layout")
+    routing = prepare_low_latency(
+        _check,
+        x,
+        topk_idx,
+        topk_weights,
+        group=group,
+        num_experts=num_experts,
+        max_tokens_per_rank=max_tokens_per_rank,
+        recv_capacity=recv_capacity,
+        layout=layout,
+        quantize=quantize,
+        payload=payload,
+        num_sms=num_sms,
+        backend=backend,
+    )
+    spec, rows, topk_weights, topk_idx, has_scales = routing
+    mask = _check.rank_mask(rank_mask, group)
+    require_dispatch(spec, topk_idx.shape, rows, leaves_out=mask is not None)
+    rows, topk_weights, topk_idx, mask = vary_alike((rows, topk_weights, topk_idx, mask), group)
+    routed = vjp.dispatch(spec, rows, topk_weights, topk_idx, mask)
+    return assemble_low_latency(spec, topk_idx, routed, has_scales=has_scales)
+
+
+class LowLatencyRouting(NamedTuple):
+    """The checked arguments of a low-latency dispatch."""
+
+    spec: DispatchSpec
+    rows: tuple[jax.Array, ...]
+    topk_weights: jax.Array | None
+    topk_idx: jax.Array
+    has_scales: bool
+
+
+def prepare_low_latency(
+    check: Checks,
+    x: Any,
+    topk_idx: Any,
+    topk_weights: Any,
+    *,
+    group: Any,
+    num_experts: Any,
+    max_tokens_per_rank: Any,
+    recv_capacity: Any,
+    layout: Any,
+    quantize: Any,
+    payload: Any,
+    num_sms: int | None,
+    backend: str | None,
+) -> LowLatencyRouting:
+    """Checks the arguments of a low-latency dispatch, but not whether the group has room for it."""
+    group = check.group(group)
+    arrangement = check.choice(LowLatencyLayout, layout, name="layout")
     given = Quantize.NONE if quantize is None else quantize
-    how = _check.choice(Quantize, given, name="quantize")
-    rows = _streams(x, payload, how)
+    how = check.choice(Quantize, given, name="quantize")
+    rows = _streams(check, x, payload, how)
     num_tokens = rows[0].shape[0]
-    most = _check.integer(max_tokens_per_rank, minimum=1, name="max_tokens_per_rank")
+    most = check.integer(max_tokens_per_rank, minimum=1, name="max_tokens_per_rank")
     if num_tokens > most:
         raise ConfigError(
-            f"{_check.op}: x must have at most max_tokens_per_rank={most} tokens, got {num_tokens}"
+            f"{check.op}: x must have at most max_tokens_per_rank={most} tokens, got {num_tokens}"
         )
-    num_experts = _check.num_experts(num_experts, group)
+    num_experts = check.num_experts(num_experts, group)
     is_batched = arrangement is LowLatencyLayout.BATCHED
     in_rows = Layout.RANK if arrangement is LowLatencyLayout.RANK else Layout.EXPERT
     stride = group.num_ranks * most if is_batched else 0
     if is_batched:
         if recv_capacity is not None:
             raise ConfigError(
-                f"{_check.op}: recv_capacity must be left out with layout='batched', "
+                f"{check.op}: recv_capacity must be left out with layout='batched', "
                 f"got {recv_capacity}"
             )
         recv_capacity = stride * (num_experts // group.num_ranks)
     elif recv_capacity is None:
-        ids = _check.topk_idx(topk_idx, num_experts=num_experts)
+        ids = check.topk_idx(topk_idx, num_experts=num_experts)
         recv_capacity = compute_capacity(
             num_tokens=most,
             num_topk=ids.shape[1],
@@ -136,7 +187,7 @@ def low_latency_dispatch(
             balance=None,
         )
     spec, topk_idx, topk_weights = prepare(
-        _check,
+        check,
         topk_idx,
         topk_weights,
         num_tokens=num_tokens,
@@ -152,33 +203,36 @@ def low_latency_dispatch(
         quantize=how,
         mode=ExchangeMode.LOW_LATENCY,
     )
-    mask = _check.rank_mask(rank_mask, group)
-    require_dispatch(spec, topk_idx.shape, rows, leaves_out=mask is not None)
-    rows, topk_weights, topk_idx, mask = vary_alike((rows, topk_weights, topk_idx, mask), group)
-    routed = vjp.dispatch(spec, rows, topk_weights, topk_idx, mask)
     has_scales = how is not Quantize.NONE or isinstance(x, tuple)
+    return LowLatencyRouting(spec, rows, topk_weights, topk_idx, has_scales)
+
+
+def assemble_low_latency(
+    spec: DispatchSpec, topk_idx: jax.Array, routed: DispatchResults, *, has_scales: bool
+) -> Dispatched:
+    """Makes the caller's result, handle included, from the results of a back end."""
     return _batched(spec, assemble(spec, topk_idx, routed, has_scales=has_scales))
 
 
-def _streams(x: Any, payload: Any, quantize: Quantize) -> tuple[jax.Array, ...]:
+def _streams(check: Checks, x: Any, payload: Any, quantize: Quantize) -> tuple[jax.Array, ...]:
     """Returns the arrays that travel, one row per token: x, its scales, the payload."""
     if isinstance(x, tuple):
         if len(x) != 2 or quantize is not Quantize.NONE:
             raise ConfigError(
-                f"{_check.op}: x must be an array, or with quantize=None a pair, "
+                f"{check.op}: x must be an array, or with quantize=None a pair, "
                 f"got {len(x)} arrays with quantize={quantize.value!r}"
             )
-        first = _check.rows(x[0], name="x[0]", dtypes=_OPAQUE_DTYPES)
-        rows = [first, _check.stream(x[1], first.shape[0], name="scales")]
+        first = check.rows(x[0], name="x[0]", dtypes=_OPAQUE_DTYPES)
+        rows = [first, check.stream(x[1], first.shape[0], name="scales")]
     else:
-        rows = [_check.rows(x, name="x")]
+        rows = [check.rows(x, name="x")]
         if quantize is not Quantize.NONE and rows[0].shape[1] % config.FP8_BLOCK:
             raise ShapeError(
-                f"{_check.op}: x must be [num_tokens, hidden] with hidden a multiple of "
+                f"{check.op}: x must be [num_tokens, hidden] with hidden a multiple of "
                 f"{config.FP8_BLOCK} for quantize={quantize.value!r}, got shape {rows[0].shape}"
             )
     if payload is not None:
-        rows.append(_check.stream(payload, rows[0].shape[0], name="payload"))
+        rows.append(check.stream(payload, rows[0].shape[0], name="payload"))
     return tuple(rows)
 
 

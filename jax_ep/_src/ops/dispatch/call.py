@@ -17,8 +17,23 @@ from jax_ep._src.ops.dispatch import stock
 from jax_ep._src.ops.dispatch.fp8 import round_rows
 
 
+class Results(NamedTuple):
+    """Arrays, or their shape and dtype, in the order of the handler; without scratch."""
+
+    group_sizes: Any
+    num_recv: Any
+    num_dropped: Any
+    num_invalid: Any
+    recv_src: Any
+    recv_k: Any
+    send_row: Any
+    recv_topk_idx: Any
+    recv_weights: Any
+    rows: tuple[Any, ...]
+
+
 class _Results(NamedTuple):
-    """Arrays, or their shape and dtype, in the order of the handler."""
+    """The same with scratch. The names of the first fields are those of Results."""
 
     group_sizes: Any
     num_recv: Any
@@ -34,27 +49,25 @@ class _Results(NamedTuple):
     rows: tuple[Any, ...]
 
 
-def _results(
+def results_without_workspace(
     position: Any,
     topk_idx: Any,
     topk_weights: Any,
-    rank_mask: Any,
     *rows: Any,
-    has_rank_mask: bool,
     has_weights: bool,
     layout: Layout,
     num_experts: int,
     num_ranks: int,
     quantize: Quantize,
     recv_capacity: int,
-    workspace_bytes: int,
     **_: Any,
-) -> _Results:
+) -> Results:
+    """The shape rule of a dispatch, without scratch."""
     num_tokens, num_topk = topk_idx.shape
     is_rank_layout = layout is Layout.RANK
     choices = (recv_capacity, num_topk)
     weights = choices if is_rank_layout else (recv_capacity,)
-    return _Results(
+    return Results(
         group_sizes=Result((num_experts // num_ranks,), jnp.int32),
         num_recv=Result((1,), jnp.int32),
         num_dropped=Result((1,), jnp.int32),
@@ -64,31 +77,50 @@ def _results(
         send_row=Result((num_tokens, num_ranks if is_rank_layout else num_topk), jnp.int32),
         recv_topk_idx=Result(choices if is_rank_layout else (0,), jnp.int32),
         recv_weights=Result(weights if has_weights else (0,), jnp.float32),
-        rank_mask=Result((num_ranks if has_rank_mask else 0,), jnp.bool_),
-        workspace=Result((workspace_bytes,), jnp.uint8),
         rows=tuple(
             Result((recv_capacity, *width), dtype) for width, dtype in sent_rows(rows, quantize)
         ),
     )
 
 
+def _results(
+    position: Any,
+    topk_idx: Any,
+    topk_weights: Any,
+    rank_mask: Any,
+    *rows: Any,
+    has_rank_mask: bool,
+    workspace_bytes: int,
+    **parameters: Any,
+) -> _Results:
+    results = results_without_workspace(position, topk_idx, topk_weights, *rows, **parameters)
+    return _Results(
+        rank_mask=Result(rank_mask.shape if has_rank_mask else (0,), jnp.bool_),
+        workspace=Result((workspace_bytes,), jnp.uint8),
+        **results._asdict(),
+    )
+
+
+ATTRIBUTES = (
+    "expert_alignment",
+    "expert_stride",
+    "fill",
+    "group",
+    "has_rank_mask",
+    "has_weights",
+    "layout",
+    "mode",
+    "num_experts",
+    "num_sms",
+    "quantize",
+)
+
+
 _bind = make_primitive(
     "dispatch",
     _results,
     platforms=("cpu", "cuda"),
-    attributes=(
-        "expert_alignment",
-        "expert_stride",
-        "fill",
-        "group",
-        "has_rank_mask",
-        "has_weights",
-        "layout",
-        "mode",
-        "num_experts",
-        "num_sms",
-        "quantize",
-    ),
+    attributes=ATTRIBUTES,
 )
 
 
@@ -164,6 +196,15 @@ def dispatch(
         recv_capacity=spec.recv_capacity,
         workspace_bytes=_workspace_bytes(spec, topk_idx.shape, mode),
     )
+    return as_results(spec, results, has_weights=topk_weights is not None)._replace(
+        rank_mask=results.rank_mask if has_rank_mask else rank_mask
+    )
+
+
+def as_results(
+    spec: DispatchSpec, results: Results | _Results, *, has_weights: bool
+) -> DispatchResults:
+    """Returns the results of a handler without those that stand for nothing."""
     is_rank_layout = spec.layout is Layout.RANK
     return DispatchResults(
         group_sizes=results.group_sizes,
@@ -174,9 +215,8 @@ def dispatch(
         recv_k=None if is_rank_layout else results.recv_k,
         send_row=results.send_row,
         recv_topk_idx=results.recv_topk_idx if is_rank_layout else None,
-        recv_weights=None if topk_weights is None else results.recv_weights,
+        recv_weights=results.recv_weights if has_weights else None,
         rows=results.rows,
-        rank_mask=results.rank_mask if has_rank_mask else rank_mask,
     )
 
 

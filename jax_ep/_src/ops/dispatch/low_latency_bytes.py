@@ -1,4 +1,4 @@
-"""low_latency_bytes: computes the memory of a group for low-latency exchanges."""
+"""low_latency_bytes, in_flight_bytes: compute the memory of a group for low-latency exchanges."""
 
 from typing import Any
 
@@ -44,7 +44,78 @@ def low_latency_bytes(
     Collective: no.
     Raises: ConfigError, DTypeError.
     """
-    check = Checks("low_latency_bytes")
+    return (
+        _bytes_of_half(
+            Checks("low_latency_bytes"),
+            max_tokens_per_rank=max_tokens_per_rank,
+            hidden=hidden,
+            num_topk=num_topk,
+            num_ranks=num_ranks,
+            dtype=dtype,
+            quantize=quantize,
+            scales_bytes=scales_bytes,
+            payload_bytes=payload_bytes,
+        )
+        * 2
+    )
+
+
+def in_flight_bytes(
+    *,
+    max_tokens_per_rank: int,
+    hidden: int,
+    num_topk: int,
+    num_ranks: int,
+    dtype: DTypeLike = jnp.bfloat16,
+    quantize: QuantizeName | None = None,
+    scales_bytes: int = 0,
+    payload_bytes: int = 0,
+) -> int:
+    """Computes the bytes for `Group.open(in_flight_bytes=...)`.
+
+    Args:
+      max_tokens_per_rank: as in low_latency_bytes; the other arguments, too.
+      hidden: elements of a row.
+      num_topk: experts of each token.
+      num_ranks: ranks of the group.
+      dtype: dtype of the rows of `low_latency_dispatch_send` and `low_latency_combine_send`.
+      quantize: as in low_latency_dispatch_send.
+      scales_bytes: bytes of a row of the scales that the caller brings.
+      payload_bytes: bytes of a row of the payload.
+
+    Returns:
+      The number of bytes that each GPU needs: twice those of low_latency_bytes, since two exchanges
+      may be in flight.
+
+    Collective: no.
+    Raises: ConfigError, DTypeError.
+    """
+    return _bytes_of_half(
+        Checks("in_flight_bytes"),
+        max_tokens_per_rank=max_tokens_per_rank,
+        hidden=hidden,
+        num_topk=num_topk,
+        num_ranks=num_ranks,
+        dtype=dtype,
+        quantize=quantize,
+        scales_bytes=scales_bytes,
+        payload_bytes=payload_bytes,
+    ) * (2 * limits.MAX_IN_FLIGHT)
+
+
+def _bytes_of_half(
+    check: Checks,
+    *,
+    max_tokens_per_rank: int,
+    hidden: int,
+    num_topk: int,
+    num_ranks: int,
+    dtype: DTypeLike,
+    quantize: QuantizeName | None,
+    scales_bytes: int,
+    payload_bytes: int,
+) -> int:
+    """Returns the bytes of what each rank sends to another in one call, from all ranks."""
     tokens = _bounded(check, max_tokens_per_rank, config.MAX_INDEX, name="max_tokens_per_rank")
     num_ranks = _bounded(check, num_ranks, config.MAX_INDEX, name="num_ranks")
     num_topk = _bounded(check, num_topk, limits.MAX_TOPK, name="num_topk")
@@ -74,7 +145,7 @@ def low_latency_bytes(
         limits.low_latency_payload(tokens, num_topk, sent),
         *(limits.low_latency_payload(tokens, 0, row) for row in sums),
     )
-    return 2 * num_ranks * most
+    return num_ranks * most
 
 
 def _bounded(check: Checks, value: Any, most: int, *, name: str) -> int:
