@@ -1,12 +1,14 @@
 """Low-latency operations that leave ranks out; the conformance suite compares their values."""
 
 import re
+import signal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from decoding import NUM_RANKS, TOKENS, inputs, send
+from process_programs import has_passed, run_on_cpus
 
 import jax_ep
 from jax_ep.testing.ranks import make_mesh, on_ranks
@@ -181,3 +183,10 @@ def test_a_group_that_survives_has_no_loss(monkeypatch):
 def test_survives_is_true_or_false():
     with pytest.raises(jax_ep.ConfigError, match="survives must be True or False, got 1"):
         jax_ep.Group.open(make_mesh(NUM_RANKS), "ep", survives=1)
+
+
+def test_a_process_that_survives_ends_without_the_other():
+    """JAX's own shutdown would wait for the lost process until its heartbeats are missed."""
+    codes = [0, -signal.SIGKILL]
+    outputs = run_on_cpus("survives_a_loss", devices=1, deadline=60.0, exit_codes=codes)
+    assert has_passed(outputs[0])
