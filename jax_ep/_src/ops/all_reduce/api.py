@@ -55,8 +55,9 @@ def all_reduce(
     Gradient: as with `lax.psum`, with check_vma on and off.
     Raises: ConfigError, DTypeError, GroupError while tracing; PeerTimeoutError, GroupError from
       `group.check()`.
-    Source: TensorRT-LLM's and SGLang's all-reduce, whose data is its own signal, for low_latency; vLLM's custom all-reduce (2024) for
-      the one-shot and the two-shot. These read and write XLA's buffers, without registration.
+    Source: the all-reduce of TensorRT-LLM and of SGLang (2025), whose data is its own signal, for
+      low_latency; vLLM's custom all-reduce (2024) for the one-shot and the two-shot. These read and
+      write XLA's buffers, without registration.
     """
     check = Checks("all_reduce")
     check.group(group)
