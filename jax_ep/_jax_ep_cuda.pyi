@@ -75,7 +75,9 @@ class Group:
 
     @property
     def in_flight_bytes(self) -> int:
-        """Room for packets of flights: exchanges that are sent and received apart."""
+        """
+        Room for packets of flights: exchanges that are sent and received apart.
+        """
 
     def export_position(self, index: int, address: int) -> tuple[list[int], int, int]:
         """

@@ -46,7 +46,9 @@ def test_info_gives_reasons(group):
 @pytest.fixture(scope="module")
 def of_many_tokens():
     """Returns a group whose plain calls never take the kernels for few tokens."""
-    with jax_ep.Group.open(_mesh(), "ep", name="many", num_sms=16, timeout=120.0) as opened:
+    with jax_ep.Group.open(
+        _mesh(), "ep", name="many", num_sms=16, timeout=120.0, in_flight_bytes=32 << 20
+    ) as opened:
         yield opened
 
 

@@ -40,10 +40,12 @@ struct MaskedCall : PushCall {
         is_asked_(PacketLane() < self.num_ranks && rank_mask[PacketLane()]),
         left_out_(LoadRelaxed(&self.own()->left_out)) {}
 
-  __device__ void Settle(const Endpoint& self) {
+  // A call that is aborted leaves nobody out: its mask may be the result of another such call.
+  __device__ void Settle(const Endpoint& self, bool is_aborted) {
     const uint32_t asked = __ballot_sync(~0u, is_asked_);
     const uint32_t all = ~0u >> (kWarpSize - self.num_ranks);
-    if (blockIdx.x == 0 && threadIdx.x == 0 && (all & ~asked & ~left_out_) != 0) {
+    const bool is_first = blockIdx.x == 0 && threadIdx.x == 0;
+    if (is_first && !is_aborted && (all & ~asked & ~left_out_) != 0) {
       atomicOr(&self.own()->left_out, all & ~asked);
     }
     ranks = asked & ~left_out_;

@@ -40,7 +40,7 @@ struct LanePackets {
 struct PushCall {
   static constexpr bool kLeavesOut = false;
   // What calls that leave ranks out do otherwise (device/masked_calls.cuh).
-  __device__ static void Settle(const Endpoint&) {}
+  __device__ static void Settle(const Endpoint&, bool) {}
   __device__ static constexpr bool Includes(int) { return true; }
   __device__ static constexpr uint32_t Among(uint32_t ranks) { return ranks; }
 
@@ -78,7 +78,7 @@ __device__ bool Begin(const Endpoint& self, OpId op, const int32_t* position, Ca
                                   .epoch = epoch,
                                   .tag = TagOf(op, self.site),
                                   .before = is_first ? TakeTurn(&self.own()->turn) : Signal{}};
-  call.Settle(self);
+  call.Settle(self, is_aborted);
   if (is_aborted) return false;
   if (found != self.position) {
     if (is_first) {

@@ -71,8 +71,7 @@ class LateDispatch {
   // others do. Returns the masks that they have then.
   std::vector<std::vector<uint8_t>> RunCut(std::chrono::milliseconds pause) {
     ranks_.Select(kLate);
-    const Device<uint8_t> nowhere(
-        std::vector<uint8_t>(SharedBytes(kNumRanks, kAskedRooms), 0));
+    const Device<uint8_t> nowhere(std::vector<uint8_t>(SharedBytes(kNumRanks, kAskedRooms), 0));
     std::vector<Device<uint8_t>> masks;
     std::vector<Device<int32_t>> sums;
     for (int r = 0; r < kNumRanks; ++r) {

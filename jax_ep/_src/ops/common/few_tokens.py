@@ -88,7 +88,7 @@ def require_combine(spec: RouteSpec, index: RowIndex, rows: jax.Array) -> None:
 
 def has_halves(spec: DispatchSpec | RouteSpec) -> bool:
     """Returns whether kernels send and receive apart; elsewhere a receive does everything."""
-    return _has_kernels(spec)
+    return _has_kernels(spec) and spec.group.has_flights
 
 
 def half_sms(spec: DispatchSpec | RouteSpec) -> int:
@@ -100,7 +100,8 @@ def require_dispatch_halves(
     spec: DispatchSpec, routing: tuple[int, ...], rows: Sequence[jax.Array]
 ) -> None:
     """Raises ConfigError if kernels cannot send and receive a dispatch apart."""
-    if not _has_kernels(spec):
+    if not has_halves(spec):
+        require_dispatch(spec, routing, rows)
         return
     if _drops_rows(spec, routing):
         raise ConfigError(
@@ -114,7 +115,9 @@ def require_dispatch_halves(
 
 def require_combine_halves(spec: RouteSpec, index: RowIndex, rows: jax.Array) -> None:
     """Raises ConfigError if kernels cannot send and receive a combine apart."""
-    if _has_kernels(spec):
+    if not has_halves(spec):
+        require_combine(spec, index, rows)
+    else:
         _require(spec, _why_no_combine(spec, index.send_row.shape, rows, is_halved=True))
 
 
