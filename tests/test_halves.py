@@ -13,6 +13,8 @@ import jax_ep
 from jax_ep._src.base import limits
 from jax_ep.testing.ranks import make_mesh, on_ranks
 
+pytestmark = pytest.mark.dealt
+
 
 @pytest.fixture(scope="module")
 def group():

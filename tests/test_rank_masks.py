@@ -13,6 +13,8 @@ from process_programs import has_passed, run_on_cpus
 import jax_ep
 from jax_ep.testing.ranks import make_mesh, on_ranks
 
+pytestmark = pytest.mark.dealt
+
 ALONE = np.array([True, False])
 
 

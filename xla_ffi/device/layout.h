@@ -69,7 +69,7 @@ static_assert(sizeof(ControlBlock) == sizeof(CallSignals) + sizeof(CombineSignal
 /// halves alternate (NextEpoch).
 ///
 /// A slot takes a vector of 16 bytes in one store, and is empty before and after
-/// (device/slots.cuh). Each slot has a word of escapes.
+/// (device/slots.cuh). Each slot has an escape.
 inline constexpr size_t kSlots = 256 * 1024;  // of all ranks together, in one half
 /// Fills an empty slot.
 inline constexpr uint8_t kAbsentByte = 0xf5;
@@ -114,7 +114,7 @@ struct AskedRooms {
 
 /// Offsets of the parts. Only the last three depend on the number of ranks.
 inline constexpr size_t kEscapesOffset = (sizeof(ControlBlock) + 255) / 256 * 256;
-inline constexpr size_t kSlotsOffset = kEscapesOffset + 2 * kSlots * sizeof(uint32_t);
+inline constexpr size_t kSlotsOffset = kEscapesOffset + 2 * kSlots * sizeof(Signal);
 inline constexpr size_t kPushedOffset = kSlotsOffset + 2 * kSlots * kSlotBytes;
 constexpr size_t LowLatencyOffset(int num_ranks) { return kPushedOffset + PushBytes(num_ranks); }
 constexpr size_t InFlightOffset(int num_ranks, const AskedRooms& asked) {

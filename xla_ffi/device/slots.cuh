@@ -5,7 +5,7 @@
 // that half of the slots two calls later (device/layout.h).
 //
 // Two values of a vector cannot be stored as they are: kAbsent, and kStandIn, which is stored for
-// both of them. The slot's word of escapes then says which. No array of equal elements holds either
+// both of them. The slot's escape then says which. No array of equal elements holds either
 // of them, but for one of the very byte kAbsentByte, so this is rare.
 #pragma once
 
@@ -44,16 +44,14 @@ __device__ inline std::byte* SlotAt(const Endpoint& self, int holder, uint32_t i
   return reinterpret_cast<std::byte*>(self.control[holder]) + kSlotsOffset +
          uint64_t{i} * kVectorBytes;
 }
-__device__ inline uint32_t* EscapeAt(const Endpoint& self, int holder, uint32_t i) {
-  auto* const words = reinterpret_cast<uint32_t*>(
-      reinterpret_cast<std::byte*>(self.control[holder]) + kEscapesOffset);
-  return words + i;
+__device__ inline Signal* EscapeAt(const Endpoint& self, int holder, uint32_t i) {
+  auto* const cells = reinterpret_cast<Signal*>(reinterpret_cast<std::byte*>(self.control[holder]) +
+                                                kEscapesOffset);
+  return cells + i;
 }
 
-/// What an escape says in a call: one of two words that differ from those of the calls before.
-__device__ inline uint32_t EscapeOf(uint32_t epoch, bool is_absent) {
-  return epoch ^ (is_absent ? 1u << 31 : 0);
-}
+/// Values of an escape, and of a wait for one.
+enum Escape : uint32_t { kIsStandIn, kIsAbsent, kNeverComes };
 
 __device__ inline Packet ToPacket(uint4 vector) {
   return {.low = uint64_t{vector.y} << 32 | vector.x, .high = uint64_t{vector.w} << 32 | vector.z};
@@ -64,9 +62,9 @@ __device__ inline uint4 ToVector(const Packet& packet) {
 }
 
 /// Stores a vector that looks like no vector, or like its stand-in.
-static __device__ __noinline__ void StoreEscaped(std::byte* slot, uint32_t* escape, uint32_t epoch,
+static __device__ __noinline__ void StoreEscaped(std::byte* slot, Signal* escape, uint32_t epoch,
                                                  bool is_absent) {
-  StoreRelaxed(escape, EscapeOf(epoch, is_absent));
+  StoreRelaxed(escape, {epoch, is_absent ? kIsAbsent : kIsStandIn});
   StorePacket(slot, {.low = kAbsentWord, .high = kStandInWord});
 }
 
@@ -122,16 +120,16 @@ __device__ bool AreThere(const Arrivals<kCount>& found, const PushCall& call) {
   return found.called.epoch == call.epoch && (are_there || found.called.value != call.tag);
 }
 
-/// Waits for the escape of a stand-in. 0 if the group fails first, which no escape is.
+/// Waits for the escape of a stand-in. kNeverComes: the group fails first.
 static __device__ __noinline__ uint32_t AwaitEscape(const Endpoint& self, OpId op, uint32_t epoch,
                                                     int peer, uint32_t i) {
-  const uint32_t* const escape = EscapeAt(self, self.rank, i);
-  uint32_t found = 0;
+  const Signal* const escape = EscapeAt(self, self.rank, i);
+  Signal found{};
   const bool is_there = WaitUntil(self, op, peer, [&] {
     found = LoadRelaxed(escape);
-    return found == EscapeOf(epoch, true) || found == EscapeOf(epoch, false);
+    return found.epoch == epoch;
   });
-  return is_there ? found : 0;
+  return is_there ? found.value : kNeverComes;
 }
 
 /// Waits for a peer's vectors, and empties their slots. False if the group fails first.
@@ -153,8 +151,8 @@ __device__ bool ReceiveVectors(const Endpoint& self, const PushCall& call, int p
     StorePacket(SlotAt(self, self.rank, i), {.low = kAbsentWord, .high = kAbsentWord});
     if (found.at[v].low == kAbsentWord && found.at[v].high == kStandInWord) {
       const uint32_t escape = AwaitEscape(self, call.op, call.epoch, peer, i);
-      if (escape == EscapeOf(call.epoch, true)) vectors[v].z ^= 1;
-      is_good &= escape != 0;
+      if (escape == kIsAbsent) vectors[v].z ^= 1;
+      is_good &= escape != kNeverComes;
     }
   }
   return is_good;
