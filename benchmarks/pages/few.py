@@ -24,7 +24,7 @@ def few_tokens(page: str) -> str:
 
 
 def late_rank(page: str) -> str:
-    """What a late rank costs its peers beyond its delay."""
+    """The cost of a late rank for its peers, beyond its delay."""
 
     def cells(found: Records, op: str) -> Row:
         late = [found[op, kind]["steps"] for kind in _KINDS if (op, kind) in found]

@@ -59,7 +59,7 @@ struct FlightSlots {
   }
 };
 
-/// What all threads of a kernel of a flight know at its begin.
+/// State of a flight at the begin of its kernel, known to all threads.
 struct FlightBegin {
   FlightCall call;
   FlightSlots slots;

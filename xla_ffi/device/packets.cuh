@@ -39,7 +39,7 @@ struct LanePackets {
 /// other kinds.
 struct PushCall {
   static constexpr bool kLeavesOut = false;
-  // What calls that leave ranks out do otherwise (device/masked_calls.cuh).
+  // Calls that leave ranks out have other versions of these (device/masked_calls.cuh).
   __device__ static void Settle(const Endpoint&, bool) {}
   __device__ static constexpr bool Includes(int) { return true; }
   __device__ static constexpr uint32_t Among(uint32_t ranks) { return ranks; }

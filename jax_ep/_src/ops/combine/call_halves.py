@@ -18,7 +18,7 @@ Arrays = Sequence[jax.Array]
 
 
 class Sums(NamedTuple):
-    """What a send adds up, and a receive reads. `weights`: at the rows."""
+    """Operands that a send adds up, and a receive reads. `weights`: at the rows."""
 
     places: RowIndex
     rows: jax.Array

@@ -1,4 +1,4 @@
-"""What the two halves of an exchange share: a send that starts it, and a receive that ends it."""
+"""Common parts of the halves of an exchange: a send starts it, and a receive ends it."""
 
 from collections.abc import Callable, Sequence
 from functools import partial

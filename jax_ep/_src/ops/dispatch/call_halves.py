@@ -19,7 +19,7 @@ Arrays = Sequence[jax.Array]
 
 
 class Tokens(NamedTuple):
-    """What a send sends, and a receive reads of this rank's own."""
+    """Operands that a send sends, and of which a receive reads this rank's own."""
 
     topk_idx: jax.Array
     topk_weights: jax.Array | None
