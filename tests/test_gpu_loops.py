@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,9 @@ STEPS, TOKENS, TOPK, HIDDEN, PER_RANK = 4, 8, 2, 256, 2
 @pytest.fixture(scope="module")
 def group():
     mesh = make_mesh(len(jax.devices("gpu")))
-    with jax_ep.Group.open(mesh, "ep", name="loops", timeout=60.0) as opened:
+    with jax_ep.Group.open(
+        mesh, "ep", name="loops", timeout=60.0, in_flight_bytes=8 << 20
+    ) as opened:
         yield opened
 
 
@@ -112,3 +115,50 @@ def test_residuals_of_a_scan_over_layers_cost_no_exchange(group):
     for gradient in compiled(*own):
         assert np.isfinite(np.asarray(gradient)).all()
     group.check()
+
+
+def _stack(exchange, *stacks):
+    return jax.lax.scan(lambda carry, step: (carry, exchange(*step)), 0, stacks)[1]
+
+
+def test_halves_over_slices_of_stacks_are_made_once(group):
+    """XLA keeps a call that is not pure beside its fusion with a slice, unless it sees none."""
+    sizes = {
+        "group": group,
+        "num_experts": PER_RANK * group.num_ranks,
+        "max_tokens_per_rank": TOKENS,
+    }
+
+    def halved(x, ids):
+        sent = jax_ep.low_latency_dispatch_send(x, ids, through=x, **sizes)
+        out = jax_ep.low_latency_dispatch_recv(sent, after=sent.through)
+        rows = jnp.where(out.handle.recv_src[:, None] >= 0, out.x, 0)
+        back = jax_ep.low_latency_combine_send(rows, out.handle, through=rows)
+        y = jax_ep.low_latency_combine_recv(back, after=back.through)
+        return rows, y, out.group_sizes, sent.through, back.through
+
+    def whole(x, ids):
+        out = jax_ep.low_latency_dispatch(x, ids, **sizes)
+        rows = jnp.where(out.handle.recv_src[:, None] >= 0, out.x, 0)
+        return rows, jax_ep.low_latency_combine(rows, out.handle), out.group_sizes, x, rows
+
+    rng = np.random.default_rng(2)
+    num_ranks = group.num_ranks
+    own = place(
+        (
+            rng.standard_normal((num_ranks, STEPS, TOKENS, HIDDEN)).astype(jnp.bfloat16),
+            np.argsort(rng.random((num_ranks, STEPS, TOKENS, PER_RANK * num_ranks)), axis=-1)[
+                ..., :TOPK
+            ].astype(np.int32),
+        ),
+        group.mesh,
+    )
+    results = []
+    for exchange in (halved, whole):
+        step = on_ranks(partial(_stack, exchange), group.mesh, check_vma=False)
+        compiled = jax.jit(step).lower(*own).compile()
+        assert set(_count(compiled).values()) == {1}
+        results.append(jax.tree.map(np.asarray, compiled(*own)))
+        group.check()
+    for got, wanted in zip(*results, strict=True):
+        np.testing.assert_array_equal(got.view(np.uint8), wanted.view(np.uint8))

@@ -52,7 +52,6 @@ class GroupSpec:
       has_packets: whether 16 bytes arrive at a peer at once; algorithm low_latency needs that.
       low_latency_room: bytes that one rank can send to another in a low-latency exchange on GPUs.
       in_flight_room: the same where the exchange is sent and received apart.
-      has_flights: whether kernels do that, where there are such kernels.
     """
 
     identity: str
@@ -63,7 +62,6 @@ class GroupSpec:
     has_packets: bool = True
     low_latency_room: int = 0
     in_flight_room: int = 0
-    has_flights: bool = True
 
     @property
     def num_ranks(self) -> int:
