@@ -1,6 +1,7 @@
 """Groups with several nodes: dispatch and combine in two levels, on virtual nodes of one host."""
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -184,3 +185,14 @@ def test_batches_run_in_two_levels(noded):
     mapped, in_a_row = on_group(both, group)(xs, ids)
     assert_same_bits(mapped, np.asarray(in_a_row))
     assert np.asarray(mapped).any()
+
+
+def test_operands_without_room_cross_by_stock_collectives():
+    """Ids have room for copies, rows of tokens have none: both ways of a rail mix in one call."""
+    check = BY_NAME["other_rows_along_a_handle[layout=expert,capacity=half]"]
+    with jax_ep.Group.open(make_mesh(4), "ep", name="staged", ranks_per_node=2) as group:
+        levels = group.spec.levels
+        assert levels is not None
+        node, rail = (replace(part, staging_bytes=512) for part in (levels.node, levels.rail))
+        group.spec = replace(group.spec, levels=replace(levels, node=node, rail=rail))
+        check(group, "cpu")

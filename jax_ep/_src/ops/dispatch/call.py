@@ -173,8 +173,8 @@ def dispatch(
 
     `num_parts`: with P parts the tokens [P * T] of each of R ranks are those of P sources, one part
     behind the other. Part p of rank r is source p * R + r. Rows of the results are in the order of
-    sources and tokens, and recv_src is source * T + token. Only the custom call for many tokens
-    knows of parts.
+    sources and tokens, and recv_src is source * T + token. The kernels for few tokens know of no
+    parts.
 
     XLA's collectives carry the dispatch if the custom call has no room to stage the operands. All
     ranks have the same room. Peers read no operands of the kernels for few tokens.
@@ -187,14 +187,13 @@ def dispatch(
         mode, num_sms = dispatch_kernels(spec, topk_idx.shape, rows)
     is_few = mode is ExchangeMode.LOW_LATENCY
     is_custom = is_few or is_carried(spec, topk_idx, topk_weights, rows)
-    if num_parts != 1 and not is_custom:
-        raise ConfigError(f"{spec.op}: stock collectives carry one part, got num_parts={num_parts}")
     if rank_mask is not None and not is_few:
         topk_idx = _living_choices(spec, topk_idx, rank_mask)
     if spec.quantize is not Quantize.NONE and not is_few:
         rows = (*round_rows(rows[0], spec.quantize), *rows[1:])
     if not is_custom:
-        return stock.dispatch(spec, topk_idx, topk_weights, rows)._replace(rank_mask=rank_mask)
+        routed = stock.dispatch(spec, topk_idx, topk_weights, rows, num_parts=num_parts)
+        return routed._replace(rank_mask=rank_mask)
     has_rank_mask = rank_mask is not None and is_few
     position = check_mesh(spec.group.position(), spec.group, op=spec.op)
     results: _Results = _bind(
