@@ -18,13 +18,13 @@ struct Slice {
   int32_t first_place;
   int32_t num_tokens;
 
-  // All tokens are countable in int32 (dispatch_ffi.h).
+  // Choices of all ranks are countable in int32 (dispatch_ffi.h).
   __device__ Slice(const PlanShape& shape, int32_t index) {
     const DispatchShape& d = shape.dispatch;
     const int32_t per_source = static_cast<int32_t>(d.num_tokens);
     const int src = index / shape.slices_per_source;
     const int32_t first = index % shape.slices_per_source * shape.tokens_per_slice;
-    const int part = d.PartOf(src);
+    const int part = d.num_parts == 1 ? 0 : d.PartOf(src);  // divisions are slow
     rank = src - part * d.experts.num_ranks;
     first_token = src * per_source + first;
     first_own = part * per_source + first;
