@@ -3,6 +3,7 @@
 import pickle
 import time
 
+import jax
 import numpy as np
 import pytest
 from process_programs import has_passed, run_on_cpus
@@ -91,6 +92,20 @@ def test_failures_of_parts_name_ranks_of_the_group(part, distance):
     assert (error.expected, error.seen) == (2, 1)
     with pytest.raises(jax_ep.PeerTimeoutError):
         on_ranks(make_echo(group), group.mesh)(X, IDS)
+    group.close()
+
+
+def test_failures_name_the_ranks_of_their_slice():
+    """Rank 3 stays away alone: rank 2 waits for it in their node, or rank 1 on their rail."""
+    group = _open(ranks_per_node=2, timeout=1.0)
+    echo = make_echo(group)
+
+    def run(x, ids):
+        return jax.lax.cond(jax.lax.axis_index("ep") < 3, lambda: echo(x, ids), lambda: x)
+
+    with pytest.raises(jax_ep.PeerTimeoutError) as caught:
+        group.check(on_ranks(run, group.mesh)(X, IDS))
+    assert (caught.value.rank, caught.value.peer) in {(2, 3), (1, 3)}
     group.close()
 
 
