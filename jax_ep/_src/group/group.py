@@ -17,6 +17,7 @@ from jax_ep._src.group.info import GroupInfo
 from jax_ep._src.group.settings import OpenArguments, Settings
 from jax_ep._src.group.shard_map import require_mesh_of
 from jax_ep._src.processes import interrupts
+from jax_ep._src.processes.domains import Nodes
 from jax_ep._src.processes.native_group import NativeGroup
 from jax_ep._src.processes.rendezvous import Rendezvous
 from jax_ep._src.processes.wait import arrays_in, excuse_failures, live_arrays, settle, wait
@@ -47,7 +48,8 @@ class Group:
       survives: whether the group goes on without processes that were lost.
       debug: whether routings are checked on the device.
       identity: name and fingerprint, equal in every process.
-      spec, backends, tuning, budgets: facts for the operations; `info()` describes them to users.
+      spec, nodes, backends, tuning, budgets: facts for the operations; `info()` describes them to
+        users.
     """
 
     mesh: jax.sharding.Mesh
@@ -63,6 +65,7 @@ class Group:
     survives: bool
     debug: bool
     spec: GroupSpec
+    nodes: Nodes
     backends: dict[str, Usability]
     tuning: tables.Table
     budgets: tables.Budgets
@@ -79,7 +82,6 @@ class Group:
         self.axes = arguments.axes
         self.name = arguments.name
         self.num_ranks = arguments.num_ranks
-        self.ranks_per_node = arguments.ranks_per_node
         self.num_sms = arguments.num_sms
         self.low_latency_bytes = arguments.low_latency_bytes
         self.in_flight_bytes = arguments.in_flight_bytes
@@ -87,6 +89,8 @@ class Group:
         self.survives = arguments.survives
         self.spec = arguments.spec
         self.backend = settings.backend
+        self.nodes = settings.nodes
+        self.ranks_per_node = settings.nodes.ranks_per_node
         self.debug = settings.debug
         self.backends = settings.backends
         self.tuning = settings.tuning
@@ -139,7 +143,9 @@ class Group:
             bf16 rows of 7,168 elements between two ranks. 0: plain calls take other kernels.
           in_flight_bytes: the same for `low_latency_dispatch_send` and `low_latency_combine_send`;
             `jax_ep.in_flight_bytes` computes them. Default: 0, for groups that do not use these.
-          ranks_per_node: ranks of one node, consecutive; default: all.
+          ranks_per_node: ranks of one node, consecutive. Default: the ranks of a host if those of a
+            slice are on several hosts, consecutive on each, and equally many; else all ranks.
+            `info()` says where the number comes from.
           survives: whether the group goes on when another process of it ends, in calls with
             `rank_mask`. Then `check()` does not raise for a process that was lost, and Ctrl-C in
             one process ends only the calls of its own ranks.

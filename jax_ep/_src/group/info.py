@@ -20,6 +20,8 @@ class GroupInfo:
       num_ranks: ranks of one slice.
       num_slices: independent copies of the group along the mesh's other axes.
       ranks_per_node: ranks that share memory at full speed.
+      ranks_per_node_from: origin of that number: the argument, the hosts, or why all ranks are one
+        node.
       backend: the back end in use.
       backends: every back end, and why it is or is not usable here.
       staging: why operands are copied to memory that peers can read, the largest size of a copy,
@@ -45,6 +47,7 @@ class GroupInfo:
     num_ranks: int
     num_slices: int
     ranks_per_node: int
+    ranks_per_node_from: str
     backend: str
     backends: dict[str, str]
     staging: str | None
@@ -68,6 +71,7 @@ def describe(group: "Group", native: NativeGroup | None, left_out: tuple[int, ..
         num_ranks=group.num_ranks,
         num_slices=group.mesh.size // group.num_ranks,
         ranks_per_node=group.ranks_per_node,
+        ranks_per_node_from=group.nodes.origin,
         backend=group.backend,
         backends={name: usability.reason for name, usability in group.backends.items()},
         staging=_staging(native),

@@ -52,7 +52,7 @@ def get_group(
         if group is None:
             return _open(kind, found, arguments, **options)
         group.require_usable("Group.get")
-        backend, ranks_per_node = options["backend"], options["ranks_per_node"]
+        backend = options["backend"]
         lookup.require_settings(
             group,
             backend=None if backend == "auto" else backend,
@@ -64,7 +64,7 @@ def get_group(
             in_flight_bytes=(
                 None if options["in_flight_bytes"] is None else arguments.in_flight_bytes
             ),
-            ranks_per_node=None if ranks_per_node is None else arguments.ranks_per_node,
+            ranks_per_node=arguments.ranks_per_node,
             survives=options["survives"],
             debug=options["debug"],
         )

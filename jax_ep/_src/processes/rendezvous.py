@@ -19,6 +19,7 @@ import jax
 from jax_ep._src.base import jax_compat, native_modules
 from jax_ep._src.base.errors import GroupError, PeerTimeoutError
 from jax_ep._src.processes import leaving, unix_links
+from jax_ep._src.processes.domains import domain_of
 from jax_ep._src.processes.kv_exchange import KvExchange
 from jax_ep._src.processes.neighbourhoods import neighbourhoods
 
@@ -40,6 +41,7 @@ class Rendezvous:
       crosses_processes: whether a slice of the mesh spans processes; equal in all processes.
       links: links to the neighbours, after `connect`, until another object takes them over.
       why_not_linked: why there are no links, or None.
+      domains: the name of each process's domain, after `connect`; "" if it is not known.
       asks_for_others: function of the object that took the links over: whether another process
         is still there.
       timeout: seconds that processes wait for one another.
@@ -59,6 +61,7 @@ class Rendezvous:
         self.crosses_processes = any(len(processes) > 1 for processes in self._neighbourhoods)
         self.links: list[unix_links.Link] = []
         self.why_not_linked: str | None = None
+        self.domains = dict.fromkeys(self.processes, "")
         self.asks_for_others: Callable[[], bool] | None = None
         self.timeout = timeout
         self._leaves_alone = False
@@ -141,7 +144,9 @@ class Rendezvous:
                     stack.enter_context(listener)
             except OSError as e:
                 mine["problem"] = str(e)
+            mine["domain"] = domain_of(str(mine["host"]))
             said = self.gather("address", mine)
+            self.domains = {process: told["domain"] for process, told in said.items()}
             self._watch(said)
             if not self.crosses_processes:
                 return
