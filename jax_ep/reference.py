@@ -160,24 +160,37 @@ def combine(
     biases: tuple[Rows, ...] = (),
     *,
     wire: str | None = None,
+    ranks_per_node: int | None = None,
 ) -> Rows:
     """Returns [R, T, H] from rows [R, C, H], weights [R, C] and biases [R, T, H].
 
-    `wire`: "fp8": what a rank adds up for another rank is rounded to fp8.
+    `wire`: "fp8": what a rank adds up for another rank is rounded to fp8. `ranks_per_node`: if
+    there are several nodes, each adds up its ranks and rounds the sum to the rows' dtype; the sums
+    of the nodes are added in their order. None: all ranks are one node.
     """
     xp = jnp if isinstance(rows, jax.Array) else np
     num_ranks = rows.shape[0]
-    total = xp.zeros((num_ranks, plan.num_tokens, rows.shape[2]), xp.float32)
-    for dst in range(num_ranks):
-        if plan.layout == "rank":
-            row = plan.send_row[:, :, dst]
-            part = _where(row >= 0, rows[dst][np.maximum(row, 0)].astype(np.float32))
-        else:
-            part = _sum_of_rank(plan, dst, rows[dst], None if weights is None else weights[dst])
-        if wire == "fp8":
-            is_own = np.arange(num_ranks)[:, None, None] == dst
-            part = xp.where(is_own, part, _through_fp8(part))
-        total = total + part
+    zeros = xp.zeros((num_ranks, plan.num_tokens, rows.shape[2]), xp.float32)
+    per_node = num_ranks if ranks_per_node is None else ranks_per_node
+    sums = []
+    for first in range(0, num_ranks, per_node):
+        total = zeros
+        for dst in range(first, first + per_node):
+            if plan.layout == "rank":
+                row = plan.send_row[:, :, dst]
+                part = _where(row >= 0, rows[dst][np.maximum(row, 0)].astype(np.float32))
+            else:
+                part = _sum_of_rank(plan, dst, rows[dst], None if weights is None else weights[dst])
+            if wire == "fp8":
+                is_own = np.arange(num_ranks)[:, None, None] == dst
+                part = xp.where(is_own, part, _through_fp8(part))
+            total = total + part
+        sums.append(total)
+    total = sums[0]
+    if len(sums) > 1:
+        total = zeros
+        for node in sums:
+            total = total + node.astype(rows.dtype).astype(np.float32)
     for bias in biases:
         total = total + bias.astype(np.float32)
     return total.astype(rows.dtype)
@@ -194,9 +207,11 @@ def _through_fp8(part: Rows) -> Rows:
     return (rounded * scale).reshape(part.shape)
 
 
-def combine_weights(plan: Plan, w: Rows) -> Rows:
+def combine_weights(plan: Plan, w: Rows, *, ranks_per_node: int | None = None) -> Rows:
     """Returns [R, T, K] from w: [R, C, K] (rank layout, summed) or [R, C] (expert layout)."""
-    return combine(plan, w) if plan.layout == "rank" else weights_to_tokens(plan, w)
+    if plan.layout == "rank":
+        return combine(plan, w, ranks_per_node=ranks_per_node)
+    return weights_to_tokens(plan, w)
 
 
 def weights_to_tokens(plan: Plan, at_rows: Rows) -> Rows:

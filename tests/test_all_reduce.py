@@ -14,8 +14,9 @@ from jax.sharding import PartitionSpec as P
 import jax_ep
 from jax_ep import reference
 from jax_ep._src.base import limits
+from jax_ep._src.base.group_spec import GroupSpec
 from jax_ep._src.base.options import Algorithm, Movement
-from jax_ep._src.base.spec import GroupSpec, ReduceSpec
+from jax_ep._src.base.spec import ReduceSpec
 from jax_ep.testing.compare import assert_close, assert_same_bits
 from jax_ep.testing.ranks import on_ranks
 

@@ -10,8 +10,9 @@ from decoding import NUM_EXPERTS, NUM_RANKS, TOKENS, TOPK, inputs, send
 
 import jax_ep
 from jax_ep._src.base import config, limits, native_modules
+from jax_ep._src.base.group_spec import GroupSpec
 from jax_ep._src.base.options import ExchangeMode, Fill, Layout
-from jax_ep._src.base.spec import DispatchSpec, GroupSpec, Route, Routes, RouteSpec, RowIndex
+from jax_ep._src.base.spec import DispatchSpec, Route, Routes, RouteSpec, RowIndex
 from jax_ep._src.ops.common import few_tokens
 from jax_ep.testing.compare import assert_same_bits
 from jax_ep.testing.ranks import make_mesh, on_ranks

@@ -44,7 +44,7 @@ def _racks(num_ranks, per_rack):
         (["aaaa"], 4, "each slice is on one host"),
         (["aa", "bb", "aa"], 2, "each slice is on one host"),
         (["aabb"], 2, "the ranks of each host"),
-        (["ab", "ba", "cd"], 1, "the ranks of each host"),
+        (["ab", "ba", "cd"], 2, "each host has one rank of a slice, so no host adds anything up"),
         (["bbaa", "aacc"], 2, "the ranks of each host"),
         ([_racks(2048, 8)], 8, "the ranks of each host"),
         ([_racks(2048, 2048)], 2048, "each slice is on one host"),

@@ -105,6 +105,7 @@ NOT_PUBLIC = {"pull_rows"}  # gradients and handles use it
 MEASURING = {"read_clock"}  # native alone; jax_ep.testing.clock calls it
 NO_GRADIENT = {"get_dispatch_layout"}
 TESTED_ELSEWHERE = {"all_reduce_residual_rmsnorm"}  # with the sum, in test_all_reduce.py
+SHARED = {"common", "two_levels"}  # parts of several operations
 STEMS = sorted(set(OPERATIONS) - set(STEMLESS) | NOT_PUBLIC)
 TESTS = Path(__file__).parent
 NATIVE_OPS = TESTS.parent / "xla_ffi" / "ops"
@@ -129,7 +130,7 @@ def test_an_operation_has_one_stem_everywhere(stem):
 def test_every_folder_is_an_operation():
     for folder in (OPS, NATIVE_OPS):
         names = {p.name for p in folder.iterdir() if p.is_dir() and p.name != "__pycache__"}
-        assert names - {"common"} == {*STEMS, *(MEASURING if folder == NATIVE_OPS else ())}
+        assert names - SHARED == {*STEMS, *(MEASURING if folder == NATIVE_OPS else ())}
     assert set(STEMLESS) <= set(OPERATIONS)
     plain = {"quantize_fp8", "dequantize_fp8"}
     assert {op.name for op in operations.OPERATIONS} == set(OPERATIONS) - plain

@@ -33,6 +33,8 @@ class Case:
       fill: as in dispatch.
       num_biases: number of biases of combine.
       weights_at: place of the weights of combine: None, "rows" or "tokens".
+      ranks_per_node: ranks of a node, which says in which order combine adds; None: all ranks are
+        one node, or the operations are low-latency ones.
     """
 
     num_ranks: int
@@ -47,6 +49,7 @@ class Case:
     fill: str = "zeros"
     num_biases: int = 0
     weights_at: str | None = None
+    ranks_per_node: int | None = None
 
     @property
     def num_experts(self) -> int:
@@ -211,8 +214,13 @@ def assert_combined(
     weights = None
     if case.weights_at is not None:
         weights = reference.dispatch_weights(plan, data.topk_weights)
-    expected = reference.combine(plan, data.rows, weights, data.biases, wire=wire)
+    expected = expected_sums(case, plan, data.rows, weights, data.biases, wire=wire)
     assert_same_bits(y, expected, what="combine")
+
+
+def expected_sums(case: Case, plan: reference.Plan, *operands: Any, wire: str | None = None) -> Any:
+    """Returns the reference's combine of rows and, if there are any, weights and biases."""
+    return reference.combine(plan, *operands, wire=wire, ranks_per_node=case.ranks_per_node)
 
 
 def _assert_field(got: Any, expected: Any, name: str) -> None:

@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--backend", nargs="+", choices=BACKENDS, help="default: every one that is usable")
     add("--ranks", type=int, help="use the first of jax.devices(); default: all, 8 on CPU")
+    add("--ranks-per-node", type=int, help="ranks of one node; default: all")
     add("--full", action="store_true", help="many more combinations of sizes; takes minutes")
     add("--only", default="", metavar="TEXT", help="checks whose name holds this")
 
@@ -39,11 +40,18 @@ def main(args: argparse.Namespace) -> int:
     mesh = make_mesh(args.ranks or len(jax.devices()))
     seen: Counter[str] = Counter()
     with jax_ep.Group.open(
-        mesh, "ep", name="conformance", timeout=_TIMEOUT_S, in_flight_bytes=_IN_FLIGHT_BYTES
+        mesh,
+        "ep",
+        name="conformance",
+        timeout=_TIMEOUT_S,
+        in_flight_bytes=_IN_FLIGHT_BYTES,
+        ranks_per_node=args.ranks_per_node,
     ) as group:
         backends = _choose(args.backend, group)
         kind = mesh.devices.flat[0].device_kind
-        print(f"{group.num_ranks} ranks of {kind}, jax {jax.__version__}")
+        num_nodes = group.num_ranks // group.ranks_per_node
+        nodes = f" in {num_nodes} nodes" if num_nodes > 1 else ""
+        print(f"{group.num_ranks} ranks of {kind}{nodes}, jax {jax.__version__}")
         columns = [f"{backend:>{_WIDTH}}" for backend in backends]
         print("".join(columns) + "  check")
         for check in checks:

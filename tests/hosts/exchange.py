@@ -1,4 +1,4 @@
-"""Dispatches and combines over hosts, compared with the reference, until a process of `run.py` ends it.
+"""Dispatches and combines over hosts, compared with the reference. `run.py` starts it.
 
 Every process runs it. argv: seconds of the group's timeout, seconds of JAX's heartbeat timeout,
 ranks of a host, and a file. Steps go on until the file says `stop` or something fails. The exit
@@ -29,7 +29,14 @@ def say(*words: object) -> None:
 def exchange(group: jax_ep.Group) -> None:
     """Steps in two layouts until there is an order to stop."""
     cases = [
-        Case(group.num_ranks, layout, num_tokens=16, hidden=64, weights_at=weights_at)
+        Case(
+            group.num_ranks,
+            layout,
+            num_tokens=16,
+            hidden=64,
+            weights_at=weights_at,
+            ranks_per_node=group.ranks_per_node,
+        )
         for layout, weights_at in (("rank", None), ("expert", "rows"))
     ]
     runs = [round_trip(case, group, group.backend) for case in cases]
@@ -62,6 +69,7 @@ def main() -> None:
         with jax_ep.Group.open(make_mesh(jax.device_count()), "ep", timeout=TIMEOUT) as group:
             info = group.info()
             say(f"open: {group}, {info.ranks_per_node} ranks a node: {info.ranks_per_node_from}")
+            say(f"transport: {info.transport}")
             assert info.ranks_per_node == PER_HOST, info
             exchange(group)
     except Exception as e:

@@ -26,7 +26,6 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import IO
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -171,8 +170,8 @@ def median(values: Sequence[float]) -> float:
 def watch(processes: Sequence[Process], orders: Path, *, is_cut: bool) -> None:
     """The phases, one after another."""
     wait_for_steps(processes, STEPS, OPENING_LIMIT)
-    opened = re.search(r"open: (.*)", processes[0].text())
-    print(opened[1] if opened else "")
+    for told in re.findall(r"(?:open|transport): .*", processes[0].text()):
+        print(told)
     print(f"plain link: {STEPS} steps agree, {median(processes[0].steps()[1:]):.3f} s each")
     how = slow_link()
     if how is None:

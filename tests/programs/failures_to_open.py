@@ -52,7 +52,7 @@ STAGES = {
     "back ends": (usability, "resolve", fails),
     "opening": (native_group.NativeOpening, "open_cpu", fails),
     "native": (native_group.NativeOpening, "_open", fails),
-    "opened": (open_body, "_open_native", fails_after(open_body._open_native)),
+    "opened": (open_body, "open_native", fails_after(open_body.open_native)),
     "self-test": (self_test, "run", fails_after(self_test.run)),
 }
 use()

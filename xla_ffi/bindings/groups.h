@@ -43,6 +43,7 @@ inline std::optional<Dict> ErrorDict(const std::optional<ErrorRecord>& error) {
   record["expected"] = error->expected;
   record["seen"] = error->seen;
   record["place"] = error->place;
+  record["slice"] = error->slice;
   return record;
 }
 

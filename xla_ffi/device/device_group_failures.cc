@@ -30,6 +30,7 @@ std::string OpOf(const FailureRecord& record) {
 
 std::optional<ErrorRecord> DeviceGroup::error() const {
   std::optional<FailureRecord> found;
+  int slice = 0;
   for (size_t i = 0; i < positions_.size(); ++i) {
     if (!is_here_[i]) continue;
     const volatile FailureRecord& record = records_[i];
@@ -48,7 +49,10 @@ std::optional<ErrorRecord> DeviceGroup::error() const {
       own = ToldTo(i);
     }
     // Two calls at once are the cause of a mismatch that their peers record.
-    if (own && (!found || own->kind == FailureKind::kArrivedTwice)) found = own;
+    if (own && (!found || own->kind == FailureKind::kArrivedTwice)) {
+      found = own;
+      slice = positions_[i].member.slice;
+    }
   }
   if (!found) return std::nullopt;
   return ErrorRecord{.kind = found->kind,
@@ -56,7 +60,8 @@ std::optional<ErrorRecord> DeviceGroup::error() const {
                      .rank = found->rank,
                      .peer = found->peer,
                      .expected = found->expected,
-                     .seen = found->seen};
+                     .seen = found->seen,
+                     .slice = slice};
 }
 
 std::optional<FailureRecord> DeviceGroup::ToldTo(size_t index) const {

@@ -18,7 +18,8 @@ inline void FailFlight(const HostContext& context, Group& group, Member member, 
                          .rank = member.rank,
                          .peer = member.rank,
                          .expected = expected,
-                         .seen = seen});
+                         .seen = seen,
+                         .slice = member.slice});
 }
 
 /// Counts a flight of this rank, and writes it to `flight`.

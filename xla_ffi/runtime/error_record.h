@@ -8,7 +8,8 @@
 
 namespace jax_ep {
 
-/// The field names are those of PeerTimeoutError (jax_ep/_src/base/errors.py).
+/// The field names are those of PeerTimeoutError (jax_ep/_src/base/errors.py), but for `slice`, in
+/// which the ranks are.
 struct ErrorRecord {
   FailureKind kind;
   std::string op;
@@ -17,6 +18,7 @@ struct ErrorRecord {
   int64_t expected;
   int64_t seen;
   std::string place = {};  // where the peer waits instead, if known
+  int slice = 0;
 };
 
 }  // namespace jax_ep

@@ -45,7 +45,7 @@ void Exchange::JoinErased(const Arrival& arrival, Participant participant) {
   {
     std::lock_guard<std::mutex> lock(state->mutex);
     key = state->KeyOf(arrival);
-    if (!key) problem = TwiceRecord(arrival.op, rank);
+    if (!key) problem = TwiceRecord(arrival.op, arrival.member);
     if (key && !state->error && state->skip_rank != rank) {
       const auto found = state->open.find(*key);
       call = found == state->open.end() ? state->Open(*key, arrival, participant) : found->second;

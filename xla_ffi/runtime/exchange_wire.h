@@ -34,6 +34,7 @@ struct WireMessage {
   int64_t expected;
   int64_t seen;
   char place[kMaxPlace];  // kFail: of the record
+  int32_t slice;          // kFail: of the record
 
   static WireMessage Of(Kind kind, const CallKey& key) {
     WireMessage message{};
@@ -58,6 +59,7 @@ struct WireMessage {
     message.expected = record.expected;
     message.seen = record.seen;
     std::strncpy(message.place, record.place.c_str(), kMaxPlace - 1);
+    message.slice = record.slice;
     return message;
   }
 
@@ -68,7 +70,8 @@ struct WireMessage {
             .peer = peer,
             .expected = expected,
             .seen = seen,
-            .place = place};
+            .place = place,
+            .slice = slice};
   }
 
   std::vector<std::byte> With(std::span<const std::byte> body = {}) const {

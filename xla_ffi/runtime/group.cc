@@ -25,7 +25,8 @@ Member Group::Locate(const std::string& op, int64_t device_id, int64_t position)
                     .rank = is_stranger ? -1 : member.rank,
                     .peer = -1,
                     .expected = own_position,
-                    .seen = position});
+                    .seen = position,
+                    .slice = member.slice});
   }
   return member;
 }

@@ -5,13 +5,14 @@
 
 namespace jax_ep {
 
-ErrorRecord TwiceRecord(const std::string& op, int rank) {
+ErrorRecord TwiceRecord(const std::string& op, Member member) {
   return {.kind = FailureKind::kArrivedTwice,
           .op = op,
-          .rank = rank,
+          .rank = member.rank,
           .peer = kNoIndex,
           .expected = 1,
-          .seen = 2};
+          .seen = 2,
+          .slice = member.slice};
 }
 
 void Participation::Finish() const {
@@ -31,14 +32,15 @@ PendingCall::PendingCall(const CallKey& key_, const std::string& op_, int rank,
 
 std::optional<ErrorRecord> PendingCall::Add(int rank, std::string_view of_op,
                                             std::span<const std::byte> args) {
-  if (has_joined[rank]) return TwiceRecord(op, rank);
+  if (has_joined[rank]) return TwiceRecord(op, {.slice = key.slice, .rank = rank});
   if (of_op != op || !body->Deposit(rank, args)) {
     return ErrorRecord{.kind = FailureKind::kCallMismatch,
                        .op = op,
                        .rank = first_rank,
                        .peer = rank,
                        .expected = 0,
-                       .seen = 1};
+                       .seen = 1,
+                       .slice = key.slice};
   }
   has_joined[rank] = true;
   ++num_joined;
@@ -53,7 +55,8 @@ ErrorRecord PendingCall::ExpiredRecord(const RankMap& rank_map) const {
           .rank = first_rank,
           .peer = static_cast<int>(missing - has_joined.begin()),
           .expected = rank_map.num_ranks,
-          .seen = num_joined};
+          .seen = num_joined,
+          .slice = key.slice};
 }
 
 std::string PendingCall::Describe() const {
@@ -79,7 +82,8 @@ ErrorRecord PendingCall::ProcessRecord(FailureKind kind, const RankMap& rank_map
           .rank = first_rank,
           .peer = missing.front(),
           .expected = rank_map.num_ranks,
-          .seen = rank_map.num_ranks - static_cast<int64_t>(missing.size())};
+          .seen = rank_map.num_ranks - static_cast<int64_t>(missing.size()),
+          .slice = key.slice};
 }
 
 std::set<int> PendingCall::ProcessesThatGaveUp(const RankMap& rank_map) const {

@@ -20,13 +20,14 @@
 #include "core/types.h"
 #include "runtime/error_record.h"
 #include "runtime/exchange_wire.h"
+#include "runtime/mesh_position.h"
 #include "runtime/phased_call.h"
 #include "runtime/rank_map.h"
 
 namespace jax_ep {
 
 /// The failure of a rank that joins a call twice.
-ErrorRecord TwiceRecord(const std::string& op, int rank);
+ErrorRecord TwiceRecord(const std::string& op, Member member);
 
 /// A rank of this process in a call.
 struct Participation {

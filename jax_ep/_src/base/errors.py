@@ -104,9 +104,10 @@ def _restore(kind: type[JaxEpError], args: tuple[Any, ...]) -> JaxEpError:
 def error_of(record: dict[str, Any]) -> JaxEpError:
     """Returns the exception for the record that a native group keeps of its first failure.
 
-    The keys of the record are `kind` and the attributes of PeerTimeoutError.
+    The keys of the record are `kind`, the attributes of PeerTimeoutError, and `slice`.
     """
     record = {"place": "", **record}
+    record.pop("slice", None)
     kind = record.pop("kind")
     op, rank, peer = record["op"], record["rank"], record["peer"]
     if kind in ("peer_timeout", "peer_lost"):

@@ -11,11 +11,13 @@ class Operation(NamedTuple):
       checkpoint_name: name of its results for jax.ad_checkpoint.checkpoint_name; None: nothing
         crosses between ranks.
       has_algorithms: whether a table says which algorithm carries it.
+      has_levels: whether it runs inside and between the nodes of a group with several.
     """
 
     name: str
     checkpoint_name: str | None
     has_algorithms: bool = False
+    has_levels: bool = False
 
     @property
     def is_local(self) -> bool:
@@ -29,13 +31,13 @@ REDUCE_NAME = "jax_ep_all_reduce"
 RAGGED_NAME = "jax_ep_ragged_all_to_all"
 
 OPERATIONS = (
-    Operation("dispatch", DISPATCH_NAME),
-    Operation("dispatch_fp8", DISPATCH_NAME),
+    Operation("dispatch", DISPATCH_NAME, has_levels=True),
+    Operation("dispatch_fp8", DISPATCH_NAME, has_levels=True),
     Operation("low_latency_dispatch", DISPATCH_NAME),
     Operation("low_latency_dispatch_send", DISPATCH_NAME),
     Operation("low_latency_dispatch_recv", DISPATCH_NAME),
-    Operation("combine", COMBINE_NAME),
-    Operation("combine_weights", COMBINE_NAME),
+    Operation("combine", COMBINE_NAME, has_levels=True),
+    Operation("combine_weights", COMBINE_NAME, has_levels=True),
     Operation("low_latency_combine", COMBINE_NAME),
     Operation("low_latency_combine_send", COMBINE_NAME),
     Operation("low_latency_combine_recv", COMBINE_NAME),

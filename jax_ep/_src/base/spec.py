@@ -3,33 +3,16 @@
 Every object here is hashable or a tuple of arrays. None refers to an open group.
 """
 
-import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
 
 import jax
-import jax.numpy as jnp
 
 from jax_ep._src.base import limits
+from jax_ep._src.base.group_spec import GroupSpec
 from jax_ep._src.base.options import Algorithm, ExchangeMode, Fill, Layout, Movement, Quantize
 
 _GRADIENT = " (gradient)"
-
-
-class MeshPosition(NamedTuple):
-    """One device of a group's mesh.
-
-    Attributes:
-      device: id of the device; CUDA's number of the device for a native group of GPUs.
-      slice: index along the mesh axes that are not the group's.
-      rank: rank in the slice.
-      place: index in the row-major order of the mesh.
-    """
-
-    device: int
-    slice: int
-    rank: int
-    place: int
 
 
 class Usability(NamedTuple):
@@ -37,86 +20,6 @@ class Usability(NamedTuple):
 
     ops: frozenset[str]
     reason: str
-
-
-@dataclass(frozen=True)
-class GroupSpec:
-    """The facts of a group that compiled code knows.
-
-    Attributes:
-      identity: name and fingerprint; a loaded executable finds its group by them.
-      axes: mesh axes along which the ranks run.
-      mesh_axes: name and size of every axis of the mesh.
-      device_ids: device ids in the row-major order of the mesh.
-      staging_bytes: room for the operands of one call if operands are staged; None: they are not.
-      has_packets: whether 16 bytes arrive at a peer at once; algorithm low_latency needs that.
-      low_latency_room: bytes that one rank can send to another in a low-latency exchange on GPUs.
-      in_flight_room: the same where the exchange is sent and received apart.
-      has_flights: whether kernels do that, where there are such kernels.
-    """
-
-    identity: str
-    axes: tuple[str, ...]
-    mesh_axes: tuple[tuple[str, int], ...]
-    device_ids: tuple[int, ...]
-    staging_bytes: int | None = None
-    has_packets: bool = True
-    low_latency_room: int = 0
-    in_flight_room: int = 0
-    has_flights: bool = True
-
-    @property
-    def num_ranks(self) -> int:
-        """Number of ranks in one slice."""
-        sizes = dict(self.mesh_axes)
-        return math.prod(sizes[a] for a in self.axes)
-
-    def positions(self) -> list[MeshPosition]:
-        """Returns the positions in the row-major order of the mesh."""
-        sizes = dict(self.mesh_axes)
-        others = tuple(name for name in sizes if name not in self.axes)
-        positions = []
-        for place, device_id in enumerate(self.device_ids):
-            index, rest = {}, place
-            for name in reversed(sizes):
-                rest, index[name] = divmod(rest, sizes[name])
-            slice_, rank = (_row_major(index, sizes, names) for names in (others, self.axes))
-            positions.append(MeshPosition(device_id, slice_, rank, place))
-        return positions
-
-    def can_stage(self, *operands: jax.Array | None, scratch_bytes: int = 0) -> bool:
-        """Returns whether custom calls can carry a call whose peers read these operands.
-
-        `scratch_bytes`: bytes that peers read beside the operands.
-        """
-        if self.staging_bytes is None:
-            return True
-        sizes = [scratch_bytes, *(a.size * a.dtype.itemsize for a in operands if a is not None)]
-        unit = limits.STAGING_ALIGNMENT
-        return sum(-(-size // unit) * unit for size in sizes) <= self.staging_bytes
-
-    def rank_of(self, device_id: int) -> int:
-        """Returns the rank of a device."""
-        return self.positions()[self.device_ids.index(device_id)].rank
-
-    def position(self) -> jax.Array:
-        """Returns [1] int32, the row-major position of this device in the mesh.
-
-        Call it inside shard_map.
-        """
-        place = jnp.zeros((1,), jnp.int32)
-        for name, size in self.mesh_axes:
-            # The mesh of the program may lack an axis of size one.
-            if size > 1:
-                place = place * size + jax.lax.axis_index(name).astype(jnp.int32)
-        return place
-
-
-def _row_major(index: dict[str, int], sizes: dict[str, int], axes: tuple[str, ...]) -> int:
-    place = 0
-    for name in axes:
-        place = place * sizes[name] + index[name]
-    return place
 
 
 @dataclass(frozen=True)
@@ -166,6 +69,11 @@ class ExchangeSpec:
     op: str
     mode: ExchangeMode | None
     few_sms: int | None
+
+    @property
+    def is_split(self) -> bool:
+        """Whether the exchange runs in two levels: inside the nodes, and between them."""
+        return self.group.num_nodes > 1 and self.mode is not ExchangeMode.LOW_LATENCY
 
     def of_gradient(self) -> Self:
         """Returns this spec for the backward pass."""

@@ -14,7 +14,7 @@ from jax_ep._src.base.errors import (
     error_of,
     program_error,
 )
-from jax_ep._src.base.spec import GroupSpec
+from jax_ep._src.base.group_spec import GroupSpec
 from jax_ep._src.processes.native_group import NativeGroup
 from jax_ep._src.processes.rendezvous import Rendezvous
 from jax_ep._src.processes.wait import cause_of
@@ -32,6 +32,7 @@ class Failures:
         survives: bool,
     ):
         self.native: NativeGroup | None = None  # set once it is open
+        self.parts: tuple[Failures, ...] = ()  # of the groups of nodes and rails
         self._owners = [d.process_index for d in mesh.devices.flat]
         self._spec = spec
         self._rendezvous = rendezvous
@@ -74,13 +75,21 @@ class Failures:
 
     def failure(self) -> JaxEpError | None:
         """Returns the failure that the custom calls have recorded, or None."""
-        record = None if self.native is None else self.native.handle.error()
-        if record is None:
-            return None
-        failure = error_of(record)
+        failures = (self._error_of_native(), *(part._error_of_native() for part in self.parts))
+        failure = next((found for found in failures if found is not None), None)
         if isinstance(failure, PeerTimeoutError | GroupInterruptedError):
             self._leave_alone()
         return failure
+
+    def _error_of_native(self) -> JaxEpError | None:
+        """Returns the failure of the native group. Ranks are those of the group that was cut."""
+        record = None if self.native is None else self.native.handle.error()
+        if record is None:
+            return None
+        assert self.native is not None
+        slice_ = self.native.slices[record["slice"]]
+        ranks = {name: self._spec.whole_rank(slice_, record[name]) for name in ("rank", "peer")}
+        return error_of({**record, **ranks})
 
     def loss(self) -> JaxEpError | None:
         """Returns an error for a process that has ended, even if no custom call waits for it.
@@ -105,5 +114,6 @@ class Failures:
     def _leave_alone(self) -> None:
         """Keeps the interpreter's exit and the group's end from waiting for lost peers."""
         self._rendezvous.leave_alone_at_exit()
-        if self.native is not None and not self._rendezvous.is_alone:
-            self.native.abandon()
+        for failures in (self, *self.parts):
+            if failures.native is not None and not self._rendezvous.is_alone:
+                failures.native.abandon()

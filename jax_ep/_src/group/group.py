@@ -9,8 +9,9 @@ import jax
 
 from jax_ep._src.base import config, jax_compat, registry, tables
 from jax_ep._src.base.errors import GroupError
+from jax_ep._src.base.group_spec import GroupSpec
 from jax_ep._src.base.options import BackendName
-from jax_ep._src.base.spec import GroupSpec, Usability
+from jax_ep._src.base.spec import Usability
 from jax_ep._src.group import info
 from jax_ep._src.group.failures import Failures
 from jax_ep._src.group.info import GroupInfo
@@ -50,6 +51,8 @@ class Group:
       identity: name and fingerprint, equal in every process.
       spec, nodes, backends, tuning, budgets: facts for the operations; `info()` describes them to
         users.
+      parts: the groups of the nodes and of the rails, which only this group knows; none if it has
+        one node.
     """
 
     mesh: jax.sharding.Mesh
@@ -69,6 +72,7 @@ class Group:
     backends: dict[str, Usability]
     tuning: tables.Table
     budgets: tables.Budgets
+    parts: "tuple[Group, ...]"
 
     def __init__(
         self,
@@ -95,6 +99,7 @@ class Group:
         self.backends = settings.backends
         self.tuning = settings.tuning
         self.budgets = settings.budgets
+        self.parts = ()
         self._rendezvous = rendezvous
         self._native_group: NativeGroup | None = None
         self._failures = Failures(mesh, self.spec, rendezvous, survives=arguments.survives)
@@ -145,7 +150,11 @@ class Group:
             `jax_ep.in_flight_bytes` computes them. Default: 0, for groups that do not use these.
           ranks_per_node: ranks of one node, consecutive. Default: the ranks of a host if those of a
             slice are on several hosts, consecutive on each, and equally many; else all ranks.
-            `info()` says where the number comes from.
+            `info()` says where the number comes from. With several nodes, `dispatch`,
+            `dispatch_fp8`, `combine`, `combine_weights` and their gradients run in two levels: a
+            token crosses once to each node where it has experts, and each node adds up its rows of
+            a token before the sum crosses back. The other operations go straight from rank to rank.
+            `info().transport` says what carries rows between the nodes.
           survives: whether the group goes on when another process of it ends, in calls with
             `rank_mask`. Then `check()` does not raise for a process that was lost, and Ctrl-C in
             one process ends only the calls of its own ranks.
@@ -265,14 +274,17 @@ class Group:
         self._is_open = False
         registry.open_groups.pop(self.identity, None)
         if self._is_inherited():  # the parent still uses the group, and its threads are not here
-            if self._native_group is not None:
-                self._native_group.abandon()
+            for group in (self, *self.parts):
+                if group._native_group is not None:
+                    group._native_group.abandon()
             return
         if self.survives:
             self._failures.loss()  # if a process was lost, the exit must not wait for it
         if self._native_group is not None:
             self._native_group.close(self.spec)
         self._rendezvous.close()
+        for part in self.parts:
+            part.close()
 
     def _is_inherited(self) -> bool:
         """Returns whether this process is a forked child of the one that opened the group."""
@@ -295,7 +307,13 @@ class Group:
     def discard(self) -> None:
         """Frees everything at once after a failure to open: its exception refers to the group."""
         self.close()
-        self.hold(None)
+        for group in (self, *self.parts):
+            group.hold(None)
+
+    def add_part(self, part: "Group") -> None:
+        """Makes a group a part of this one, which then closes it and raises its failures."""
+        self.parts = (*self.parts, part)
+        self._failures.parts = (*self._failures.parts, part._failures)
 
     def hold(self, native: NativeGroup | None) -> None:
         """Sets the native half. None drops it: executables that hold it keep it alive."""
@@ -352,7 +370,8 @@ class Group:
         native = self._native_group
         # A forked child has no part in the devices.
         left_out = () if native is None or self._is_inherited() else native.left_out()
-        return info.describe(self, native, left_out)
+        natives = [group._native_group for group in (self, *self.parts)]
+        return info.describe(self, [n for n in natives if n is not None], left_out)
 
     def check(self, *results: Any) -> None:
         """Raises the failure of a device: a peer that did not come, or a bad routing.
@@ -390,12 +409,15 @@ class Group:
         if self._rendezvous.is_alone:
             return wait(arrays)
         return settle(
-            arrays, failure=self._failures.failure, loss=self._failures.loss, timeout=self.timeout
+            arrays,
+            failure=self._failures.failure,
+            loss=self._failures.loss,
+            timeout=self.timeout,
         )
 
     def watch_interrupts(self) -> None:
         """Watches interrupts, again if another handler was set meanwhile."""
-        if self._native_group is not None:
+        if any(group._native_group is not None for group in (self, *self.parts)):
             interrupts.watch()
 
     def _devices(self) -> set[jax.Device]:

@@ -1,5 +1,6 @@
 """The description that a group gives of itself."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,9 +20,11 @@ class GroupInfo:
       axes: mesh axes along which the ranks run.
       num_ranks: ranks of one slice.
       num_slices: independent copies of the group along the mesh's other axes.
-      ranks_per_node: ranks that share memory at full speed.
+      ranks_per_node: ranks of one node.
       ranks_per_node_from: origin of that number: the argument, the hosts, or why all ranks are one
         node.
+      transport: what carries rows between the nodes in dispatch and combine, and why, and what
+        carries them inside the nodes; None: the group has one node.
       backend: the back end in use.
       backends: every back end, and why it is or is not usable here.
       staging: why operands are copied to memory that peers can read, the largest size of a copy,
@@ -48,6 +51,7 @@ class GroupInfo:
     num_slices: int
     ranks_per_node: int
     ranks_per_node_from: str
+    transport: str | None
     backend: str
     backends: dict[str, str]
     staging: str | None
@@ -63,8 +67,10 @@ class GroupInfo:
     debug: bool
 
 
-def describe(group: "Group", native: NativeGroup | None, left_out: tuple[int, ...]) -> GroupInfo:
-    """Describes a group. `native`: the native half of the group, if it has one."""
+def describe(
+    group: "Group", natives: Sequence[NativeGroup], left_out: tuple[int, ...]
+) -> GroupInfo:
+    """Describes a group. `natives`: the native halves of the group and its parts."""
     return GroupInfo(
         identity=group.identity,
         axes=group.axes,
@@ -72,9 +78,10 @@ def describe(group: "Group", native: NativeGroup | None, left_out: tuple[int, ..
         num_slices=group.mesh.size // group.num_ranks,
         ranks_per_node=group.ranks_per_node,
         ranks_per_node_from=group.nodes.origin,
+        transport=_transport(group),
         backend=group.backend,
         backends={name: usability.reason for name, usability in group.backends.items()},
-        staging=_staging(native),
+        staging=_staging(natives),
         devices=tuple(str(d) for d in group.mesh.devices.flat),
         timeout=group.timeout,
         num_sms=group.num_sms,
@@ -100,7 +107,9 @@ def _low_latency(group: "Group") -> str:
     if room == 0:
         return "not usable: low_latency_bytes=0"
     users = "low-latency operations"
-    if group.num_sms is None:
+    if group.parts:
+        users += " (not by dispatch and combine, which run in two levels)"
+    elif group.num_sms is None:
         users += f", and by dispatch and combine of up to {config.MAX_FEW_TOKENS} tokens"
     return f"usable by {users}: a rank may send {room} bytes to another in one call"
 
@@ -115,10 +124,30 @@ def _in_flight(group: "Group") -> str:
     return f"usable: a rank may send {room} bytes to another in one call"
 
 
-def _staging(native: NativeGroup | None) -> str | None:
-    if native is None or native.why_staged is None or native.staging_bytes is None:
+def _staging(natives: Sequence[NativeGroup]) -> str | None:
+    for native in natives:
+        if native.why_staged is not None and native.staging_bytes is not None:
+            return (
+                f"operands of up to {native.staging_bytes >> 20} MiB a call are copied before "
+                f"peers read them, larger ones take back end 'xla': {native.why_staged}"
+            )
+    return None
+
+
+def _transport(group: "Group") -> str | None:
+    if not group.parts:
         return None
+    node, rail = group.parts
+    inside = f"inside the nodes back end {node.backend!r}{_why_stock(node)}"
+    if rail.backend == "xla":
+        return f"xla: JAX's collectives{_why_stock(rail)}; {inside}"
     return (
-        f"operands of up to {native.staging_bytes >> 20} MiB a call are copied before peers "
-        f"read them, larger ones take back end 'xla': {native.why_staged}"
+        f"mapped: ranks of different nodes read one another's memory, back end {rail.backend!r}; "
+        f"{inside}"
     )
+
+
+def _why_stock(part: "Group") -> str:
+    """Returns the reason, in brackets, if JAX's collectives carry a part on CPUs or GPUs."""
+    own = {"cpu": "cpu", "gpu": "cuda"}.get(part.mesh.devices.flat[0].platform)
+    return "" if part.backend != "xla" or own is None else f" ({part.backends[own].reason})"

@@ -3,7 +3,8 @@
 from typing import NamedTuple
 
 from jax_ep._src.base import tables
-from jax_ep._src.base.spec import GroupSpec, Usability
+from jax_ep._src.base.group_spec import GroupSpec
+from jax_ep._src.base.spec import Usability
 from jax_ep._src.processes.domains import Nodes
 
 

@@ -2,7 +2,7 @@
 
 from jax_ep._src.base import jax_compat
 from jax_ep._src.base.errors import GroupError
-from jax_ep._src.base.spec import GroupSpec
+from jax_ep._src.base.group_spec import GroupSpec
 
 
 def require_mesh_of(spec: GroupSpec, op: str) -> None:

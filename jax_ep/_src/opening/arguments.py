@@ -9,7 +9,7 @@ import jax
 from jax_ep._src.base import config
 from jax_ep._src.base.checks import StaticChecks, to_number
 from jax_ep._src.base.errors import ConfigError, GroupError
-from jax_ep._src.base.spec import GroupSpec
+from jax_ep._src.base.group_spec import GroupSpec
 from jax_ep._src.group.settings import OpenArguments
 
 

@@ -2,7 +2,6 @@
 
 import warnings
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import jax
@@ -13,8 +12,9 @@ from jax_ep._src.group.group import Group
 from jax_ep._src.group.settings import OpenArguments
 from jax_ep._src.opening import lookup, self_test, usability
 from jax_ep._src.opening.arguments import check_arguments
+from jax_ep._src.opening.levels import open_levels
+from jax_ep._src.opening.native import open_native
 from jax_ep._src.opening.settings import agree_on_settings
-from jax_ep._src.processes.native_group import NativeOpening
 from jax_ep._src.processes.rendezvous import Rendezvous, meet_processes
 
 _Group = TypeVar("_Group", bound=Group)
@@ -101,7 +101,9 @@ def _open(
             native_modules.register("cuda")
         for own in ("cpu", "cuda"):
             if usability.is_complete(group.backends[own]):
-                _open_native(group, rendezvous, own, is_wanted=backend == settings.backend)
+                open_native(group, rendezvous, own, is_wanted=backend == settings.backend)
+        if group.ranks_per_node < group.num_ranks:
+            open_levels(group, arguments, settings, wanted=backend)
         group.watch_interrupts()
         registry.open_groups[identity] = group
         # Ranks wait for one another in the self-test, where no news of a failure reaches them.
@@ -112,37 +114,6 @@ def _open(
             _warn_of_fallback(group, rendezvous)
         undo.pop_all()
     return group
-
-
-def _open_native(group: Group, rendezvous: Rendezvous, backend: str, *, is_wanted: bool) -> None:
-    """Opens the native half. `is_wanted`: whether the caller has named this back end."""
-    opening = NativeOpening(
-        group.mesh,
-        group.spec,
-        rendezvous,
-        group.timeout,
-        low_latency_bytes=group.low_latency_bytes,
-        in_flight_bytes=group.in_flight_bytes,
-        survives=group.survives,
-    )
-    opened = opening.open_cpu() if backend == "cpu" else opening.open_cuda()
-    if not isinstance(opened, str):
-        group.hold(opened)
-        group.spec = replace(
-            group.spec,
-            staging_bytes=opened.staging_bytes,
-            has_packets=opened.has_packets,
-            low_latency_room=opened.low_latency_room,
-            in_flight_room=opened.in_flight_room,
-            has_flights=opened.has_flights,
-        )
-        return
-    why_not = f"the processes cannot map one another's memory: {opened}"
-    if group.backend == backend and is_wanted:
-        raise GroupError(f"Group.open: back end {backend!r} is not usable here: {why_not}")
-    group.backends = usability.without_exchange(group.backends, backend, why_not)
-    if group.backend == backend:
-        group.backend = "xla"
 
 
 def _warn_of_fallback(group: Group, rendezvous: Rendezvous) -> None:

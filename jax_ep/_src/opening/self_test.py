@@ -9,6 +9,7 @@ from jax_ep._src.base.errors import GroupError
 from jax_ep._src.base.options import Layout
 from jax_ep._src.base.spec import CallSpec
 from jax_ep._src.group.group import Group
+from jax_ep._src.opening import usability
 from jax_ep._src.ops.pull_rows.call import pull_rows
 from jax_ep._src.processes.rendezvous import Rendezvous
 
@@ -21,10 +22,12 @@ def run(group: Group, rendezvous: Rendezvous) -> None:
     """
     num_ranks = group.num_ranks
     num_sms = group.budgets.of["cached_dispatch"][Layout.RANK].sms
-    spec = CallSpec(group.spec, group.backend, num_sms, "Group.open")
+    is_whole = usability.is_complete(group.backends[group.backend])
+    backend = group.backend if is_whole else "xla"
+    spec = CallSpec(group.spec, backend, num_sms, "Group.open")
 
     def pull_one_each() -> jax.Array:
-        rank = jax.lax.axis_index(group.axes)
+        rank = group.spec.rank()
         peers = jnp.arange(num_ranks, dtype=jnp.int32)
         mine = (rank * num_ranks + peers)[:, None]
         index = peers * num_ranks + rank
@@ -47,6 +50,6 @@ def run(group: Group, rendezvous: Rendezvous) -> None:
         if not np.array_equal(got, expected):
             peer = int(np.argmax(got != expected))
             raise GroupError(
-                f"Group.open: self-test of back end {group.backend!r} failed: rank {rank} expected "
+                f"Group.open: self-test of back end {backend!r} failed: rank {rank} expected "
                 f"{expected[peer]} from rank {peer}, got {got[peer]}"
             )

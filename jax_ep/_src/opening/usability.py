@@ -9,6 +9,7 @@ from jax_ep._src.base.spec import Usability
 
 _OPS = frozenset(op.name for op in OPERATIONS)
 _LOCAL_OPS = frozenset(op.name for op in OPERATIONS if op.is_local)
+_LEVEL_OPS = frozenset(op.name for op in OPERATIONS if op.has_levels)
 _NO_OPS: frozenset[str] = frozenset()
 
 
@@ -39,6 +40,14 @@ def without_exchange(
 ) -> dict[str, Usability]:
     """Returns `found` with a back end that cannot exchange data between the ranks."""
     return {**found, backend: _local_only(why_not)}
+
+
+def with_levels(found: dict[str, Usability], backend: str) -> dict[str, Usability]:
+    """Returns `found` with a back end that carries exchanges inside the nodes, but not others."""
+    ops = found[backend].ops | _LEVEL_OPS
+    listed = ", ".join(op.name for op in OPERATIONS if op.name in ops)
+    reason = f"usable for {listed} only, inside the nodes: {found[backend].reason}"
+    return {**found, backend: Usability(ops, reason)}
 
 
 def why_no_custom_calls(mesh: jax.sharding.Mesh, found: dict[str, Usability]) -> str | None:

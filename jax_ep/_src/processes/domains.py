@@ -33,7 +33,8 @@ def domain_of(host: str) -> str:
 def find_nodes(domains: Sequence[Sequence[str]]) -> Nodes:
     """Returns the nodes of a group. Each domain is one if they are equal, else all ranks are one.
 
-    Domains are equal if each has consecutive ranks of a slice, equally many in all slices.
+    Domains are equal if each has consecutive ranks of a slice, two or more, and equally many in all
+    slices.
 
     Args:
       domains: for each slice the domain of each rank; "" if it is not known.
@@ -58,6 +59,8 @@ def find_nodes(domains: Sequence[Sequence[str]]) -> Nodes:
             seen[name] = first - 1
     if sizes == {num_ranks}:
         return Nodes(num_ranks, "each slice is on one host")
+    if sizes == {1}:
+        return Nodes(num_ranks, "each host has one rank of a slice, so no host adds anything up")
     if len(sizes) > 1:
         listed = " and ".join(map(str, sorted(sizes)))
         return Nodes(num_ranks, f"hosts have different numbers of ranks of a slice: {listed}")

@@ -12,7 +12,7 @@ import numpy as np
 
 from jax_ep._src.base import config, limits, native_modules
 from jax_ep._src.base.errors import GroupError
-from jax_ep._src.base.spec import GroupSpec, MeshPosition
+from jax_ep._src.base.group_spec import GroupSpec, MeshPosition
 from jax_ep._src.processes import unix_links
 from jax_ep._src.processes.drain import drain
 from jax_ep._src.processes.rendezvous import Rendezvous
@@ -26,6 +26,7 @@ class NativeGroup(NamedTuple):
     Attributes:
       handle: the native object.
       backend: back end of the native object.
+      slices: the slices of the group that the native object has, in its order.
       why_staged: why operands are copied before peers read them; None: they are read in place.
       staging_bytes: room for the operands of one call if they are copied; the back end cannot
         carry more.
@@ -37,6 +38,7 @@ class NativeGroup(NamedTuple):
 
     handle: Any
     backend: str
+    slices: tuple[int, ...]
     why_staged: str | None = None
     staging_bytes: int | None = None
     has_packets: bool = True
@@ -84,9 +86,9 @@ class NativeOpening:
         near = {jax.process_index(), *rendezvous.neighbours}
         devices = list(mesh.devices.flat)
         positions = [p for p in spec.positions() if devices[p.place].process_index in near]
-        slices = sorted({p.slice for p in positions})
+        self._slices = tuple(sorted({p.slice for p in positions}))
         # Positions of this process and its neighbours. The native group numbers only their slices.
-        self._positions = [p._replace(slice=slices.index(p.slice)) for p in positions]
+        self._positions = [p._replace(slice=self._slices.index(p.slice)) for p in positions]
         self._devices = [devices[p.place] for p in positions]
 
     def open_cpu(self) -> NativeGroup:
@@ -96,7 +98,7 @@ class NativeOpening:
         handle = self._open("cpu", self._positions, **self._processes())
         if self._rendezvous.neighbours:
             self._rendezvous.asks_for_others = handle.has_other_processes
-        return NativeGroup(handle, "cpu")
+        return NativeGroup(handle, "cpu", self._slices)
 
     def open_cuda(self) -> NativeGroup | str:
         """Opens the group over GPUs; or returns why processes cannot map one another's memory."""
@@ -167,9 +169,9 @@ class NativeOpening:
         if found is not None:
             raise GroupError(f"Group.open: back end 'cuda': {found}")
         if not closed.stages_all:
-            return NativeGroup(closed, "cuda")
+            return NativeGroup(closed, "cuda", self._slices)
         why = why_staged or "as when the group was opened first"
-        return NativeGroup(closed, "cuda", why, closed.staging_bytes)
+        return NativeGroup(closed, "cuda", self._slices, why, closed.staging_bytes)
 
     def _first_problem(self, topic: str, problem: str) -> str | None:
         if self._rendezvous.is_alone:
@@ -226,9 +228,8 @@ class NativeOpening:
             in_flight_bytes=self._in_flight_bytes,
         )
         handle.join_interrupts(native_modules.load("cpu").interrupts())
-        return NativeGroup(
-            handle, "cuda", why_staged, None if why_staged is None else staging_bytes
-        )
+        room = None if why_staged is None else staging_bytes
+        return NativeGroup(handle, "cuda", self._slices, why_staged, room)
 
     def _open(self, backend: str, positions: list[MeshPosition], **own: Any) -> Any:
         try:

@@ -15,7 +15,7 @@ import numpy as np
 import jax_ep
 from jax_ep import reference
 from jax_ep.testing import routing as routings
-from jax_ep.testing.cases import DTYPES, Case, dispatch, make_data, plan_of
+from jax_ep.testing.cases import DTYPES, Case, dispatch, expected_sums, make_data, plan_of
 from jax_ep.testing.compare import assert_close, assert_same_bits
 from jax_ep.testing.conformance.check import ROUND_TRIP, Check, noted
 from jax_ep.testing.conformance.sizes import LAYOUTS, make_case, seed_of
@@ -108,7 +108,7 @@ def _gradients(case: Case, group: jax_ep.Group, backend: str, given: _Given) -> 
 
 
 def _expected(case: Case, plan: reference.Plan, given: _Given) -> dict[str, Any]:
-    x = reference.combine(plan, given.x_bar)
+    x = expected_sums(case, plan, given.x_bar)
     is_rank_layout = case.layout == "rank"
     to_rows = reference.dispatch if is_rank_layout else reference.dispatch_weights
     return {

@@ -12,7 +12,7 @@ import numpy as np
 import jax_ep
 from jax_ep import reference
 from jax_ep.testing import routing as routings
-from jax_ep.testing.cases import Case, Data, dispatch, make_data, plan_of
+from jax_ep.testing.cases import Case, Data, dispatch, expected_sums, make_data, plan_of
 from jax_ep.testing.cases import round_trip as compile_round_trip
 from jax_ep.testing.compare import assert_close, shards
 from jax_ep.testing.conformance.check import ROUND_TRIP, Check, noted
@@ -37,7 +37,7 @@ def combine_is_the_transpose_of_dispatch(
         with noted(f"routing {routing}"):
             data = _with_integers(make_data(case, routing))
             plan = plan_of(case, data.topk_idx)
-            sent, back = reference.dispatch(plan, data.x), reference.combine(plan, data.rows)
+            sent, back = reference.dispatch(plan, data.x), expected_sums(case, plan, data.rows)
             assert np.vdot(sent, data.rows) == np.vdot(data.x, back)
             out, y = fn(*data.operands())
             for what, got, expected, other in (
@@ -87,7 +87,7 @@ def gradients(
 
     def reference_loss(x: Any, weights: Any) -> Any:
         sent = reference.dispatch(plan, x), reference.dispatch_weights(plan, weights)
-        return _loss(layout, *sent, partial(reference.combine, plan), scale)
+        return _loss(layout, *sent, partial(expected_sums, case, plan), scale)
 
     operands = (data.x, data.topk_weights, data.topk_idx, scale)
     got = _grad(loss, (0, 1), group, operands, check_vma=check_vma, outside=outside)
@@ -136,7 +136,7 @@ def gradients_of_combine(
         at_rows = weights
         if weights_at == "tokens":
             at_rows = reference.dispatch_weights(plan, weights)
-        return jnp.sum(jnp.sin(reference.combine(plan, rows, at_rows, (bias,))) * scale)
+        return jnp.sum(jnp.sin(expected_sums(case, plan, rows, at_rows, (bias,))) * scale)
 
     operands = (rows, bias, weights, (data.x, data.topk_idx, scale))
     got = _grad(loss, (0, 1, 2), group, operands, check_vma=True, outside=True)
@@ -184,7 +184,7 @@ def gradients_through_layers(
             plan = plan_of(case, data.topk_idx)
             w = None if layout == "rank" else reference.dispatch_weights(plan, weights)
             rows = jnp.tanh(reference.dispatch(plan, h))
-            h = h + reference.combine(plan, rows, w) * 0.3
+            h = h + expected_sums(case, plan, rows, w) * 0.3
         return jnp.sum(jnp.sin(h))
 
     got = _grad(loss, (0, 1), group, (x, weights, ids), check_vma=check_vma, outside=False)

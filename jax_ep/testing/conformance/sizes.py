@@ -74,6 +74,7 @@ def make_case(
         experts_per_rank=max(4, num_experts),
         hidden=hidden,
         dtype=dtype,
+        ranks_per_node=group.ranks_per_node,
         **fields,
     )
     if capacity == "ample":

@@ -48,7 +48,7 @@ def combine_weights(group: jax_ep.Group, backend: str, *, layout: str, capacity:
             other[plan.recv_src < 0] = np.nan
             back, other_back = compiled(data.x, data.topk_idx, data.topk_weights, other)
             assert_same_bits(back, _kept_weights(case, plan, data), what="weights")
-            expected = reference.combine_weights(plan, other)
+            expected = reference.combine_weights(plan, other, ranks_per_node=case.ranks_per_node)
             assert not np.isnan(expected).any()
             assert_same_bits(other_back, expected, what="other weights")
 

@@ -16,7 +16,7 @@ from jax_ep._src.ops.combine import vjp
 from jax_ep._src.ops.common.checks import Checks
 from jax_ep._src.ops.common.few_tokens import require_combine
 from jax_ep._src.ops.common.vary import vary_alike
-from jax_ep._src.ops.pull_rows.vjp import pull_rows
+from jax_ep._src.ops.pull_rows.vjp import pull_to_rows, pull_to_tokens
 
 _check = Checks("combine")
 
@@ -225,7 +225,7 @@ def to_rows(spec: RouteSpec, weights: jax.Array | None, index: RowIndex) -> jax.
     if weights is None or weights.ndim == 1:
         return weights
     from_tokens, from_rows = _places(spec, index)
-    moved = pull_rows(spec, weights.reshape(-1, 1), from_tokens, from_rows.reshape(-1))
+    moved = pull_to_rows(spec, weights.reshape(-1, 1), from_tokens, from_rows.reshape(-1))
     return moved[:, 0]
 
 
@@ -291,5 +291,5 @@ def combine_weights(
         return vjp.combine(spec, w, None, (), index)[:, :num_topk]
     check.shape(w, (handle.recv_capacity,), name="w")
     from_tokens, from_rows = _places(spec, index)
-    back = pull_rows(spec, w[:, None], from_rows.reshape(-1), from_tokens)
+    back = pull_to_tokens(spec, w[:, None], from_rows.reshape(-1), from_tokens)
     return back.reshape(handle.send_row.shape)

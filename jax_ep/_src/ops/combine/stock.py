@@ -13,6 +13,7 @@ from jax_ep._src.base import exact
 from jax_ep._src.base.options import Layout, Quantize
 from jax_ep._src.base.spec import RouteSpec, RowIndex
 from jax_ep._src.ops.common.check_mesh import check_mesh
+from jax_ep._src.ops.common.collectives import swap
 from jax_ep._src.ops.common.tokens import invert, take
 from jax_ep._src.ops.dispatch.fp8 import round_rows
 
@@ -41,20 +42,16 @@ def combine(
 
 def _cross(spec: RouteSpec, partial: jax.Array) -> jax.Array:
     """Exchanges [rank, token, hidden]; what crosses between ranks is rounded if `wire` says so."""
-
-    def exchange(x: jax.Array) -> jax.Array:
-        moved: jax.Array = jax.lax.all_to_all(x, spec.group.axes, split_axis=0, concat_axis=0)
-        return moved
-
     if spec.wire is Quantize.NONE:
-        return exchange(partial)
+        return swap(spec.group, partial)
     rounded, scales = round_rows(partial.reshape(-1, partial.shape[-1]), spec.wire)
     bits = jax.lax.bitcast_convert_type(rounded, jnp.uint8).reshape(partial.shape)
-    sent = jax.lax.bitcast_convert_type(exchange(bits), rounded.dtype).astype(jnp.float32)
-    scales = exchange(scales.reshape(*partial.shape[:2], -1))
+    moved = swap(spec.group, bits)
+    sent = jax.lax.bitcast_convert_type(moved, rounded.dtype).astype(jnp.float32)
+    scales = swap(spec.group, scales.reshape(*partial.shape[:2], -1))
     blocks = sent.reshape(*scales.shape, -1) * scales[..., None]
     rank = jnp.arange(spec.group.num_ranks)[:, None, None]
-    own = rank == jax.lax.axis_index(spec.group.axes)
+    own = rank == spec.group.rank()
     kept: jax.Array = exact.kept(blocks.reshape(partial.shape))
     return jnp.where(own, partial.astype(jnp.float32), kept)
 

@@ -9,9 +9,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jax_ep._src.base.operations import COMBINE_NAME
 from jax_ep._src.base.spec import RouteSpec, RowIndex
-from jax_ep._src.ops.combine import call
+from jax_ep._src.ops.combine.call import combine_living as call_living
 from jax_ep._src.ops.common.refuse_gradient import refuse_low_latency
-from jax_ep._src.ops.pull_rows.call import pull_along
+from jax_ep._src.ops.two_levels import combine as two_levels
+from jax_ep._src.ops.two_levels.pull import pull_along
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -23,7 +24,7 @@ def combine(
     index: RowIndex,
 ) -> jax.Array:
     """Brings rows back to their tokens and adds them."""
-    out = call.combine(spec, index, rows, weights, biases)
+    out = two_levels.combine(spec, index, rows, weights, biases)
     named: jax.Array = checkpoint_name(out, COMBINE_NAME)
     return named
 
@@ -37,7 +38,7 @@ def combine_living(
     index: RowIndex,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Combines along a handle that leaves ranks out; returns the mask after the call, too."""
-    return call.combine_living(spec, index, rows, weights, biases)
+    return call_living(spec, index, rows, weights, biases)
 
 
 def _living_fwd(

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 
 from jax_ep._src.base.errors import GroupError
+from jax_ep._src.base.group_spec import GroupSpec
 from jax_ep._src.base.jax_compat import Primitive, ad, batching, lowering_mesh, mlir
-from jax_ep._src.base.spec import GroupSpec
 from jax_ep._src.ops.common.primitive import refuse_jvp
 
 

@@ -118,9 +118,12 @@ class Checks(StaticChecks):
         return group
 
     def backend(self, backend: str | None, group: Group) -> str:
-        """Returns the back end of this call: the group's, or a named one that works for it."""
-        if backend is None or backend == group.backend:
-            return group.backend
+        """Returns the back end of this call: the group's, or a named one that works for it.
+
+        Custom calls inside the nodes of a group do not carry every operation; XLA does.
+        """
+        if backend is None:
+            return group.backend if self.op in group.backends[group.backend].ops else "xla"
         if backend not in group.backends:
             names = ", ".join(repr(b) for b in config.BACKENDS)
             raise ConfigError(f"{self.op}: backend must be one of {names} or None, got {backend!r}")

@@ -1,23 +1,33 @@
 """Arrays over the tokens of all ranks, from XLA's collectives and plain indexing."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
-from jax_ep._src.base.spec import GroupSpec
+from jax_ep._src.base.group_spec import GroupSpec
+from jax_ep._src.ops.common.collectives import gather
 
 
-def gather_tokens(group: GroupSpec, x: jax.Array) -> jax.Array:
-    """Gathers [num_ranks * T, ...] from every rank's [T, ...]."""
-    gathered: jax.Array = jax.lax.all_gather(x, group.axes, tiled=True)
-    return gathered
+def gather_tokens(group: GroupSpec, x: jax.Array, *, num_parts: int = 1) -> jax.Array:
+    """Gathers [num_ranks * T, ...] from every rank's [T, ...].
+
+    `num_parts`: each rank's tokens are in so many parts, and the result is in the order of (part,
+    rank, token).
+    """
+    gathered = gather(group, x)
+    if num_parts == 1:
+        return gathered
+    parts = gathered.reshape(group.num_ranks, num_parts, -1, *x.shape[1:])
+    return jnp.swapaxes(parts, 0, 1).reshape(gathered.shape)
 
 
-def own_tokens(group: GroupSpec, x: jax.Array) -> jax.Array:
+def own_tokens(group: GroupSpec, x: jax.Array, *, num_parts: int = 1) -> jax.Array:
     """Returns this rank's part of the result of gather_tokens."""
-    num_tokens = x.shape[0] // group.num_ranks
-    first = jax.lax.axis_index(group.axes) * num_tokens
-    own: jax.Array = jax.lax.dynamic_slice_in_dim(x, first, num_tokens)
-    return own
+    parts = x.reshape(num_parts, group.num_ranks, -1, *x.shape[1:])
+    own = jax.lax.dynamic_index_in_dim(parts, group.rank(), axis=1, keepdims=False)
+    flat: jax.Array = own.reshape(-1, *x.shape[1:])
+    return flat
 
 
 def take(x: jax.Array, index: jax.Array, *, fill: int = 0) -> jax.Array:
@@ -38,3 +48,22 @@ def invert(row: jax.Array, size: int) -> jax.Array:
 def count(ids: jax.Array, size: int) -> jax.Array:
     target = jnp.where(ids < 0, size, ids).reshape(-1)
     return jnp.zeros((size,), jnp.int32).at[target].add(1, mode="drop")
+
+
+def to_bits(rows: jax.Array) -> jax.Array:
+    """Returns floating rows as integers, in which they move.
+
+    XLA:CPU selects fp8 through a wider type, which changes NaN bits.
+    """
+    if not jnp.issubdtype(rows.dtype, jnp.floating):
+        return rows
+    bits: jax.Array = jax.lax.bitcast_convert_type(rows, f"uint{8 * rows.dtype.itemsize}")
+    return bits
+
+
+def from_bits(bits: jax.Array, dtype: Any) -> jax.Array:
+    """Returns rows of their dtype from the result of `to_bits`."""
+    if bits.dtype == dtype:
+        return bits
+    rows: jax.Array = jax.lax.bitcast_convert_type(bits, dtype)
+    return rows

@@ -4,6 +4,7 @@ Every rank gathers the routing of all ranks and computes the whole plan. Rows tr
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -22,22 +23,42 @@ def dispatch(
     rows: Sequence[jax.Array],
 ) -> DispatchResults:
     """Returns the routing and the rows of this rank."""
-    topk_idx = check_mesh(topk_idx, spec.group, op=spec.op)
-    is_expert = (topk_idx >= 0) & (topk_idx < spec.num_experts)
-    num_invalid = jnp.sum((topk_idx != -1) & ~is_expert, dtype=jnp.int32)[None]
-    ids = gather_tokens(spec.group, jnp.where(is_expert, topk_idx, -1))
-    route = _route_ranks if spec.layout is Layout.RANK else _route_experts
-    routed = route(spec, ids, num_invalid, topk_weights)
+    routed = route(spec, topk_idx, topk_weights)
     return routed._replace(
         rows=tuple(pull_rows(spec, routed.recv_src, r) for r in rows),
     )
 
 
-def _route_ranks(
-    spec: DispatchSpec, ids: jax.Array, num_invalid: jax.Array, topk_weights: jax.Array | None
+def route(
+    spec: DispatchSpec,
+    topk_idx: jax.Array,
+    topk_weights: jax.Array | None,
+    *,
+    num_parts: int = 1,
 ) -> DispatchResults:
+    """Returns the routing of this rank, without rows.
+
+    `num_parts`: each rank has the tokens of so many sources, [num_parts * T, num_topk]. Sources are
+    numbered by (part, rank), and so are rows ordered.
+    """
+    topk_idx = check_mesh(topk_idx, spec.group, op=spec.op)
+    is_expert = (topk_idx >= 0) & (topk_idx < spec.num_experts)
+    num_invalid = jnp.sum((topk_idx != -1) & ~is_expert, dtype=jnp.int32)[None]
+    all_of = partial(gather_tokens, spec.group, num_parts=num_parts)
+    ids = all_of(jnp.where(is_expert, topk_idx, -1))
+    weights = None if topk_weights is None else all_of(topk_weights)
+    by_layout = _route_ranks if spec.layout is Layout.RANK else _route_experts
+    routed = by_layout(spec, ids, weights)
+    own = own_tokens(spec.group, routed.send_row, num_parts=num_parts)
+    return routed._replace(send_row=own, num_invalid=num_invalid)
+
+
+def _route_ranks(
+    spec: DispatchSpec, ids: jax.Array, topk_weights: jax.Array | None
+) -> DispatchResults:
+    """Routes the tokens of all sources. `send_row` has the rows of all of them."""
     group, num_local, capacity = spec.group, spec.num_local_experts, spec.recv_capacity
-    rank = jax.lax.axis_index(group.axes)
+    rank = group.rank()
     ranks = jnp.arange(group.num_ranks, dtype=jnp.int32)[None, None, :]
     wanted = jnp.any(_rank_of(ids, num_local)[:, :, None] == ranks, axis=1)  # [tokens, ranks]
     row = jnp.cumsum(wanted, axis=0, dtype=jnp.int32) - 1
@@ -48,18 +69,17 @@ def _route_ranks(
     local = jnp.where(is_here, recv_ids % num_local, -1)
     weights = None
     if topk_weights is not None:
-        all_weights = take(gather_tokens(group, topk_weights), recv_src)
-        weights = jnp.where(is_here, all_weights, 0.0)
+        weights = jnp.where(is_here, take(topk_weights, recv_src), 0.0)
     num_wanted = jnp.sum(wanted[:, rank], dtype=jnp.int32)
     num_recv = jnp.minimum(num_wanted, capacity)
     return DispatchResults(
         group_sizes=count(local, num_local),
         num_recv=num_recv[None],
         num_dropped=(num_wanted - num_recv)[None],
-        num_invalid=num_invalid,
+        num_invalid=jnp.zeros((1,), jnp.int32),
         recv_src=recv_src,
         recv_k=None,
-        send_row=own_tokens(group, row),
+        send_row=row,
         recv_topk_idx=local,
         recv_weights=weights,
         rows=(),
@@ -67,11 +87,12 @@ def _route_ranks(
 
 
 def _route_experts(
-    spec: DispatchSpec, ids: jax.Array, num_invalid: jax.Array, topk_weights: jax.Array | None
+    spec: DispatchSpec, ids: jax.Array, topk_weights: jax.Array | None
 ) -> DispatchResults:
+    """Routes the tokens of all sources. `send_row` has the rows of all of them."""
     group, num_local, capacity = spec.group, spec.num_local_experts, spec.recv_capacity
     num_all, num_topk = ids.shape
-    rank = jax.lax.axis_index(group.axes)
+    rank = group.rank()
     experts = jnp.arange(spec.num_experts, dtype=jnp.int32)[None, None, :]
     chosen = jnp.sum(ids[:, :, None] == experts, axis=1, dtype=jnp.int32)  # [tokens, experts]
     upto = jnp.cumsum(chosen, axis=0, dtype=jnp.int32)
@@ -104,7 +125,7 @@ def _route_experts(
     choice = invert(jnp.where(is_here, row, -1).reshape(-1), capacity)  # token * K + k
     weights = None
     if topk_weights is not None:
-        weights = take(gather_tokens(group, topk_weights).reshape(-1), choice)
+        weights = take(topk_weights.reshape(-1), choice)
     group_sizes = sizes[rank]
     num_wanted = jnp.sum(is_here, dtype=jnp.int32)
     num_kept = jnp.sum(is_here & is_kept, dtype=jnp.int32)
@@ -112,10 +133,10 @@ def _route_experts(
         group_sizes=group_sizes,
         num_recv=jnp.sum(group_sizes, dtype=jnp.int32)[None],
         num_dropped=(num_wanted - num_kept)[None],
-        num_invalid=num_invalid,
+        num_invalid=jnp.zeros((1,), jnp.int32),
         recv_src=jnp.where(choice >= 0, choice // num_topk, -1),
         recv_k=jnp.where(choice >= 0, choice % num_topk, -1),
-        send_row=own_tokens(group, row),
+        send_row=row,
         recv_topk_idx=None,
         recv_weights=weights,
         rows=(),

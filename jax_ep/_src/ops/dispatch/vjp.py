@@ -15,11 +15,11 @@ from jax_ep._src.base import jax_compat
 from jax_ep._src.base.operations import DISPATCH_NAME
 from jax_ep._src.base.options import Layout
 from jax_ep._src.base.spec import DispatchResults, DispatchSpec, ExchangeSpec, RouteSpec, RowIndex
-from jax_ep._src.ops.combine.call import combine
 from jax_ep._src.ops.common.refuse_gradient import refuse_low_latency
-from jax_ep._src.ops.dispatch import call
 from jax_ep._src.ops.dispatch.fp8 import FP8_DTYPES, dequantize_fp8, quantize_fp8
-from jax_ep._src.ops.pull_rows.call import pull_along, pull_rows
+from jax_ep._src.ops.two_levels import dispatch as two_levels
+from jax_ep._src.ops.two_levels.combine import combine
+from jax_ep._src.ops.two_levels.pull import pull_along, pull_to_tokens
 
 Rows = tuple[jax.Array, ...]
 
@@ -67,7 +67,7 @@ def dispatch(
     rank_mask: jax.Array | None,
 ) -> DispatchResults:
     """Routes tokens and moves their rows; only the first of `rows` is differentiable."""
-    routed = call.dispatch(spec, topk_idx, topk_weights, rows, rank_mask)
+    routed = two_levels.dispatch(spec, topk_idx, topk_weights, rows, rank_mask)
     named: DispatchResults = jax.tree.map(lambda a: checkpoint_name(a, DISPATCH_NAME), routed)
     return named
 
@@ -103,7 +103,7 @@ def _weights_bar(spec: DispatchSpec, residuals: Any, ct: jax.Array | None) -> ja
         return None
     topk_idx, send_row, *_ = residuals
     place = _place_of_choice(spec, topk_idx, send_row).reshape(-1)
-    moved = pull_rows(spec.to_pull(), place, ct.reshape(-1, 1))
+    moved = pull_to_tokens(spec, place, ct.reshape(-1, 1))
     return moved.reshape(topk_idx.shape)
 
 
