@@ -95,6 +95,18 @@ def test_a_lost_process_is_known_on_its_host():
     assert raised - at < 8.0
 
 
+@pytest.mark.parametrize("stopped", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_process_of_another_host_that_is_silent_fails_the_group(stopped):
+    """XLA's collectives wait for it. If it is process 0, the store does not answer either."""
+    codes = [7, 7]
+    codes[stopped] = -signal.SIGKILL
+    outputs = run_on_cpus("stopped_on_another_host", "1", str(stopped), exit_codes=codes)
+    survivor = outputs[1 - stopped]
+    assert 2.0 <= number_behind("waited", survivor) < 10.0
+    assert "gives no sign of life: its process, its host or the link to it" in survivor
+    assert number_behind("peer", survivor) == stopped
+
+
 @pytest.mark.parametrize("per_host", [1, 2])
 def test_the_first_process_waits_for_the_others_when_it_fails(per_host):
     """Its end would abort the others. They share no slice with it, and may be on another host."""
@@ -111,6 +123,10 @@ def test_slices_that_span_hosts_take_xla():
     warning = r"UserWarning: Group.open: group expert-\w+ runs on stock collectives, back end 'xla'"
     assert re.search(rf"{warning}: {re.escape(why)}", first)
     assert re.search(r"slices_across_hosts.py:\d+: UserWarning: Group.open: timeout=150 s", first)
+    part = (
+        r"UserWarning: Group.open: group two levels-\w+ runs on stock collectives, in part: back "
+    )
+    assert re.search(rf"{part}end 'cpu' is usable for dispatch, .* inside the nodes: ", first)
     assert "stock collectives" not in second
     for output in (first, second):
         assert (

@@ -3,7 +3,7 @@
 import numpy as np
 from hosts import make_slices, num_hosts
 from jax.sharding import Mesh
-from joined import R, echo, me, num_ranks_of, x
+from joined import R, echo, ids, me, num_ranks_of, x
 
 import jax_ep
 from jax_ep.testing.compare import assert_same_bits
@@ -40,6 +40,14 @@ for devices, expected, why in (
         assert info.ranks_per_node == group.ranks_per_node == expected, info
         assert info.ranks_per_node_from.startswith(why), info
 mesh = Mesh(inside.devices.reshape(1, -1), inside.axis_names)
+with jax_ep.Group.open(mesh, "expert", name="two levels", timeout=60.0) as group:
+    info = group.info()
+    assert (info.backend, info.ranks_per_node) == ("cpu", R // num_hosts), info
+    assert info.transport.startswith("xla: JAX's collectives (a slice of the mesh spans"), info
+    assert info.transport.endswith("inside the nodes back end 'cpu'"), info
+    run = on_ranks(lambda x, ids: echo(group, x, ids), mesh, check_vma=False)
+    data = place((x, ids), mesh)
+    assert_same_bits(run(*data), x * num_ranks_of(ids).astype(np.float32))
 with jax_ep.Group.open(mesh, "expert", backend="xla", timeout=60.0, ranks_per_node=R) as group:
     info = group.info()
     assert (info.ranks_per_node, info.ranks_per_node_from) == (R, "the argument of Group.open"), (

@@ -135,8 +135,9 @@ class Group:
             num_sms, `xla` carries the exchanges for which the table of this device says that `xla`
             is faster, by layout.
           timeout: seconds that a custom call waits for a rank before the group fails. Calls on the
-            `xla` back end wait as long as XLA's collectives do. Default: 60; at most a day. Over
-            several processes it should be below JAX's heartbeat timeout.
+            `xla` back end wait as long as XLA's collectives do; over several hosts, `check()` does
+            not wait for them once a process has given no sign of life for so long. Default: 60; at
+            most a day. Over several processes it should be below JAX's heartbeat timeout.
           num_sms: SMs that every dispatch, combine and ragged exchange of the `cuda` back end uses
             unless the call says otherwise. Default: the number in the table for this device and
             number of ranks, by exchange and layout, from 16 to 64 in the package's table
@@ -149,7 +150,7 @@ class Group:
           in_flight_bytes: the same for `low_latency_dispatch_send` and `low_latency_combine_send`;
             `jax_ep.in_flight_bytes` computes them. Default: 0, for groups that do not use these.
           ranks_per_node: ranks of one node, consecutive. Default: the ranks of a host if those of a
-            slice are on several hosts, consecutive on each, and equally many; else all ranks.
+            slice are on several hosts, consecutive on each, equally many and two or more; else all.
             `info()` says where the number comes from. With several nodes, `dispatch`,
             `dispatch_fp8`, `combine`, `combine_weights` and their gradients run in two levels: a
             token crosses once to each node where it has experts, and each node adds up its rows of
@@ -412,6 +413,7 @@ class Group:
             arrays,
             failure=self._failures.failure,
             loss=self._failures.loss,
+            silence=self._failures.silence,
             timeout=self.timeout,
         )
 

@@ -95,6 +95,7 @@ def _open(
                 "is open; pass another name="
             )
         settings = agree_on_settings(rendezvous, mesh, arguments, backend=backend, debug=debug)
+        rendezvous.start_beats()
         group = kind(mesh, arguments, settings, rendezvous)
         undo.callback(group.discard)
         if group.backends["cuda"].ops:
@@ -125,9 +126,11 @@ def _warn_of_fallback(group: Group, rendezvous: Rendezvous) -> None:
     if why_not is None:
         return
     if rendezvous.processes[0] == jax.process_index():
+        what = "back end 'xla':"
+        if group.backend != "xla":  # custom calls carry what stays inside the nodes
+            what = f"in part: back end {group.backend!r} is"
         warnings.warn(
-            f"Group.open: group {group.identity} runs on stock collectives, back end 'xla': "
-            f"{why_not}",
+            f"Group.open: group {group.identity} runs on stock collectives, {what} {why_not}",
             stacklevel=_TO_CALLER,
         )
     rendezvous.gather("warning", None)

@@ -19,6 +19,7 @@ import jax
 from jax_ep._src.base import jax_compat, native_modules
 from jax_ep._src.base.errors import GroupError, PeerTimeoutError
 from jax_ep._src.processes import leaving, unix_links
+from jax_ep._src.processes.beats import Beats
 from jax_ep._src.processes.domains import domain_of
 from jax_ep._src.processes.kv_exchange import KvExchange
 from jax_ep._src.processes.neighbourhoods import neighbourhoods
@@ -68,6 +69,8 @@ class Rendezvous:
         self._pid = os.getpid()
         self._watched: dict[int, int] = {}  # a descriptor for each process of this host
         self._has_other_hosts = False
+        self._identity = identity
+        self._beats: Beats | None = None
         self._kv_exchange = None if self.is_alone else KvExchange(identity, owners, timeout=timeout)
         if not self.is_alone:
             leaving.join_at_exit()
@@ -205,6 +208,7 @@ class Rendezvous:
     def close(self) -> None:
         """Closes the sockets that no other object has taken over. Not collective."""
         atexit.unregister(self._end_child)
+        self._end_beats()
         if self._leaves_alone:
             return  # at exit this process asks who is still there
         self._close_links()
@@ -241,6 +245,22 @@ class Rendezvous:
         """Returns a process that is known to have ended, or None. Not collective."""
         ended = (p for p, watch in self._watched.items() if unix_links.has_ended(watch))
         return next(ended, None)
+
+    def start_beats(self) -> None:
+        """Begins to look for signs of life if some processes are on other hosts. Not collective."""
+        if self._has_other_hosts:
+            self._beats = Beats(self._identity, self.processes, timeout=self.timeout)
+            atexit.register(self._end_beats)
+
+    def _end_beats(self) -> None:
+        atexit.unregister(self._end_beats)
+        beats, self._beats = self._beats, None
+        if beats is not None and os.getpid() == self._pid:
+            beats.end()
+
+    def silent_process(self) -> int | None:
+        """Returns a process that has given no sign of life for the timeout. Not collective."""
+        return None if self._beats is None else self._beats.silent_process()
 
     def leave_alone_at_exit(self) -> None:
         """Keeps the interpreter's exit from waiting for lost processes. Not collective.
