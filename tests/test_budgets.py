@@ -101,6 +101,15 @@ def test_named_sms_and_back_ends_are_not_overruled(write_tables):
         assert (_numbers(found), found.source) == ([9] * 6, "num_sms of Group.open")
 
 
+def test_several_nodes_take_the_budgets_of_the_ranks_of_one(write_tables):
+    """A table that prefers `xla` has measured one level."""
+    write_tables(("cpu", 4, plain(1)), ("cpu", 2, plain(11, xla=[("combine", "expert")])))
+    with jax_ep.Group.open(make_mesh(4), "ep", name="nodes", ranks_per_node=2) as group:
+        assert _numbers(group.budgets) == list(range(11, 17))
+    with jax_ep.Group.open(make_mesh(4), "ep", name="one node") as group:
+        assert _numbers(group.budgets) == list(range(1, 7))
+
+
 def test_a_file_without_budgets_leaves_the_packages(write_tables):
     before = tables.load_budgets("cpu", 2)
     write_tables(("cpu", 2, OLD))

@@ -20,7 +20,6 @@ from jax_ep.testing.compare import assert_close, assert_same_bits
 from jax_ep.testing.conformance import gradients, reductions, round_trips
 from jax_ep.testing.conformance.check import Check
 from jax_ep.testing.conformance.sizes import mix
-from jax_ep.testing.ranks import make_mesh
 
 NUM_RANKS = tuple(range(1, 9))
 # Each check runs on one size of group in turn. These checks depend on ranks, so run on others, too.
@@ -128,13 +127,6 @@ def test_back_ends_pass_the_suite_on_other_meshes(backend, mesh):
     with jax_ep.Group.open(Mesh(devices, tuple(shape)), axes, name="other") as group:
         for name in names:
             BY_NAME[name](group, backend)
-
-
-def test_several_nodes_give_the_values_of_one(backend):
-    """Rows, sums and gradients equal those of one node. get_dispatch_layout has its own test."""
-    mesh = make_mesh(6)
-    with jax_ep.Group.open(mesh, "ep", name="several nodes", ranks_per_node=2) as group:
-        BY_NAME[ALL_GRADIENTS](group, backend)
 
 
 def test_checks_run_in_several_processes():

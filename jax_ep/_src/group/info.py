@@ -137,6 +137,8 @@ def _staging(natives: Sequence[NativeGroup]) -> str | None:
 def _transport(group: "Group") -> str | None:
     if not group.parts:
         return None
+    if group.backend == "xla":
+        return "xla: JAX's collectives, also inside the nodes, since the group's back end is 'xla'"
     node, rail = group.parts
     inside = f"inside the nodes back end {node.backend!r}{_why_stock(node)}"
     if rail.backend == "xla":

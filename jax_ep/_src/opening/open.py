@@ -123,7 +123,7 @@ def _warn_of_fallback(group: Group, rendezvous: Rendezvous) -> None:
     If the program turns warnings into errors, no process opens the group.
     """
     why_not = usability.why_no_custom_calls(group.mesh, group.backends)
-    if why_not is None:
+    if why_not is None or group.backend != "xla":
         return
     if rendezvous.processes[0] == jax.process_index():
         what = "back end 'xla':"

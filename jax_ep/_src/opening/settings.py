@@ -22,9 +22,16 @@ def agree_on_settings(
     Raises: GroupError if the processes disagree.
     """
     debug = config.debug_from_environment() if debug is None else debug
-    kind = mesh.devices.flat[0].device_kind, arguments.num_ranks
-    tuning = tables.load(*kind)
-    budgets = tables.load_budgets(*kind, num_sms=arguments.num_sms, is_auto=backend == "auto")
+    kind = mesh.devices.flat[0].device_kind
+    tuning = tables.load(kind, arguments.num_ranks)
+    # Several nodes run exchanges of their ranks. A table that prefers `xla` has measured one level.
+    has_one_node = arguments.ranks_per_node == arguments.num_ranks
+    budgets = tables.load_budgets(
+        kind,
+        arguments.ranks_per_node,
+        num_sms=arguments.num_sms,
+        is_auto=backend == "auto" and has_one_node,
+    )
     # Builds are compared first: another build may have other settings.
     rendezvous.agree("builds", native_modules.builds({d.platform for d in mesh.devices.flat}))
     rendezvous.agree(

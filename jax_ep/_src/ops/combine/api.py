@@ -38,6 +38,9 @@ def combine(
     sum of these over ranks, in rank order, is rounded again. Biases are added last, before the
     final rounding. Dropped rows count as zero.
 
+    In a group with several nodes each node makes such a sum of its ranks, in the rows' dtype. These
+    sums cross, one for each node of a token, and are added in node order, before the biases.
+
     Args:
       rows: [recv_capacity, hidden] bf16, f16 or f32, in the layout of the handle; hidden * itemsize
         a multiple of 16 bytes. After a low-latency dispatch in the layout "batched" also
@@ -49,7 +52,7 @@ def combine(
       bias: one or two arrays [num_tokens, hidden] of the rows' dtype, added to the result.
       num_sms: SMs that the call and its gradient use on the `cuda` back end; None: the number in
         the group's budgets for this exchange and layout, or up to 64 for up to 128 tokens, which
-        then take the kernels of `low_latency_combine`. Static.
+        then take the kernels of `low_latency_combine` if the group has one node. Static.
       backend: "cpu", "cuda" or "xla"; None: as in dispatch. Every back end takes every handle of
         its group.
 

@@ -52,7 +52,8 @@ def dispatch(
 
     Expert `e` lives on rank `e // num_local_experts`; for another placement permute the ids first.
     The order of the received rows depends on the routing alone, never on timing, and is equal on
-    every back end.
+    every back end. In a group with several nodes a token crosses once to each node where it has
+    experts, and is spread there; the results are the same.
 
     Args:
       x: [num_tokens, hidden] bf16, f16 or f32, or a pair (fp8 [num_tokens, hidden], scales
@@ -81,7 +82,7 @@ def dispatch(
         every argument about the routing. All rows without a token are zero.
       num_sms: SMs that the call and its gradient use on the `cuda` back end; None: the number in
         the group's budgets for this exchange and layout, or up to 64 for up to 128 tokens, which
-        then take the kernels of `low_latency_dispatch`. Static.
+        then take the kernels of `low_latency_dispatch` if the group has one node. Static.
       backend: "cpu", "cuda" or "xla". None: the group's back end; but `xla` if "auto" chose the
         group's back end, num_sms is None, and the budgets say that `xla` is faster.
 
@@ -95,7 +96,7 @@ def dispatch(
       payload raise ConfigError, and so do second derivatives; `dispatch_fp8` has a gradient.
     Batches: `jax.vmap` makes one call for each element, in order.
     Limits: num_ranks * num_topk * max(recv_capacity, num_tokens) below 2^31; on the `cuda` back end
-      32 ranks, num_topk 32, and about 4,000 experts in the expert layout.
+      32 ranks of a node, num_topk 32, and about 4,000 experts in the expert layout.
     Raises: ShapeError, DTypeError, ConfigError, GroupError while tracing; PeerTimeoutError,
       GroupError and RoutingError (debug mode) from `group.check()`.
     Source: DeepEP (DeepSeek, 2025), normal kernels; expert-major output as in Hybrid-EP.

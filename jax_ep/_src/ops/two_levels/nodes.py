@@ -88,7 +88,7 @@ class Nodes(NamedTuple):
         ranks = jnp.arange(self.num_nodes, dtype=jnp.int32)[:, None]
         if has_parts:
             ranks = ranks * self.num_nodes + node
-        return ranks * size + jnp.arange(size, dtype=jnp.int32)
+        return ranks * size + jnp.arange(size, dtype=jnp.int32)[None]
 
     def require_places(self, op: str, size: int) -> None:
         """Raises ConfigError unless int32 can count what a rail's ranks have for one another."""
