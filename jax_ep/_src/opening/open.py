@@ -126,11 +126,9 @@ def _warn_of_fallback(group: Group, rendezvous: Rendezvous) -> None:
     if why_not is None or group.backend != "xla":
         return
     if rendezvous.processes[0] == jax.process_index():
-        what = "back end 'xla':"
-        if group.backend != "xla":  # custom calls carry what stays inside the nodes
-            what = f"in part: back end {group.backend!r} is"
         warnings.warn(
-            f"Group.open: group {group.identity} runs on stock collectives, {what} {why_not}",
+            f"Group.open: group {group.identity} runs on stock collectives, back end 'xla': "
+            f"{why_not}",
             stacklevel=_TO_CALLER,
         )
     rendezvous.gather("warning", None)

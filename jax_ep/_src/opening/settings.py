@@ -24,14 +24,6 @@ def agree_on_settings(
     debug = config.debug_from_environment() if debug is None else debug
     kind = mesh.devices.flat[0].device_kind
     tuning = tables.load(kind, arguments.num_ranks)
-    # Several nodes run exchanges of their ranks. A table that prefers `xla` has measured one level.
-    has_one_node = arguments.ranks_per_node == arguments.num_ranks
-    budgets = tables.load_budgets(
-        kind,
-        arguments.ranks_per_node,
-        num_sms=arguments.num_sms,
-        is_auto=backend == "auto" and has_one_node,
-    )
     # Builds are compared first: another build may have other settings.
     rendezvous.agree("builds", native_modules.builds({d.platform for d in mesh.devices.flat}))
     rendezvous.agree(
@@ -42,7 +34,6 @@ def agree_on_settings(
             "num_sms": arguments.num_sms,
             "low_latency_bytes": arguments.low_latency_bytes,
             "in_flight_bytes": arguments.in_flight_bytes,
-            **{f"the budgets of {op}": b for op, b in budgets.to_plain().items()},
             "timeout": arguments.timeout,
             "survives": arguments.survives,
             "debug": debug,
@@ -54,12 +45,21 @@ def agree_on_settings(
     )
     complete = sorted(b for b, u in backends.items() if usability.is_complete(u))
     nodes = _find_nodes(rendezvous, mesh, arguments)
+    # Several nodes run exchanges of their ranks. A table that prefers `xla` has measured one level.
+    has_one_node = nodes.ranks_per_node == arguments.num_ranks
+    budgets = tables.load_budgets(
+        kind,
+        nodes.ranks_per_node,
+        num_sms=arguments.num_sms,
+        is_auto=backend == "auto" and has_one_node,
+    )
     rendezvous.agree(
         "back ends",
         {
             "the back ends that are usable": complete,
-            # Compared here, since the default comes from the hosts of all processes.
+            # Compared here: the default number, and with it the budgets, come from the hosts.
             "ranks_per_node": nodes.ranks_per_node,
+            **{f"the budgets of {op}": b for op, b in budgets.to_plain().items()},
         },
     )
     return Settings(chosen, nodes, debug, backends, tuning, budgets)
