@@ -1,11 +1,13 @@
-"""A low-latency dispatch and a shared expert, with a late peer: in turn, and between the halves.
+"""A low-latency dispatch and a shared expert, with late ranks: in turn, and between the halves.
 
     python benchmarks/halves.py --tokens 1 32 128 --delay-us 0 20 50 --out benchmarks/results
     python benchmarks/halves.py --tokens 4 --hidden 128 --width 64 --experts 8 --topk 2 --steps 60
 
-Rank 0 is late before each step. The others wait for its tokens: in a whole dispatch before the
-matmul begins, with halves behind it. What is hidden is the part of the delay by which a step of the
-others is not longer than a step without a delay.
+The ranks are late one after the other, each before one step. The others wait for its tokens: in a
+whole dispatch before their matmul begins, with halves behind it. A rank that was in time is ahead
+by its matmul then, and can be late by as much in the next step. So up to the smaller of delay and
+matmul is hidden in each step. If the same rank were always late, nothing could be: it would have to
+do its own matmul in every step.
 """
 
 import argparse
@@ -23,11 +25,14 @@ from jax_ep.bench.record import append_brief_records, brief_record
 from jax_ep.bench.steps import Link, Steps, measure
 from jax_ep.bench.timing import Carry
 from jax_ep.testing import virtual_devices
+from jax_ep.testing.clock import read_clock
 from jax_ep.testing.ranks import make_mesh, on_ranks, place
 
 
-def make_links(group: jax_ep.Group, sizes: argparse.Namespace, num_tokens: int) -> dict[str, Link]:
-    """The ways to compute both, and each alone."""
+def make_links(
+    group: jax_ep.Group, sizes: argparse.Namespace, num_tokens: int, delay_us: int
+) -> dict[str, Link]:
+    """The ways to compute both, and each alone. A link is a step for each rank that is late."""
     rng = np.random.default_rng(0)
     num_ranks = group.num_ranks
     scores = rng.random((num_ranks, num_tokens, sizes.experts))
@@ -42,22 +47,30 @@ def make_links(group: jax_ep.Group, sizes: argparse.Namespace, num_tokens: int) 
         "layout": sizes.layout,
     }
 
-    def dispatch(given: Any, _: Any) -> Any:
-        return jax_ep.low_latency_dispatch(*given[:2], **exchange).x
+    def dispatch(x: jax.Array, ids: jax.Array, w: jax.Array) -> Any:
+        return jax_ep.low_latency_dispatch(x, ids, **exchange).x
 
-    def matmul(given: Any, _: Any) -> Any:
-        return given[0] @ given[2]
+    def matmul(x: jax.Array, ids: jax.Array, w: jax.Array) -> Any:
+        return x @ w
 
-    def in_turn(given: Any, last: Any) -> Any:
-        return dispatch(given, last), matmul(given, last)
+    def in_turn(x: jax.Array, ids: jax.Array, w: jax.Array) -> Any:
+        return dispatch(x, ids, w), matmul(x, ids, w)
 
-    def halves(given: Any, _: Any) -> Any:
-        x, ids, w = given
+    def halves(x: jax.Array, ids: jax.Array, w: jax.Array) -> Any:
         sent = jax_ep.low_latency_dispatch_send(x, ids, through=x, **exchange)
         shared = sent.through @ w
         return jax_ep.low_latency_dispatch_recv(sent, after=shared).x, shared
 
-    def link(run: Any) -> Link:
+    def link(step: Any) -> Link:
+        def run(given: Any, _: Any) -> Any:
+            made = ()
+            for late in range(num_ranks):
+                is_late = jax.lax.axis_index(group.axes) == late
+                own_us = jnp.where(is_late, delay_us, 0).astype(jnp.int32)[None]
+                given, made = read_clock(own_us, (given, made)).arrays
+                made = step(*given)
+            return made
+
         shape = on_ranks(lambda *own: run(own, None), group.mesh)
         made = jax.tree.map(
             lambda a: place(np.zeros(a.shape, a.dtype), group.mesh, group.axes),
@@ -69,11 +82,9 @@ def make_links(group: jax_ep.Group, sizes: argparse.Namespace, num_tokens: int) 
     return {name: link(run) for name, run in ways.items()}
 
 
-def hidden_us(steps: Steps) -> float:
-    """Returns the microseconds of the delay that do not lengthen a step of the others."""
-    assert steps.delay_us is not None
-    assert steps.delayed_us is not None
-    return steps.delay_us - (steps.delayed_us["p50"] - steps.us["p50"])
+def step_us(steps: Steps, num_ranks: int) -> dict[str, float]:
+    """Returns percentiles of one step out of a link's, less the readings that make ranks late."""
+    return {name: (us - num_ranks * steps.clock_us) / num_ranks for name, us in steps.us.items()}
 
 
 def main() -> None:
@@ -86,7 +97,7 @@ def main() -> None:
     add("--experts", type=int, default=256)
     add("--topk", type=int, default=8)
     add("--layout", choices=("expert", "rank"), default="expert")
-    add("--delay-us", nargs="+", type=int, default=[50], help="by which rank 0 is late")
+    add("--delay-us", nargs="+", type=int, default=[50], help="by which ranks are late")
     add("--steps", type=int, default=2000)
     add("--out", type=Path, help="folder of the records; none: they are only printed")
     add("--commit", help="what to record in place of what git says here")
@@ -106,38 +117,37 @@ def main() -> None:
         mesh, "ep", name="halves", timeout=60.0, low_latency_bytes=room, in_flight_bytes=room
     ) as group:
         for num_tokens, delay_us in itertools.product(args.tokens, args.delay_us):
-            links = make_links(group, args, num_tokens)
-            found = measure(
-                list(links.values()), group, num_steps=args.steps, delay_us=delay_us or None
+            links = make_links(group, args, num_tokens, delay_us)
+            found = measure(list(links.values()), group, num_steps=args.steps)
+            us = {name: step_us(steps, num_ranks) for name, steps in zip(links, found, strict=True)}
+            hidden_us = us["in_turn"]["p50"] - us["halves"]["p50"]
+            print(
+                f"{num_tokens} tokens, ranks late by {delay_us} us: "
+                + ", ".join(f"{name} {own['p50']:.1f} us" for name, own in us.items())
+                + f"; hidden {hidden_us:.1f} us",
+                flush=True,
             )
             run = uuid.uuid4().hex
-            print(f"{num_tokens} tokens, rank 0 late by {delay_us} us:")
-            for name, steps in zip(links, found, strict=True):
-                line = f"  {name:9}{steps.us['p50']:9.1f} us"
-                if steps.delayed_us is not None:
-                    line += f", late peer {steps.delayed_us['p50']:9.1f} us"
-                    line += f", hidden {hidden_us(steps):7.1f} us" if name != "matmul" else ""
-                print(line, flush=True)
-                records.append(
-                    brief_record(
-                        "halves",
-                        name,
-                        "xla" if name == "matmul" else group.backend,
-                        steps.us,
-                        run,
-                        num_ranks=num_ranks,
-                        tokens=num_tokens,
-                        hidden=args.hidden,
-                        topk=args.topk,
-                        experts=args.experts,
-                        width=args.width,
-                        layout=args.layout,
-                        dtype="bf16",
-                        delay_us=steps.delay_us,
-                        delayed_us=steps.delayed_us,
-                    )
-                    | {"timing": "device"}
+            records += [
+                brief_record(
+                    "halves",
+                    name,
+                    "xla" if name == "matmul" else group.backend,
+                    own,
+                    run,
+                    num_ranks=num_ranks,
+                    tokens=num_tokens,
+                    hidden=args.hidden,
+                    topk=args.topk,
+                    experts=args.experts,
+                    width=args.width,
+                    layout=args.layout,
+                    dtype="bf16",
+                    delay_us=delay_us,
                 )
+                | {"timing": "device"}
+                for name, own in us.items()
+            ]
         group.check()
     if args.out is not None:
         append_brief_records(args.out, "halves", records, args.commit)

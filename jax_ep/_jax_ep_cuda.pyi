@@ -150,8 +150,10 @@ def check_devices(devices: Sequence[int]) -> None:
 def close_group(identity: str) -> None:
     """Forgets a group; executables that hold it keep it alive."""
 
-def dispatch_workspace_bytes(layout: int, num_experts: int, num_ranks: int, num_tokens: int, num_topk: int) -> int:
-    """Scratch of one dispatch; 0 where it cannot be planned."""
+def dispatch_workspace_bytes(layout: int, num_experts: int, num_ranks: int, num_tokens: int, num_topk: int, num_parts: int = 1) -> int:
+    """
+    Scratch of one dispatch; 0 where it cannot be planned. num_tokens are those of a source.
+    """
 
 def low_latency_table_bytes(layout: int, num_experts: int, num_ranks: int, num_tokens: int, num_topk: int) -> int:
     """Shared memory of a low-latency dispatch; it has a limit."""

@@ -259,7 +259,7 @@ def test_halves_say_what_is_hidden(tmp_path, monkeypatch, capsys):
     path = ROOT / "benchmarks" / "halves.py"
     sizes = "--tokens 2 --hidden 128 --width 8 --experts 8 --topk 2 --steps 2 --delay-us 3000"
     monkeypatch.setattr(sys, "argv", [str(path), *sizes.split(), "--out", str(tmp_path)])
-    monkeypatch.setattr("jax_ep.bench.steps._LINKS", 8)
+    monkeypatch.setattr("jax_ep.bench.steps._LINKS", 6)
     runpy.run_path(str(path), run_name="__main__")
     (written,) = tmp_path.glob("*-halves.jsonl")
     lines = [json.loads(line) for line in written.read_text().splitlines()]
@@ -267,8 +267,8 @@ def test_halves_say_what_is_hidden(tmp_path, monkeypatch, capsys):
     for line in lines:
         # Whoever needs the late rank waits for it: on CPUs a receive is the whole exchange. The
         # matmul needs nobody, but may wait for a core.
-        assert line["contender"] == "matmul" or line["delayed_us"]["p50"] > 3000, line
-    assert "rank 0 late by 3000 us" in capsys.readouterr().out
+        assert line["contender"] == "matmul" or line["us"]["p50"] > 2900, line
+    assert "ranks late by 3000 us" in capsys.readouterr().out
 
 
 def test_command_names_the_extra_that_brings_its_progress_bar(monkeypatch):

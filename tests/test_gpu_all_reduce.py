@@ -11,7 +11,7 @@ import pytest
 
 import jax_ep
 from jax_ep import reference
-from jax_ep._src.base import limits, tables
+from jax_ep._src.base import exact, limits, tables
 from jax_ep.testing.compare import assert_close, assert_same_bits
 from jax_ep.testing.ranks import make_mesh, on_ranks
 
@@ -69,6 +69,74 @@ def test_many_calls_of_random_size_and_algorithm_give_right_sums(group):
     num_wrong = on_ranks(run, group.mesh, check_vma=False)(x)
     group.check(num_wrong)
     assert np.asarray(num_wrong).tolist() == [0] * num_ranks
+
+
+def _random_bits(seed, rank, size, dtype):
+    """Bits of any pattern, and some vectors like those that stand for an empty slot."""
+    word = jnp.dtype(f"uint{8 * jnp.dtype(dtype).itemsize}")
+    place = jax.lax.iota(jnp.uint32, size)
+    mixed = (place + jnp.uint32(0x9E3779B9) * seed) * jnp.uint32(0x85EBCA6B) + rank * 77777
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
+        mixed = (mixed ^ mixed >> shift) * jnp.uint32(factor)
+    vector = place // (16 // word.itemsize)
+    kind = (vector * jnp.uint32(0xC2B2AE35) + seed * 97 + rank) >> 26  # one of 64
+    absent, stand_in = jnp.uint32(0xF5F5F5F5), jnp.uint32(0xF5F5F5F4)
+    is_eighth = place * word.itemsize % 16 == 8
+    sentinel = jnp.where((kind == 1) & is_eighth, stand_in, absent)
+    mixed = jnp.where(kind < 2, sentinel, mixed)
+    return jax.lax.bitcast_convert_type(mixed.astype(word), dtype)
+
+
+def _one_sum(group, index):
+    """Returns a function from a seed to the number of wrong elements of a random sum."""
+    rng = np.random.default_rng(index)
+    movement = (jax_ep.all_reduce, jax_ep.all_reduce, jax_ep.all_gather)[index % 3]
+    algorithms = ["low_latency", "one_shot", "two_shot"]
+    algorithm = algorithms[rng.integers(2 if movement is jax_ep.all_gather else 3)]
+    dtype = ("float32", "bfloat16", "float16", "int32")[rng.integers(4)]
+    most = limits.slot_payload(group.num_ranks) if algorithm == "low_latency" else 2 << 20
+    size = max(1, int(most ** rng.random()) // jnp.dtype(dtype).itemsize)
+
+    def run(seed):
+        terms = [_random_bits(seed, jnp.uint32(r), size, dtype) for r in range(group.num_ranks)]
+        own = _random_bits(seed, jax.lax.axis_index("ep").astype(jnp.uint32), size, dtype)
+        options = {} if movement is jax_ep.all_gather else {"allow_psum": False}
+        got = movement(own, group=group, algorithm=algorithm, **options)
+        if movement is jax_ep.all_gather:
+            expected = jnp.stack(terms)
+        elif dtype == "int32":
+            expected = sum(terms[1:], terms[0])
+        else:
+            wide = list(exact.kept(jnp.stack(terms)).astype(jnp.float32))
+            expected = exact.rounded(sum(wide[1:], wide[0]), jnp.dtype(dtype))
+        word = f"uint{8 * got.dtype.itemsize}"
+        same = got.view(word) == expected.view(word)
+        if movement is jax_ep.all_reduce and dtype != "int32":
+            same |= jnp.isnan(got) & jnp.isnan(expected)  # which NaN a sum is, is not defined
+        return jnp.sum(~same)
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(280)
+def test_100000_sums_of_random_bits_are_right(group):
+    """Sizes, dtypes and algorithms are random; every pattern of bits arrives."""
+    sums = [_one_sum(group, i) for i in range(50)]
+
+    def run(first):
+        def step(num_wrong, seed):
+            for i, one in enumerate(sums):
+                num_wrong += one(seed * 64 + i)
+            return num_wrong, None
+
+        seeds = first[0] + jnp.arange(2000, dtype=jnp.uint32)
+        return jax.lax.scan(step, jnp.int32(0), seeds)[0]
+
+    first = np.full((group.num_ranks, 1), 12345, np.uint32)
+    num_wrong = on_ranks(run, group.mesh, check_vma=False)(first)
+    group.check(num_wrong)
+    assert np.asarray(num_wrong).tolist() == [0] * group.num_ranks
 
 
 LARGE = (9 << 20) // 4 + 5  # elements of 4 bytes, too many to be pushed by any algorithm

@@ -20,16 +20,8 @@ def _open(name, **options):
     return jax_ep.Group.open(mesh, "ep", name=name, **{"in_flight_bytes": ROOM, **options})
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _flights():
-    """Makes kernels send and receive apart."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_EP_FLIGHTS", "1")
-        yield
-
-
 @pytest.fixture(scope="module")
-def group(_flights):
+def group():
     with _open("halves", timeout=60.0) as opened:
         assert opened.info().in_flight.startswith("usable")
         yield opened

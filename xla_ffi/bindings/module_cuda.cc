@@ -140,13 +140,14 @@ void CheckDevices(const std::vector<int64_t>& devices) {
 }
 
 size_t WorkspaceBytes(int64_t layout, int num_experts, int num_ranks, int64_t num_tokens,
-                      int num_topk) {
+                      int num_topk, int num_parts) {
   return DispatchWorkspaceBytes({.layout = static_cast<RecvLayout>(layout),
                                  .experts = {.num_experts = num_experts, .num_ranks = num_ranks},
                                  .num_tokens = num_tokens,
                                  .num_topk = num_topk,
                                  .recv_capacity = 0,
-                                 .expert_alignment = 1});
+                                 .expert_alignment = 1,
+                                 .num_parts = num_parts});
 }
 
 size_t TableBytes(int64_t layout, int num_experts, int num_ranks, int64_t num_tokens,
@@ -254,7 +255,8 @@ NB_MODULE(_jax_ep_cuda, m) {
       "Forgets a group; executables that hold it keep it alive.");
   m.def("dispatch_workspace_bytes", &jax_ep::WorkspaceBytes, nanobind::arg("layout"),
         nanobind::arg("num_experts"), nanobind::arg("num_ranks"), nanobind::arg("num_tokens"),
-        nanobind::arg("num_topk"), "Scratch of one dispatch; 0 where it cannot be planned.");
+        nanobind::arg("num_topk"), nanobind::arg("num_parts") = 1,
+        "Scratch of one dispatch; 0 where it cannot be planned. num_tokens are those of a source.");
   m.def("low_latency_table_bytes", &jax_ep::TableBytes, nanobind::arg("layout"),
         nanobind::arg("num_experts"), nanobind::arg("num_ranks"), nanobind::arg("num_tokens"),
         nanobind::arg("num_topk"), "Shared memory of a low-latency dispatch; it has a limit.");

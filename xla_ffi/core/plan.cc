@@ -6,7 +6,7 @@
 namespace jax_ep {
 
 DispatchPlan::DispatchPlan(const DispatchShape& shape)
-    : shape_(shape), sources_(shape.experts.num_ranks), destinations_(shape.experts.num_ranks) {}
+    : shape_(shape), sources_(shape.num_sources()), destinations_(shape.experts.num_ranks) {}
 
 // Visits each row that the token asks for: one per rank, or one per choice.
 template <typename Visit>
@@ -25,8 +25,14 @@ void DispatchPlan::ForEachDestination(const int32_t* ids, Visit&& visit) const {
   }
 }
 
-void DispatchPlan::List(int src, const int32_t* topk_idx) {
-  Source& source = sources_[src];
+void DispatchPlan::List(int rank, const int32_t* topk_idx) {
+  for (int part = 0; part < shape_.num_parts; ++part) {
+    ListSource(sources_[shape_.SourceOf(rank, part)],
+               topk_idx + part * shape_.num_tokens * shape_.num_topk);
+  }
+}
+
+void DispatchPlan::ListSource(Source& source, const int32_t* topk_idx) const {
   source.topk_idx = topk_idx;
   source.num_invalid = 0;
   source.num_entries_of_expert.assign(shape_.experts.num_experts, 0);
@@ -50,9 +56,17 @@ void DispatchPlan::List(int src, const int32_t* topk_idx) {
   }
 }
 
+int32_t DispatchPlan::num_invalid(int rank) const {
+  int32_t sum = 0;
+  for (int part = 0; part < shape_.num_parts; ++part) {
+    sum += sources_[shape_.SourceOf(rank, part)].num_invalid;
+  }
+  return sum;
+}
+
 void DispatchPlan::Admit(int dst) {
   Destination& destination = destinations_[dst];
-  destination.num_kept.resize(num_ranks());
+  destination.num_kept.resize(num_sources());
   destination.group_sizes.assign(num_local_experts(), 0);
   if (shape_.layout == RecvLayout::kRank) {
     AdmitRanks(dst);
@@ -61,7 +75,7 @@ void DispatchPlan::Admit(int dst) {
   }
   int64_t num_wanted = 0;
   int64_t num_kept = 0;
-  for (int src = 0; src < num_ranks(); ++src) {
+  for (int src = 0; src < num_sources(); ++src) {
     num_wanted += num_entries(src, dst);
     num_kept += destination.num_kept[src];
   }
@@ -70,9 +84,9 @@ void DispatchPlan::Admit(int dst) {
 
 void DispatchPlan::AdmitRanks(int dst) {
   Destination& destination = destinations_[dst];
-  destination.first_row.resize(num_ranks());
+  destination.first_row.resize(num_sources());
   int64_t num_rows = 0;
-  for (int src = 0; src < num_ranks(); ++src) {
+  for (int src = 0; src < num_sources(); ++src) {
     destination.first_row[src] = static_cast<int32_t>(num_rows);
     destination.num_kept[src] = std::min(num_entries(src, dst), shape_.recv_capacity - num_rows);
     num_rows += destination.num_kept[src];
@@ -86,16 +100,16 @@ void DispatchPlan::AdmitExperts(int dst) {
   const int num_local = num_local_experts();
   KeepLongestPrefix(dst);
   // first_row holds the rows of earlier sources until the groups' offsets are known.
-  destination.first_row.resize(int64_t{num_ranks()} * num_local);
+  destination.first_row.resize(int64_t{num_sources()} * num_local);
   std::vector<int32_t> num_rows(num_local, 0);
-  for (int src = 0; src < num_ranks(); ++src) {
+  for (int src = 0; src < num_sources(); ++src) {
     std::copy(num_rows.begin(), num_rows.end(),
               destination.first_row.begin() + int64_t{src} * num_local);
     CountKept(src, dst, num_rows.data());
   }
   int32_t offset = 0;
   for (int e = 0; e < num_local; ++e) {
-    for (int src = 0; src < num_ranks(); ++src) {
+    for (int src = 0; src < num_sources(); ++src) {
       destination.first_row[int64_t{src} * num_local + e] += offset;
     }
     destination.group_sizes[e] =
@@ -123,14 +137,14 @@ void DispatchPlan::KeepLongestPrefix(int dst) {
     fits = fits && num_rows <= most;
   }
   fits = fits && num_aligned <= shape_.recv_capacity;
-  for (int src = 0; src < num_ranks(); ++src) {
+  for (int src = 0; src < num_sources(); ++src) {
     destination.num_kept[src] = fits ? num_entries(src, dst) : 0;
   }
   if (fits) return;
 
   std::vector<int64_t> num_rows(num_local_experts(), 0);
   num_aligned = 0;
-  for (int src = 0; src < num_ranks(); ++src) {
+  for (int src = 0; src < num_sources(); ++src) {
     const Entry* begin = entries(src, dst);
     const Entry* end = begin + num_entries(src, dst);
     for (const Entry* token = begin; token != end;) {

@@ -3,8 +3,9 @@
 // The plan is made in three steps. Each step runs once per rank, and begins when the step before it
 // is done on every rank. Within a step the ranks are independent and may run on different threads.
 //
-//   List(src)   lists the rows that the source sends to each destination, in token order
-//   Admit(dst)  decides how many of them fit, and where the part of each source begins
+//   List(rank)  lists the rows that each source of the rank sends to each destination, in token
+//               order
+//   Admit(dst)  decides how many of them fit, and where those of each source begin
 //   reading     ForEachRow and the counts, from any thread
 #pragma once
 
@@ -18,25 +19,36 @@
 namespace jax_ep {
 
 /// The static facts of a dispatch, equal on all ranks.
+///
+/// Tokens come from sources. A rank holds those of `num_parts` sources, one part behind the other.
+/// Sources are numbered by part, then rank. Rows of results are in the order of sources and tokens.
 struct DispatchShape {
   RecvLayout layout;
   ExpertMap experts;
-  int64_t num_tokens;  // of each rank
+  int64_t num_tokens;  // of each source
   int num_topk;
   int64_t recv_capacity;
   int64_t expert_alignment;
   /// Expert layout: rows from the first of one expert to the first of the next; the alignment is 1
   /// then. 0: groups lie side by side.
   int64_t expert_stride = 0;
+  int num_parts = 1;
 
   bool operator==(const DispatchShape&) const = default;
+  JAX_EP_HOST_DEVICE int num_sources() const { return num_parts * experts.num_ranks; }
+  JAX_EP_HOST_DEVICE int SourceOf(int rank, int part) const {
+    return part * experts.num_ranks + rank;
+  }
+  JAX_EP_HOST_DEVICE int RankOf(int src) const { return src % experts.num_ranks; }
+  JAX_EP_HOST_DEVICE int PartOf(int src) const { return src / experts.num_ranks; }
+  JAX_EP_HOST_DEVICE int64_t tokens_per_rank() const { return num_parts * num_tokens; }
   /// Rows that a rank may receive, if no token names an expert twice.
   int64_t worst_capacity() const {
-    if (layout == RecvLayout::kRank) return num_tokens * experts.num_ranks;
+    const int64_t num_all = num_tokens * num_sources();
+    if (layout == RecvLayout::kRank) return num_all;
     const int num_local = experts.num_local_experts();
-    if (expert_stride > 0) return num_local * num_tokens * experts.num_ranks;
-    return num_tokens * experts.num_ranks * std::min(num_topk, num_local) +
-           num_local * (expert_alignment - 1);
+    if (expert_stride > 0) return num_local * num_all;
+    return num_all * std::min(num_topk, num_local) + num_local * (expert_alignment - 1);
   }
   /// Columns of send_row: one per rank, or one per top-k choice.
   JAX_EP_HOST_DEVICE int num_send_slots() const {
@@ -48,13 +60,12 @@ class DispatchPlan {
  public:
   explicit DispatchPlan(const DispatchShape& shape);
 
-  /// `topk_idx` [num_tokens, num_topk] must stay readable as long as the plan lives.
-  void List(int src, const int32_t* topk_idx);
+  /// `topk_idx` [tokens_per_rank, num_topk] must stay readable as long as the plan lives.
+  void List(int rank, const int32_t* topk_idx);
   void Admit(int dst);
 
   const DispatchShape& shape() const { return shape_; }
-  const int32_t* topk_idx(int src) const { return sources_[src].topk_idx; }
-  int32_t num_invalid(int src) const { return sources_[src].num_invalid; }
+  int32_t num_invalid(int rank) const;
   int32_t num_recv(int dst) const { return destinations_[dst].num_recv; }
   int32_t num_dropped(int dst) const { return destinations_[dst].num_dropped; }
   /// Rows of each local expert: [num_local_experts].
@@ -78,14 +89,15 @@ class DispatchPlan {
     int32_t num_invalid = 0;
   };
   struct Destination {
-    std::vector<int64_t> num_kept;   // [num_ranks] entries kept of each source
-    std::vector<int32_t> first_row;  // rank layout [num_ranks], expert layout [num_ranks, L]
+    std::vector<int64_t> num_kept;   // [num_sources] entries kept of each source
+    std::vector<int32_t> first_row;  // rank layout [num_sources], expert layout [num_sources, L]
     std::vector<int32_t> group_sizes;
     int32_t num_recv = 0;
     int32_t num_dropped = 0;
   };
 
   int num_ranks() const { return shape_.experts.num_ranks; }
+  int num_sources() const { return shape_.num_sources(); }
   int num_local_experts() const { return shape_.experts.num_local_experts(); }
   int64_t num_entries(int src, int dst) const {
     return sources_[src].first_entry[dst + 1] - sources_[src].first_entry[dst];
@@ -99,6 +111,7 @@ class DispatchPlan {
   }
   template <typename Visit>
   void ForEachDestination(const int32_t* ids, Visit&& visit) const;
+  void ListSource(Source& source, const int32_t* topk_idx) const;
   void AdmitRanks(int dst);
   void AdmitExperts(int dst);
   void KeepLongestPrefix(int dst);

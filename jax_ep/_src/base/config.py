@@ -138,14 +138,6 @@ def debug_from_environment() -> bool:
     return value == "1"
 
 
-def flights_from_environment() -> bool:
-    """Returns whether JAX_EP_FLIGHTS asks for kernels of send and receive halves on GPUs."""
-    value = os.environ.get("JAX_EP_FLIGHTS", "0")
-    if value not in ("", "0", "1"):
-        raise ConfigError(f"JAX_EP_FLIGHTS must be '0' or '1', got {value!r}")
-    return value == "1"
-
-
 @dataclass(frozen=True)
 class ProcessPlace:
     """The place of one process in a program of several processes.

@@ -67,7 +67,6 @@ class GroupSpec:
       has_packets: whether 16 bytes arrive at a peer at once; algorithm low_latency needs that.
       low_latency_room: bytes that one rank can send to another in a low-latency exchange on GPUs.
       in_flight_room: the same where the exchange is sent and received apart.
-      has_flights: whether kernels do that, where there are such kernels.
       cut: the cut whose parts are the slices of this group; None: nothing is cut.
       levels: the parts that carry dispatch and combine if the group has several nodes, else None.
     """
@@ -80,7 +79,6 @@ class GroupSpec:
     has_packets: bool = True
     low_latency_room: int = 0
     in_flight_room: int = 0
-    has_flights: bool = True
     cut: Cut | None = None
     levels: "Levels | None" = None
 

@@ -16,6 +16,7 @@ from jax._src import mesh as mesh_internals
 from jax._src.interpreters import mlir as mlir_internals
 from jax.experimental import compute_on as compute_on_module
 from jax.extend.core import Primitive
+from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import ad, batching, mlir
 from jaxlib import xla_client
 
@@ -28,6 +29,7 @@ __all__ = [
     "ad",
     "ambient_meshes",
     "batching",
+    "behind_barriers",
     "can_register_types",
     "clean_context",
     "default_heartbeat_timeout",
@@ -54,6 +56,11 @@ __all__ = [
 def has_backends() -> bool:
     """Returns whether JAX has made its backends; it then has read its environment."""
     return bool(xla_bridge.backends_are_initialized())
+
+
+def behind_barriers(values: Sequence[Any]) -> list[Any]:
+    """Puts each value of a lowered operation behind an optimization barrier of its own."""
+    return [stablehlo.OptimizationBarrierOp([value]).result for value in values]
 
 
 def manual_axes() -> dict[str, int]:

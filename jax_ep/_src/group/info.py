@@ -116,8 +116,7 @@ def _low_latency(group: "Group") -> str:
 
 def _in_flight(group: "Group") -> str:
     room = group.spec.in_flight_room
-    spec = group.spec
-    if group.backend != "cuda" or not spec.has_packets or not spec.has_flights:
+    if group.backend != "cuda" or not group.spec.has_packets:
         return "a receive makes the whole exchange"
     if room == 0:
         return "not usable: in_flight_bytes=0"

@@ -29,7 +29,6 @@ def open_native(group: Group, rendezvous: Rendezvous, backend: str, *, is_wanted
             has_packets=opened.has_packets,
             low_latency_room=opened.low_latency_room,
             in_flight_room=opened.in_flight_room,
-            has_flights=opened.has_flights,
         )
         return
     why_not = f"the processes cannot map one another's memory: {opened}"

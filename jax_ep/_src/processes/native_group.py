@@ -33,7 +33,6 @@ class NativeGroup(NamedTuple):
       has_packets: whether 16 bytes arrive at a peer at once.
       low_latency_room: bytes that one rank can send to another in a low-latency exchange.
       in_flight_room: the same where the exchange is sent and received apart.
-      has_flights: whether kernels do that.
     """
 
     handle: Any
@@ -44,7 +43,6 @@ class NativeGroup(NamedTuple):
     has_packets: bool = True
     low_latency_room: int = 0
     in_flight_room: int = 0
-    has_flights: bool = True
 
     def abandon(self) -> None:
         """Makes the end of the group not wait for devices: after a loss, or in a forked child."""
@@ -80,8 +78,7 @@ class NativeOpening:
         self._timeout = timeout
         self._timeout_ms = math.ceil(timeout * 1000)
         self._low_latency_bytes = low_latency_bytes
-        self._has_flights = config.flights_from_environment()
-        self._in_flight_bytes = in_flight_bytes if self._has_flights else 0
+        self._in_flight_bytes = in_flight_bytes
         self._survives = survives
         near = {jax.process_index(), *rendezvous.neighbours}
         devices = list(mesh.devices.flat)
@@ -114,13 +111,11 @@ class NativeOpening:
         return opened._replace(
             low_latency_room=limits.low_latency_room(num_ranks, self._low_latency_bytes),
             in_flight_room=limits.in_flight_room(num_ranks, self._in_flight_bytes),
-            has_flights=self._has_flights,
         )
 
     def _open_or_reopen_cuda(self) -> NativeGroup | str:
         spare, most = config.staging_bytes_from_environment()
         self._rendezvous.agree("staging", {"the room for staged operands": [spare, most]})
-        self._rendezvous.agree("flights", {"JAX_EP_FLIGHTS": self._has_flights})
         grows = config.why_pool_grows() if self._rendezvous.crosses_processes else None
         why_staged = self._first_problem("allocators", config.why_staged() or grows or "")
         reopened = self._reopen_cuda(why_staged, spare, most)

@@ -56,8 +56,7 @@ class Check:
         if backend == "cuda" and room is not None and room < self.num_staged:
             return f"{self.num_staged} bytes do not fit into the {room} bytes for staged operands"
         is_halved = any(op.endswith("_send") for op in self.ops)
-        lacks_room = group.spec.has_flights and group.spec.in_flight_room == 0
-        if backend == "cuda" and is_halved and lacks_room:
+        if backend == "cuda" and is_halved and group.spec.in_flight_room == 0:
             return "the group was opened with in_flight_bytes=0"
         return self.exempt.get((backend, group.mesh.devices.flat[0].platform))
 

@@ -33,7 +33,7 @@ class Admission {
   __device__ Admission(const PlanArgs& plan, const PlanShared& shared, int64_t* end)
       : plan_(plan), shape_(plan.shape), shared_(shared), end_(end) {}
 
-  // The first token that each rank drops, counted over all ranks; expert layout only.
+  // The first token that each rank drops, counted over all sources; expert layout only.
   __device__ const int64_t* end() const { return end_; }
 
   // Finds the kept rows and the first row of each column, and the rows before slice `index`. True
@@ -106,8 +106,11 @@ class Admission {
       }
     }
     int32_t num_invalid = 0;
-    for (int32_t s = threadIdx.x; s < shape_.slices_per_rank; s += blockDim.x) {
-      num_invalid += CountOf(plan_.self.rank * shape_.slices_per_rank + s, shape_.num_columns);
+    for (int part = 0; part < shape_.dispatch.num_parts; ++part) {
+      const int src = shape_.dispatch.SourceOf(plan_.self.rank, part);
+      for (int32_t s = threadIdx.x; s < shape_.slices_per_source; s += blockDim.x) {
+        num_invalid += CountOf(src * shape_.slices_per_source + s, shape_.num_columns);
+      }
     }
     num_invalid = static_cast<int32_t>(BlockSum(num_invalid));
     if (threadIdx.x != 0) return;
@@ -171,8 +174,7 @@ class Admission {
   // slice. Leaves the counts of these tokens' rows in scratch.
   __device__ int64_t RowsWith(int dst, const Slice& slice, int32_t num_tokens) {
     const int num_topk = shape_.dispatch.num_topk;
-    const int32_t* ids = plan_.workspace.ids +
-                         (slice.src * shape_.dispatch.num_tokens + slice.first_token) * num_topk;
+    const int32_t* ids = plan_.workspace.ids + slice.first_place * num_topk;
     __syncthreads();
     for (int e = threadIdx.x; e < num_local(); e += blockDim.x) shared_.scratch[e] = 0;
     __syncthreads();
@@ -188,7 +190,7 @@ class Admission {
     return BlockSum(sum);
   }
 
-  // Keeps the longest prefix of whole tokens, in (rank, token) order, that fits; expert layout.
+  // Keeps the longest prefix of whole tokens, in (source, token) order, that fits; expert layout.
   __device__ void CutRank(int dst) {
     int32_t* rows = shared_.num_rows + dst * num_local();
     for (int e = threadIdx.x; e < num_local(); e += blockDim.x) rows[e] = 0;
@@ -214,7 +216,7 @@ class Admission {
     RowsWith(dst, slice, fits);
     for (int e = threadIdx.x; e < num_local(); e += blockDim.x) rows[e] += shared_.scratch[e];
     if (threadIdx.x == 0) {
-      end_[dst] = slice.src * shape_.dispatch.num_tokens + slice.first_token + fits;
+      end_[dst] = slice.first_token + fits;
     }
     __syncthreads();
   }

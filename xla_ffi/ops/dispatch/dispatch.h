@@ -1,8 +1,9 @@
 // dispatch: sends each token to the ranks of its experts, and records the way back.
 //
-// In the rank layout, the result on rank d has one row per (token, d), ordered by (source rank,
-// token). In the expert layout it has one row per (token, local expert), grouped by expert. Each
-// group is padded to the alignment and ordered by (source rank, token, k).
+// In the rank layout, the result on rank d has one row per (token, d), ordered by (source, token).
+// In the expert layout it has one row per (token, local expert), grouped by expert. Each group is
+// padded to the alignment and ordered by (source, token, k). A source is a rank, unless the ranks
+// hold tokens of several (DispatchShape).
 #pragma once
 
 #include <array>
@@ -13,7 +14,8 @@
 
 namespace jax_ep {
 
-/// The operands and results of one rank. `L` = num_local_experts, `C` = recv_capacity.
+/// The operands and results of one rank. `L` = num_local_experts, `C` = recv_capacity, `N` =
+/// tokens_per_rank.
 struct DispatchArgs {
   DispatchShape shape;
   Fill fill;
@@ -22,8 +24,8 @@ struct DispatchArgs {
   Quantize quantize = Quantize::kNone;
   DType dtype = DType::kF32;
 
-  const int32_t* topk_idx;    // [num_tokens, num_topk]
-  const float* topk_weights;  // [num_tokens, num_topk] or null
+  const int32_t* topk_idx;    // [N, num_topk]
+  const float* topk_weights;  // [N, num_topk] or null
   int num_streams;
   std::array<RowStream, kMaxRowStreams> streams;
 
@@ -31,9 +33,9 @@ struct DispatchArgs {
   int32_t* num_recv;       // [1]
   int32_t* num_dropped;    // [1]
   int32_t* num_invalid;    // [1]
-  int32_t* recv_src;       // [C] source rank * num_tokens + token, or kNoIndex
+  int32_t* recv_src;       // [C] source * num_tokens + token, or kNoIndex
   int32_t* recv_k;         // expert layout: [C]; rank layout: null
-  int32_t* send_row;       // [num_tokens, num_send_slots] row at the destination, or kNoIndex
+  int32_t* send_row;       // [N, num_send_slots] row at the destination, or kNoIndex
   int32_t* recv_topk_idx;  // rank layout: [C, num_topk] local experts; expert layout: null
   float* recv_weights;     // rank layout: [C, num_topk]; expert layout: [C]; null without weights
 

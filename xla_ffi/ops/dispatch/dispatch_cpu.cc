@@ -58,7 +58,7 @@ class DispatchCall : public CallOf<DispatchArgs> {
   };
 
   void Fetch(int src);
-  void WriteSendRows(int src);
+  void WriteSendRows(int rank);
   void WriteRows(int dst);
   void WriteRow(PeerReader& reader, int dst, int src, int32_t token, int32_t k, int32_t row);
   void WriteFill(int dst);
@@ -80,7 +80,7 @@ void DispatchCall::Fetch(int src) {
   DispatchArgs& a = args[src];
   Fetched& own = fetched_[src];
   // A row of ids that cannot be read holds no expert.
-  own.topk_idx.assign(a.shape.num_tokens * a.shape.num_topk, kNoIndex);
+  own.topk_idx.assign(a.shape.tokens_per_rank() * a.shape.num_topk, kNoIndex);
   PeerReader reader(memory());
   reader.Copy(src, a.topk_idx, own.topk_idx.data(), own.topk_idx.size() * sizeof(int32_t));
   a.topk_idx = own.topk_idx.data();
@@ -91,17 +91,21 @@ void DispatchCall::Fetch(int src) {
   a.topk_weights = own.topk_weights.data();
 }
 
-void DispatchCall::WriteSendRows(int src) {
-  const DispatchArgs& a = args[src];
+void DispatchCall::WriteSendRows(int rank) {
+  const DispatchArgs& a = args[rank];
   const int num_slots = a.shape.num_send_slots();
-  std::fill_n(a.send_row, a.shape.num_tokens * num_slots, kNoIndex);
-  for (int dst = 0; dst < a.shape.experts.num_ranks; ++dst) {
-    plan_->ForEachRow(src, dst, [&](int32_t token, int32_t k, int32_t row) {
-      const int slot = a.shape.layout == RecvLayout::kRank ? dst : k;
-      a.send_row[int64_t{token} * num_slots + slot] = row;
-    });
+  std::fill_n(a.send_row, a.shape.tokens_per_rank() * num_slots, kNoIndex);
+  for (int part = 0; part < a.shape.num_parts; ++part) {
+    int32_t* const send_row = a.send_row + part * a.shape.num_tokens * num_slots;
+    for (int dst = 0; dst < a.shape.experts.num_ranks; ++dst) {
+      const auto write = [&](int32_t token, int32_t k, int32_t row) {
+        const int slot = a.shape.layout == RecvLayout::kRank ? dst : k;
+        send_row[int64_t{token} * num_slots + slot] = row;
+      };
+      plan_->ForEachRow(a.shape.SourceOf(rank, part), dst, write);
+    }
   }
-  a.num_invalid[0] = plan_->num_invalid(src);
+  a.num_invalid[0] = plan_->num_invalid(rank);
 }
 
 void ResetIndices(const DispatchArgs& a) {
@@ -119,7 +123,7 @@ void DispatchCall::WriteRows(int dst) {
   const DispatchArgs& a = args[dst];
   ResetIndices(a);
   PeerReader reader(memory());
-  for (int src = 0; src < a.shape.experts.num_ranks; ++src) {
+  for (int src = 0; src < a.shape.num_sources(); ++src) {
     plan_->ForEachRow(src, dst, [&](int32_t token, int32_t k, int32_t row) {
       WriteRow(reader, dst, src, token, k, row);
     });
@@ -132,15 +136,18 @@ void DispatchCall::WriteRows(int dst) {
 void DispatchCall::WriteRow(PeerReader& reader, int dst, int src, int32_t token, int32_t k,
                             int32_t row) {
   const DispatchArgs& to = args[dst];
-  const DispatchArgs& from = args[src];
+  const int rank = to.shape.RankOf(src);
+  const DispatchArgs& from = args[rank];
+  const int64_t own_token = to.shape.PartOf(src) * to.shape.num_tokens + token;
   const ExpertMap& experts = to.shape.experts;
   const int num_topk = to.shape.num_topk;
   to.recv_src[row] = static_cast<int32_t>(src * to.shape.num_tokens + token);
   for (int i = 0; i < to.num_streams; ++i) {
     const size_t bytes = to.streams[i].row_bytes;
-    reader.Copy(src, from.streams[i].in + token * bytes, to.streams[i].out + row * bytes, bytes);
+    reader.Copy(rank, from.streams[i].in + own_token * bytes, to.streams[i].out + row * bytes,
+                bytes);
   }
-  const int64_t first_choice = int64_t{token} * num_topk;
+  const int64_t first_choice = own_token * num_topk;
   if (to.shape.layout == RecvLayout::kExpert) {
     to.recv_k[row] = k;
     if (to.recv_weights) to.recv_weights[row] = from.topk_weights[first_choice + k];
@@ -174,7 +181,7 @@ void DispatchCall::WriteFill(int dst) {
 // Rows get 0xff in every byte, a NaN in each floating-point type that rows are made of.
 void DispatchCall::Poison(const DispatchArgs& a) {
   ResetIndices(a);
-  std::fill_n(a.send_row, a.shape.num_tokens * a.shape.num_send_slots(), kNoIndex);
+  std::fill_n(a.send_row, a.shape.tokens_per_rank() * a.shape.num_send_slots(), kNoIndex);
   std::fill_n(a.group_sizes, a.shape.experts.num_local_experts(), 0);
   a.num_recv[0] = a.num_dropped[0] = a.num_invalid[0] = 0;
   if (a.recv_weights) {

@@ -93,7 +93,7 @@ Results ResultsOf(const DispatchArgs& a) {
                       {a.recv_topk_idx, choices * kWord},
                       {a.recv_src, rows * kWord},
                       {a.recv_k, rows * kWord},
-                      {a.send_row, d.num_tokens * d.num_send_slots() * kWord},
+                      {a.send_row, d.tokens_per_rank() * d.num_send_slots() * kWord},
                       {a.group_sizes, d.experts.num_local_experts() * kWord, 0},
                       {a.num_recv, kWord, 0},
                       {a.num_dropped, kWord, 0},
@@ -111,6 +111,7 @@ cudaError_t LaunchDispatch(const DispatchLaunch& launch, const DeviceTraits& dev
                            cudaStream_t stream) {
   const DispatchArgs& args = launch.args;
   const PlanShape shape = MakePlanShape(args.shape);
+  const auto num_tokens = static_cast<uint32_t>(args.shape.tokens_per_rank());
   const PlanWorkspace workspace = PlanWorkspace::At(launch.workspace, shape);
   const PlanArgs plan{.self = launch.self,
                       .position = launch.position,
@@ -129,7 +130,7 @@ cudaError_t LaunchDispatch(const DispatchLaunch& launch, const DeviceTraits& dev
                              .items = {{.row_of = workspace.row_of,
                                         .num_slots = shape.num_slots,
                                         .num_ranks = static_cast<uint32_t>(shape.num_ranks()),
-                                        .num_tokens = static_cast<uint32_t>(args.shape.num_tokens)},
+                                        .num_tokens = num_tokens},
                                        launch.self.rank,
                                        args.shape,
                                        workspace.ids,
@@ -191,11 +192,11 @@ ffi::Error RunDispatch<Cuda>(const DeviceContext& context, I32Buffer position,
                         .workspace = workspace.untyped_data()};
   DispatchArgs& args = launch.args;
   Staging staging(call, context.stream);
-  const size_t num_choices = shape.num_tokens * shape.num_topk;
+  const size_t num_choices = shape.tokens_per_rank() * shape.num_topk;
   staging.Copy(args.topk_idx, num_choices * sizeof(int32_t));
   staging.Copy(args.topk_weights, num_choices * sizeof(float));
   for (int i = 0; i < args.num_streams; ++i) {
-    staging.Copy(args.streams[i].in, shape.num_tokens * args.streams[i].row_bytes);
+    staging.Copy(args.streams[i].in, shape.tokens_per_rank() * args.streams[i].row_bytes);
   }
   if (staging.status() != cudaSuccess) return CudaError(context.op(), staging.status());
   return CudaError(context.op(),

@@ -21,6 +21,7 @@ struct DispatchAttrs {
   RecvLayout layout;
   ExchangeMode mode;
   int64_t num_experts;
+  int64_t num_parts;
   int64_t num_sms;
   Quantize quantize;
 };
@@ -43,7 +44,7 @@ typename Backend::Status DecodeDispatch(const typename Backend::Context& context
                                         F32Result recv_weights, ffi::RemainingRets recv_rows,
                                         const DispatchAttrs& attrs, Run&& run) {
   const int num_ranks = context.num_ranks();
-  const int64_t num_tokens = Dim(topk_idx, 0);
+  const int64_t tokens_per_rank = Dim(topk_idx, 0);
   const int64_t num_topk = Dim(topk_idx, 1);
   const int64_t recv_capacity = Dim(*recv_src, 0);
   JAX_EP_REQUIRE(attrs.num_experts > 0 && attrs.num_experts % num_ranks == 0, context.op(),
@@ -59,19 +60,27 @@ typename Backend::Status DecodeDispatch(const typename Backend::Context& context
                       attrs.expert_stride > 0 && attrs.fill != Fill::kZeros &&
                       recv_capacity == num_local_experts * attrs.expert_stride),
                  context.op(), ": expert_stride=", attrs.expert_stride, " does not fit");
-  JAX_EP_REQUIRE(num_topk == 0 || std::max(recv_capacity, num_tokens) <=
-                                      INT32_MAX / (int64_t{num_ranks} * num_topk),
+  JAX_EP_REQUIRE(std::max(recv_capacity, tokens_per_rank) <=
+                     INT32_MAX / (num_ranks * std::max<int64_t>(1, num_topk)),
                  context.op(),
                  ": choices of all ranks must be countable in int32, got recv_capacity=",
-                 recv_capacity, ", num_tokens=", num_tokens, ", num_topk=", num_topk);
+                 recv_capacity, ", num_tokens=", tokens_per_rank, ", num_topk=", num_topk);
+  JAX_EP_REQUIRE(attrs.num_parts > 0 && attrs.num_parts <= INT32_MAX / num_ranks &&
+                     tokens_per_rank % attrs.num_parts == 0,
+                 context.op(), ": ", tokens_per_rank,
+                 " tokens of a rank must be a multiple of num_parts=", attrs.num_parts);
+  JAX_EP_REQUIRE(
+      attrs.num_parts == 1 || attrs.mode == ExchangeMode::kThroughput, context.op(),
+      ": low_latency takes tokens of one source a rank, got num_parts=", attrs.num_parts);
   DispatchArgs args{.shape = {.layout = attrs.layout,
                               .experts = {.num_experts = static_cast<int>(attrs.num_experts),
                                           .num_ranks = num_ranks},
-                              .num_tokens = num_tokens,
+                              .num_tokens = tokens_per_rank / attrs.num_parts,
                               .num_topk = static_cast<int>(num_topk),
                               .recv_capacity = recv_capacity,
                               .expert_alignment = attrs.expert_alignment,
-                              .expert_stride = attrs.expert_stride},
+                              .expert_stride = attrs.expert_stride,
+                              .num_parts = static_cast<int>(attrs.num_parts)},
                     .fill = attrs.fill,
                     .quantize = attrs.quantize,
                     .dtype = DType::kF32,
@@ -94,9 +103,9 @@ typename Backend::Status DecodeDispatch(const typename Backend::Context& context
   JAX_EP_REQUIRE(
       group_sizes->element_count() == static_cast<size_t>(args.shape.experts.num_local_experts()),
       context.op(), ": group_sizes has ", group_sizes->element_count(), " elements");
-  JAX_EP_REQUIRE(
-      send_row->element_count() == static_cast<size_t>(num_tokens * args.shape.num_send_slots()),
-      context.op(), ": send_row has ", send_row->element_count(), " elements");
+  JAX_EP_REQUIRE(send_row->element_count() ==
+                     static_cast<size_t>(tokens_per_rank * args.shape.num_send_slots()),
+                 context.op(), ": send_row has ", send_row->element_count(), " elements");
   JAX_EP_REQUIRE(recv_k->element_count() == (is_rank_layout ? 0 : size_t(recv_capacity)) &&
                      recv_topk_idx->element_count() == (is_rank_layout ? recv_choices : 0),
                  context.op(), ": the index results do not fit the layout");
@@ -122,7 +131,7 @@ typename Backend::Status DecodeDispatch(const typename Backend::Context& context
     const ffi::ErrorOr<ffi::AnyBuffer> in = rows.get<ffi::AnyBuffer>(i > 1 ? i - num_scales : i);
     if (!in.has_value()) return Refusal(in.error());
     stream.in = static_cast<const std::byte*>(in->untyped_data());
-    JAX_EP_REQUIRE(Dim(*in, 0) == num_tokens, context.op(), ": row array ", i,
+    JAX_EP_REQUIRE(Dim(*in, 0) == tokens_per_rank, context.op(), ": row array ", i,
                    " does not fit topk_idx");
     if (i == 0 && num_scales == 1) {
       ffi::Error error = DecodeDType(context.op(), *in, args.dtype);
@@ -177,4 +186,5 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     StructMember<jax_ep::Fill>("fill"), StructMember<int64_t>("has_rank_mask"),
     StructMember<int64_t>("has_weights"), StructMember<jax_ep::RecvLayout>("layout"),
     StructMember<jax_ep::ExchangeMode>("mode"), StructMember<int64_t>("num_experts"),
-    StructMember<int64_t>("num_sms"), StructMember<jax_ep::Quantize>("quantize"));
+    StructMember<int64_t>("num_parts"), StructMember<int64_t>("num_sms"),
+    StructMember<jax_ep::Quantize>("quantize"));

@@ -3,9 +3,9 @@
 // Every rank reads the ids of all ranks and makes the same plan, so only ids and addresses cross
 // before the rows do. Positions come from prefix sums in token order, never from atomics.
 //
-// The tokens of all ranks, in (rank, token) order, are cut into slices. One block counts a slice,
-// and later places it; each warp takes an equal part of it. A *column* is a destination rank (rank
-// layout) or an expert: positions are counted in each column.
+// The tokens of all sources, in (source, token) order, are cut into slices. One block counts a
+// slice, and later places it; each warp takes an equal part of it. A *column* is a destination rank
+// (rank layout) or an expert: positions are counted in each column.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -45,17 +45,19 @@ struct PlanShape {
   int32_t num_columns = 0;
   int num_slots = 0;  // places of a token on one rank
   int32_t tokens_per_slice = 0;
-  int32_t slices_per_rank = 0;
+  int32_t slices_per_source = 0;
   PlanOffsets shared = {};
 
   JAX_EP_HOST_DEVICE int num_ranks() const { return dispatch.experts.num_ranks; }
-  JAX_EP_HOST_DEVICE int32_t num_slices() const { return slices_per_rank * num_ranks(); }
+  JAX_EP_HOST_DEVICE int32_t num_slices() const {
+    return slices_per_source * dispatch.num_sources();
+  }
   JAX_EP_HOST_DEVICE bool is_rank_layout() const { return dispatch.layout == RecvLayout::kRank; }
   JAX_EP_HOST_DEVICE int64_t num_ids() const {
-    return num_ranks() * dispatch.num_tokens * dispatch.num_topk;
+    return num_ranks() * dispatch.tokens_per_rank() * dispatch.num_topk;
   }
   JAX_EP_HOST_DEVICE int64_t num_places() const {
-    return num_ranks() * dispatch.num_tokens * num_slots;
+    return num_ranks() * dispatch.tokens_per_rank() * num_slots;
   }
   /// A row of counts: one for each column, and the invalid ids.
   JAX_EP_HOST_DEVICE int32_t num_counts() const { return num_columns + 1; }
@@ -91,7 +93,7 @@ inline PlanShape MakePlanShape(const DispatchShape& d) {
   // single slice keeps it in shared memory.
   shape.tokens_per_warp = 1;
   while (shape.tokens_per_warp < kMaxTokensPerWarp &&
-         d.num_tokens * d.experts.num_ranks >
+         d.num_tokens * d.num_sources() >
              int64_t{kFewSlices} * kPlanWarps * shape.tokens_per_warp) {
     shape.tokens_per_warp *= 2;
   }
@@ -108,15 +110,15 @@ inline PlanShape MakePlanShape(const DispatchShape& d) {
     }
   }
   shape.tokens_per_slice = std::max(1, shape.num_warps) * shape.tokens_per_warp;
-  shape.slices_per_rank =
+  shape.slices_per_source =
       static_cast<int32_t>((d.num_tokens + shape.tokens_per_slice - 1) / shape.tokens_per_slice);
   return shape;
 }
 
 /// Scratch of one call, in a result that no program reads.
 struct PlanWorkspace {
-  int32_t* ids;     // [num_ranks, num_tokens, num_topk] copies of every rank's ids
-  int32_t* row_of;  // [num_ranks, num_tokens, num_slots] row on this rank, or kNoIndex
+  int32_t* ids;     // [num_ranks, tokens_per_rank, num_topk] copies of every rank's ids
+  int32_t* row_of;  // [num_ranks, tokens_per_rank, num_slots] row on this rank, or kNoIndex
   int32_t* counts;  // [num_slices, num_counts]
 
   static size_t Bytes(const PlanShape& shape) {

@@ -1,4 +1,4 @@
-// Slices: tokens of one rank that a block of the plan counts and later places together.
+// Slices: tokens of one source that a block of the plan counts and later places together.
 #pragma once
 
 #include <cstdint>
@@ -9,16 +9,28 @@
 
 namespace jax_ep {
 
+// The first token of a slice has three numbers: in its source, among those of its rank, and among
+// those of all ranks, rank behind rank, which is its place in the workspace.
 struct Slice {
-  int src;
-  int64_t first_token;
+  int rank;
+  int32_t first_token;  // counted over all sources
+  int32_t first_own;
+  int32_t first_place;
   int32_t num_tokens;
 
-  __device__ Slice(const PlanShape& shape, int32_t index)
-      : src(index / shape.slices_per_rank),
-        first_token(int64_t{index % shape.slices_per_rank} * shape.tokens_per_slice),
-        num_tokens(static_cast<int32_t>(
-            min(int64_t{shape.tokens_per_slice}, shape.dispatch.num_tokens - first_token))) {}
+  // All tokens are countable in int32 (dispatch_ffi.h).
+  __device__ Slice(const PlanShape& shape, int32_t index) {
+    const DispatchShape& d = shape.dispatch;
+    const int32_t per_source = static_cast<int32_t>(d.num_tokens);
+    const int src = index / shape.slices_per_source;
+    const int32_t first = index % shape.slices_per_source * shape.tokens_per_slice;
+    const int part = d.PartOf(src);
+    rank = src - part * d.experts.num_ranks;
+    first_token = src * per_source + first;
+    first_own = part * per_source + first;
+    first_place = rank * d.num_parts * per_source + first_own;
+    num_tokens = min(shape.tokens_per_slice, per_source - first);
+  }
 };
 
 // The local expert of an id on a rank; kNoIndex if the expert is not there.
@@ -57,8 +69,8 @@ class SlicePlan {
 
   // Loads the ids: the first time from the tokens' rank, then from the workspace.
   __device__ void Load(const PeerAddresses& peers) {
-    const auto* ids = reinterpret_cast<const int32_t*>(peers.at[kTopkIdxAddress][slice_.src]);
-    LoadIds(ids + slice_.first_token * num_topk(), plan_.workspace.ids + first_choice());
+    const auto* ids = reinterpret_cast<const int32_t*>(peers.at[kTopkIdxAddress][slice_.rank]);
+    LoadIds(ids + slice_.first_own * num_topk(), plan_.workspace.ids + first_choice());
   }
   __device__ void LoadAgain() { LoadIds(plan_.workspace.ids + first_choice(), nullptr); }
 
@@ -96,7 +108,7 @@ class SlicePlan {
   }
 
   // Writes the places of the tokens, at both ends, given first_row and before. Each rank drops
-  // tokens from its `end` on, counted over all ranks.
+  // tokens from its `end` on, counted over all sources.
   __device__ void Place(const int64_t* end) {
     if (shape_.is_rank_layout()) {
       PlaceRanks();
@@ -110,12 +122,9 @@ class SlicePlan {
   __device__ static int Warp() { return threadIdx.x / kWarpSize; }
   __device__ int num_topk() const { return shape_.dispatch.num_topk; }
   __device__ int32_t num_ids() const { return slice_.num_tokens * num_topk(); }
-  // The slice's first token, counted over all ranks.
-  __device__ int64_t first_token() const {
-    return slice_.src * shape_.dispatch.num_tokens + slice_.first_token;
-  }
-  __device__ int64_t first_choice() const { return first_token() * num_topk(); }
-  __device__ bool is_own() const { return slice_.src == plan_.self.rank; }
+  // Of the slice, in the workspace.
+  __device__ int64_t first_choice() const { return slice_.first_place * num_topk(); }
+  __device__ bool is_own() const { return slice_.rank == plan_.self.rank; }
   // Rows by warp and column: [num_warps, num_counts].
   __device__ uint16_t* all_rows() const { return reinterpret_cast<uint16_t*>(shared_.scratch); }
   __device__ uint16_t* warp_rows() const { return all_rows() + Warp() * shape_.num_counts(); }
@@ -292,11 +301,11 @@ class SlicePlan {
         __syncwarp();
         if (!is_token) continue;
         if (is_own()) {
-          args.send_row[(slice_.first_token + token) * shape_.num_ranks() + r] = row;
+          args.send_row[(slice_.first_own + token) * shape_.num_ranks() + r] = row;
         }
         if (r != plan_.self.rank) continue;
-        plan_.workspace.row_of[first_token() + token] = row;
-        if (row >= 0) args.recv_src[row] = static_cast<int32_t>(first_token() + token);
+        plan_.workspace.row_of[slice_.first_place + token] = row;
+        if (row >= 0) args.recv_src[row] = static_cast<int32_t>(slice_.first_token + token);
       }
     }
   }
@@ -307,7 +316,7 @@ class SlicePlan {
       const bool is_expert = column >= 0 && column < shape_.num_columns;
       const int dst = is_expert ? static_cast<uint32_t>(column) / shape_.num_local_experts : 0;
       row += is_expert ? shared_.first_row[column] + shared_.before[column] : 0;
-      if (!is_expert || first_token() + token >= end[dst]) row = kNoIndex;
+      if (!is_expert || slice_.first_token + token >= end[dst]) row = kNoIndex;
       shared_.places[token * num_topk() + k] = row;
     });
     __syncthreads();
@@ -315,11 +324,11 @@ class SlicePlan {
 #pragma unroll 1
     for (int32_t i = threadIdx.x; i < num_ids(); i += blockDim.x) {
       const int32_t row = shared_.places[i];
-      if (is_own()) args.send_row[slice_.first_token * num_topk() + i] = row;
+      if (is_own()) args.send_row[slice_.first_own * num_topk() + i] = row;
       const bool is_here =
           row >= 0 && LocalExpert(shape_, shared_.ids[i], plan_.self.rank) != kNoIndex;
       plan_.workspace.row_of[first_choice() + i] = is_here ? row : kNoIndex;
-      if (is_here) args.recv_src[row] = static_cast<int32_t>(first_token() + i / num_topk());
+      if (is_here) args.recv_src[row] = static_cast<int32_t>(slice_.first_token + i / num_topk());
     }
   }
 

@@ -16,7 +16,8 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int64_t kMinChunkBytes = 512;
+// Small, since a warp waits for one piece after the other, and a short call has warps to spare.
+constexpr int64_t kMinChunkBytes = 64;
 constexpr int64_t kMaxChunkBytes = 16 * 1024;
 // Chunks of so many parts of a result take turns, so that all links are busy at all times:
 // neighbours mostly come from one rank.

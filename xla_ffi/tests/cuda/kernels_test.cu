@@ -72,6 +72,43 @@ void TestMasks(int num_devices) {
   std::fflush(stdout);
 }
 
+// Round trips with the tokens of several sources on each rank. The capacity ends in every part.
+void TestParts(int num_devices, bool is_small) {
+  int seed = 0;
+  for (const int num_ranks : {1, 2, 3}) {
+    const Ranks ranks(num_ranks, num_devices, std::chrono::seconds(20));
+    for (const int num_parts : {2, 3}) {
+      for (const RecvLayout layout : {RecvLayout::kRank, RecvLayout::kExpert}) {
+        const bool is_rank = layout == RecvLayout::kRank;
+        for (const int64_t num_tokens : {1, 13, is_small ? 90 : 700}) {
+          for (const double share : {1.0, 0.5, 0.1}) {
+            Case c{.layout = layout,
+                   .num_ranks = num_ranks,
+                   .num_tokens = num_tokens,
+                   .num_topk = std::vector<int>{3, 8, 1}[seed % 3],
+                   .num_local_experts = 5,
+                   .capacity = 0,
+                   .alignment = is_rank ? 1 : std::vector<int64_t>{1, 4}[seed % 2],
+                   .row_bytes = std::vector<size_t>{16, 528, 4096}[seed % 3],
+                   .fill = static_cast<Fill>(seed % 3)};
+            c.num_parts = num_parts;
+            c.repeats = seed % 4 == 0;
+            c.is_skewed = seed % 5 == 0;
+            const int64_t each = is_rank ? 1 : std::min(c.num_topk, c.num_local_experts);
+            const int64_t most = c.num_sources() * num_tokens * each;
+            c.capacity = static_cast<int64_t>(static_cast<double>(most) * share) +
+                         c.num_local_experts * (c.alignment - 1) + 1;
+            TestRoundTrip<BF16>(c, DType::kBF16, ranks, 1 + seed * 3 % 8, seed);
+            ++seed;
+          }
+        }
+      }
+    }
+  }
+  std::printf("%d cases with parts\n", seed);
+  std::fflush(stdout);
+}
+
 // `is_small`: for tools that make everything a hundred times slower.
 void TestMatrix(int num_devices, bool is_small) {
   int seed = 0;
@@ -175,6 +212,7 @@ int main(int argc, char** argv) {
     if (only != 0 && d != only) continue;
     std::printf("on %d devices\n", d);
     jax_ep::TestMatrix(d, is_small);
+    jax_ep::TestParts(d, is_small);
     jax_ep::TestMasks(d);
     jax_ep::TestMaskedCalls(d);
     jax_ep::TestMisuse(d);

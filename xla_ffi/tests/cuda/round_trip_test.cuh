@@ -39,6 +39,7 @@ struct Case {
   bool repeats = false;  // tokens may name an expert twice
   ExchangeMode mode = ExchangeMode::kThroughput;
   bool is_halved = false;  // of few tokens: sent and received apart
+  int num_parts = 1;       // of a rank's tokens: num_tokens are those of a part
   // Calls with a mask of ranks. All three are ranks as bits.
   bool has_mask = false;
   uint32_t asked = ~0u;  // the mask
@@ -53,14 +54,23 @@ struct Case {
             .num_tokens = num_tokens,
             .num_topk = num_topk,
             .recv_capacity = capacity,
-            .expert_alignment = alignment};
+            .expert_alignment = alignment,
+            .num_parts = num_parts};
+  }
+  int64_t tokens_per_rank() const { return num_parts * num_tokens; }
+  int num_sources() const { return num_parts * num_ranks; }
+  // Where the operands of all ranks, rank behind rank, have a token of a source.
+  int64_t PlaceOf(int64_t recv_src) const {
+    const int64_t src = recv_src / num_tokens;
+    return (src % num_ranks * num_parts + src / num_ranks) * num_tokens + recv_src % num_tokens;
   }
   std::string Name() const {
     return std::string(layout == RecvLayout::kRank ? "rank" : "expert") + " R" +
            std::to_string(num_ranks) + " T" + std::to_string(num_tokens) + " K" +
            std::to_string(num_topk) + " L" + std::to_string(num_local_experts) + " C" +
            std::to_string(capacity) + " A" + std::to_string(alignment) + " B" +
-           std::to_string(row_bytes) + (repeats ? " repeats" : "") +
+           std::to_string(row_bytes) + (num_parts > 1 ? " P" + std::to_string(num_parts) : "") +
+           (repeats ? " repeats" : "") +
            (is_halved                           ? " halved"
             : mode == ExchangeMode::kLowLatency ? " low_latency"
                                                 : "") +
@@ -71,10 +81,10 @@ struct Case {
 };
 
 inline std::vector<int32_t> MakeIds(const Case& c, std::mt19937& rng) {
-  std::vector<int32_t> ids(c.num_tokens * c.num_topk, kNoIndex);
+  std::vector<int32_t> ids(c.tokens_per_rank() * c.num_topk, kNoIndex);
   const int num_experts = c.num_ranks * c.num_local_experts;
   std::uniform_real_distribution<double> uniform;
-  for (int64_t t = 0; t < c.num_tokens; ++t) {
+  for (int64_t t = 0; t < c.tokens_per_rank(); ++t) {
     std::vector<int32_t> chosen;
     for (int k = 0; k < c.num_topk; ++k) {
       if (uniform(rng) < c.share_masked) {
@@ -133,6 +143,7 @@ void TestRoundTrip(const Case& c, DType dtype, const Ranks& ranks, int num_sms, 
   std::mt19937 rng(seed);
   const DispatchShape shape = c.shape();
   const int num_ranks = c.num_ranks;
+  const int64_t num_tokens = c.tokens_per_rank();
   const int64_t hidden = c.row_bytes / sizeof(T);
   const bool is_rank = c.layout == RecvLayout::kRank;
   const int slots = shape.num_send_slots();
@@ -151,11 +162,11 @@ void TestRoundTrip(const Case& c, DType dtype, const Ranks& ranks, int num_sms, 
     std::vector<float> w(ids[r].size());
     for (float& v : w) v = std::uniform_real_distribution<float>(-1, 1)(rng);
     weights.push_back(w);
-    x.emplace_back(c.num_tokens * hidden);
+    x.emplace_back(num_tokens * hidden);
     y.emplace_back(c.capacity * hidden);
     for (T& v : x[r]) v = TestRow<T>::Make(rng);
     for (T& v : y[r]) v = TestRow<T>::Make(rng);
-    scales.emplace_back(c.num_tokens * scale_bytes);
+    scales.emplace_back(num_tokens * scale_bytes);
     for (std::byte& b : scales[r]) b = static_cast<std::byte>(rng());
   }
   DispatchPlan plan(shape);
@@ -172,16 +183,30 @@ void TestRoundTrip(const Case& c, DType dtype, const Ranks& ranks, int num_sms, 
     Device<T> x, y, out, back, again;
     Device<std::byte> scales, out_scales, workspace, partials;
     Device<int32_t> flight, group_sizes, counts, recv_src, recv_k, send_row, send_rank,
-        recv_topk_idx, places;
+        recv_topk_idx, places, index;
     Device<float> recv_weights;
     Device<uint8_t> mask, masks_after;
   };
-  const PartialRing ring = PartialRing::Of(c.layout, num_ranks, c.num_tokens, slots, c.row_bytes);
+  const PartialRing ring = PartialRing::Of(c.layout, num_ranks, num_tokens, slots, c.row_bytes);
   std::vector<Buffers> buffers;
   const size_t choices = c.capacity * c.num_topk;
+  // The token of each row, as recv_src counts it.
+  std::vector<std::vector<int32_t>> sources_of(num_ranks);
+  for (int dst = 0; dst < num_ranks; ++dst) {
+    sources_of[dst].assign(c.capacity, kNoIndex);
+    for (int src = 0; src < c.num_sources(); ++src) {
+      plan.ForEachRow(src, dst, [&](int32_t token, int32_t, int32_t row) {
+        sources_of[dst][row] = static_cast<int32_t>(src * c.num_tokens + token);
+      });
+    }
+  }
   for (int r = 0; r < num_ranks; ++r) {
     ranks.Select(r);
     std::vector<int32_t> send_rank;
+    std::vector<int32_t> index;
+    for (const int32_t from : sources_of[r]) {
+      index.push_back(from < 0 ? kNoIndex : static_cast<int32_t>(c.PlaceOf(from)));
+    }
     for (const int32_t id : ids[r]) {
       send_rank.push_back(shape.experts.IsExpert(id) ? shape.experts.RankOf(id) : kNoIndex);
     }
@@ -190,7 +215,7 @@ void TestRoundTrip(const Case& c, DType dtype, const Ranks& ranks, int num_sms, 
                        Device(x[r]),
                        Device(y[r]),
                        Device<T>(c.capacity * hidden),
-                       Device<T>(c.num_tokens * hidden),
+                       Device<T>(num_tokens * hidden),
                        Device<T>(c.capacity * hidden),
                        Device(scales[r]),
                        Device<std::byte>(c.capacity * scale_bytes),
@@ -201,10 +226,11 @@ void TestRoundTrip(const Case& c, DType dtype, const Ranks& ranks, int num_sms, 
                        Device<int32_t>(3),
                        Device<int32_t>(c.capacity),
                        Device<int32_t>(c.capacity),
-                       Device<int32_t>(c.num_tokens * slots),
+                       Device<int32_t>(num_tokens * slots),
                        Device(send_rank),
                        Device<int32_t>(choices),
-                       Device<int32_t>(num_ranks * c.num_tokens * c.num_topk),
+                       Device<int32_t>(num_ranks * num_tokens * c.num_topk),
+                       Device(index),
                        Device<float>(is_rank ? choices : c.capacity),
                        Device(BytesOf(c.asked, num_ranks)),
                        Device<uint8_t>(2 * num_ranks)});
@@ -255,10 +281,10 @@ void TestRoundTrip(const Case& c, DType dtype, const Ranks& ranks, int num_sms, 
         .self = ranks.endpoint(r),
         .position = ranks.position(r),
         .args = {.num_ranks = num_ranks,
-                 .num_rows = c.num_tokens,
+                 .num_rows = num_tokens,
                  .num_pulled = c.capacity,
                  .row_bytes = c.row_bytes,
-                 .index = b.recv_src.get(),
+                 .index = c.num_parts == 1 ? b.recv_src.get() : b.index.get(),
                  .slot = is_rank ? nullptr : b.recv_k.get(),
                  .num_slots = is_rank ? 0 : c.num_topk,
                  .places = is_rank || seed % 4 == 0 ? nullptr : b.places.get(),
@@ -274,7 +300,7 @@ void TestRoundTrip(const Case& c, DType dtype, const Ranks& ranks, int num_sms, 
                                    .dtype = dtype,
                                    .num_ranks = num_ranks,
                                    .num_slots = slots,
-                                   .num_tokens = c.num_tokens,
+                                   .num_tokens = num_tokens,
                                    .recv_capacity = c.capacity,
                                    .hidden = hidden,
                                    .wire = crosses_in_fp8 ? Quantize::kFp8 : Quantize::kNone,
@@ -310,23 +336,24 @@ void TestRoundTrip(const Case& c, DType dtype, const Ranks& ranks, int num_sms, 
   for (int dst = 0; dst < num_ranks; ++dst) {
     if (Case::Has(c.dead, dst)) continue;
     const Buffers& b = buffers[dst];
-    std::vector<int32_t> src_of(c.capacity, kNoIndex), k_of(c.capacity, kNoIndex);
+    const std::vector<int32_t>& src_of = sources_of[dst];
+    std::vector<int32_t> k_of(c.capacity, kNoIndex);
     std::vector<int32_t> topk(choices, kNoIndex);
     std::vector<float> w(is_rank ? choices : c.capacity, 0.0f);
-    for (int src = 0; src < num_ranks; ++src) {
+    for (int src = 0; src < c.num_sources(); ++src) {
+      const int rank = src % num_ranks;
       plan.ForEachRow(src, dst, [&](int32_t token, int32_t k, int32_t row) {
-        src_of[row] = static_cast<int32_t>(src * c.num_tokens + token);
         k_of[row] = k;
-        const int64_t first = int64_t{token} * c.num_topk;
+        const int64_t first = (src / num_ranks * c.num_tokens + token) * c.num_topk;
         if (!is_rank) {
-          w[row] = weights[src][first + k];
+          w[row] = weights[rank][first + k];
           return;
         }
         for (int j = 0; j < c.num_topk; ++j) {
-          const int32_t id = ids[src][first + j];
+          const int32_t id = ids[rank][first + j];
           if (!shape.experts.IsExpert(id) || shape.experts.RankOf(id) != dst) continue;
           topk[int64_t{row} * c.num_topk + j] = shape.experts.LocalOf(id);
-          w[int64_t{row} * c.num_topk + j] = weights[src][first + j];
+          w[int64_t{row} * c.num_topk + j] = weights[rank][first + j];
         }
       });
     }
@@ -342,14 +369,12 @@ void TestRoundTrip(const Case& c, DType dtype, const Ranks& ranks, int num_sms, 
     const std::vector<T> again = b.again.Read();
     const std::vector<std::byte> out_scales = b.out_scales.Read();
     for (int64_t row = 0; row < c.capacity; ++row) {
-      const int32_t from = src_of[row];
+      const int64_t from = src_of[row] < 0 ? kNoIndex : c.PlaceOf(src_of[row]);
       std::vector<T> zero(hidden, T{});
       std::vector<std::byte> no_scales(scale_bytes);
-      const T* wanted =
-          from < 0 ? zero.data() : &x[from / c.num_tokens][from % c.num_tokens * hidden];
+      const T* wanted = from < 0 ? zero.data() : &x[from / num_tokens][from % num_tokens * hidden];
       const std::byte* wanted_scales =
-          from < 0 ? no_scales.data()
-                   : &scales[from / c.num_tokens][from % c.num_tokens * scale_bytes];
+          from < 0 ? no_scales.data() : &scales[from / num_tokens][from % num_tokens * scale_bytes];
       CHECK((c.dead | c.dying) != 0 || std::memcmp(&again[row * hidden], wanted, c.row_bytes) == 0,
             c.Name(), dst, row);
       const bool is_open = from < 0 && (c.fill == Fill::kNone ||
@@ -363,11 +388,13 @@ void TestRoundTrip(const Case& c, DType dtype, const Ranks& ranks, int num_sms, 
   for (int src = 0; src < num_ranks; ++src) {
     if (Case::Has(c.dead, src)) continue;
     const Buffers& b = buffers[src];
-    std::vector<int32_t> send_row(c.num_tokens * slots, kNoIndex);
-    for (int dst = 0; dst < num_ranks; ++dst) {
-      plan.ForEachRow(src, dst, [&](int32_t token, int32_t k, int32_t row) {
-        send_row[int64_t{token} * slots + (is_rank ? dst : k)] = row;
-      });
+    std::vector<int32_t> send_row(num_tokens * slots, kNoIndex);
+    for (int part = 0; part < c.num_parts; ++part) {
+      for (int dst = 0; dst < num_ranks; ++dst) {
+        plan.ForEachRow(part * num_ranks + src, dst, [&](int32_t token, int32_t k, int32_t row) {
+          send_row[(part * c.num_tokens + token) * slots + (is_rank ? dst : k)] = row;
+        });
+      }
     }
     Same(c, "send_row", src, b.send_row.Read(), send_row);
     if (Case::Has(c.dying, src)) continue;
@@ -378,7 +405,7 @@ void TestRoundTrip(const Case& c, DType dtype, const Ranks& ranks, int num_sms, 
       Same(c, "masks", src, b.masks_after.Read(), masks);
     }
     const std::vector<T> back = b.back.Read();
-    for (int64_t t = 0; t < c.num_tokens; ++t) {
+    for (int64_t t = 0; t < num_tokens; ++t) {
       std::vector<std::pair<int, int32_t>> places;
       for (int s = 0; s < slots; ++s) {
         const int32_t row = send_row[t * slots + s];

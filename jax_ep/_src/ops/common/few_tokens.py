@@ -88,7 +88,7 @@ def require_combine(spec: RouteSpec, index: RowIndex, rows: jax.Array) -> None:
 
 def has_halves(spec: DispatchSpec | RouteSpec) -> bool:
     """Returns whether kernels send and receive apart; elsewhere a receive does everything."""
-    return _has_kernels(spec) and spec.group.has_flights
+    return _has_kernels(spec)
 
 
 def half_sms(spec: DispatchSpec | RouteSpec) -> int:

@@ -19,6 +19,7 @@ from jax_ep._src.base.jax_compat import (
     Primitive,
     ad,
     batching,
+    behind_barriers,
     mlir,
     number_in_program,
     result_aval,
@@ -93,7 +94,13 @@ def make_primitive(
         call = jax.ffi.ffi_lowering(
             f"jax_ep.{stem}", has_side_effect=not is_pure, operand_output_aliases=shared
         )
-        return call(ctx, *operands, **values)
+        if platform != "cuda":
+            return call(ctx, *operands, **values)
+        # XLA for GPUs fuses a call with a slice of a loop's result that is written from it. It
+        # makes the call once more for all others who use its results. It also fuses a call with
+        # slices that it reads, and then keeps a call that is not pure beside the fused one.
+        given = operands if is_pure else behind_barriers(operands)
+        return behind_barriers(call(ctx, *given, **values))
 
     def one_by_one(
         operands: Sequence[Any], dims: Sequence[int | None], **parameters: Any

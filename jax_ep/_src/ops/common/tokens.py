@@ -30,6 +30,18 @@ def own_tokens(group: GroupSpec, x: jax.Array, *, num_parts: int = 1) -> jax.Arr
     return flat
 
 
+def places_of_parts(index: jax.Array, size: int, *, num_ranks: int, num_parts: int) -> jax.Array:
+    """Returns places in the arrays [num_parts * size] of all ranks, from source * size + place.
+
+    Source s is part s // num_ranks of rank s % num_ranks. -1 means none.
+    """
+    if num_parts == 1:
+        return index
+    source, place = index // size, index % size
+    part, rank = source // num_ranks, source % num_ranks
+    return jnp.where(index >= 0, (rank * num_parts + part) * size + place, -1)
+
+
 def take(x: jax.Array, index: jax.Array, *, fill: int = 0) -> jax.Array:
     """Returns x[index], with `fill` where the index is -1."""
     taken: jax.Array

@@ -63,7 +63,7 @@ def results_without_workspace(
     **_: Any,
 ) -> Results:
     """The shape rule of a dispatch, without scratch."""
-    num_tokens, num_topk = topk_idx.shape
+    tokens_per_rank, num_topk = topk_idx.shape
     is_rank_layout = layout is Layout.RANK
     choices = (recv_capacity, num_topk)
     weights = choices if is_rank_layout else (recv_capacity,)
@@ -74,7 +74,7 @@ def results_without_workspace(
         num_invalid=Result((1,), jnp.int32),
         recv_src=Result((recv_capacity,), jnp.int32),
         recv_k=Result((0,) if is_rank_layout else (recv_capacity,), jnp.int32),
-        send_row=Result((num_tokens, num_ranks if is_rank_layout else num_topk), jnp.int32),
+        send_row=Result((tokens_per_rank, num_ranks if is_rank_layout else num_topk), jnp.int32),
         recv_topk_idx=Result(choices if is_rank_layout else (0,), jnp.int32),
         recv_weights=Result(weights if has_weights else (0,), jnp.float32),
         rows=tuple(
@@ -111,6 +111,7 @@ ATTRIBUTES = (
     "layout",
     "mode",
     "num_experts",
+    "num_parts",
     "num_sms",
     "quantize",
 )
@@ -124,16 +125,19 @@ _bind = make_primitive(
 )
 
 
-def _workspace_bytes(spec: DispatchSpec, shape: tuple[int, ...], mode: ExchangeMode) -> int:
+def _workspace_bytes(
+    spec: DispatchSpec, shape: tuple[int, ...], num_parts: int, mode: ExchangeMode
+) -> int:
     if spec.backend != "cuda" or mode is ExchangeMode.LOW_LATENCY:
         return 0
-    num_tokens, num_topk = shape
+    tokens_per_rank, num_topk = shape
     size: int = native_modules.load("cuda").dispatch_workspace_bytes(
         layout=spec.layout.code,
         num_experts=spec.num_experts,
         num_ranks=spec.group.num_ranks,
-        num_tokens=num_tokens,
+        num_tokens=tokens_per_rank // num_parts,
         num_topk=num_topk,
+        num_parts=num_parts,
     )
     if size == 0:
         raise ConfigError(
@@ -144,14 +148,33 @@ def _workspace_bytes(spec: DispatchSpec, shape: tuple[int, ...], mode: ExchangeM
     return size
 
 
+def is_carried(
+    spec: DispatchSpec,
+    topk_idx: jax.Array,
+    topk_weights: jax.Array | None,
+    rows: Sequence[jax.Array],
+) -> bool:
+    """Returns whether the custom call for many tokens can carry a dispatch."""
+    # Its kernels leave no rows between the experts.
+    has_kernels = spec.backend != "xla" and not (spec.expert_stride and spec.backend == "cuda")
+    return has_kernels and spec.group.can_stage(topk_idx, topk_weights, *rows)
+
+
 def dispatch(
     spec: DispatchSpec,
     topk_idx: jax.Array,
     topk_weights: jax.Array | None,
     rows: Sequence[jax.Array],
     rank_mask: jax.Array | None = None,
+    *,
+    num_parts: int = 1,
 ) -> DispatchResults:
     """Routes the tokens and moves their rows.
+
+    `num_parts`: with P parts the tokens [P * T] of each of R ranks are those of P sources, one part
+    behind the other. Part p of rank r is source p * R + r. Rows of the results are in the order of
+    sources and tokens, and recv_src is source * T + token. The kernels for few tokens know of no
+    parts.
 
     XLA's collectives carry the dispatch if the custom call has no room to stage the operands. All
     ranks have the same room. Peers read no operands of the kernels for few tokens.
@@ -159,19 +182,18 @@ def dispatch(
     Only the kernels for few tokens know of masks. For the others, choices that lead to or from a
     rank that is left out are none.
     """
-    mode, num_sms = dispatch_kernels(spec, topk_idx.shape, rows)
+    mode, num_sms = ExchangeMode.THROUGHPUT, spec.num_sms
+    if num_parts == 1:
+        mode, num_sms = dispatch_kernels(spec, topk_idx.shape, rows)
     is_few = mode is ExchangeMode.LOW_LATENCY
-    is_carried = is_few or (
-        # The kernels for many tokens leave no rows between the experts.
-        not (spec.expert_stride and spec.backend == "cuda")
-        and spec.group.can_stage(topk_idx, topk_weights, *rows)
-    )
+    is_custom = is_few or is_carried(spec, topk_idx, topk_weights, rows)
     if rank_mask is not None and not is_few:
         topk_idx = _living_choices(spec, topk_idx, rank_mask)
     if spec.quantize is not Quantize.NONE and not is_few:
         rows = (*round_rows(rows[0], spec.quantize), *rows[1:])
-    if spec.backend == "xla" or not is_carried:
-        return stock.dispatch(spec, topk_idx, topk_weights, rows)._replace(rank_mask=rank_mask)
+    if not is_custom:
+        routed = stock.dispatch(spec, topk_idx, topk_weights, rows, num_parts=num_parts)
+        return routed._replace(rank_mask=rank_mask)
     has_rank_mask = rank_mask is not None and is_few
     position = check_mesh(spec.group.position(), spec.group, op=spec.op)
     results: _Results = _bind(
@@ -189,12 +211,13 @@ def dispatch(
         layout=spec.layout,
         mode=mode,
         num_experts=spec.num_experts,
+        num_parts=num_parts,
         num_ranks=spec.group.num_ranks,
         num_sms=num_sms,
         op=spec.op,
         quantize=spec.quantize if is_few else Quantize.NONE,
         recv_capacity=spec.recv_capacity,
-        workspace_bytes=_workspace_bytes(spec, topk_idx.shape, mode),
+        workspace_bytes=_workspace_bytes(spec, topk_idx.shape, num_parts, mode),
     )
     return as_results(spec, results, has_weights=topk_weights is not None)._replace(
         rank_mask=results.rank_mask if has_rank_mask else rank_mask

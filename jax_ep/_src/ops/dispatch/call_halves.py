@@ -137,6 +137,7 @@ def dispatch_recv(
         layout=spec.layout,
         mode=ExchangeMode.LOW_LATENCY,
         num_experts=spec.num_experts,
+        num_parts=1,
         num_ranks=spec.group.num_ranks,
         num_rows=len(rows),
         num_sms=half_sms(spec),

@@ -12,7 +12,14 @@ import jax.numpy as jnp
 from jax_ep._src.base.options import Layout
 from jax_ep._src.base.spec import DispatchResults, DispatchSpec
 from jax_ep._src.ops.common.check_mesh import check_mesh
-from jax_ep._src.ops.common.tokens import count, gather_tokens, invert, own_tokens, take
+from jax_ep._src.ops.common.tokens import (
+    count,
+    gather_tokens,
+    invert,
+    own_tokens,
+    places_of_parts,
+    take,
+)
 from jax_ep._src.ops.pull_rows.stock import pull_rows
 
 
@@ -21,26 +28,24 @@ def dispatch(
     topk_idx: jax.Array,
     topk_weights: jax.Array | None,
     rows: Sequence[jax.Array],
-) -> DispatchResults:
-    """Returns the routing and the rows of this rank."""
-    routed = route(spec, topk_idx, topk_weights)
-    return routed._replace(
-        rows=tuple(pull_rows(spec, routed.recv_src, r) for r in rows),
-    )
-
-
-def route(
-    spec: DispatchSpec,
-    topk_idx: jax.Array,
-    topk_weights: jax.Array | None,
     *,
     num_parts: int = 1,
 ) -> DispatchResults:
-    """Returns the routing of this rank, without rows.
+    """Returns the routing and the rows of this rank. `num_parts`: as in the custom call."""
+    routed = _route(spec, topk_idx, topk_weights, num_parts)
+    index = places_of_parts(
+        routed.recv_src,
+        topk_idx.shape[0] // num_parts,
+        num_ranks=spec.group.num_ranks,
+        num_parts=num_parts,
+    )
+    return routed._replace(rows=tuple(pull_rows(spec, index, r) for r in rows))
 
-    `num_parts`: each rank has the tokens of so many sources, [num_parts * T, num_topk]. Sources are
-    numbered by (part, rank), and so are rows ordered.
-    """
+
+def _route(
+    spec: DispatchSpec, topk_idx: jax.Array, topk_weights: jax.Array | None, num_parts: int
+) -> DispatchResults:
+    """Returns the routing of this rank, without rows."""
     topk_idx = check_mesh(topk_idx, spec.group, op=spec.op)
     is_expert = (topk_idx >= 0) & (topk_idx < spec.num_experts)
     num_invalid = jnp.sum((topk_idx != -1) & ~is_expert, dtype=jnp.int32)[None]

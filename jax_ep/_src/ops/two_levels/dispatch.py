@@ -7,10 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from jax_ep._src.base.options import Layout
-from jax_ep._src.base.spec import CallSpec, DispatchResults, DispatchSpec
-from jax_ep._src.ops.dispatch import call, stock
-from jax_ep._src.ops.pull_rows.call import pull_rows
-from jax_ep._src.ops.two_levels.nodes import Nodes
+from jax_ep._src.base.spec import DispatchResults, DispatchSpec
+from jax_ep._src.ops.dispatch import call
 from jax_ep._src.ops.two_levels.parts import in_node, nodes_of
 from jax_ep._src.ops.two_levels.transport import transport_of
 
@@ -38,12 +36,13 @@ def dispatch(
     takes = jnp.any(ids >= 0, axis=2)
     crossed = [transport.cross(r[None], takes) for r in rows]
 
-    routed = _dispatch_in_node(
+    # Sources count by (node, rank in it), which is their rank in the whole group.
+    routed = call.dispatch(
         replace(in_node(spec), num_experts=spec.num_experts // nodes.num_nodes),
-        nodes.num_nodes,
         _joined(ids),
         None if weights is None else _joined(weights),
         [_joined(r) for r in crossed],
+        num_parts=nodes.num_nodes,
     )
 
     # The sources learn the places of their tokens.
@@ -70,25 +69,3 @@ def _cross_routing(
 
 def _joined(parts: jax.Array) -> jax.Array:
     return parts.reshape(-1, *parts.shape[2:])
-
-
-def _dispatch_in_node(
-    spec: DispatchSpec,
-    num_parts: int,
-    topk_idx: jax.Array,
-    topk_weights: jax.Array | None,
-    rows: Sequence[jax.Array],
-) -> DispatchResults:
-    """Dispatches the tokens of several sources that each rank of a node has.
-
-    Sources are numbered by (part, rank), which is their rank in the whole group. So are rows
-    ordered, and so does recv_src count. The operands are [num_parts * T, ...], and send_row is
-    [num_parts * T, slots] with the places in the node. The stock code makes the plan, since the
-    custom call takes one part only.
-    """
-    routed = stock.route(spec, topk_idx, topk_weights, num_parts=num_parts)
-    num_tokens, num_topk = topk_idx.shape[0] // num_parts, topk_idx.shape[1]
-    index = Nodes(num_parts, spec.group.num_ranks).at_forwarders(routed.recv_src, num_tokens)
-    moves = CallSpec(spec.group, *spec.routes.dispatch, spec.op)
-    moved = tuple(pull_rows(moves, index, r, slot=routed.recv_k, num_slots=num_topk) for r in rows)
-    return routed._replace(rows=moved)

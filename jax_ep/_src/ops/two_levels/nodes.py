@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jax_ep._src.base import config
 from jax_ep._src.base.errors import ConfigError
+from jax_ep._src.ops.common.tokens import places_of_parts
 
 
 class Nodes(NamedTuple):
@@ -65,9 +66,7 @@ class Nodes(NamedTuple):
 
         Each of P ranks has N parts of `size` elements there.
         """
-        source, place = index // size, index % size
-        node, rank = source // self.ranks_per_node, source % self.ranks_per_node
-        return jnp.where(index >= 0, (rank * self.num_nodes + node) * size + place, -1)
+        return places_of_parts(index, size, num_ranks=self.ranks_per_node, num_parts=self.num_nodes)
 
     def in_node(self, index: jax.Array, size: int, node: jax.Array) -> jax.Array:
         """Returns the places of elements of this node's ranks; -1 for those of other nodes."""
