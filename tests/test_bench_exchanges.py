@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_ep._src.base.errors import ConfigError
 from jax_ep.bench import floor, timing
 from jax_ep.bench.contenders import (
     contenders,
@@ -18,7 +19,7 @@ from jax_ep.bench.contenders import (
 )
 from jax_ep.bench.shapes import Shape, make_inputs, make_point
 from jax_ep.testing.compare import assert_same_bits
-from jax_ep.testing.ranks import on_ranks
+from jax_ep.testing.ranks import make_mesh, on_ranks
 
 ALL_OPS = ["dispatch", "combine", "round_trip", "cached_dispatch"]
 
@@ -45,6 +46,24 @@ def test_the_layout_decides_the_default_capacity():
     assert _point("expert", alignment=8).expert_alignment == 8
     assert _point("rank", alignment=8).expert_alignment == 1
     assert _point("expert", dtype="bf16").row_bytes == 32 * jnp.dtype(jnp.bfloat16).itemsize
+
+
+@pytest.mark.parametrize(
+    ("max_nodes", "ranks_per_node", "expected"),
+    [(None, 1, 3), (2, 1, 2), (1, 2, 1), (2, 2, 2), (2, None, 1), (4, 1, 3)],
+)
+def test_routing_keeps_to_the_nodes_of_the_shape(max_nodes, ranks_per_node, expected):
+    point = dataclasses.replace(_point("rank"), max_nodes=max_nodes)
+    _, ids, _ = make_inputs(point, make_mesh(4), ranks_per_node=ranks_per_node)
+    nodes = np.sort(np.asarray(ids) // (4 * (ranks_per_node or 4)), axis=-1)
+    assert np.max(1 + (np.diff(nodes, axis=-1) > 0).sum(axis=-1)) == expected
+
+
+@pytest.mark.parametrize("max_nodes", [0, 1])
+def test_routing_needs_enough_experts_on_the_nodes(max_nodes):
+    point = dataclasses.replace(_point("rank"), max_nodes=max_nodes, num_topk=5)
+    with pytest.raises(ConfigError, match=f"cannot be on at most {max_nodes} of 4 nodes"):
+        make_inputs(point, make_mesh(4), ranks_per_node=1)
 
 
 @pytest.mark.parametrize(

@@ -195,6 +195,26 @@ def test_fp8_gradient_is_exact_where_fp8_is(groups, backend, scales, monkeypatch
     assert (jnp.float8_e4m3fn.dtype.name, (capacity, hidden)) in saved["fp8"]
 
 
+def test_group_limited_is_the_dense_layer_and_crosses_less():
+    """The example compares its layers with dense ones; its exit status is the verdict."""
+    flags = ["--tokens", "16", "--max-nodes", "2", "--ranks-per-node", "2"]
+    command = [sys.executable, EXAMPLES / "07_group_limited.py", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "4 nodes of 2 ranks, 128 tokens" in done.stdout
+    found = re.findall(r"(\S+) nodes a token, (\d+) rows between nodes", done.stdout)
+    (free, many), (limited, few) = found
+    assert float(limited) == 2.0 < float(free)
+    assert int(few) < int(many)
+
+
+def test_group_limited_refuses_impossible_sizes():
+    command = [sys.executable, EXAMPLES / "07_group_limited.py", "--max-nodes", "5"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
+    assert done.returncode == 1
+    assert "--max-nodes 5 must be 1 to their number of nodes" in done.stderr
+
+
 def _dense_logits(params, tokens):
     """Logits [T, vocabulary] that 06_serve.py's model has after each token, in f64, uncached."""
     at = np.arange(len(tokens))

@@ -19,6 +19,28 @@ PLAIN = model.Kernel(launch_us=0.0, nvlink_share=1.0)
 SMALL = {"num_ranks": 8, "ranks_per_node": 2, "hidden": 64, "topk": 3, "experts": 32}
 
 
+@pytest.mark.parametrize(("topk", "max_groups"), [(3, 1), (6, 2), (6, 3), (1, 3)])
+def test_group_limited_routing_takes_the_best_groups(topk, max_groups):
+    ids = routing.group_limited(
+        np.random.default_rng(0), (2, 2000, topk), 32, num_groups=8, max_groups=max_groups
+    )
+    groups = np.sort(ids // 4, axis=-1)
+    assert ids.dtype == np.int32
+    assert (np.diff(np.sort(ids, axis=-1), axis=-1) > 0).all()
+    num_groups = 1 + (np.diff(groups, axis=-1) > 0).sum(axis=-1)
+    assert np.max(num_groups) == min(topk, max_groups)
+    counts = np.bincount(ids.reshape(-1), minlength=32)
+    assert np.min(counts) > 0.6 * np.max(counts)
+    # The same scores decide which groups these are.
+    scores = np.random.default_rng(0).random((2, 2000, 8, 4))
+    best_two = np.sort(scores, axis=-1)[..., 2:].sum(axis=-1)
+    best_groups = np.argsort(-best_two, axis=-1)[..., :max_groups]
+    assert (groups[..., None] == best_groups[..., None, :]).any(axis=-1).all()
+    expert = np.take_along_axis(scores.reshape(2, 2000, 32), ids, axis=-1)
+    allowed = np.take_along_axis(scores, best_groups[..., None], axis=2).reshape(2, 2000, -1)
+    np.testing.assert_array_equal(expert, -np.sort(-allowed, axis=-1)[..., :topk])
+
+
 def _limited(rng, shape, num_experts, num_nodes, max_nodes):
     """Draws the nodes of each token, and then its experts from theirs."""
     scores = rng.random((*shape[:2], num_nodes))

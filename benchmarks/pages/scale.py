@@ -5,16 +5,19 @@ from functools import cache
 from statistics import median
 from typing import Any
 
+import numpy as np
 from records import H200, HERE, Row, files, load_rivals, pick, table, us
 
 from jax_ep.bench import fit, model
 from jax_ep.bench.predict import RANKS
 from jax_ep.bench.published import Published, group, read_published, summarize
+from jax_ep.testing import routing
 
 MACHINE = model.MACHINES["h200"]
 SHAPE = model.Exchange(num_ranks=1, ranks_per_node=1)  # 7,168, top-8 of 256
 NEAR = 0.15  # the aim for an error
 LIMIT = 4  # nodes of a token, as in DeepSeek-V3
+COUNTED = 2048  # tokens whose nodes are counted
 _FITTED = ("0414d1a", "4e53d54")
 LEVELS = {"NVLink": "NVLink", "cx7": "ConnectX-7", "efa": "EFA"}
 MODES = {"throughput": "many", "low_latency": "few"}
@@ -40,7 +43,8 @@ def tested() -> list[Published]:
 def _ours(mode: str, **wanted: Any) -> list[dict[str, Any]]:
     algorithm = "low_latency" if mode == "low_latency" else None
     own = pick(contender="jax_ep", backend="cuda", layout="rank", algorithm=algorithm, **wanted)
-    chains = [r for r in own if not r.get("steps")]  # the model is of means over chains
+    # The model's constants are of means over chains, and of routing without a limit.
+    chains = [r for r in own if not r.get("steps") and not r.get("max_nodes")]
     return [r for r in chains if mode == "low_latency" or r["sms"] in (16, 20, 24)]
 
 
@@ -284,14 +288,38 @@ def groups(page: str) -> str:
                 (
                     f"{num_ranks:,} ranks, {'no limit' if limit is None else f'{limit} at most'}",
                     f"{exchange.nodes_of_a_token():.2f}",
+                    f"{count_nodes(exchange):.2f}",
                     f"{exchange.ranks_of_a_token():.2f}",
                     f"{found.traffic.network_bytes / 1e6:,.0f}",
                     f"{found.traffic.nvlink_bytes / 1e6:,.0f}",
                     us(found.us),
                 )
             )
-    head = ("nodes of a token", "nodes", "ranks", "network MB", "NVLink MB", "predicted us")
+    head = (
+        "nodes of a token",
+        "nodes",
+        "counted",
+        "ranks",
+        "network MB",
+        "NVLink MB",
+        "predicted us",
+    )
     return table(head, rows) + (
         "\n*A combine of 4,096 tokens in bf16, one rank's bytes, by expectation. A dispatch adds "
-        "the ids.*\n"
+        f"the ids. Counted: nodes of {COUNTED:,} tokens that a router sends to the nodes of their "
+        "best experts.*\n"
     )
+
+
+def count_nodes(exchange: model.Exchange) -> float:
+    """Nodes of a token, counted in routings of `jax_ep.testing.routing`."""
+    rng, shape = np.random.default_rng(0), (1, COUNTED, exchange.topk)
+    num_nodes, limit = exchange.num_nodes, exchange.drawn_nodes
+    if limit == num_nodes:
+        ids = routing.balanced(rng, shape, exchange.experts)
+    else:
+        ids = routing.group_limited(
+            rng, shape, exchange.experts, num_groups=num_nodes, max_groups=limit
+        )
+    nodes = np.sort(ids[0] // (exchange.experts // num_nodes), axis=-1)
+    return float(1 + (np.diff(nodes, axis=-1) > 0).sum(axis=-1).mean())

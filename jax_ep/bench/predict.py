@@ -22,7 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokens", type=int, help="of each rank, instead of the shape's")
     add("--dtype", choices=["bf16", "fp8"], default="bf16", help="of dispatched rows")
     add("--mode", choices=model.MODES, help=f"default: low_latency for {_MOST_FEW} tokens or less")
-    add("--max-nodes", type=int, help="group-limited routing: nodes that a token may go to")
+    add(
+        "--max-nodes",
+        type=int,
+        help="group-limited routing: nodes that a token may go to, instead of the shape's",
+    )
     add(
         "--published",
         type=Path,
@@ -60,7 +64,7 @@ def _predictions(args: argparse.Namespace) -> Iterator[Sequence[str]]:
             topk=shape.topk,
             experts=shape.experts,
             dtype=args.dtype if op == "dispatch" else "bf16",
-            max_nodes=args.max_nodes,
+            max_nodes=shape.max_nodes if args.max_nodes is None else args.max_nodes,
         )
         for num_ranks in args.ranks:
             exchange = model.grow(alone, num_ranks, machine)

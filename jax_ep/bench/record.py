@@ -27,7 +27,8 @@ class Subject:
     """A contender at a point.
 
     [tokens, hidden] is a rank's x; of reduce_scatter, each of the parts of x. `sms` is the budget
-    where a call takes one; of a round trip that was told none, the larger of its two. What an
+    where a call takes one; of a round trip that was told none, the larger of its two. `max_nodes`
+    is that of the shape: fewer nodes than the group has mean group-limited routing. What an
     operation does not have is None.
     """
 
@@ -41,6 +42,8 @@ class Subject:
     hidden: int
     topk: int | None
     experts: int | None
+    ranks_per_node: int | None
+    max_nodes: int | None
     dtype: str
     layout: str | None
     recv_capacity: int | None

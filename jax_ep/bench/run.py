@@ -51,6 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name in ("topk", "experts"):
         add(f"--{name}", type=int, help="instead of the shape's")
     add(
+        "--max-nodes",
+        type=int,
+        help="group-limited routing: nodes that a token may go to, instead of the shape's",
+    )
+    add("--ranks-per-node", type=int, help="as in Group.open")
+    add(
         "--kib",
         nargs="+",
         type=float,
@@ -126,6 +132,7 @@ def main(args: argparse.Namespace) -> None:
         "ep",
         name="bench",
         timeout=_TIMEOUT_S,
+        ranks_per_node=args.ranks_per_node,
         low_latency_bytes=2 * num_ranks * max(map(low_latency_payload, few), default=0),
     ) as group:
         session = Session(
@@ -194,7 +201,7 @@ def make_pairs(
 
 def make_points(args: argparse.Namespace, num_ranks: int) -> Iterator[Point]:
     """Returns the points of dispatches and combines."""
-    given = {n: getattr(args, n) for n in ("hidden", "topk", "experts")}
+    given = {n: getattr(args, n) for n in ("hidden", "topk", "experts", "max_nodes")}
     changes = {name: value for name, value in given.items() if value is not None}
     layouts = ("rank", "expert") if args.layout == "both" else (args.layout,)
     for name, layout in itertools.product(args.shape, layouts):

@@ -73,7 +73,7 @@ class Session:
             return self._measure_reduce(point, progress)
         progress.set_description(f"{op} {point.shape} {point.num_tokens} {point.layout}")
         mesh = self._group.mesh
-        inputs = make_inputs(point, mesh)
+        inputs = make_inputs(point, mesh, ranks_per_node=self._group.ranks_per_node)
         if self._only_ours:
             return self._measure_ours(op, point, inputs, progress)
         everyone = contenders(point, self._group, self._entries)
@@ -123,7 +123,7 @@ class Session:
         group, mesh = self._group, self._group.mesh
         entrants = [ours(point, group, b, sms) for b in self._backends for sms in budgets]
         entrants.append(ours(point, group, "xla", None))
-        inputs = make_inputs(point, mesh)
+        inputs = make_inputs(point, mesh, ranks_per_node=self._group.ranks_per_node)
         recv_src = _route(point, group, self._backends[0], inputs)
         rows = []
         for op in EXCHANGES:
@@ -207,6 +207,8 @@ def _subject(op: str, point: Point, contender: Contender, group: jax_ep.Group) -
         hidden=point.hidden,
         topk=point.num_topk,
         experts=point.num_experts,
+        ranks_per_node=group.ranks_per_node,
+        max_nodes=point.max_nodes,
         dtype=point.dtype,
         layout=point.layout,
         recv_capacity=contender.recv_capacity,
@@ -229,6 +231,8 @@ def _reduce_subject(point: ReducePoint, num_ranks: int, contender: reduce.SumCon
         hidden=point.hidden,
         topk=None,
         experts=None,
+        ranks_per_node=None,
+        max_nodes=None,
         dtype=point.dtype,
         layout=None,
         recv_capacity=None,

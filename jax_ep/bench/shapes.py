@@ -9,6 +9,7 @@ import numpy as np
 
 import jax_ep
 from jax_ep._src.base.config import FP8_BLOCK
+from jax_ep._src.base.errors import ConfigError
 from jax_ep.testing import routing
 from jax_ep.testing.cases import DTYPES, Case
 from jax_ep.testing.ranks import place
@@ -16,12 +17,17 @@ from jax_ep.testing.ranks import place
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of one MoE layer; tokens are those of each rank."""
+    """Sizes of one MoE layer; tokens are those of each rank.
+
+    `max_nodes`: group-limited routing: nodes of the group that a token may go to; None, or as many
+    as there are: no limit.
+    """
 
     tokens: int
     hidden: int
     topk: int
     experts: int
+    max_nodes: int | None = None
 
 
 SHAPES = {
@@ -29,6 +35,7 @@ SHAPES = {
     "cpu-1k": Shape(tokens=1024, hidden=2048, topk=4, experts=64),
     "mixtral": Shape(tokens=4096, hidden=4096, topk=2, experts=8),
     "deepseek-v3": Shape(tokens=4096, hidden=7168, topk=8, experts=256),
+    "deepseek-v3-limited": Shape(tokens=4096, hidden=7168, topk=8, experts=256, max_nodes=4),
     "decode": Shape(tokens=128, hidden=7168, topk=8, experts=256),
     "decode-22": Shape(tokens=128, hidden=2048, topk=22, experts=512),
 }
@@ -45,10 +52,12 @@ class Point(Case):
     Attributes:
       shape: its name.
       balance: that the capacity was computed with.
+      max_nodes: as in Shape.
     """
 
     shape: str
     balance: float | None
+    max_nodes: int | None = None
 
     @property
     def row_bytes(self) -> int:
@@ -95,6 +104,7 @@ def make_point(
         hidden=shape.hidden,
         dtype=dtype,
         balance=balance,
+        max_nodes=shape.max_nodes,
         recv_capacity=capacity,
         expert_alignment=expert_alignment,
         fill=fill,
@@ -143,10 +153,13 @@ def make_reduce_point(op: str, num_bytes: int, *, dtype: str, hidden: int) -> Re
     return ReducePoint(op, tokens, hidden, dtype) if tokens else None
 
 
-def make_inputs(point: Point, mesh: jax.sharding.Mesh, seed: int = 0) -> tuple[Any, ...]:
+def make_inputs(
+    point: Point, mesh: jax.sharding.Mesh, seed: int = 0, *, ranks_per_node: int | None = None
+) -> tuple[Any, ...]:
     """(x, topk_idx, topk_weights) [R, ...] on the mesh: balanced routing, weights that add to 1.
 
-    With fp8, x is a pair of rows and scales.
+    With fp8, x is a pair of rows and scales. `ranks_per_node`: that of the group, for points with
+    `max_nodes`; None: all.
     """
     rng = np.random.default_rng(seed)
     tokens = (point.num_ranks, point.num_tokens)
@@ -156,8 +169,24 @@ def make_inputs(point: Point, mesh: jax.sharding.Mesh, seed: int = 0) -> tuple[A
         x = tuple(np.asarray(a).reshape(*tokens, -1) for a in pair)
     else:
         x = x.astype(DTYPES[point.dtype])
-    ids = routing.balanced(rng, (*tokens, point.num_topk), point.num_experts)
+    ids = _route(point, rng, point.num_ranks // (ranks_per_node or point.num_ranks))
     weights = rng.random(ids.shape, np.float32) + 0.1
     weights /= weights.sum(axis=-1, keepdims=True)
     arrays: tuple[Any, ...] = place((x, ids, weights), mesh)
     return arrays
+
+
+def _route(point: Point, rng: np.random.Generator, num_nodes: int) -> routing.Ids:
+    shape = point.num_ranks, point.num_tokens, point.num_topk
+    limit = point.max_nodes
+    if limit is None or limit >= num_nodes:
+        return routing.balanced(rng, shape, point.num_experts)
+    pool = limit * (point.num_experts // num_nodes)
+    if limit < 1 or point.num_topk > pool:
+        raise ConfigError(
+            f"bench: {point.num_topk} experts of a token cannot be on at most {limit} of "
+            f"{num_nodes} nodes, which have {pool}"
+        )
+    return routing.group_limited(
+        rng, shape, point.num_experts, num_groups=num_nodes, max_groups=limit
+    )

@@ -66,6 +66,26 @@ def invalid_ids(rng: np.random.Generator, shape: tuple[int, int, int], num_exper
     return ids
 
 
+def group_limited(
+    rng: np.random.Generator,
+    shape: tuple[int, int, int],
+    num_experts: int,
+    *,
+    num_groups: int,
+    max_groups: int,
+) -> Ids:
+    """Chooses experts out of `max_groups` of `num_groups` equal groups, as DeepSeek-V3 does.
+
+    A token takes the groups whose two best experts have the highest scores together, and its
+    experts from these groups only. All experts are equally likely.
+    """
+    scores = rng.random((*shape[:2], num_groups, num_experts // num_groups))
+    best = np.sort(scores, axis=-1)[..., -2:].sum(axis=-1)
+    is_open = np.argsort(np.argsort(-best, axis=-1), axis=-1) < max_groups
+    choices = np.where(is_open[..., None], scores, -1.0).reshape(*shape[:2], num_experts)
+    return np.argsort(-choices, axis=-1)[..., : shape[2]].astype(np.int32)
+
+
 # shape is (num_ranks, num_tokens, num_topk)
 Routing = Callable[[np.random.Generator, tuple[int, int, int], int], Ids]
 

@@ -96,7 +96,20 @@ class Failures:
 
         A group that survives goes on, so it has none: its calls leave the ranks of the process out.
         """
-        process = self._rendezvous.lost_process()
+        return self._error_of(self._rendezvous.lost_process(), is_lost=True)
+
+    def silence(self) -> JaxEpError | None:
+        """Returns an error for a process that gives no sign of life, in groups over several hosts.
+
+        A group that survives has none, as for a loss.
+        """
+        return self._error_of(
+            self._rendezvous.silent_process(),
+            place="gives no sign of life: its process, its host or the link to it may be down",
+        )
+
+    def _error_of(self, process: int | None, **how: Any) -> JaxEpError | None:
+        """Returns the error for a process that others wait for in vain, or None."""
         if process is None:
             return None
         self._leave_alone()
@@ -109,7 +122,7 @@ class Failures:
         )
         num_ranks = self._spec.num_ranks
         num_seen = num_ranks - len(set(there))
-        return PeerTimeoutError("Group.check", here[0], there[0], num_ranks, num_seen, is_lost=True)
+        return PeerTimeoutError("Group.check", here[0], there[0], num_ranks, num_seen, **how)
 
     def _leave_alone(self) -> None:
         """Keeps the interpreter's exit and the group's end from waiting for lost peers."""

@@ -18,6 +18,7 @@ from jax_ep._src.group.info import GroupInfo
 from jax_ep._src.group.settings import OpenArguments, Settings
 from jax_ep._src.group.shard_map import require_mesh_of
 from jax_ep._src.processes import interrupts
+from jax_ep._src.processes.domains import Nodes
 from jax_ep._src.processes.native_group import NativeGroup
 from jax_ep._src.processes.rendezvous import Rendezvous
 from jax_ep._src.processes.wait import arrays_in, excuse_failures, live_arrays, settle, wait
@@ -48,7 +49,8 @@ class Group:
       survives: whether the group goes on without processes that were lost.
       debug: whether routings are checked on the device.
       identity: name and fingerprint, equal in every process.
-      spec, backends, tuning, budgets: facts for the operations; `info()` describes them to users.
+      spec, nodes, backends, tuning, budgets: facts for the operations; `info()` describes them to
+        users.
       parts: the groups of the nodes and of the rails, which only this group knows; none if it has
         one node.
     """
@@ -66,6 +68,7 @@ class Group:
     survives: bool
     debug: bool
     spec: GroupSpec
+    nodes: Nodes
     backends: dict[str, Usability]
     tuning: tables.Table
     budgets: tables.Budgets
@@ -83,7 +86,6 @@ class Group:
         self.axes = arguments.axes
         self.name = arguments.name
         self.num_ranks = arguments.num_ranks
-        self.ranks_per_node = arguments.ranks_per_node
         self.num_sms = arguments.num_sms
         self.low_latency_bytes = arguments.low_latency_bytes
         self.in_flight_bytes = arguments.in_flight_bytes
@@ -91,6 +93,8 @@ class Group:
         self.survives = arguments.survives
         self.spec = arguments.spec
         self.backend = settings.backend
+        self.nodes = settings.nodes
+        self.ranks_per_node = settings.nodes.ranks_per_node
         self.debug = settings.debug
         self.backends = settings.backends
         self.tuning = settings.tuning
@@ -131,8 +135,9 @@ class Group:
             num_sms, `xla` carries the exchanges for which the table of this device says that `xla`
             is faster, by layout.
           timeout: seconds that a custom call waits for a rank before the group fails. Calls on the
-            `xla` back end wait as long as XLA's collectives do. Default: 60; at most a day. Over
-            several processes it should be below JAX's heartbeat timeout.
+            `xla` back end wait as long as XLA's collectives do; over several hosts, `check()` does
+            not wait for them once a process has given no sign of life for so long. Default: 60; at
+            most a day. Over several processes it should be below JAX's heartbeat timeout.
           num_sms: SMs that every dispatch, combine and ragged exchange of the `cuda` back end uses
             unless the call says otherwise. Default: the number in the table for this device and
             number of ranks, by exchange and layout, from 16 to 64 in the package's table
@@ -144,11 +149,13 @@ class Group:
             bf16 rows of 7,168 elements between two ranks. 0: plain calls take other kernels.
           in_flight_bytes: the same for `low_latency_dispatch_send` and `low_latency_combine_send`;
             `jax_ep.in_flight_bytes` computes them. Default: 0, for groups that do not use these.
-          ranks_per_node: ranks of one node, consecutive; default: all. With several nodes,
-            `dispatch`, `dispatch_fp8`, `combine`, `combine_weights` and their gradients run in two
-            levels: a token crosses once to each node where it has experts, and each node adds up
-            its rows of a token before the sum crosses back. The other operations go straight from
-            rank to rank. `info().transport` says what carries rows between the nodes.
+          ranks_per_node: ranks of one node, consecutive. Default: the ranks of a host if those of a
+            slice are on several hosts, consecutive on each, equally many and two or more; else all.
+            `info()` says where the number comes from. With several nodes, `dispatch`,
+            `dispatch_fp8`, `combine`, `combine_weights` and their gradients run in two levels: a
+            token crosses once to each node where it has experts, and each node adds up its rows of
+            a token before the sum crosses back. The other operations go straight from rank to rank.
+            `info().transport` says what carries rows between the nodes.
           survives: whether the group goes on when another process of it ends, in calls with
             `rank_mask`. Then `check()` does not raise for a process that was lost, and Ctrl-C in
             one process ends only the calls of its own ranks.
@@ -403,7 +410,11 @@ class Group:
         if self._rendezvous.is_alone:
             return wait(arrays)
         return settle(
-            arrays, failure=self._failures.failure, loss=self._failures.loss, timeout=self.timeout
+            arrays,
+            failure=self._failures.failure,
+            loss=self._failures.loss,
+            silence=self._failures.silence,
+            timeout=self.timeout,
         )
 
     def watch_interrupts(self) -> None:

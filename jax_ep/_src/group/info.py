@@ -21,6 +21,8 @@ class GroupInfo:
       num_ranks: ranks of one slice.
       num_slices: independent copies of the group along the mesh's other axes.
       ranks_per_node: ranks of one node.
+      ranks_per_node_from: origin of that number: the argument, the hosts, or why all ranks are one
+        node.
       transport: what carries rows between the nodes in dispatch and combine, and why, and what
         carries them inside the nodes; None: the group has one node.
       backend: the back end in use.
@@ -48,6 +50,7 @@ class GroupInfo:
     num_ranks: int
     num_slices: int
     ranks_per_node: int
+    ranks_per_node_from: str
     transport: str | None
     backend: str
     backends: dict[str, str]
@@ -74,6 +77,7 @@ def describe(
         num_ranks=group.num_ranks,
         num_slices=group.mesh.size // group.num_ranks,
         ranks_per_node=group.ranks_per_node,
+        ranks_per_node_from=group.nodes.origin,
         transport=_transport(group),
         backend=group.backend,
         backends={name: usability.reason for name, usability in group.backends.items()},

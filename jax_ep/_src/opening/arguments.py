@@ -43,13 +43,12 @@ def check_arguments(
         raise ConfigError(f"{op}: survives must be True or False, got {survives!r}")
     sizes = dict(mesh.shape)
     num_ranks = math.prod(sizes[a] for a in axes)
-    ranks_per_node = check.integer(
-        num_ranks if ranks_per_node is None else ranks_per_node, minimum=1, name="ranks_per_node"
-    )
-    if num_ranks % ranks_per_node:
-        raise ConfigError(
-            f"{op}: ranks_per_node must divide num_ranks={num_ranks}, got {ranks_per_node}"
-        )
+    if ranks_per_node is not None:
+        ranks_per_node = check.integer(ranks_per_node, minimum=1, name="ranks_per_node")
+        if num_ranks % ranks_per_node:
+            raise ConfigError(
+                f"{op}: ranks_per_node must divide num_ranks={num_ranks}, got {ranks_per_node}"
+            )
     seconds = to_number(timeout)
     if not 0 < seconds <= config.MAX_TIMEOUT_S:
         raise ConfigError(

@@ -10,6 +10,7 @@ from jax_ep._src.group.group import Group
 from jax_ep._src.group.settings import OpenArguments, Settings
 from jax_ep._src.opening import self_test, usability
 from jax_ep._src.opening.native import open_native
+from jax_ep._src.processes.domains import Nodes
 from jax_ep._src.processes.rendezvous import Rendezvous
 
 
@@ -20,7 +21,7 @@ def open_levels(group: Group, arguments: OpenArguments, settings: Settings, *, w
     caller of Group.open has named, or "auto".
     """
     for is_rail in (False, True):
-        cut = Cut(arguments.ranks_per_node, is_rail=is_rail)
+        cut = Cut(group.ranks_per_node, is_rail=is_rail)
         group.add_part(_open_part(group, arguments, settings, cut, wanted=wanted))
     node, rail = group.parts
     levels = Levels(node.spec, rail.spec, inside=node.backend, between=rail.backend)
@@ -50,12 +51,16 @@ def _open_part(
             group.mesh,
             arguments._replace(
                 num_ranks=spec.num_ranks,
-                ranks_per_node=spec.num_ranks,
                 low_latency_bytes=0,
                 in_flight_bytes=0,
                 spec=spec,
             ),
-            settings._replace(backend=chosen, backends=backends, debug=False),
+            settings._replace(
+                backend=chosen,
+                nodes=Nodes(spec.num_ranks, "a part of a group"),
+                backends=backends,
+                debug=False,
+            ),
             rendezvous,
         )
         try:

@@ -52,7 +52,7 @@ def get_group(
         if group is None:
             return _open(kind, found, arguments, **options)
         group.require_usable("Group.get")
-        backend, ranks_per_node = options["backend"], options["ranks_per_node"]
+        backend = options["backend"]
         lookup.require_settings(
             group,
             backend=None if backend == "auto" else backend,
@@ -64,7 +64,7 @@ def get_group(
             in_flight_bytes=(
                 None if options["in_flight_bytes"] is None else arguments.in_flight_bytes
             ),
-            ranks_per_node=None if ranks_per_node is None else arguments.ranks_per_node,
+            ranks_per_node=arguments.ranks_per_node,
             survives=options["survives"],
             debug=options["debug"],
         )
@@ -95,6 +95,7 @@ def _open(
                 "is open; pass another name="
             )
         settings = agree_on_settings(rendezvous, mesh, arguments, backend=backend, debug=debug)
+        rendezvous.start_beats()
         group = kind(mesh, arguments, settings, rendezvous)
         undo.callback(group.discard)
         if group.backends["cuda"].ops:
@@ -102,7 +103,7 @@ def _open(
         for own in ("cpu", "cuda"):
             if usability.is_complete(group.backends[own]):
                 open_native(group, rendezvous, own, is_wanted=backend == settings.backend)
-        if arguments.ranks_per_node < arguments.num_ranks:
+        if group.ranks_per_node < group.num_ranks:
             open_levels(group, arguments, settings, wanted=backend)
         group.watch_interrupts()
         registry.open_groups[identity] = group

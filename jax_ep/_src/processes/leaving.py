@@ -20,12 +20,16 @@ from jax_ep._src.base import jax_compat, native_modules, registry
 # Folders of the store with a key for each process, apart from the keys of openings.
 _WAITS = "jax_ep_exits/in_shutdown"
 _GONE = "jax_ep_exits/without_shutdown"
+# A key that each process sets when it opens its first group, to try the store with.
+_PROBE = "jax_ep_exits/probe"
 _LAST_S, _POLL_S, _SECOND_LOOK_S = 5.0, 0.05, 0.2
 
 
 def join_at_exit() -> None:
     """Makes this process join JAX's shutdown only if no other one has left without it."""
-    registry.joins_at_exit = os.getpid()
+    if registry.joins_at_exit != os.getpid():
+        registry.joins_at_exit = os.getpid()
+        _say(_PROBE)
 
 
 def leave(native: ModuleType, has_others: Callable[[], bool]) -> None:
@@ -34,7 +38,13 @@ def leave(native: ModuleType, has_others: Callable[[], bool]) -> None:
     Process 0 leaves last, or after a while. `has_others` tells whether another process is still
     there, as far as is known.
     """
-    if jax_compat.distributed_client() is None or _all_others_wait():
+    if jax_compat.distributed_client() is None:
+        return
+    if not _is_reachable():
+        native.exit_without_teardown()
+        jax_compat.abandon_runtime()
+        return
+    if _all_others_wait():
         return
     _say(_GONE)
     if _all_others_wait():  # the last one came meanwhile; if it has read this key, it leaves, too
@@ -58,6 +68,17 @@ def _join() -> None:
             native_modules.load("cpu"),
             lambda: len(_said(_WAITS) | _said(_GONE)) < jax.process_count(),
         )
+
+
+def _is_reachable() -> bool:
+    """Returns whether the store answers, soon. Its other calls may wait until JAX aborts."""
+    try:
+        jax_compat.distributed_client().blocking_key_value_get(
+            f"{_PROBE}/{jax.process_index()}", int(_LAST_S * 1000)
+        )
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
 
 
 def _all_others_wait() -> bool:

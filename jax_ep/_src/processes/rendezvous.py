@@ -19,6 +19,8 @@ import jax
 from jax_ep._src.base import jax_compat, native_modules
 from jax_ep._src.base.errors import GroupError, PeerTimeoutError
 from jax_ep._src.processes import leaving, unix_links
+from jax_ep._src.processes.beats import Beats
+from jax_ep._src.processes.domains import domain_of
 from jax_ep._src.processes.kv_exchange import KvExchange
 from jax_ep._src.processes.neighbourhoods import neighbourhoods
 
@@ -40,6 +42,7 @@ class Rendezvous:
       crosses_processes: whether a slice of the mesh spans processes; equal in all processes.
       links: links to the neighbours, after `connect`, until another object takes them over.
       why_not_linked: why there are no links, or None.
+      domains: the name of each process's domain, after `connect`; "" if it is not known.
       asks_for_others: function of the object that took the links over: whether another process
         is still there.
       timeout: seconds that processes wait for one another.
@@ -59,12 +62,15 @@ class Rendezvous:
         self.crosses_processes = any(len(processes) > 1 for processes in self._neighbourhoods)
         self.links: list[unix_links.Link] = []
         self.why_not_linked: str | None = None
+        self.domains = dict.fromkeys(self.processes, "")
         self.asks_for_others: Callable[[], bool] | None = None
         self.timeout = timeout
         self._leaves_alone = False
         self._pid = os.getpid()
         self._watched: dict[int, int] = {}  # a descriptor for each process of this host
         self._has_other_hosts = False
+        self._identity = identity
+        self._beats: Beats | None = None
         self._kv_exchange = None if self.is_alone else KvExchange(identity, owners, timeout=timeout)
         if not self.is_alone:
             leaving.join_at_exit()
@@ -141,7 +147,9 @@ class Rendezvous:
                     stack.enter_context(listener)
             except OSError as e:
                 mine["problem"] = str(e)
+            mine["domain"] = domain_of(str(mine["host"]))
             said = self.gather("address", mine)
+            self.domains = {process: told["domain"] for process, told in said.items()}
             self._watch(said)
             if not self.crosses_processes:
                 return
@@ -200,6 +208,7 @@ class Rendezvous:
     def close(self) -> None:
         """Closes the sockets that no other object has taken over. Not collective."""
         atexit.unregister(self._end_child)
+        self._end_beats()
         if self._leaves_alone:
             return  # at exit this process asks who is still there
         self._close_links()
@@ -236,6 +245,22 @@ class Rendezvous:
         """Returns a process that is known to have ended, or None. Not collective."""
         ended = (p for p, watch in self._watched.items() if unix_links.has_ended(watch))
         return next(ended, None)
+
+    def start_beats(self) -> None:
+        """Begins to look for signs of life if some processes are on other hosts. Not collective."""
+        if self._has_other_hosts:
+            self._beats = Beats(self._identity, self.processes, timeout=self.timeout)
+            atexit.register(self._end_beats)
+
+    def _end_beats(self) -> None:
+        atexit.unregister(self._end_beats)
+        beats, self._beats = self._beats, None
+        if beats is not None and os.getpid() == self._pid:
+            beats.end()
+
+    def silent_process(self) -> int | None:
+        """Returns a process that has given no sign of life for the timeout. Not collective."""
+        return None if self._beats is None else self._beats.silent_process()
 
     def leave_alone_at_exit(self) -> None:
         """Keeps the interpreter's exit from waiting for lost processes. Not collective.

@@ -67,6 +67,7 @@ def settle(
     *,
     failure: Callable[[], JaxEpError | None],
     loss: Callable[[], JaxEpError | None],
+    silence: Callable[[], JaxEpError | None] = lambda: None,
     timeout: float,
 ) -> list[Exception]:
     """Waits like `wait` in a program of several processes, but not for results that cannot come.
@@ -80,9 +81,10 @@ def settle(
       loss: returns an error for a process of the group that has ended, or None. A process may end
         when its work is done, while this process still computes. So the loss is blamed only for
         results that have failed, or are late.
+      silence: returns an error for a process that has been silent for the timeout, or None.
       timeout: seconds from a loss until results are late.
 
-    Raises: the exception that `failure` or `loss` returns.
+    Raises: the exception that `failure`, `loss` or `silence` returns.
     """
     begin = looked = time.monotonic()
     since: dict[str, float] = {}
@@ -94,7 +96,11 @@ def settle(
         if now - looked < _LOOK_S:
             continue
         looked = now
-        for kind, found, patience in (("failure", failure(), GRACE_S), ("loss", loss(), timeout)):
+        for kind, found, patience in (
+            ("failure", failure(), GRACE_S),
+            ("loss", loss(), timeout),
+            ("silence", silence(), GRACE_S),
+        ):
             if found is not None and now - since.setdefault(kind, now) > patience:
                 raise found
     problems = wait(arrays)
