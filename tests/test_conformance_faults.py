@@ -21,8 +21,8 @@ CHECKS = {check.name: check for check in conformance.CHECKS}
 # Modules in which the calls of an operation are looked up.
 CALLERS = {
     "dispatch": (dispatch_call,),
-    "combine": (combine_call, dispatch_vjp),
-    "pull_rows": (pull_rows_call, dispatch_vjp),
+    "combine": (combine_call,),
+    "pull_rows": (pull_rows_call,),
     "exchange": (ragged_call,),
 }
 GRADIENTS = "gradients_to_the_bit[layout=expert,dtype=f32,capacity=half,weights_at=rows]"
