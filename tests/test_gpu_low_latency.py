@@ -126,9 +126,9 @@ def test_epochs_wrap_around_without_harm():
 @pytest.mark.parametrize("layout", ["rank", "expert", "batched"])
 def test_a_missing_peer_ends_in_an_exception(layout):
     """The exception names the missing rank, results are NaN, and the group opens again."""
-    group = _open(name="failing", timeout=1.0)
-    if group.num_ranks < 2:
+    if len(jax.devices("gpu")) < 2:
         pytest.skip("needs two GPUs")
+    group = _open(name="failing", timeout=1.0)
     x = np.ones((group.num_ranks, 4, HIDDEN), np.float32)
     ids = np.tile(np.arange(TOPK, dtype=np.int32) * 3, (group.num_ranks, 4, 1))
     step = on_ranks(lambda x, ids: _step(group, x, ids, layout, "low_latency")[0], group.mesh)
@@ -150,9 +150,9 @@ def test_a_missing_peer_ends_in_an_exception(layout):
 
 def test_ranks_at_different_calls_are_an_error():
     """One rank dispatches and the other combines: both end, and the devices still work."""
-    group = _open(name="differs", timeout=5.0)
-    if group.num_ranks < 2:
+    if len(jax.devices("gpu")) < 2:
         pytest.skip("needs two GPUs")
+    group = _open(name="differs", timeout=5.0)
     x = np.ones((group.num_ranks, 4, HIDDEN), np.float32)
     ids = np.zeros((group.num_ranks, 4, 1), np.int32)
 

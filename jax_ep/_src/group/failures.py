@@ -74,9 +74,18 @@ class Failures:
         return RoutingError(message)
 
     def failure(self) -> JaxEpError | None:
-        """Returns the failure that the custom calls have recorded, or None."""
-        failures = (self._error_of_native(), *(part._error_of_native() for part in self.parts))
-        failure = next((found for found in failures if found is not None), None)
+        """Returns the failure that the custom calls have recorded, or None.
+
+        A rank that waits in one part keeps others waiting in another part. So a failure of a rank
+        that nobody else's failure explains comes first.
+        """
+        every = (self._error_of_native(), *(part._error_of_native() for part in self.parts))
+        found = [failure for failure in every if failure is not None]
+        waiting = {failure.rank for failure in found if isinstance(failure, PeerTimeoutError)}
+        failure = next(
+            (f for f in found if not isinstance(f, PeerTimeoutError) or f.peer not in waiting),
+            found[0] if found else None,
+        )
         if isinstance(failure, PeerTimeoutError | GroupInterruptedError):
             self._leave_alone()
         return failure
