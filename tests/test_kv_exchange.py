@@ -26,8 +26,9 @@ class Store:
         found = list(self.values.items())  # a copy, because other threads add to the dict
         return [(key, text) for key, text in found if key.startswith(f"{folder}/")]
 
-    def key_value_set(self, key, text, *, allow_overwrite):
-        assert allow_overwrite
+    def key_value_set(self, key, text, *, allow_overwrite=False):
+        if key in self.values and not allow_overwrite:
+            raise jax.errors.JaxRuntimeError(f"{key} exists")
         self.values[key] = text
 
 
