@@ -231,7 +231,7 @@ class LateDispatch {
 // A rank dies when it has reached rank 0 only. Rank 1 waits for it in the dispatch and comes to the
 // combine a timeout late: rank 0 must not take it for dead.
 inline void TestHalfwayDeath(int num_devices) {
-  constexpr std::chrono::milliseconds kTimeout{1000};
+  constexpr std::chrono::milliseconds kTimeout{4000};  // a sanitizer makes launches slow
   LateDispatch call(num_devices, RecvLayout::kRank, kTimeout, 7);
   const std::vector<uint8_t> living = {1, 1, 0};
   const std::vector<std::vector<uint8_t>> masks = call.RunCut(kTimeout / 4);
