@@ -104,6 +104,14 @@ def test_more_ranks_than_gpus_pass_the_suite(num_gpus, mps, per_gpu):
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("ranks_per_node", [1, 2])
+def test_nodes_of_shared_gpus_pass_the_suite(num_gpus, mps, ranks_per_node):
+    nodes = f"nodes={ranks_per_node}"
+    outputs = _run("conformance_on_gpus", 2 * num_gpus, "9", "shares", nodes, environment=mps)
+    assert _passed(outputs)
+
+
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("per_gpu", [2, 4])
 def test_sums_of_more_ranks_than_gpus_are_right(num_gpus, mps, per_gpu):
     """The test runs all operations, algorithms and dtypes of the family."""

@@ -117,7 +117,7 @@ def test_parts_have_every_rank_once(is_rail):
 
 
 def test_parts_take_the_kernels_for_many_tokens():
-    """Those for few tokens would add in another order, or need room in every part."""
+    """Kernels for few tokens would add in another order, or need room in every part."""
     spec = _spec(mode=None, backend="cuda", inside="cuda", between="xla")
     assert spec.is_split
     assert parts.in_node(spec).mode is ExchangeMode.THROUGHPUT

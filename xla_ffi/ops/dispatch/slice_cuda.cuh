@@ -122,7 +122,7 @@ class SlicePlan {
   __device__ static int Warp() { return threadIdx.x / kWarpSize; }
   __device__ int num_topk() const { return shape_.dispatch.num_topk; }
   __device__ int32_t num_ids() const { return slice_.num_tokens * num_topk(); }
-  // Of the slice, in the workspace.
+  // The slice's first choice, counted in the workspace.
   __device__ int64_t first_choice() const { return slice_.first_place * num_topk(); }
   __device__ bool is_own() const { return slice_.rank == plan_.self.rank; }
   // Rows by warp and column: [num_warps, num_counts].

@@ -24,7 +24,7 @@ from jax_ep._src.ops.two_levels.parts import levels_of, nodes_of, on_rail
 
 @dataclass(frozen=True)
 class Transport(ABC):
-    """What crosses between the N ranks of a rail, which all make the same calls.
+    """Crossings between the N ranks of a rail, which all make the same calls.
 
     Attributes:
       spec: the exchange of the whole group.
